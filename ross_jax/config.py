@@ -1,0 +1,101 @@
+"""Typed configs: plain nested mappings in, frozen dataclasses out, and errors that name the field.
+
+Every module declares its own config as a frozen dataclass next to its code. A recipe's ConfigDict, a stored manifest
+or any nested mapping is frozen once, by `freeze`, and is read-only from then on.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Something that the user can mend: says what is wrong, where, and what to do.
+
+    The launchers print its text without a traceback and exit with status 1.
+    """
+
+
+class ConfigError(UserError):
+    """A config that cannot be used."""
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest of `names`, or the empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def freeze(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
+    """Builds the dataclass `cls` from a nested mapping.
+
+    Nested dataclass fields take nested mappings; sequences become tuples; integers are accepted where a float is
+    declared. `__post_init__` of a config validates values across fields by raising `ValueError`.
+
+    Raises:
+      ConfigError: unknown field (with the nearest name), missing field, wrong type or invalid value. Names the path.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: expected a mapping for {cls.__name__}, found {type(values).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"{path}.{name}: no such field{nearest(name, fields)}; {cls.__name__} has {sorted(fields)}")
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for name, field in fields.items():
+        if name in values:
+            kwargs[name] = _convert(hints[name], values[name], f"{path}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{path}.{name}: missing, and it has no default")
+    try:
+        return cls(**kwargs)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        options = [option for option in options if option is not type(None)]
+        if len(options) == 1:
+            return _convert(options[0], value, path)
+        if any(isinstance(value, option) for option in options if isinstance(option, type)):
+            return value
+    elif origin is typing.Literal:
+        choices = typing.get_args(hint)
+        if value in choices:
+            return value
+        raise ConfigError(f"{path}: {value!r} is none of {list(choices)}{nearest(str(value), map(str, choices))}")
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            item, *rest = typing.get_args(hint)
+            if rest == [Ellipsis]:
+                return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
+            if len(value) != 1 + len(rest):
+                raise ConfigError(f"{path}: expected {1 + len(rest)} values, found {len(value)}")
+            return tuple(_convert(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip((item, *rest), value, strict=True)))
+    elif dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else freeze(hint, value, path)
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif hint is Any or (isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{path}: expected {getattr(hint, '__name__', hint)}, found {value!r} ({type(value).__name__})")
+
+
+def thaw(config: Any) -> Any:
+    """The inverse of `freeze`: nested dictionaries and lists that JSON can hold."""
+    if dataclasses.is_dataclass(config):
+        return {field.name: thaw(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [thaw(item) for item in config]
+    return config
