@@ -45,7 +45,9 @@ def freeze(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            raise ConfigError(f"{path}.{name}: no such field{nearest(name, fields)}; {cls.__name__} has {sorted(fields)}")
+            raise ConfigError(
+                f"{path}.{name}: no such field{nearest(name, fields)}; {cls.__name__} has {sorted(fields)}"
+            )
     hints = typing.get_type_hints(cls)
     kwargs = {}
     for name, field in fields.items():
@@ -82,12 +84,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
                 return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
             if len(value) != 1 + len(rest):
                 raise ConfigError(f"{path}: expected {1 + len(rest)} values, found {len(value)}")
-            return tuple(_convert(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip((item, *rest), value, strict=True)))
+            return tuple(
+                _convert(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip((item, *rest), value, strict=True))
+            )
     elif dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else freeze(hint, value, path)
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    elif hint is Any or (isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool)):
+    elif hint is Any or (
+        isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool)
+    ):
         return value
     raise ConfigError(f"{path}: expected {getattr(hint, '__name__', hint)}, found {value!r} ({type(value).__name__})")
 

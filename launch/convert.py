@@ -1,0 +1,72 @@
+"""Converts checkpoints: from Hugging Face, diffusers and the reference to a ross_jax model directory, and back.
+
+python launch/convert.py import --from DIR_OR_ID [--from ...] --output DIR
+python launch/convert.py export --from DIR --format ross|components --output DIR
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion is host work; accelerators stay free
+
+from ross_jax.config import UserError
+from ross_jax.convert.exporting import DTYPE_NAMES, export
+from ross_jax.convert.importing import plan_import, write
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr, so that stdout stays a result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def import_command(args: argparse.Namespace) -> None:
+    plan = plan_import(args.origins, args.vision_tower, args.autoencoder)
+    try:
+        write(plan, args.output, say)
+    finally:
+        plan.close()
+    have = [name for name in plan.parts if plan.leaves.get(name)]
+    print(f"{args.output}: {', '.join(have)}")
+
+
+def export_command(args: argparse.Namespace) -> None:
+    export(args.model, args.output, args.format, args.dtype, say)
+    print(args.output)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    importer = commands.add_parser("import", help="foreign checkpoint(s) to a model directory")
+    importer.add_argument(
+        "--from",
+        dest="origins",
+        action="append",
+        required=True,
+        metavar="DIR_OR_ID",
+        help="a full Ross/LLaVA checkpoint, stage-1 adapters, or a SigLIP, CLIP, Qwen, Llama or AutoencoderKL folder "
+        "or hub id; repeat to compose a model of several",
+    )
+    importer.add_argument("--output", type=Path, required=True, metavar="DIR", help="the model directory to make")
+    for flag in ("--vision-tower", "--autoencoder"):
+        importer.add_argument(flag, type=Path, metavar="DIR", help="folder with that component's config.json")
+    importer.set_defaults(run=import_command)
+    exporter = commands.add_parser("export", help="model directory to a foreign layout")
+    exporter.add_argument("--from", dest="model", type=Path, required=True, metavar="DIR", help="a model directory")
+    exporter.add_argument("--format", choices=("ross", "components"), required=True)
+    exporter.add_argument("--output", type=Path, required=True, metavar="DIR")
+    exporter.add_argument("--dtype", choices=sorted(DTYPE_NAMES), help="default: as imported")
+    exporter.set_defaults(run=export_command)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""diffusers' `AutoencoderKL`: config and keys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ross_jax.config import ConfigError
+from ross_jax.convert.mapping import LINEAR, Row, Table, conv, norm
+from ross_jax.models.autoencoder import AutoencoderConfig
+
+_DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
+_UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
+
+
+def autoencoder_config(settings: Mapping[str, Any], where: str) -> AutoencoderConfig:
+    """Reads an AutoencoderKL config.json; diffusers' defaults fill what it leaves out.
+
+    Raises:
+      ConfigError: a setting that we do not compute, by name.
+    """
+    kind = settings.get("_class_name")
+    if kind != "AutoencoderKL":
+        raise ConfigError(f"{where}: _class_name {kind!r} is not supported; AutoencoderKL is")
+    down = settings.get("down_block_types", ["DownEncoderBlock2D"])
+    up = settings.get("up_block_types", ["UpDecoderBlock2D"])
+    expected = {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "latents_mean": None, "latents_std": None}
+    problems = [
+        f"{name} {settings[name]!r} is not supported; {value!r} is"
+        for name, value in expected.items()
+        if settings.get(name, value) != value
+    ]
+    problems += [f"block type {name!r} is not supported; {sorted(_DOWN)} are" for name in down if name not in _DOWN]
+    problems += [f"block type {name!r} is not supported; {sorted(_UP)} are" for name in up if name not in _UP]
+    if problems:
+        raise ConfigError(f"{where}: {'; '.join(problems)}")
+    try:
+        return AutoencoderConfig(
+            channels=tuple(settings.get("block_out_channels", (64,))),
+            layers_per_block=settings.get("layers_per_block", 1),
+            latent_channels=settings.get("latent_channels", 4),
+            norm_groups=settings.get("norm_num_groups", 32),
+            scaling_factor=float(settings.get("scaling_factor", 0.18215)),
+            shift_factor=float(settings.get("shift_factor") or 0.0),
+            down_attention=tuple(_DOWN[name] for name in down),
+            up_attention=tuple(_UP[name] for name in up),
+            mid_attention=bool(settings.get("mid_block_add_attention", True)),
+            quant_conv=bool(settings.get("use_quant_conv", True)),
+            post_quant_conv=bool(settings.get("use_post_quant_conv", True)),
+        )
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _resnet(theirs: str, ours: str, shortcut: bool) -> tuple[Row, ...]:
+    rows = norm(f"{theirs}.norm1", f"{ours}/norm1") + conv(f"{theirs}.conv1", f"{ours}/conv1")
+    rows += norm(f"{theirs}.norm2", f"{ours}/norm2") + conv(f"{theirs}.conv2", f"{ours}/conv2")
+    return rows + (conv(f"{theirs}.conv_shortcut", f"{ours}/shortcut") if shortcut else ())
+
+
+def _attention(theirs: str, ours: str) -> tuple[Row, ...]:
+    rows = list(norm(f"{theirs}.group_norm", f"{ours}/norm"))
+    names = {
+        "query": ("to_q", "query"),
+        "key": ("to_k", "key"),
+        "value": ("to_v", "value"),
+        "out": ("to_out.0", "proj_attn"),
+    }
+    for name, (key, old) in names.items():
+        # diffusers before 0.15 named them otherwise; Stable Diffusion's published autoencoders still do.
+        rows.append(Row(f"{theirs}.{key}.weight", f"{ours}/{name}/kernel", LINEAR, f"{theirs}.{old}.weight"))
+        rows.append(Row(f"{theirs}.{key}.bias", f"{ours}/{name}/bias", alias=f"{theirs}.{old}.bias"))
+    return tuple(rows)
+
+
+def _half(theirs: str, channels: list[int], first: int, layers: int, attends: tuple[bool, ...], up: bool, mid: bool):
+    """Rows of the encoder or decoder; `first` = channels that enter the first level."""
+    level, sample = ("up", "upsample") if up else ("down", "downsample")
+    rows = [*conv(f"{theirs}.conv_in", f"{theirs}/conv_in")]
+    entering = first
+    for i, features in enumerate(channels):
+        for j in range(layers):
+            block = f"{theirs}.{level}_blocks.{i}"
+            rows += _resnet(f"{block}.resnets.{j}", f"{theirs}/{level}_{i}/resnet_{j}", entering != features)
+            if attends[i]:
+                rows += _attention(f"{block}.attentions.{j}", f"{theirs}/{level}_{i}/attention_{j}")
+            entering = features
+        if i < len(channels) - 1:
+            rows += conv(f"{block}.{sample}rs.0.conv", f"{theirs}/{sample}_{i}")
+    for j in range(2):
+        rows += _resnet(f"{theirs}.mid_block.resnets.{j}", f"{theirs}/mid/resnet_{j}", False)
+    if mid:
+        rows += _attention(f"{theirs}.mid_block.attentions.0", f"{theirs}/mid/attention_0")
+    rows += norm(f"{theirs}.conv_norm_out", f"{theirs}/norm_out")
+    return [*rows, *conv(f"{theirs}.conv_out", f"{theirs}/conv_out")]
+
+
+def table(config: AutoencoderConfig) -> Table:
+    """Keys of diffusers' AutoencoderKL."""
+    channels, layers = list(config.channels), config.layers_per_block
+    mid = config.mid_attention
+    rows = _half("encoder", channels, channels[0], layers, config.down_attention, False, mid)
+    rows += _half("decoder", channels[::-1], channels[-1], layers + 1, config.up_attention, True, mid)
+    if config.quant_conv:
+        rows += conv("quant_conv", "quant_conv")
+    if config.post_quant_conv:
+        rows += conv("post_quant_conv", "post_quant_conv")
+    return Table(tuple(rows))

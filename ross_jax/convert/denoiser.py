@@ -1,0 +1,82 @@
+"""The reference's denoiser (`mm_inv_projector.net`): sizes and keys."""
+
+import math
+import re
+from collections.abc import Mapping
+
+from ross_jax.config import ConfigError
+from ross_jax.convert.mapping import BATCHED, POINTWISE, Row, Table, dense
+from ross_jax.models.denoiser import NUM_HEADS, DenoiserConfig
+
+
+def read_denoiser_config(
+    shapes: Mapping[str, tuple[int, ...]], kind: str | None = None, num_heads: int = NUM_HEADS
+) -> DenoiserConfig:
+    """Reads the sizes off the tensors (key below `net.` -> shape).
+
+    Args:
+      kind: `mm_inv_projector_type`, `denoiser_vitNx`, if a config names one; it must agree with the tensors.
+      num_heads: of the reference's published sizes; tensors do not tell.
+
+    Raises:
+      ConfigError: another kind, another depth, or tensors from which sizes cannot be read.
+    """
+    needed = {
+        "x_embedder.proj.weight": 4,
+        "z_embedder.1.weight": 2,
+        "pos_embed": 3,
+        "blocks.0.mlp.fc1.weight": 2,
+    }
+    wrong = [
+        f"{key} {list(shapes[key]) if key in shapes else 'missing'}"
+        for key in needed
+        if len(shapes.get(key, ())) != needed[key]
+    ]
+    if wrong:
+        raise ConfigError(f"mm_inv_projector: cannot read the denoiser's sizes off {', '.join(wrong)}")
+    depth = 1 + max(int(key.split(".")[1]) for key in shapes if re.match(r"blocks\.\d+\.", key))
+    if kind is not None:
+        named = re.fullmatch(r"denoiser_vit(\d+)x", kind)
+        if not named:
+            raise ConfigError(f"mm_inv_projector_type {kind!r} is not supported; denoiser_vitNx is")
+        if int(named[1]) != depth:
+            raise ConfigError(f"mm_inv_projector_type {kind!r} has {named[1]} blocks, the checkpoint {depth}")
+    width, latent_size = shapes["x_embedder.proj.weight"][:2]
+    tokens = shapes["pos_embed"][1]
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise ConfigError(f"mm_inv_projector: pos_embed has {tokens} tokens, which is no square")
+    try:
+        return DenoiserConfig(
+            condition_size=shapes["z_embedder.1.weight"][1],
+            latent_size=latent_size,
+            grid=math.isqrt(tokens),
+            width=width,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / width,
+        )
+    except ValueError as error:
+        raise ConfigError(f"mm_inv_projector: {error}") from error
+
+
+def table(config: DenoiserConfig) -> Table:
+    """Keys below `mm_inv_projector.net.`; `pos_embed` is taken as it is, never computed anew."""
+    del config  # the same keys for every size
+    block = "blocks.{}"
+    return Table(
+        (
+            Row("pos_embed", "position_embedding", BATCHED),
+            Row("x_embedder.proj.weight", "latent_embedding/kernel", POINTWISE),
+            Row("x_embedder.proj.bias", "latent_embedding/bias"),
+            *dense("z_embedder.1", "condition_embedding"),
+            *dense("t_embedder.mlp.0", "timestep_in"),
+            *dense("t_embedder.mlp.2", "timestep_out"),
+            *dense(f"{block}.adaLN_modulation.1", "blocks/modulation"),
+            *dense(f"{block}.attn.qkv", "blocks/attention/qkv"),
+            *dense(f"{block}.attn.proj", "blocks/attention/out"),
+            *dense(f"{block}.mlp.fc1", "blocks/mlp/up"),
+            *dense(f"{block}.mlp.fc2", "blocks/mlp/down"),
+            *dense("final_layer.adaLN_modulation.1", "final_modulation"),
+            *dense("final_layer.linear", "final"),
+        )
+    )

@@ -1,0 +1,98 @@
+"""Published vision towers and autoencoders by hub id, so that a checkpoint that names one converts offline.
+
+The settings are those of the published config.json files.
+"""
+
+from typing import Any
+
+
+def _siglip(**sizes: int) -> dict[str, Any]:
+    common = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    return {"architectures": ["SiglipVisionModel"], **common, "num_channels": 3, "attention_dropout": 0.0, **sizes}
+
+
+def _siglip_so400m(image_size: int, patch_size: int) -> dict[str, Any]:
+    sizes = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    return _siglip(**sizes, image_size=image_size, patch_size=patch_size)
+
+
+def _siglip_base(image_size: int) -> dict[str, Any]:
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    return _siglip(**sizes, image_size=image_size, patch_size=16)
+
+
+def _siglip_large(image_size: int) -> dict[str, Any]:
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    return _siglip(**sizes, image_size=image_size, patch_size=16)
+
+
+def _clip(hidden: int, mlp: int, layers: int, heads: int, image_size: int, patch_size: int, projection: int):
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "num_channels": 3,
+        "attention_dropout": 0.0,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "projection_dim": projection,
+    }
+
+
+def _autoencoder(latent: int, quant: bool, scaling: float, shift: float | None = None) -> dict[str, Any]:
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": latent,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "mid_block_add_attention": True,
+        "use_quant_conv": quant,
+        "use_post_quant_conv": quant,
+        "scaling_factor": scaling,
+        "shift_factor": shift,
+    }
+
+
+VISION_TOWERS: dict[str, dict[str, Any]] = {
+    "google/siglip-so400m-patch14-384": _siglip_so400m(384, 14),
+    "google/siglip-so400m-patch14-224": _siglip_so400m(224, 14),
+    "google/siglip2-so400m-patch14-384": _siglip_so400m(384, 14),
+    "google/siglip2-so400m-patch14-224": _siglip_so400m(224, 14),
+    "google/siglip2-so400m-patch16-256": _siglip_so400m(256, 16),
+    "google/siglip2-so400m-patch16-384": _siglip_so400m(384, 16),
+    "google/siglip2-so400m-patch16-512": _siglip_so400m(512, 16),
+    "google/siglip-base-patch16-224": _siglip_base(224),
+    "google/siglip-base-patch16-256": _siglip_base(256),
+    "google/siglip-base-patch16-384": _siglip_base(384),
+    "google/siglip-base-patch16-512": _siglip_base(512),
+    "google/siglip-large-patch16-256": _siglip_large(256),
+    "google/siglip-large-patch16-384": _siglip_large(384),
+    "openai/clip-vit-large-patch14-336": _clip(1024, 4096, 24, 16, 336, 14, 768),
+    "openai/clip-vit-large-patch14": _clip(1024, 4096, 24, 16, 224, 14, 768),
+    "openai/clip-vit-base-patch16": _clip(768, 3072, 12, 12, 224, 16, 512),
+    "openai/clip-vit-base-patch32": _clip(768, 3072, 12, 12, 224, 32, 512),
+}
+"""Hub id -> config.json of the vision tower alone."""
+
+_FLUX = _autoencoder(16, False, 0.3611, 0.1159)
+AUTOENCODERS: dict[str, dict[str, Any]] = {
+    "black-forest-labs/FLUX.1-dev": _FLUX,
+    "black-forest-labs/FLUX.1-schnell": _FLUX,
+    "black-forest-labs/FLUX.1-dev/vae": _FLUX,
+    "black-forest-labs/FLUX.1-schnell/vae": _FLUX,
+    "stabilityai/sd-vae-ft-mse": _autoencoder(4, True, 0.18215),
+    "stabilityai/sd-vae-ft-ema": _autoencoder(4, True, 0.18215),
+    "stabilityai/sdxl-vae": _autoencoder(4, True, 0.13025),
+}
+"""Hub id -> config.json of the autoencoder."""

@@ -1,0 +1,109 @@
+"""SigLIP and CLIP: transformers' configs and keys."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ross_jax.config import ConfigError
+from ross_jax.convert.mapping import CONV, Row, Table, dense, norm
+from ross_jax.models.vision import VisionConfig
+
+PREFIXES = ("vision_model.", "")
+"""transformers 5 writes vision-only checkpoints without the prefix."""
+ANCHOR = "embeddings.position_embedding.weight"
+"""A key that every vision tower has, below its prefix."""
+NORMALISATION = {
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+"""Mean and standard deviation of the pictures that the published models were trained on."""
+_MODEL_TYPES = {
+    "siglip_vision_model": "siglip",
+    "clip_vision_model": "clip",
+    "siglip": "siglip",
+    "clip": "clip",
+}
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh"}
+
+
+def model_types() -> list[str]:
+    """`model_type` of the configs that `vision_config` reads."""
+    return list(_MODEL_TYPES)
+
+
+def tower_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The vision part of a SigLIP/CLIP config.json, itself a config.json of the vision tower alone."""
+    if settings["model_type"] in ("siglip", "clip"):
+        return {**settings.get("vision_config", {}), "model_type": f"{settings['model_type']}_vision_model"}
+    return dict(settings)
+
+
+def vision_config(settings: Mapping[str, Any], where: str, select_layer: int = -2) -> VisionConfig:
+    """Reads a SigLIP/CLIP config.json, of the whole model or of its vision tower.
+
+    Args:
+      settings: the parsed file; transformers' defaults fill what it leaves out.
+      where: its name, for messages.
+      select_layer: of CLIP. The reference always takes SigLIP's last but one.
+
+    Raises:
+      ConfigError: a setting that we do not compute.
+    """
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+    kind = _MODEL_TYPES[settings["model_type"]]
+    full = (SiglipVisionConfig if kind == "siglip" else CLIPVisionConfig)(**tower_settings(settings))
+    if full.hidden_act not in _ACTIVATIONS:
+        raise ConfigError(f"{where}: hidden_act {full.hidden_act!r} is not supported; {sorted(_ACTIVATIONS)} are")
+    if full.num_channels != 3:
+        raise ConfigError(f"{where}: num_channels {full.num_channels} is not supported; 3 is")
+    try:
+        return VisionConfig(
+            kind=kind,
+            image_size=full.image_size,
+            patch_size=full.patch_size,
+            hidden_size=full.hidden_size,
+            intermediate_size=full.intermediate_size,
+            num_layers=full.num_hidden_layers,
+            num_heads=full.num_attention_heads,
+            activation=_ACTIVATIONS[full.hidden_act],
+            norm_eps=full.layer_norm_eps,
+            select_layer=-2 if kind == "siglip" else select_layer,
+        )
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def table(config: VisionConfig) -> Table:
+    """Keys below the tower's prefix."""
+    layer, clip = "encoder.layers.{}", config.kind == "clip"
+    rows = [
+        Row("embeddings.patch_embedding.weight", "patch_embedding/kernel", CONV),
+        Row("embeddings.position_embedding.weight", "position_embedding"),
+    ]
+    if clip:
+        rows.append(Row("embeddings.class_embedding", "class_embedding"))
+        rows += norm("pre_layrnorm", "pre_norm")
+    else:
+        rows.append(Row("embeddings.patch_embedding.bias", "patch_embedding/bias"))
+    if config.layers_used:
+        rows += norm(f"{layer}.layer_norm1", "layers/norm1") + norm(f"{layer}.layer_norm2", "layers/norm2")
+        for theirs, ours in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}.items():
+            rows += dense(f"{layer}.self_attn.{theirs}", f"layers/attention/{ours}")
+        rows += dense(f"{layer}.mlp.fc1", "layers/mlp/up") + dense(f"{layer}.mlp.fc2", "layers/mlp/down")
+    above = "|".join(str(i) for i in range(config.layers_used, config.num_layers)) or "none"
+    unused = (
+        rf"encoder\.layers\.({above})\..*",
+        r"post_layernorm\..*",
+        r"head\..*",
+        r"embeddings\.position_ids",
+    )
+    return Table(tuple(rows), unused)
+
+
+_OUTSIDE = (r"text_model\..*", r"text_projection\..*", r"visual_projection\..*", r"logit_scale", r"logit_bias")
+
+
+def is_outside(key: str) -> bool:
+    """Whether a key belongs to a whole SigLIP/CLIP model, beside its tower: kept, never used."""
+    return any(re.fullmatch(pattern, key) for pattern in _OUTSIDE)

@@ -1,0 +1,437 @@
+r"""Conversations: a LLaVA record becomes token ids and labels, turn by turn.
+
+A record is `{"id": ..., "image": "a.jpg" or a list of them or absent, "conversations": [{"from": "human", "value":
+"<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]}`. A template renders it as segments, each of which knows
+whether it is supervised; ids and labels grow together, so nothing is ever looked for in a rendered string:
+
+    A chat ... questions. USER: <image>\nWhat is it? ASSISTANT: A dog.</s>USER: Sure? ASSISTANT: Yes.</s>
+    ...........................................................###########......................#########   # supervised
+
+What holds in every template:
+
+* Every answer and its stop token are supervised, nothing else is. An empty answer supervises its stop token.
+* Text stays text. A role marker in a question is harmless, and a special token's text inside a message is spelled out
+  in ordinary pieces; special tokens come from the template alone.
+* `<image>` is a picture in human turns of records that have pictures. Elsewhere (a text about SVG, an answer) it is
+  text. There must be as many markers as pictures. One picture before or after a message's text moves to the front, on
+  its own line, as the reference does; several pictures, or one in mid-text, stay where they are.
+* A leading system turn replaces the template's system prompt. A leading answer is an answer like others. A last
+  question without an answer is context, rendered as a generation prompt. Two turns of one role in a row are an error.
+
+`compat="official"` swaps all this for the reference's behaviour (`conversation_official`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Int32
+
+from ross_jax.config import UserError, nearest
+from ross_jax.data.tokenizer import TextEncoder
+
+IMAGE_ID = -200  # stands for a picture in `input_ids`
+IGNORE = -100  # label of a position that is not supervised
+IMAGE_MARKER = "<image>"
+
+Role = Literal["system", "user", "assistant"]
+Template = Literal["plain", "v1", "qwen_2", "llama3", "chatml"]
+Compat = Literal["default", "official"]
+ROLES: Mapping[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+
+class ConversationError(UserError):
+    """A record that cannot become ids and labels. The text names the sample and, where there is one, the turn."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. `texts` is its text cut at its pictures: n + 1 texts, some of them empty, around n pictures."""
+
+    role: Role
+    texts: tuple[str, ...]
+
+    @property
+    def num_images(self) -> int:
+        return len(self.texts) - 1
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A checked conversation: turns of alternating role, after at most one system turn.
+
+    Attributes:
+      sample: how errors name the record.
+      turns: at least one turn.
+    """
+
+    sample: str
+    turns: tuple[Turn, ...]
+
+    @property
+    def num_images(self) -> int:
+        return sum(turn.num_images for turn in self.turns)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedConversation:
+    """Ids and labels of one conversation.
+
+    Attributes:
+      input_ids: `IMAGE_ID` where a picture stands.
+      labels: not shifted: the id itself where it is supervised, `IGNORE` elsewhere.
+    """
+
+    input_ids: Int32[np.ndarray, "length"]
+    labels: Int32[np.ndarray, "length"]
+
+    @property
+    def num_images(self) -> int:
+        return int(np.count_nonzero(self.input_ids == IMAGE_ID))
+
+    @property
+    def num_supervised(self) -> int:
+        return int(np.count_nonzero(self.labels != IGNORE))
+
+    def length(self, image_tokens: int) -> int:
+        """Tokens in the model's sequence, where each picture takes `image_tokens` of them."""
+        return len(self.input_ids) + self.num_images * (image_tokens - 1)
+
+
+class Segment(NamedTuple):
+    """A stretch of a rendered conversation: text to encode, or one id as it is (a special token, a picture)."""
+
+    content: str | int
+    supervised: bool = False
+
+
+IMAGE = Segment(IMAGE_ID)
+Record = Mapping[str, Any]
+Encoder = Callable[[Record], EncodedConversation]
+PromptEncoder = Callable[[Record], Int32[np.ndarray, "length"]]
+Renderer = Callable[[Conversation], list[Segment]]
+
+
+# Records
+
+
+def sample_name(record: Record) -> str:
+    """How errors name a record."""
+    return f"sample {record['id']!r}" if "id" in record else "sample without an id"
+
+
+def read_turns(record: Record) -> list[tuple[Role, str]]:
+    """The turns of a record as (role, text), checked.
+
+    Raises:
+      ConversationError: names the sample and the turn.
+    """
+    sample = sample_name(record)
+    if "conversations" not in record:
+        raise ConversationError(
+            f"{sample}: no 'conversations'{nearest('conversations', map(str, record))}; "
+            f"it has {sorted(map(str, record))}"
+        )
+    messages = record["conversations"]
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ConversationError(
+            f"{sample}: 'conversations' must be a list of at least one turn, found {messages!r:.80}"
+        )
+    turns: list[tuple[Role, str]] = []
+    for i, message in enumerate(messages):
+        where = f"{sample}, conversations[{i}]"
+        if not isinstance(message, Mapping):
+            raise ConversationError(f"{where}: expected an object with 'from' and 'value', found {message!r:.80}")
+        for key in ("from", "value"):
+            if key not in message:
+                raise ConversationError(f"{where}: no {key!r}; it has {sorted(map(str, message))}")
+            if not isinstance(message[key], str):
+                found = type(message[key]).__name__
+                raise ConversationError(f"{where}: {key!r} must be a string, found {message[key]!r:.80} ({found})")
+        speaker, text = message["from"], message["value"]
+        if speaker not in ROLES:
+            raise ConversationError(
+                f"{where}: {speaker!r} is no role{nearest(speaker, ROLES)}; roles are {list(ROLES)}"
+            )
+        role = ROLES[speaker]
+        if role == "system" and i > 0:
+            raise ConversationError(f"{where}: a system turn can only be the first turn; move or remove it")
+        if turns and turns[-1][0] == role:
+            raise ConversationError(f"{where}: two {speaker!r} turns in a row; merge them, or add what is between them")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConversationError(f"{where}: the text is no valid Unicode (a lone surrogate): {error}") from error
+        turns.append((role, text))
+    return turns
+
+
+def count_images(record: Record) -> int:
+    """How many pictures the record names, under `image` or `images`: one, or a list of them."""
+    count = 0
+    for value in (record.get("image"), record.get("images")):
+        if isinstance(value, (list, tuple)):
+            count += len(value)
+        elif value is not None and not (isinstance(value, str) and not value):
+            count += 1
+    return count
+
+
+def parse_conversation(record: Record) -> Conversation:
+    """The typed conversation of a record, its pictures found.
+
+    Raises:
+      ConversationError: a malformed record, or another number of `<image>` markers than of pictures.
+    """
+    turns = read_turns(record)
+    num_images = count_images(record)
+    conversation = Conversation(
+        sample=sample_name(record),
+        turns=tuple(
+            Turn(role, split_images(text) if num_images and role == "user" else (text,)) for role, text in turns
+        ),
+    )
+    if conversation.num_images != num_images:
+        raise ConversationError(
+            f"{conversation.sample}: the record names {num_images} picture(s), its human turns have "
+            f"{conversation.num_images} {IMAGE_MARKER} marker(s); there must be one for each"
+        )
+    return conversation
+
+
+def split_images(text: str) -> tuple[str, ...]:
+    """The text cut at its `<image>` markers. A single one at either end moves to the front, on its own line."""
+    texts = text.split(IMAGE_MARKER)
+    if len(texts) == 2 and not (texts[0].strip() and texts[1].strip()):
+        rest = "".join(texts).strip()
+        return ("", f"\n{rest}" if rest else "")
+    return tuple(texts)
+
+
+# Templates
+
+
+def _content(turn: Turn) -> Iterator[Segment]:
+    for i, text in enumerate(turn.texts):
+        if i > 0:
+            yield IMAGE
+        yield Segment(text)
+
+
+def _is_empty(turn: Turn) -> bool:
+    return turn.texts == ("",)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """`v1` and `qwen_2`: role names in plain text, one stop token after each answer."""
+
+    system: str
+    stop: int
+
+    def __call__(self, conversation: Conversation) -> list[Segment]:
+        turns = conversation.turns
+        system = self.system
+        if turns[0].role == "system":
+            system, turns = turns[0].texts[0], turns[1:]
+        segments = [Segment(f"{system} " if system else "")]
+        for turn in turns:
+            space = "" if _is_empty(turn) else " "
+            if turn.role == "user":
+                segments += [Segment(f"USER:{space}"), *_content(turn), Segment(" ")]
+            else:
+                segments += [Segment("ASSISTANT:"), Segment(space + turn.texts[0], True), Segment(self.stop, True)]
+        if not turns or turns[-1].role == "user":
+            segments.append(Segment("ASSISTANT:"))
+        return segments
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """`llama3`: a header of special tokens before each message, `<|eot_id|>` after it; no default system prompt."""
+
+    start_header: int
+    end_header: int
+    stop: int
+
+    def __call__(self, conversation: Conversation) -> list[Segment]:
+        segments = []
+        for turn in conversation.turns:
+            answer = turn.role == "assistant"
+            segments += self._header(turn.role)
+            segments += [segment._replace(supervised=answer) for segment in _content(turn)]
+            segments.append(Segment(self.stop, answer))
+        if conversation.turns[-1].role != "assistant":
+            segments += self._header("assistant")
+        return segments
+
+    def _header(self, role: Role) -> list[Segment]:
+        return [Segment(self.start_header), Segment(role), Segment(self.end_header), Segment("\n\n")]
+
+
+def render_plain(conversation: Conversation) -> list[Segment]:
+    """`plain`, of stage 1: the pictures, then the caption and a newline. The question's text is dropped."""
+    turns = conversation.turns
+    roles = [turn.role for turn in turns]
+    if roles not in (["user"], ["user", "assistant"]):
+        raise ConversationError(
+            f"{conversation.sample}: the plain template takes one human turn and one answer, found {roles}; "
+            "use a template for dialogues"
+        )
+    if not conversation.num_images:
+        raise ConversationError(f"{conversation.sample}: the plain template needs a picture, and the record has none")
+    segments = [IMAGE] * conversation.num_images
+    if len(turns) == 2:
+        segments.append(Segment(turns[1].texts[0] + "\n", True))
+    return segments
+
+
+V1_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+QWEN_2_SYSTEM = V1_SYSTEM.replace("user", "human")
+
+
+def build_renderer(template: str, encoder: TextEncoder) -> Renderer:
+    """The function that renders a conversation as segments.
+
+    Raises:
+      UserError: no such template, or the tokenizer lacks what the template needs.
+    """
+    purpose = f"template {template!r}"
+    if template == "plain":
+        return render_plain
+    if template == "v1":
+        return Dialogue(V1_SYSTEM, encoder.special_id(encoder.tokenizer.eos_token, purpose))
+    if template == "qwen_2":
+        return Dialogue(QWEN_2_SYSTEM, encoder.special_id("<|im_end|>", purpose))
+    if template == "llama3":
+        names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+        return Llama3(*(encoder.special_id(name, purpose) for name in names))
+    if template == "chatml":
+        from ross_jax.data.chat_template import ChatTemplate
+
+        return ChatTemplate(encoder)
+    names = get_args(Template)
+    raise UserError(f"template {template!r}: no such template{nearest(template, names)}; there are {list(names)}")
+
+
+# Encoding
+
+
+def encode_segments(
+    segments: list[Segment], encoder: TextEncoder, start: tuple[int, ...]
+) -> tuple[Int32[np.ndarray, "length"], Int32[np.ndarray, "length"]]:
+    """Ids and labels of rendered segments. Neighbouring texts of one supervision are encoded together.
+
+    Text at the start of the sequence and right after a picture begins anew (with a dummy prefix, if the tokenizer has
+    one), as in the reference; other text continues. `start` goes in front of all.
+    """
+    ids: list[int] = list(start)
+    supervised: list[bool] = [False] * len(ids)
+    continues = False
+    pending, pending_supervised = "", False
+
+    def flush() -> None:
+        nonlocal pending, continues
+        if pending:
+            text_ids = encoder.encode(pending, continues)
+            ids.extend(text_ids)
+            supervised.extend([pending_supervised] * len(text_ids))
+            pending, continues = "", True
+
+    for content, is_supervised in segments:
+        if isinstance(content, str):
+            if is_supervised != pending_supervised:
+                flush()
+            pending, pending_supervised = pending + content, is_supervised
+        else:
+            flush()
+            ids.append(content)
+            supervised.append(is_supervised)
+            continues = content != IMAGE_ID
+    flush()
+    input_ids = np.asarray(ids, np.int32)
+    return input_ids, np.where(supervised, input_ids, np.int32(IGNORE))
+
+
+@dataclass(frozen=True)
+class ConversationEncoder:
+    """Record -> ids and labels for training."""
+
+    encoder: TextEncoder
+    render: Renderer
+    start: tuple[int, ...]
+
+    def __call__(self, record: Record) -> EncodedConversation:
+        conversation = parse_conversation(record)
+        encoded = EncodedConversation(*encode_segments(self.render(conversation), self.encoder, self.start))
+        if not encoded.num_supervised:
+            raise ConversationError(f"{conversation.sample}: no answer, so nothing to learn from; remove the sample")
+        return encoded
+
+
+@dataclass(frozen=True)
+class ConversationPromptEncoder:
+    """Record whose last turn is the human's -> ids after which an answer can be generated."""
+
+    encoder: TextEncoder
+    render: Renderer
+    start: tuple[int, ...]
+
+    def __call__(self, record: Record) -> Int32[np.ndarray, "length"]:
+        conversation = parse_conversation(record)
+        if conversation.turns[-1].role != "user":
+            raise ConversationError(f"{conversation.sample}: a generation prompt must end with a human turn")
+        return encode_segments(self.render(conversation), self.encoder, self.start)[0]
+
+
+def _parts(template: str, tokenizer: Any) -> tuple[TextEncoder, Renderer, tuple[int, ...]]:
+    encoder = TextEncoder(tokenizer)
+    render = build_renderer(template, encoder)
+    return encoder, render, () if template == "chatml" else encoder.start  # a chat template brings its own
+
+
+def build_encoder(template: str, tokenizer: Any, compat: str = "default") -> Encoder:
+    """The function that turns a record into ids and labels for training; it can be pickled.
+
+    Args:
+      template: one of `Template`.
+      tokenizer: from `load_tokenizer`.
+      compat: one of `Compat`; `"official"` for the reference's ids and labels, its losses of labels included.
+
+    Raises:
+      UserError: here, if template and tokenizer do not fit; `ConversationError`, by the function, for a bad record.
+    """
+    if _is_official(compat):
+        from ross_jax.data import conversation_official
+
+        return conversation_official.build_encoder(template, tokenizer)
+    return ConversationEncoder(*_parts(template, tokenizer))
+
+
+def build_prompt_encoder(template: str, tokenizer: Any, compat: str = "default") -> PromptEncoder:
+    """The function that turns a record ending with a human turn into the ids of a generation prompt.
+
+    Arguments and errors are those of `build_encoder`.
+    """
+    if _is_official(compat):
+        from ross_jax.data import conversation_official
+
+        return conversation_official.build_prompt_encoder(template, tokenizer)
+    return ConversationPromptEncoder(*_parts(template, tokenizer))
+
+
+def _is_official(compat: str) -> bool:
+    if compat not in get_args(Compat):
+        names = get_args(Compat)
+        raise UserError(f"compat {compat!r}: no such mode{nearest(compat, names)}; there are {list(names)}")
+    return compat == "official"

@@ -1,0 +1,376 @@
+"""Random-access sources of samples: LLaVA conversations, bare pictures, TFDS; pictures from folders, zip and tar.
+
+A source is a sequence of `Sample`s that can be pickled to worker processes. Nothing is read before it is asked for:
+records and pictures are addressed by byte ranges, so a source holds offsets, not data. A sample that cannot be used
+raises `SampleError`, or `ImageError` when its picture is read; `BrokenSamples` counts those and ends the run when
+they are too many.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from ross_jax.config import UserError
+from ross_jax.data.archives import FileRange, PictureStore, open_store
+from ross_jax.data.images import ImageError
+
+logger = logging.getLogger(__name__)
+
+_BLANK = re.compile(r"[\s\ufeff]*")  # a byte order mark is blank too
+
+
+class SampleError(UserError):
+    """A sample that cannot be used. Names its id."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where samples come from.
+
+    Attributes:
+      path: a JSON or JSONL file of LLaVA conversations; a folder or archive of pictures; or a TFDS data set's name.
+      kind: which of the three `path` is.
+      images: where the pictures of a LLaVA file are: folders, .zip or .tar files, asked in this order. An entry
+        `coco=/data/coco.zip` serves the names that begin with `coco/`, and holds them without that beginning.
+      split, data_dir: TFDS: the split, and the folder of prepared data sets.
+      caption: TFDS: the text feature that becomes the answer; None: bare pictures.
+    """
+
+    path: str
+    kind: Literal["llava", "pictures", "tfds"] = "llava"
+    images: tuple[str, ...] = ()
+    split: str = "train"
+    data_dir: str | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is read when it is needed: its name, and a function returning file bytes or a uint8 array."""
+
+    name: str
+    read: Callable[[], bytes | np.ndarray]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training example.
+
+    Attributes:
+      id: of the record, or its place in the source.
+      record: in LLaVA's format (`LlavaSource`); without `conversations` if it is bare pictures.
+      images: the pictures that the record names, in order.
+    """
+
+    id: str
+    record: dict[str, Any]
+    images: tuple[Picture, ...]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A sequence of samples. `fingerprint` changes when the texts do: caches of lengths are keyed by it."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Opens one source.
+
+    Raises:
+      UserError: it does not exist, is empty, or is corrupt (with line and column).
+    """
+    if config.kind == "pictures":
+        return PictureSource(config.path)
+    if config.kind == "tfds":
+        return TfdsSource(config.path, config.split, config.data_dir, config.caption)
+    return LlavaSource(config.path, config.images)
+
+
+class RecordFile(Sequence[dict[str, Any]]):
+    """The records of a JSON list or of a JSONL file, parsed one at a time when asked for.
+
+    The whole file is parsed once at the start, so that corrupt JSON is found before training; kept are only the byte
+    offsets of its records, so that worker processes need not hold copies of a gigabyte of conversations.
+
+    Raises:
+      UserError: the file is missing, empty, no UTF-8, corrupt (line and column given), or no list of objects.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); give a LLaVA JSON or JSONL file") from error
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+        spans = _line_spans if self.path.endswith(".jsonl") else _list_spans
+        try:
+            self._spans = np.array(list(spans(data, self.path)), np.int64).reshape(-1, 2)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8 at byte {error.start}; convert it to UTF-8") from error
+        if not len(self._spans):
+            raise UserError(f"{path}: is empty: no record in it")
+        self._file = FileRange(path)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, end = self._spans[index].tolist()
+        return json.loads(self._file.read(start, end - start))
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """All records of a LLaVA JSON or JSONL file; errors as in `RecordFile`."""
+    return list(RecordFile(path))
+
+
+def _line_spans(data: bytes, path: str) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the lines of a JSONL file that are not blank."""
+    start = 0
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        text = line.decode()
+        if not _BLANK.fullmatch(text):
+            first = _BLANK.match(text).end()
+            record, _ = _parse(text, first, path, first_line=number, whole=True)
+            _check_record(record, f"line {number}", path)
+            yield start + len(text[:first].encode()), start + len(line)
+        start += len(line) + 1
+
+
+def _list_spans(data: bytes, path: str) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the items of a JSON list."""
+    text = data.decode()
+    position = _BLANK.match(text).end()
+    if position == len(text):
+        return
+    if text[position] != "[":
+        value, end = _parse(text, position, path)
+        rest = _BLANK.match(text, end).end() < len(text)
+        hint = "it looks like JSONL: name it .jsonl" if rest else "expected a list of conversations"
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}, not a list; {hint}")
+    # Offsets count bytes, the parser counts characters: `byte` follows `position` from item to item.
+    byte, done, number = 0, 0, 0
+    position = _BLANK.match(text, position + 1).end()
+    while text[position : position + 1] != "]" or number:
+        record, end = _parse(text, position, path)
+        _check_record(record, f"item {number}", path)
+        number += 1
+        byte += len(text[done:position].encode())
+        size = len(text[position:end].encode())
+        yield byte, byte + size
+        byte, done = byte + size, end
+        position = _BLANK.match(text, end).end()
+        if text[position : position + 1] == "]":
+            break
+        if text[position : position + 1] != ",":
+            raise _corrupt(json.JSONDecodeError("Expecting ',' or ']'", text, position), path)
+        position = _BLANK.match(text, position + 1).end()
+    position = _BLANK.match(text, position + 1).end()
+    if position < len(text):
+        raise _corrupt(json.JSONDecodeError("Extra data", text, position), path)
+
+
+def _parse(text: str, position: int, path: str, first_line: int = 1, whole: bool = False) -> tuple[Any, int]:
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, position)
+        rest = _BLANK.match(text, end).end()
+        if whole and rest < len(text):
+            raise json.JSONDecodeError("Extra data", text, rest)
+        return value, end
+    except json.JSONDecodeError as error:
+        raise _corrupt(error, path, first_line) from error
+
+
+def _corrupt(error: json.JSONDecodeError, path: str, first_line: int = 1) -> UserError:
+    line = error.lineno + first_line - 1
+    return UserError(f"{path}: corrupt JSON at line {line}, column {error.colno}: {error.msg}")
+
+
+def _check_record(record: Any, where: str, path: str) -> None:
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: {where} is a JSON {type(record).__name__}; expected an object with 'conversations'")
+
+
+class LlavaSource:
+    """Conversations in LLaVA's format: `{"id", "image", "conversations": [{"from", "value"}, ...]}`.
+
+    `image` (or `images`) is a name, a list of names, or absent. `id` may be absent and need not be unique, as in
+    published mixes. What the messages hold is checked where they are encoded.
+    """
+
+    def __init__(self, path: str | Path, images: Sequence[str] = ()):
+        self._records = RecordFile(path)
+        self._pictures = _Mounts(images)
+        self.fingerprint = self._records.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self._records[index]
+        name = str(record.get("id", f"{Path(self._records.path).name}[{index}]"))
+        if "conversations" not in record:
+            raise SampleError(f"sample {name!r}: no 'conversations'; it has {sorted(record)}")
+        images = []
+        for field in ("image", "images"):
+            value = record.get(field) or []
+            images += value if isinstance(value, list) else [value]
+        if not all(isinstance(image, str) and image for image in images):
+            raise SampleError(f"sample {name!r}: a picture must be a file name, found {str(images)[:80]}")
+        return Sample(name, record, tuple(self._pictures.picture(image) for image in images))
+
+
+class _Mounts:
+    """Several places of pictures behind one name space; see `SourceConfig.images`."""
+
+    def __init__(self, places: Sequence[str]):
+        self._stores: list[tuple[str, PictureStore]] = []
+        for place in places:
+            prefix, _, path = ("", "", place) if Path(place).exists() else place.rpartition("=")
+            self._stores.append((prefix.rstrip("/") + "/" if prefix else "", open_store(path)))
+
+    def picture(self, name: str) -> Picture:
+        return Picture(name, lambda: self._read(name))
+
+    def _read(self, name: str) -> bytes:
+        if not self._stores:
+            raise UserError(f"{name}: the data has pictures, but no image folder is set; give the source its 'images'")
+        for prefix, store in self._stores:
+            inside = name.removeprefix(prefix)
+            if name.startswith(prefix) and inside in store:
+                return store.read(inside)
+        raise ImageError(f"{name}: no such picture in {', '.join(p + s.path for p, s in self._stores)}")
+
+
+class PictureSource:
+    """Bare pictures: every picture file below a folder or in an archive, in the order of their names."""
+
+    def __init__(self, path: str | Path):
+        self._store = open_store(path)
+        self._names = self._store.names()
+        if not self._names:
+            raise UserError(f"{path}: no picture in it")
+        self.fingerprint = _hash("pictures", *self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Sample:
+        name = self._names[index]
+        return Sample(name, {"id": name, "image": name}, (Picture(name, lambda: self._store.read(name)),))
+
+
+class TfdsSource:
+    """A prepared TensorFlow Datasets split with an `image` feature, read through `tfds.data_source`.
+
+    Pictures stay encoded until they are needed. TensorFlow is not needed, nor is it imported.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str | None = None, caption: str | None = None):
+        import tensorflow_datasets as tfds  # takes a second; nobody else waits for it
+
+        try:
+            decoders = {"image": tfds.decode.SkipDecoding()}
+            self._data = tfds.data_source(name, split=split, data_dir=data_dir, decoders=decoders)
+        except (ValueError, KeyError, AssertionError, FileNotFoundError, NotImplementedError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"TFDS data set {name!r}, split {split!r}, in {data_dir or 'the default folder'}: {reason} "
+                "Prepare it with `tfds build --file_format=array_record`"
+            ) from error
+        features = self._data.dataset_info.features
+        for feature in filter(None, ("image", caption)):
+            if feature not in features:
+                raise UserError(f"TFDS data set {name!r} has no feature {feature!r}; it has {sorted(features)}")
+        self._prefix = f"{name}/{split}"
+        self._caption = caption
+        version = str(self._data.dataset_info.version)
+        self.fingerprint = _hash("tfds", name, version, split, str(caption), str(len(self._data)))
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self._data[index]
+        name = f"{self._prefix}/{index}"
+        sample = {"id": name, "image": name}
+        if self._caption:
+            caption = record[self._caption]
+            caption = caption.decode() if isinstance(caption, bytes) else str(caption)
+            sample["conversations"] = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
+        return Sample(name, sample, (Picture(name, lambda: record["image"]),))
+
+
+class Concatenated:
+    """Several sources as one, in order."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self._sources = list(sources)
+        self._ends = np.cumsum([len(source) for source in sources])
+        self.fingerprint = _hash("concatenated", *(source.fingerprint for source in sources))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self._sources[which][index - (int(self._ends[which - 1]) if which else 0)]
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+class BrokenSamples:
+    """Counts samples that could not be used, logs each once, and ends the run when they are too many.
+
+    One broken sample is always borne, since in a small data set it may exceed any share. Beyond it the share is taken
+    of what was seen so far, but of at least the first 1000 samples (or all, if there are fewer), so that an early
+    pair of broken samples does not end a large run, and a wrong image folder ends it within a few steps.
+
+    Args:
+      total: samples in the data set (or in this process's part of it).
+      max_share: the largest share of broken samples, 0 to 1.
+    """
+
+    def __init__(self, total: int, max_share: float = 0.01):
+        self._total, self._max_share = total, max_share
+        self._seen = 0
+        self._broken: dict[int, str] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self._broken)
+
+    def update(self, seen: int, broken: Sequence[tuple[int, str]]) -> None:
+        """Notes that `seen` more samples were read, of which `broken` (index, reason) could not be used.
+
+        Raises:
+          UserError: too many are broken, or every sample of the data set is. Lists the first few.
+        """
+        self._seen = min(self._seen + seen, self._total)
+        for index, reason in broken:
+            if index not in self._broken:
+                self._broken[index] = reason
+                logger.warning("broken sample skipped (index %d): %s", index, reason)
+        allowed = max(1, self._max_share * max(self._seen, min(self._total, 1000)))
+        if self.count > allowed or self.count == self._total:
+            first = "\n".join(f"  {reason}" for reason in list(self._broken.values())[:5])
+            raise UserError(
+                f"{self.count} of {self._seen} samples read are broken, more than the allowed share of "
+                f"{self._max_share:.1%}. The first of them:\n{first}\n"
+                "Repair the data (is the image folder right?), or raise max_broken"
+            )

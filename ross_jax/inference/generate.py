@@ -1,0 +1,95 @@
+"""Greedy generation with a static key-value cache."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ross_jax.models.language import LanguageModel, empty_cache
+from ross_jax.models.ross import Ross, RossConfig
+
+
+class Generation(NamedTuple):
+    """What was generated.
+
+    Attributes:
+      tokens: new ids; after a row's stop token, the stop token again.
+      lengths: new ids of each row, the stop token included.
+      logits: scores that each id was chosen by, on request.
+    """
+
+    tokens: Int[Array, "batch new"]
+    lengths: Int[Array, " batch"]
+    logits: Float[Array, "batch new vocab"] | None
+
+
+def generate(
+    config: RossConfig,
+    params: Any,
+    tokens: Int[Array, "batch seq"],
+    segments: Int[Array, "batch seq"],
+    images: Float[Array, "batch images height width 3"],
+    image_start: Int[Array, "batch images"],
+    max_new_tokens: int,
+    stop_token: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    return_logits: bool = False,
+) -> Generation:
+    """Extends prompts by the most likely ids. Compile it with the sizes, `stop_token` and flags static.
+
+    Args:
+      params: with `vision`, `projector`, `language`.
+      tokens: prompts, padded on the left to one length; anything at image positions.
+      segments: 1 at a prompt's tokens, 0 at its padding.
+      images: normalised pictures, without any `[batch, 0, height, width, 3]`.
+      image_start: index in the padded row where each picture's tokens begin; `seq` for none.
+      max_new_tokens: at most this many; generation ends earlier when every row has stopped.
+      stop_token: ends a row; None never does.
+      return_logits: also return the scores.
+    """
+    batch, length = tokens.shape
+    ross = Ross(config, dtype)
+    language = LanguageModel(config.language, dtype)
+    tree, text_tree = {"params": params}, {"params": params["language"]}
+
+    projected = ross.apply(tree, images, method="encode_images")
+    embeddings = ross.apply(tree, tokens, projected, image_start, method="embed")
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    cache = empty_cache(config.language, batch, length + max_new_tokens, dtype)
+    output = language.apply(text_tree, embeddings, positions, segments, cache)
+    scores = language.apply(text_tree, output.hidden[:, -1], method="logits")
+
+    stop = -1 if stop_token is None else stop_token
+    new_tokens = jnp.full((batch, max_new_tokens), max(stop, 0), jnp.int32)
+    kept = jnp.zeros((batch, max_new_tokens, config.language.vocab_size), jnp.float32) if return_logits else None
+
+    def unfinished(state):
+        step, _, _, stopped, *_ = state
+        return (step < max_new_tokens) & ~jnp.all(stopped)
+
+    def extend(state):
+        step, scores, cache, stopped, lengths, new_tokens, kept = state
+        chosen = jnp.where(stopped, stop, jnp.argmax(scores, axis=-1)).astype(jnp.int32)
+        new_tokens = new_tokens.at[:, step].set(chosen)
+        lengths = lengths + ~stopped
+        kept = kept.at[:, step].set(scores) if return_logits else None
+        stopped = stopped | (chosen == stop)
+        embedded = language.apply(text_tree, chosen[:, None], method="embed")
+        where = (positions[:, -1] + 1 + step)[:, None]
+        output = language.apply(text_tree, embedded, where, jnp.ones((batch, 1), jnp.int32), cache)
+        scores = language.apply(text_tree, output.hidden[:, 0], method="logits")
+        return step + 1, scores, output.cache, stopped, lengths, new_tokens, kept
+
+    state = (
+        jnp.zeros((), jnp.int32),
+        scores,
+        output.cache,
+        jnp.zeros(batch, bool),
+        jnp.zeros(batch, jnp.int32),
+        new_tokens,
+        kept,
+    )
+    *_, lengths, new_tokens, kept = jax.lax.while_loop(unfinished, extend, state)
+    return Generation(new_tokens, lengths, kept)

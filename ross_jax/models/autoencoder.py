@@ -1,0 +1,231 @@
+"""KL autoencoder: diffusers' `AutoencoderKL`, in the FLUX layout (16 channels, no quant convs) and the LDM / SD ones.
+
+Pictures and latents are channels-last. GroupNorm statistics are float32 whatever the compute dtype.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ross_jax.models.attention import attention
+
+NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of a KL autoencoder.
+
+    Attributes:
+      channels: of each resolution level, finest first.
+      down_attention, up_attention: whether the level's blocks attend (LDM KL-16 does at the coarsest); finest-first for
+        the encoder, coarsest-first for the decoder, as diffusers lists its block types.
+      scaling_factor, shift_factor: latents the denoiser sees are `(sample - shift) * scaling`.
+    """
+
+    channels: tuple[int, ...]
+    layers_per_block: int
+    latent_channels: int
+    norm_groups: int
+    scaling_factor: float
+    shift_factor: float
+    down_attention: tuple[bool, ...]
+    up_attention: tuple[bool, ...]
+    mid_attention: bool = True
+    quant_conv: bool = False
+    post_quant_conv: bool = False
+
+    def __post_init__(self):
+        for name in ("down_attention", "up_attention"):
+            if len(getattr(self, name)) != len(self.channels):
+                raise ValueError(f"{name} must have one value per level ({len(self.channels)})")
+        for channels in self.channels:
+            if channels % self.norm_groups:
+                raise ValueError(f"{channels} channels do not divide into {self.norm_groups} groups")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class Posterior(NamedTuple):
+    """A diagonal Gaussian over latents."""
+
+    mean: Float[Array, "batch rows columns latent"]
+    logvar: Float[Array, "batch rows columns latent"]
+
+    def sample(self, noise: Float[Array, "batch rows columns latent"]) -> Float[Array, "batch rows columns latent"]:
+        """The latents that standard normal `noise` selects."""
+        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+
+
+def _norm(config: AutoencoderConfig, dtype: DTypeLike, name: str) -> nn.GroupNorm:
+    return nn.GroupNorm(config.norm_groups, epsilon=NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def _conv(features: int, size: int, dtype: DTypeLike, name: str) -> nn.Conv:
+    return nn.Conv(features, (size, size), padding="SAME", dtype=dtype, name=name)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised convolutions with a skip."""
+
+    config: AutoencoderConfig
+    features: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]):
+        y = _conv(self.features, 3, self.dtype, "conv1")(nn.silu(_norm(self.config, self.dtype, "norm1")(x)))
+        y = _conv(self.features, 3, self.dtype, "conv2")(nn.silu(_norm(self.config, self.dtype, "norm2")(y)))
+        if x.shape[-1] != self.features:
+            x = _conv(self.features, 1, self.dtype, "shortcut")(x)
+        return x + y
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over all pixels of the feature map, with a skip."""
+
+    config: AutoencoderConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]):
+        batch, height, width, channels = x.shape
+        y = _norm(self.config, self.dtype, "norm")(x).reshape(batch, height * width, channels)
+        query, key, value = (nn.Dense(channels, dtype=self.dtype, name=n)(y) for n in ("query", "key", "value"))
+        y = attention(query[:, :, None], key[:, :, None], value[:, :, None])[:, :, 0]
+        return x + nn.Dense(channels, dtype=self.dtype, name="out")(y).reshape(x.shape)
+
+
+class Level(nn.Module):
+    """The residual (and attention) blocks of one resolution."""
+
+    config: AutoencoderConfig
+    features: int
+    layers: int
+    attends: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]):
+        for i in range(self.layers):
+            x = ResnetBlock(self.config, self.features, self.dtype, name=f"resnet_{i}")(x)
+            if self.attends:
+                x = AttentionBlock(self.config, self.dtype, name=f"attention_{i}")(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Residual, attention, residual at the coarsest resolution."""
+
+    config: AutoencoderConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]):
+        x = ResnetBlock(self.config, x.shape[-1], self.dtype, name="resnet_0")(x)
+        if self.config.mid_attention:
+            x = AttentionBlock(self.config, self.dtype, name="attention_0")(x)
+        return ResnetBlock(self.config, x.shape[-1], self.dtype, name="resnet_1")(x)
+
+
+class Encoder(nn.Module):
+    """Pictures to the parameters of the posterior."""
+
+    config: AutoencoderConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width 3"]):
+        cfg = self.config
+        x = _conv(cfg.channels[0], 3, self.dtype, "conv_in")(x)
+        for i, features in enumerate(cfg.channels):
+            level = Level(cfg, features, cfg.layers_per_block, cfg.down_attention[i], self.dtype, name=f"down_{i}")
+            x = level(x)
+            if i < len(cfg.channels) - 1:
+                down = nn.Conv(features, (3, 3), 2, padding=((0, 1), (0, 1)), dtype=self.dtype, name=f"downsample_{i}")
+                x = down(x)
+        x = MidBlock(cfg, self.dtype, name="mid")(x)
+        x = nn.silu(_norm(cfg, self.dtype, "norm_out")(x))
+        return _conv(2 * cfg.latent_channels, 3, self.dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Latents to pictures."""
+
+    config: AutoencoderConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch rows columns latent"]):
+        cfg = self.config
+        x = _conv(cfg.channels[-1], 3, self.dtype, "conv_in")(x)
+        x = MidBlock(cfg, self.dtype, name="mid")(x)
+        for i, features in enumerate(reversed(cfg.channels)):
+            level = Level(cfg, features, cfg.layers_per_block + 1, cfg.up_attention[i], self.dtype, name=f"up_{i}")
+            x = level(x)
+            if i < len(cfg.channels) - 1:
+                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+                x = _conv(features, 3, self.dtype, f"upsample_{i}")(x)
+        x = nn.silu(_norm(cfg, self.dtype, "norm_out")(x))
+        return _conv(3, 3, self.dtype, "conv_out")(x)
+
+
+class Autoencoder(nn.Module):
+    """Pictures in [-1, 1] to latents and back."""
+
+    config: AutoencoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    def input_spec(self, batch: int = 1, size: int | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the arguments of `__call__`."""
+        size = size or 2 * self.config.downsampling
+        return (jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32),)
+
+    def setup(self):
+        cfg = self.config
+        self.encoder, self.decoder = Encoder(cfg, self.dtype), Decoder(cfg, self.dtype)
+        if cfg.quant_conv:
+            self.quant_conv = nn.Conv(2 * cfg.latent_channels, (1, 1), dtype=self.dtype)
+        if cfg.post_quant_conv:
+            self.post_quant_conv = nn.Conv(cfg.latent_channels, (1, 1), dtype=self.dtype)
+
+    def encode(self, images: Float[Array, "batch height width 3"]) -> Posterior:
+        """The posterior over latents, float32; log-variance clipped to [-30, 20].
+
+        Raises:
+          ValueError: sides that are not multiples of the downsampling.
+        """
+        if images.shape[1] % self.config.downsampling or images.shape[2] % self.config.downsampling:
+            raise ValueError(f"sides of {images.shape} must be multiples of {self.config.downsampling}")
+        moments = self.encoder(images.astype(self.dtype))
+        if self.config.quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+
+    def decode(self, latents: Float[Array, "batch rows columns latent"]) -> Float[Array, "batch height width 3"]:
+        """The picture of raw latents (scaling already undone), float32."""
+        latents = latents.astype(self.dtype)
+        if self.config.post_quant_conv:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents).astype(jnp.float32)
+
+    def normalise(self, latents: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Raw latents to the scale that the denoiser sees."""
+        return (latents - self.config.shift_factor) * self.config.scaling_factor
+
+    def denormalise(self, latents: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The inverse of `normalise`."""
+        return latents / self.config.scaling_factor + self.config.shift_factor
+
+    def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch height width 3"]:
+        """Reconstructs pictures from the posterior's mean."""
+        return self.decode(self.encode(images).mean)

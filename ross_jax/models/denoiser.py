@@ -1,0 +1,217 @@
+"""The denoiser of Ross: a small DiT over latent tokens, conditioned token by token on the visual outputs.
+
+Paper section 4 (Ross^D). Per-token adaLN-Zero: the condition of a token is its visual output plus the timestep
+embedding, so shift, scale and gate differ from token to token.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ross_jax.models.attention import attention
+from ross_jax.models.layers import Mlp, RematPolicy, layer_norm, stack
+
+TIMESTEP_FEATURES = 256
+"""Width of the sinusoidal timestep embedding."""
+CONDITION_EPS = 1e-5
+"""Epsilon of the affine-free LayerNorm on the visual outputs."""
+NORM_EPS = 1e-6
+NUM_HEADS = 16
+"""Heads of every published size."""
+
+
+def default_width(depth: int) -> int:
+    """The reference's width of `denoiser_vit{depth}x`: 1024, 1280 at depth 8, 1536 at depth 12."""
+    return {8: 1280, 12: 1536}.get(depth, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserConfig:
+    """Sizes of a denoiser.
+
+    Attributes:
+      condition_size: width of the visual outputs.
+      latent_size: channels of a latent token.
+      grid: latent tokens per side.
+    """
+
+    condition_size: int
+    latent_size: int
+    grid: int
+    width: int
+    depth: int = 3
+    num_heads: int = NUM_HEADS
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4, as the position table needs")
+
+    @property
+    def num_tokens(self) -> int:
+        """Latent tokens per picture."""
+        return self.grid**2
+
+
+def timestep_embedding(timesteps: Int[Array, " batch"], size: int) -> Float[Array, "batch size"]:
+    """Sinusoids of the timestep, cosines first; an odd `size` is padded with a zero."""
+    half = size // 2
+    freqs = jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timesteps[:, None].astype(jnp.float32) * freqs
+    features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.pad(features, ((0, 0), (0, size % 2)))
+
+
+def position_table(width: int, grid: int) -> np.ndarray:
+    """Fixed 2-D sin-cos table `[grid^2, width]`, float64: the first half of the channels encodes the column."""
+
+    def encode(index: np.ndarray) -> np.ndarray:
+        freqs = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width // 4))
+        angles = index.reshape(-1, 1) * freqs
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+    return np.concatenate([encode(columns), encode(rows)], axis=1)
+
+
+def normalise_condition(visual_outputs: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+    """The reference's `ln_pre`: LayerNorm without affine, float32. Zeros stay zeros."""
+    return layer_norm(CONDITION_EPS, jnp.float32, affine=False).apply({}, visual_outputs.astype(jnp.float32))
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """adaLN: shifts and scales normalised tokens."""
+    return x * (1 + scale) + shift
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional attention with one joint query-key-value projection, as timm's."""
+
+    num_heads: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        width = x.shape[-1]
+        init = nn.initializers.xavier_uniform()
+        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=init, name="qkv")(x)
+        qkv = qkv.reshape(*x.shape[:-1], 3, self.num_heads, width // self.num_heads)
+        y = attention(*(qkv[..., i, :, :] for i in range(3)))
+        return nn.Dense(width, dtype=self.dtype, kernel_init=init, name="out")(y.reshape(x.shape))
+
+
+class DenoiserBlock(nn.Module):
+    """DiT block with per-token modulation; starts as the identity (zero gates)."""
+
+    config: DenoiserConfig
+    dtype: DTypeLike
+    collect: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"], condition: Float[Array, "batch tokens width"]):
+        cfg = self.config
+        zeros = nn.initializers.zeros
+        modulation = nn.Dense(6 * cfg.width, dtype=self.dtype, kernel_init=zeros, name="modulation")(nn.silu(condition))
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+        norm = layer_norm(NORM_EPS, self.dtype, affine=False)
+        attended = SelfAttention(cfg.num_heads, self.dtype, name="attention")(modulate(norm(x), shift1, scale1))
+        x = x + gate1 * attended
+        hidden = int(cfg.width * cfg.mlp_ratio)
+        mlp = Mlp(hidden, "gelu_tanh", self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="mlp")
+        x = x + gate2 * mlp(modulate(norm(x), shift2, scale2))
+        return x, ((attended, x) if self.collect else None)
+
+
+class Denoiser(nn.Module):
+    """Predicts the noise in latent tokens.
+
+    The condition is projected once (`embed_condition`) and serves every noise level drawn for a picture.
+    """
+
+    config: DenoiserConfig
+    dtype: DTypeLike = jnp.float32
+    remat: RematPolicy = "none"
+
+    def input_spec(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the arguments of `__call__`."""
+        cfg = self.config
+        return (
+            jax.ShapeDtypeStruct((batch, cfg.num_tokens, cfg.latent_size), jnp.float32),
+            jax.ShapeDtypeStruct((batch,), jnp.int32),
+            jax.ShapeDtypeStruct((batch, cfg.num_tokens, cfg.condition_size), jnp.float32),
+        )
+
+    def setup(self):
+        cfg = self.config
+        xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
+        normal = nn.initializers.normal(0.02)
+
+        def dense(features: int, init) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, kernel_init=init)
+
+        table = position_table(cfg.width, cfg.grid)
+        self.position_embedding = self.param("position_embedding", lambda _: jnp.asarray(table, jnp.float32))
+        self.latent_embedding = dense(cfg.width, xavier)
+        self.condition_embedding = dense(cfg.width, xavier)
+        self.timestep_in, self.timestep_out = dense(cfg.width, normal), dense(cfg.width, normal)
+        self.final_modulation, self.final = dense(2 * cfg.width, zeros), dense(cfg.latent_size, zeros)
+
+    def embed_condition(self, context: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens width"]:
+        """Projects normalised visual outputs (see `normalise_condition`)."""
+        return self.condition_embedding(nn.silu(context.astype(self.dtype)))
+
+    def __call__(
+        self,
+        noised: Float[Array, "batch tokens latent"],
+        timesteps: Int[Array, " batch"],
+        context: Float[Array, "batch tokens embed"],
+        internals: bool = False,
+    ):
+        """The noise predicted from noised latents and normalised visual outputs; see `denoise`."""
+        return self.denoise(noised, timesteps, self.embed_condition(context), internals)
+
+    @nn.compact
+    def denoise(
+        self,
+        noised: Float[Array, "batch tokens latent"],
+        timesteps: Int[Array, " batch"],
+        condition: Float[Array, "batch tokens width"],
+        internals: bool = False,
+    ):
+        """Predicts noise.
+
+        Args:
+          noised: latent tokens, row by row.
+          timesteps: of the 1000-step process, one per picture.
+          condition: from `embed_condition`.
+          internals: also return what the layers computed.
+
+        Returns:
+          Predicted noise, shaped as `noised`; with `internals` a pair of it and a dictionary of intermediates.
+        """
+        cfg = self.config
+        embedded = self.latent_embedding(noised.astype(self.dtype))
+        features = timestep_embedding(timesteps, TIMESTEP_FEATURES).astype(self.dtype)
+        time = self.timestep_out(nn.silu(self.timestep_in(features)))
+        per_token = time[:, None] + condition
+        x = embedded + self.position_embedding.astype(self.dtype)
+        blocks = stack(DenoiserBlock, cfg.depth, self.remat, constant=1)
+        x, outputs = blocks(cfg, self.dtype, internals, name="blocks")(x, per_token)
+        shift, scale = jnp.split(self.final_modulation(nn.silu(per_token)), 2, axis=-1)
+        x = self.final(modulate(layer_norm(NORM_EPS, self.dtype, affine=False)(x), shift, scale))
+        if not internals:
+            return x
+        return x, {
+            "latent_embedding": embedded,
+            "timestep_embedding": time,
+            "condition_embedding": condition,
+            "attention": outputs[0],
+            "blocks": outputs[1],
+        }

@@ -1,0 +1,243 @@
+"""Language models: the Qwen2 / Qwen2.5 / Qwen3 and Llama 2 / 3 / 3.1 (Vicuna) families, one decoder.
+
+Matches transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausalLM`.
+"""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ross_jax.models.attention import attention, segment_mask
+from ross_jax.models.layers import RematPolicy, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for long contexts: `linear` (Vicuna 16k) or `llama3` (Llama 3.1)."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """Sizes of a decoder.
+
+    Attributes:
+      tied_head: the output head is the embedding; then no `head` is in the tree.
+      qk_norm: RMSNorm on each head's queries and keys (Qwen3).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_head: bool = False
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+
+
+class Cache(NamedTuple):
+    """Keys and values of what has been read; a pytree of static shapes.
+
+    Attributes:
+      keys, values: rotated keys and values of each layer.
+      segments: conversation number of each slot; 0 = padding or not yet filled.
+      length: slots filled, the same for every row (shorter prompts are padded on their left, with segment 0).
+    """
+
+    keys: Float[Array, "layers batch slots kv_heads dim"]
+    values: Float[Array, "layers batch slots kv_heads dim"]
+    segments: Int[Array, "batch slots"]
+    length: Int[Array, ""]
+
+
+class LanguageOutput(NamedTuple):
+    """What `LanguageModel` computes.
+
+    Attributes:
+      hidden: output of the final norm: what head and reconstruction read.
+      cache: filled further, if one was given.
+      hidden_states: on request, the input embeddings, each layer's output, and `hidden` in place of the last.
+    """
+
+    hidden: Float[Array, "batch seq embed"]
+    cache: Cache | None
+    hidden_states: Float[Array, "states batch seq embed"] | None
+
+
+def rotary_frequencies(config: LanguageConfig) -> np.ndarray:
+    """Inverse frequencies `[head_dim / 2]` (radians per position) after scaling."""
+    freqs = 1.0 / config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freqs
+    if scaling.kind == "linear":
+        return freqs / scaling.factor
+    # Llama 3.1: long waves are stretched, short ones kept, those between are blended.
+    wavelengths = 2 * math.pi / freqs
+    blend = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blend = np.clip(blend, 0.0, 1.0)
+    return (1 - blend) * freqs / scaling.factor + blend * freqs
+
+
+def rotate(
+    x: Float[Array, "batch seq heads dim"],
+    cos: Float[Array, "batch seq half"],
+    sin: Float[Array, "batch seq half"],
+) -> Float[Array, "batch seq heads dim"]:
+    """Rotary embedding on the (first half, second half) pairs, in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Decoder(nn.Module):
+    """One layer: causal self-attention and a gated MLP, both pre-normed."""
+
+    config: LanguageConfig
+    dtype: DTypeLike
+    collect: bool = False
+
+    @nn.compact
+    def __call__(self, carry, layer, cos, sin, mask, length):
+        """Carry: hidden states and, when decoding, the keys and values of all layers (updated in place)."""
+        cfg = self.config
+        x, keys, values = carry
+        y = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="attention_norm")(x)
+        query = self._heads(y, cfg.num_heads, "query")
+        key = self._heads(y, cfg.num_kv_heads, "key")
+        value = self._heads(y, cfg.num_kv_heads, "value")
+        if cfg.qk_norm:
+            query = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="query_norm")(query)
+            key = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="key_norm")(key)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if keys is not None:
+            start = (layer, 0, length, 0, 0)
+            keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), start)
+            values = jax.lax.dynamic_update_slice(values, value[None].astype(values.dtype), start)
+            key = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
+            value = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+        y = attention(query, key, value, mask)
+        x = x + self._dense(cfg.hidden_size, cfg.out_bias, "out")(y.reshape(*y.shape[:2], -1))
+        y = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="mlp_norm")(x)
+        y = nn.silu(self._dense(cfg.intermediate_size, cfg.mlp_bias, "gate")(y)) * self._dense(
+            cfg.intermediate_size, cfg.mlp_bias, "up"
+        )(y)
+        x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down")(y)
+        return (x, keys, values), (x if self.collect else None)
+
+    def _dense(self, features: int, bias: bool, name: str) -> nn.Dense:
+        init = nn.initializers.normal(0.02)
+        return nn.Dense(features, use_bias=bias, dtype=self.dtype, kernel_init=init, name=name)
+
+    def _heads(self, x: Float[Array, "batch seq embed"], heads: int, name: str):
+        y = self._dense(heads * self.config.head_dim, self.config.qkv_bias, name)(x)
+        return y.reshape(*y.shape[:2], heads, self.config.head_dim)
+
+
+class LanguageModel(nn.Module):
+    """Embeddings to hidden states to logits."""
+
+    config: LanguageConfig
+    dtype: DTypeLike = jnp.float32
+    remat: RematPolicy = "none"
+
+    def input_spec(self, batch: int = 1, length: int = 2) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the arguments of `__call__`."""
+        ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        return (jax.ShapeDtypeStruct((batch, length, self.config.hidden_size), jnp.float32), ids, ids)
+
+    def setup(self):
+        cfg = self.config
+        init = nn.initializers.normal(0.02)
+        self.embedding = self.param("embedding", init, (cfg.vocab_size, cfg.hidden_size))
+        if not cfg.tied_head:
+            self.head = self.param("head", init, (cfg.hidden_size, cfg.vocab_size))
+        self.final_norm = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype)
+
+    def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
+        """Embeddings of token ids."""
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+
+    def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
+        """Next-token scores, float32."""
+        kernel = self.embedding.T if self.config.tied_head else self.head
+        return jnp.matmul(hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    @nn.compact
+    def __call__(
+        self,
+        embeddings: Float[Array, "batch seq embed"],
+        positions: Int[Array, "batch seq"],
+        segments: Int[Array, "batch seq"],
+        cache: Cache | None = None,
+        hidden_states: bool = False,
+    ) -> LanguageOutput:
+        """Runs the decoder.
+
+        Args:
+          embeddings: of tokens and pictures.
+          positions: rotary position of each, inside its segment.
+          segments: conversation number of each, 0 = padding; attention never crosses it.
+          cache: what came before; `seq` slots are appended. The caller sees to it that they fit.
+          hidden_states: also return every layer's output.
+        """
+        cfg = self.config
+        angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rotary_frequencies(cfg), jnp.float32)
+        keys = values = None
+        length = jnp.zeros((), jnp.int32)
+        if cache is None:
+            mask = segment_mask(segments, segments)
+        else:
+            keys, values, all_segments, length = cache
+            all_segments = jax.lax.dynamic_update_slice(all_segments, segments, (0, length))
+            mask = segment_mask(segments, all_segments, length)
+        x = embeddings.astype(self.dtype)
+        layers = stack(Decoder, cfg.num_layers, self.remat, scanned=1, constant=4)
+        (x, keys, values), states = layers(cfg, self.dtype, hidden_states, name="layers")(
+            (x, keys, values), jnp.arange(cfg.num_layers), jnp.cos(angles), jnp.sin(angles), mask, length
+        )
+        hidden = self.final_norm(x)
+        if cache is not None:
+            cache = Cache(keys, values, all_segments, length + segments.shape[1])
+        if hidden_states:
+            states = jnp.concatenate([embeddings.astype(self.dtype)[None], states[:-1], hidden[None]])
+        return LanguageOutput(hidden, cache, states)
+
+
+def empty_cache(config: LanguageConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> Cache:
+    """A cache for `slots` positions of `batch` rows."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return Cache(
+        jnp.zeros(shape, dtype),
+        jnp.zeros(shape, dtype),
+        jnp.zeros((batch, slots), jnp.int32),
+        jnp.zeros((), jnp.int32),
+    )

@@ -1,0 +1,69 @@
+"""What several models share: norms, activations, and the stacking of identical blocks."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
+RematPolicy = Literal["none", "full", "dots"]
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+}
+
+
+def activate(name: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The activation called `name` (`quick_gelu` is CLIP's)."""
+    return _ACTIVATIONS[name](x)
+
+
+def layer_norm(eps: float, dtype: DTypeLike, *, affine: bool = True, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm with float32 two-pass statistics, as PyTorch computes it."""
+    return nn.LayerNorm(eps, dtype=dtype, use_bias=affine, use_scale=affine, use_fast_variance=False, name=name)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between, as in every transformer block here but the language model's."""
+
+    features: int
+    activation: Activation
+    dtype: DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
+        width = x.shape[-1]
+        x = nn.Dense(self.features, dtype=self.dtype, kernel_init=self.kernel_init, name="up")(x)
+        x = activate(self.activation, x)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=self.kernel_init, name="down")(x)
+
+
+def stack(block: type[nn.Module], length: int, remat: RematPolicy = "none", scanned: int = 0, constant: int = 0):
+    """`length` copies of `block` as one `nn.scan`, so that program size does not grow with depth.
+
+    The block is called as `block(carry, *scanned, *constant) -> (carry, output)`; outputs are stacked, parameters too
+    (leading axis = layer).
+
+    Args:
+      remat: what the backward pass recomputes: nothing (`none`), everything (`full`), all but matrix products (`dots`).
+      scanned: how many of the arguments after the carry are split along their leading axis.
+      constant: how many arguments follow that every layer sees whole.
+    """
+    if remat != "none":
+        policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[remat]
+        block = nn.remat(block, policy=policy, prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0,) * scanned + (nn.broadcast,) * constant,
+        length=length,
+    )

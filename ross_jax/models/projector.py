@@ -1,0 +1,53 @@
+"""The projector from vision features to language embeddings: LLaVA's `linear`, `mlpNx_gelu` and `identity`."""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ross_jax.models.layers import activate
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorConfig:
+    """Sizes of a projector.
+
+    Attributes:
+      kind: `mlp` (`depth` linear layers, exact GELU between; depth 1 is LLaVA's `linear`) or `identity`.
+    """
+
+    kind: Literal["mlp", "identity"]
+    in_size: int
+    out_size: int
+    depth: int = 2
+
+    def __post_init__(self):
+        if self.kind == "mlp" and self.depth < 1:
+            raise ValueError(f"depth {self.depth} must be at least 1")
+        if self.kind == "identity" and self.in_size != self.out_size:
+            raise ValueError(f"an identity cannot map {self.in_size} features to {self.out_size}")
+
+
+class Projector(nn.Module):
+    """Maps each feature on its own."""
+
+    config: ProjectorConfig
+    dtype: DTypeLike = jnp.float32
+
+    def input_spec(self, batch: int = 1, tokens: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the arguments of `__call__`."""
+        return (jax.ShapeDtypeStruct((batch, tokens, self.config.in_size), jnp.float32),)
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "... vision"]) -> Float[Array, "... embed"]:
+        """Projects `[..., in_size]` to `[..., out_size]`."""
+        if self.config.kind == "identity":
+            return features.astype(self.dtype)
+        x = nn.Dense(self.config.out_size, dtype=self.dtype, name="linear_0")(features)
+        for i in range(1, self.config.depth):
+            x = nn.Dense(self.config.out_size, dtype=self.dtype, name=f"linear_{i}")(activate("gelu", x))
+        return x

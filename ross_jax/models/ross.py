@@ -1,0 +1,212 @@
+"""Ross: the composition. Pictures and text to hidden states, and the visual outputs among them.
+
+Nothing here belongs to the reconstruction loss; denoiser and autoencoder are its own (`ross_jax.objectives`), and only
+their configs and parameters live beside the model's.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from ross_jax.models.denoiser import Denoiser, DenoiserConfig
+from ross_jax.models.language import LanguageConfig, LanguageModel
+from ross_jax.models.layers import RematPolicy
+from ross_jax.models.projector import Projector, ProjectorConfig
+from ross_jax.models.vision import VisionConfig, VisionEncoder
+
+TARGET_PIXELS = 16
+"""Pixels per picture token, along a side, in what the reconstruction targets see."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RossConfig:
+    """The components of a model. One that is absent has no parameters: LLaVA has neither denoiser nor autoencoder.
+
+    Attributes:
+      image_mean, image_std: of the vision encoder's normalisation, in [0, 1] units.
+    """
+
+    vision: VisionConfig | None = None
+    projector: ProjectorConfig | None = None
+    language: LanguageConfig | None = None
+    denoiser: DenoiserConfig | None = None
+    autoencoder: AutoencoderConfig | None = None
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self):
+        def same(name: str, left: int, other: str, right: int):
+            if left != right:
+                raise ValueError(f"{name} is {left} but {other} is {right}")
+
+        if self.projector and self.vision:
+            same("projector.in_size", self.projector.in_size, "vision.hidden_size", self.vision.hidden_size)
+        if self.projector and self.language:
+            same(
+                "projector.out_size",
+                self.projector.out_size,
+                "language.hidden_size",
+                self.language.hidden_size,
+            )
+        if self.denoiser and self.language:
+            same(
+                "denoiser.condition_size",
+                self.denoiser.condition_size,
+                "language.hidden_size",
+                self.language.hidden_size,
+            )
+        if self.denoiser and self.vision:
+            same("denoiser.grid", self.denoiser.grid, "vision.grid", self.vision.grid)
+
+    @property
+    def target_size(self) -> int:
+        """Side, in pixels, of the picture that the reconstruction targets are made of."""
+        return self.vision.grid * TARGET_PIXELS
+
+
+class RossOutput(NamedTuple):
+    """What `Ross` computes.
+
+    Attributes:
+      hidden: final-norm hidden states, input of the text loss.
+      visual_outputs: those at the image positions; zeros in empty slots.
+      internals: on request: `vision_hidden_states`, `features`, `projected`, `embeddings`, `hidden_states`.
+    """
+
+    hidden: Float[Array, "batch seq embed"]
+    visual_outputs: Float[Array, "batch images tokens embed"]
+    internals: dict[str, Any] | None
+
+
+def image_positions(
+    image_start: Int[Array, "batch images"], tokens: int, length: int
+) -> Int[Array, "batch picture_tokens"]:
+    """Index in the row of every picture token; empty slots (`image_start >= length`) get distinct ones past its end."""
+    slots = image_start.shape[1]
+    start = jnp.where(image_start < length, image_start, length + jnp.arange(slots) * tokens)
+    return (start[:, :, None] + jnp.arange(tokens)).reshape(image_start.shape[0], slots * tokens)
+
+
+def scatter_pictures(
+    embeddings: Float[Array, "batch seq embed"],
+    projected: Float[Array, "batch images tokens embed"],
+    image_start: Int[Array, "batch images"],
+) -> Float[Array, "batch seq embed"]:
+    """Writes each picture's tokens over its place in the row; empty slots write nothing."""
+    batch, slots, tokens, width = projected.shape
+    index = image_positions(image_start, tokens, embeddings.shape[1])
+    flat = projected.astype(embeddings.dtype).reshape(batch, slots * tokens, width)
+    # Row by row: each row only touches itself, so that sharding the batch needs no communication.
+    return jax.vmap(lambda row, i, new: row.at[i].set(new, mode="drop", unique_indices=True))(embeddings, index, flat)
+
+
+def gather_pictures(
+    hidden: Float[Array, "batch seq embed"], image_start: Int[Array, "batch images"], tokens: int
+) -> Float[Array, "batch images tokens embed"]:
+    """Reads the hidden states at each picture's place; zeros for empty slots."""
+    index = image_positions(image_start, tokens, hidden.shape[1])
+    rows = jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0, unique_indices=True))(hidden, index)
+    return rows.reshape(*image_start.shape, tokens, hidden.shape[-1])
+
+
+class Ross(nn.Module):
+    """Vision encoder, projector and language model as one function of (parameters, batch)."""
+
+    config: RossConfig
+    dtype: DTypeLike = jnp.float32
+    remat: RematPolicy = "none"
+
+    def input_spec(self, batch: int = 1, images: int = 1, length: int | None = None):
+        """Shapes of the arguments of `__call__`."""
+        vision = self.config.vision
+        ids = jax.ShapeDtypeStruct((batch, length or images * vision.num_tokens + 2), jnp.int32)
+        pictures = jax.ShapeDtypeStruct((batch, images, vision.image_size, vision.image_size, 3), jnp.float32)
+        return (ids, ids, ids, pictures, jax.ShapeDtypeStruct((batch, images), jnp.int32))
+
+    def setup(self):
+        cfg = self.config
+        # The encoder is frozen by default, so it is never rematerialised: nothing of it is kept for a backward pass.
+        self.vision = VisionEncoder(cfg.vision, self.dtype)
+        self.projector = Projector(cfg.projector, self.dtype)
+        self.language = LanguageModel(cfg.language, self.dtype, self.remat)
+
+    def encode_images(
+        self, images: Float[Array, "batch images height width 3"]
+    ) -> Float[Array, "batch images tokens embed"]:
+        """Projected tokens of each picture."""
+        features = self.vision(images.reshape(-1, *images.shape[2:]))
+        return self.projector(features).reshape(*images.shape[:2], -1, self.config.projector.out_size)
+
+    def embed(
+        self,
+        tokens: Int[Array, "batch seq"],
+        projected: Float[Array, "batch images tokens embed"],
+        image_start: Int[Array, "batch images"],
+    ) -> Float[Array, "batch seq embed"]:
+        """Embeddings of text with the pictures in their places."""
+        return scatter_pictures(self.language.embed(tokens), projected, image_start)
+
+    def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
+        """Next-token scores, float32."""
+        return self.language.logits(hidden)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+        segments: Int[Array, "batch seq"],
+        images: Float[Array, "batch images height width 3"],
+        image_start: Int[Array, "batch images"],
+        internals: bool = False,
+    ) -> RossOutput:
+        """Runs the model on a batch as design and `ross_jax.data` lay it out.
+
+        Args:
+          tokens: text ids; anything at image positions.
+          positions, segments: of the decoder.
+          images: normalised pictures; what an empty slot holds is ignored.
+          image_start: where each picture's tokens begin; the row's length where the slot is empty.
+          internals: also return what the components computed.
+        """
+        count = self.config.vision.num_tokens
+        collected = {}
+        if internals:
+            features, states = self.vision(images.reshape(-1, *images.shape[2:]), hidden_states=True)
+            projected = self.projector(features).reshape(*images.shape[:2], count, -1)
+            collected = {"vision_hidden_states": states, "features": features, "projected": projected}
+        else:
+            projected = self.encode_images(images)
+        embeddings = self.embed(tokens, projected, image_start)
+        output = self.language(embeddings, positions, segments, hidden_states=internals)
+        visual_outputs = gather_pictures(output.hidden, image_start, count)
+        if not internals:
+            return RossOutput(output.hidden, visual_outputs, None)
+        collected |= {"embeddings": embeddings, "hidden_states": output.hidden_states}
+        return RossOutput(output.hidden, visual_outputs, collected)
+
+
+def components(config: RossConfig) -> dict[str, nn.Module]:
+    """The module of every component that the config has, by its name in the parameter tree."""
+    classes = {
+        "vision": VisionEncoder,
+        "projector": Projector,
+        "language": LanguageModel,
+        "denoiser": Denoiser,
+        "autoencoder": Autoencoder,
+    }
+    return {name: cls(getattr(config, name)) for name, cls in classes.items() if getattr(config, name) is not None}
+
+
+def abstract_params(config: RossConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+    """Shapes of the whole parameter tree, nothing allocated: `{component: {...: ShapeDtypeStruct}}`."""
+    tree = {}
+    for name, module in components(config).items():
+        params = jax.eval_shape(module.init, jax.random.key(0), *module.input_spec()).get("params", {})
+        tree[name] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+    return tree

@@ -1,0 +1,152 @@
+"""Vision encoders: SigLIP and CLIP, one ViT with two configs.
+
+Matches transformers' `SiglipVisionModel` and `CLIPVisionModel` up to the selected hidden layer. The layers above it,
+the final norm and the pooling head are never computed, so they are not in the tree.
+"""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ross_jax.models.attention import attention
+from ross_jax.models.layers import Activation, Mlp, RematPolicy, layer_norm, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of a vision encoder.
+
+    Attributes:
+      kind: `siglip` (biased patch embedding) or `clip` (class token, pre-layernorm).
+      num_layers: layers of the published model.
+      select_layer: which hidden state is the feature, counted as in transformers' `hidden_states`: 0 is the embedding,
+        -1 the last layer's output.
+    """
+
+    kind: Literal["siglip", "clip"]
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    activation: Activation
+    norm_eps: float
+    select_layer: int = -2
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
+        if not -self.num_layers - 1 <= self.select_layer <= self.num_layers:
+            raise ValueError(f"select_layer {self.select_layer} does not exist in {self.num_layers} layers")
+
+    @property
+    def grid(self) -> int:
+        """Patches per side; a remainder of the picture, as 384 = 27 * 14 + 6, is not seen."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Features per picture (N), the class token not counted."""
+        return self.grid**2
+
+    @property
+    def layers_used(self) -> int:
+        """Layers that run, and are in the tree."""
+        return self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    config: VisionConfig
+    dtype: DTypeLike
+    collect: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens embed"]):
+        cfg = self.config
+        y = layer_norm(cfg.norm_eps, self.dtype, name="norm1")(x)
+        x = x + VisionAttention(cfg.num_heads, self.dtype, name="attention")(y)
+        y = layer_norm(cfg.norm_eps, self.dtype, name="norm2")(x)
+        x = x + Mlp(cfg.intermediate_size, cfg.activation, self.dtype, name="mlp")(y)
+        return x, (x if self.collect else None)
+
+
+class VisionAttention(nn.Module):
+    """Bidirectional multi-head attention with biases."""
+
+    num_heads: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
+        width = x.shape[-1]
+        split = (*x.shape[:-1], self.num_heads, width // self.num_heads)
+        query, key, value = (
+            nn.Dense(width, dtype=self.dtype, name=name)(x).reshape(split) for name in ("query", "key", "value")
+        )
+        return nn.Dense(width, dtype=self.dtype, name="out")(attention(query, key, value).reshape(x.shape))
+
+
+class VisionEncoder(nn.Module):
+    """Normalised pictures to patch features."""
+
+    config: VisionConfig
+    dtype: DTypeLike = jnp.float32
+    remat: RematPolicy = "none"
+
+    def input_spec(self, batch: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the arguments of `__call__`."""
+        size = self.config.image_size
+        return (jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32),)
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "batch height width 3"], hidden_states: bool = False):
+        """Encodes pictures.
+
+        Args:
+          images: normalised with the encoder's mean and std, `image_size` pixels square.
+          hidden_states: also return every hidden state.
+
+        Returns:
+          Features `[batch, num_tokens, hidden_size]` of the selected layer, without class token and final norm; with
+          `hidden_states` a pair of them and `[layers_used + 1, batch, tokens, hidden_size]` (class token included).
+
+        Raises:
+          ValueError: pictures of another size.
+        """
+        cfg = self.config
+        if images.shape[1:3] != (cfg.image_size, cfg.image_size):
+            raise ValueError(f"expected pictures of {cfg.image_size} pixels square, found {images.shape}")
+        patches = nn.Conv(
+            cfg.hidden_size,
+            (cfg.patch_size, cfg.patch_size),
+            strides=cfg.patch_size,
+            padding="VALID",
+            use_bias=cfg.kind == "siglip",
+            dtype=self.dtype,
+            name="patch_embedding",
+        )(images)
+        x = patches.reshape(images.shape[0], cfg.num_tokens, cfg.hidden_size)
+        init = nn.initializers.normal(0.02)
+        if cfg.kind == "clip":
+            cls = self.param("class_embedding", init, (cfg.hidden_size,)).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, cfg.hidden_size)), x], axis=1)
+        x = x + self.param("position_embedding", init, (x.shape[1], cfg.hidden_size)).astype(self.dtype)
+        if cfg.kind == "clip":
+            x = layer_norm(cfg.norm_eps, self.dtype, name="pre_norm")(x)
+        states = x[None]
+        if cfg.layers_used:
+            layers = stack(VisionBlock, cfg.layers_used, self.remat)
+            x, outputs = layers(cfg, self.dtype, hidden_states, name="layers")(x)
+            states = jnp.concatenate([states, outputs]) if hidden_states else None
+        features = x[:, 1:] if cfg.kind == "clip" else x
+        return (features, states) if hidden_states else features

@@ -1,0 +1,211 @@
+"""Gaussian diffusion: noise schedules, respacing, and ancestral sampling.
+
+Improved DDPM's process as DiT and the reference use it: cosine schedule, epsilon prediction, fixed large variance.
+Tables are float64 on the host and become float32 when a timestep is looked up.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ross_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Diffusion:
+    """A discrete noising process; every table is indexed by its own step.
+
+    Attributes:
+      betas: `[steps]` variance added at each step.
+      timestep_map: `[steps]` the step of the training process that each stands for: what the network is told.
+    """
+
+    betas: np.ndarray
+    timestep_map: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.betas)
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        """Share of the signal's variance left after each step."""
+        return np.cumprod(1.0 - self.betas)
+
+    @property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        """The same one step earlier; 1 before the first."""
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @property
+    def posterior_variance(self) -> np.ndarray:
+        """Variance of q(x_{t-1} | x_t, x_0)."""
+        return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @property
+    def posterior_mean_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of x_0 and x_t in the mean of q(x_{t-1} | x_t, x_0)."""
+        scale = 1.0 - self.alphas_cumprod
+        start = self.betas * np.sqrt(self.alphas_cumprod_prev) / scale
+        noised = (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - self.betas) / scale
+        return start, noised
+
+    @property
+    def model_variance(self) -> np.ndarray:
+        """Variance of a sampling step (`FIXED_LARGE`): the betas, with the second posterior variance in front."""
+        return np.append(self.posterior_variance[1], self.betas[1:])
+
+
+def cosine_betas(steps: int = 1000, max_beta: float = 0.999) -> np.ndarray:
+    """Betas of Improved DDPM's squared-cosine schedule."""
+
+    def signal(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return np.array([min(1 - signal((i + 1) / steps) / signal(i / steps), max_beta) for i in range(steps)])
+
+
+def space_timesteps(steps: int, request: str | Sequence[int]) -> list[int]:
+    """Which of `steps` to keep, ascending.
+
+    Args:
+      request: `"ddimN"` for N steps at one fixed stride; `"50"` for 50 spread evenly; or `"10,15,20"`, a count for each
+        of several equal sections.
+
+    Raises:
+      ConfigError: no such stride, or a section asked for more steps than it has.
+    """
+    if isinstance(request, str) and request.startswith("ddim"):
+        count = _integer(request.removeprefix("ddim"), request)
+        for stride in range(1, steps):
+            if len(range(0, steps, stride)) == count:
+                return list(range(0, steps, stride))
+        raise ConfigError(f"respacing {request!r}: no fixed stride takes {count} of {steps} steps")
+    if isinstance(request, str):
+        request = [_integer(part, request) for part in request.split(",")]
+    base, extra = divmod(steps, len(request))
+    kept, first = [], 0
+    for i, count in enumerate(request):
+        size = base + (i < extra)
+        if not 1 <= count <= size:
+            raise ConfigError(f"respacing {request!r}: section {i} has {size} steps, {count} asked for")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        # Repeated addition, not multiplication: ties of `round` fall as in the reference.
+        position = 0.0
+        for _ in range(count):
+            kept.append(first + round(position))
+            position += stride
+        first += size
+    return sorted(set(kept))
+
+
+def _integer(text: str, request: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"respacing {request!r}: {text!r} is not a number of steps") from None
+
+
+def make_diffusion(betas: np.ndarray | None = None, respacing: str | Sequence[int] | None = None) -> Diffusion:
+    """The training process (default: cosine, 1000 steps), or one respaced to fewer steps for sampling."""
+    betas = cosine_betas() if betas is None else np.asarray(betas, np.float64)
+    full = Diffusion(betas, np.arange(len(betas), dtype=np.int32))
+    if respacing is None:
+        return full
+    kept = np.array(space_timesteps(full.steps, respacing), np.int32)
+    signal = full.alphas_cumprod[kept]
+    return Diffusion(1.0 - signal / np.append(1.0, signal[:-1]), kept)
+
+
+def lookup(table: np.ndarray, steps: Int[Array, " batch"], ndim: int) -> Float[Array, "batch ..."]:
+    """Entries of a table, float32, shaped to broadcast over `ndim` axes of a batch."""
+    return jnp.asarray(table, jnp.float32)[steps].reshape(-1, *(1,) * (ndim - 1))
+
+
+def add_noise(
+    process: Diffusion,
+    start: Float[Array, "batch ..."],
+    steps: Int[Array, " batch"],
+    noise: Float[Array, "batch ..."],
+) -> Float[Array, "batch ..."]:
+    """x_t: the sample of q(x_t | x_0) that `noise` selects."""
+    signal = process.alphas_cumprod
+    return lookup(np.sqrt(signal), steps, start.ndim) * start + lookup(np.sqrt(1.0 - signal), steps, start.ndim) * noise
+
+
+class StepDistribution(NamedTuple):
+    """p(x_{t-1} | x_t): mean, and per item variance and its logarithm; with the x_0 it supposes."""
+
+    mean: Float[Array, "batch ..."]
+    variance: Float[Array, " batch"]
+    log_variance: Float[Array, " batch"]
+    start: Float[Array, "batch ..."]
+
+
+def step_distribution(
+    process: Diffusion,
+    predicted: Float[Array, "batch ..."],
+    noised: Float[Array, "batch ..."],
+    steps: Int[Array, " batch"],
+    clip: bool = False,
+) -> StepDistribution:
+    """The distribution of the next, less noised sample.
+
+    Args:
+      predicted: the network's noise.
+      noised: x_t.
+      steps: of `process`, not of the training process.
+      clip: clip the supposed x_0 to [-1, 1].
+    """
+    signal, ndim = process.alphas_cumprod, noised.ndim
+    start = (
+        lookup(np.sqrt(1.0 / signal), steps, ndim) * noised
+        - lookup(np.sqrt(1.0 / signal - 1.0), steps, ndim) * predicted
+    )
+    if clip:
+        start = jnp.clip(start, -1.0, 1.0)
+    of_start, of_noised = process.posterior_mean_coefficients
+    mean = lookup(of_start, steps, ndim) * start + lookup(of_noised, steps, ndim) * noised
+    variance = process.model_variance
+    return StepDistribution(mean, lookup(variance, steps, 1), lookup(np.log(variance), steps, 1), start)
+
+
+def sample_ancestral(
+    process: Diffusion,
+    predict: Callable[[Float[Array, "batch ..."], Int[Array, " batch"]], Float[Array, "batch ..."]],
+    initial: Float[Array, "batch ..."],
+    noise: Float[Array, "steps batch ..."],
+    temperature: float = 1.0,
+    clip: bool = False,
+) -> Float[Array, "steps batch ..."]:
+    """Ancestral sampling as one scan.
+
+    Args:
+      process: often respaced.
+      predict: the network's noise from x_t and the timestep of the training process.
+      initial: x_T.
+      noise: standard normal, in the order of execution (most noised step first); the last is not used.
+      temperature: multiplies the noise added at each step.
+      clip: clip the supposed x_0 to [-1, 1].
+
+    Returns:
+      The sample after each step; the last is the result.
+    """
+
+    def step(noised, inputs):
+        index, fresh = inputs
+        steps = jnp.full(noised.shape[:1], index)
+        predicted = predict(noised, jnp.asarray(process.timestep_map)[steps])
+        mean, _, log_variance, _ = step_distribution(process, predicted, noised, steps, clip)
+        deviation = jnp.where(index > 0, jnp.exp(0.5 * log_variance) * temperature, 0.0)
+        noised = mean + deviation.reshape(-1, *(1,) * (noised.ndim - 1)) * fresh
+        return noised, noised
+
+    return jax.lax.scan(step, initial, (jnp.arange(process.steps - 1, -1, -1), noise))[1]

@@ -1,0 +1,156 @@
+"""The arrays of a batch say what the conversations say."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ross_jax.data.batches import BATCH_FIELDS, RowShape, empty_batch, expand, place
+from ross_jax.data.packing import PackingConfig
+
+X = -100
+P = -200
+
+
+def encoded(ids, labels) -> SimpleNamespace:
+    return SimpleNamespace(input_ids=np.array(ids, np.int32), labels=np.array(labels, np.int32))
+
+
+def test_expand_an_example():
+    result = expand(encoded([11, P, 12, 13, P, 14], [X, X, 12, X, X, 14]), image_tokens=3)
+    assert result.tokens.tolist() == [11, 0, 0, 0, 12, 13, 0, 0, 0, 14]
+    # The last position of a picture predicts the text that follows it.
+    assert result.targets.tolist() == [X, X, X, 12, X, X, X, X, 14, X]
+    assert result.image_start.tolist() == [1, 6]
+    assert result.supervised == 2
+    assert {array.dtype for array in result} == {np.dtype(np.int32)}
+
+
+def test_the_first_label_is_no_target():
+    result = expand(encoded([5, 6], [5, 6]), 3)
+    assert result.targets.tolist() == [6, X] and result.supervised == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens", "targets", "starts"),
+    [
+        (PackingConfig(10, 2), 10, 2, [1, 6]),
+        (PackingConfig(9, 2), 9, 1, [1, 6]),  # the picture just fits; the last answer is gone
+        (PackingConfig(8, 2), 6, 1, [1]),  # the second picture would be cut: it goes, and all after it
+        (PackingConfig(10, 1), 6, 1, [1]),
+        (PackingConfig(4, 2), 4, 0, [1]),
+        (PackingConfig(3, 2), 1, 0, []),
+        (PackingConfig(10, 2, supervised=1), 9, 1, [1, 6]),
+    ],
+)
+def test_truncation_never_cuts_a_picture(limits, tokens, targets, starts):
+    result = expand(encoded([11, P, 12, 13, P, 14], [X, X, 12, X, X, 14]), 3, limits)
+    assert (len(result.tokens), result.supervised, result.image_start.tolist()) == (tokens, targets, starts)
+
+
+def test_truncation_may_leave_nothing():
+    result = expand(encoded([P, 11], [X, 11]), 3, PackingConfig(2, 1))
+    assert [len(array) for array in result] == [0, 0, 0]
+
+
+CONVERSATIONS = st.lists(st.tuples(st.sampled_from([P, 3, 4, 5]), st.booleans()), min_size=1, max_size=12).map(
+    lambda items: encoded([i for i, _ in items], [i if s and i != P else X for i, s in items])
+)
+
+
+def slow_expand(conversation, image_tokens):
+    """The definition, one token at a time: (token, label, starts a picture, inside a picture)."""
+    result = []
+    for token, label in zip(conversation.input_ids.tolist(), conversation.labels.tolist(), strict=True):
+        if token == P:
+            result += [(0, X, k == 0, True) for k in range(image_tokens)]
+        else:
+            result.append((token, label, False, False))
+    return result
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    CONVERSATIONS,
+    st.integers(1, 4),
+    st.builds(PackingConfig, st.integers(1, 20), st.integers(0, 3), st.none() | st.integers(1, 4)),
+)
+def test_expand_and_truncate_by_definition(conversation, image_tokens, limits):
+    whole = slow_expand(conversation, image_tokens)
+    result = expand(conversation, image_tokens)
+    assert result.tokens.tolist() == [item[0] for item in whole]
+    assert result.targets.tolist() == [item[1] for item in whole[1:]] + [X]
+    assert result.image_start.tolist() == [i for i, item in enumerate(whole) if item[2]]
+
+    cut = expand(conversation, image_tokens, limits)
+    end = len(cut.tokens)
+    assert cut.tokens.tolist() == result.tokens[:end].tolist()
+    assert cut.targets.tolist() == ([*result.targets[: end - 1].tolist(), X] if end else [])
+    assert end <= limits.length and len(cut.image_start) <= limits.images
+    assert limits.supervised is None or cut.supervised <= limits.supervised
+    assert all(start + image_tokens <= end for start in cut.image_start)
+    if end < len(whole):  # as long as possible: the next token or picture does not fit
+        longer = whole[: end + (image_tokens if whole[end][2] else 1)]
+        assert (
+            len(longer) > limits.length
+            or sum(item[2] for item in longer) > limits.images
+            or (limits.supervised is not None and sum(i[1] != X for i in longer[1:]) > limits.supervised)
+        )
+
+
+SHAPE = RowShape(length=12, images=3, image_tokens=3, image_size=2)
+
+
+def picture(value: int) -> np.ndarray:
+    return np.full((2, 2, 3), value, np.uint8)
+
+
+def example(broken: bool):
+    batch = empty_batch(2, SHAPE)
+    one = expand(encoded([11, P, 12], [X, X, 12]), 3)
+    two = expand(encoded([P, 21, 22], [X, 21, 22]), 3)
+    if not broken:
+        place(batch, 1, one, [picture(1)], start=0, slot=0, segment=1, first_image_id=70)
+    place(batch, 1, two, [picture(2)], start=5, slot=1, segment=2, first_image_id=80)
+    return batch
+
+
+def test_place_an_example():
+    batch = example(broken=False)
+    assert set(batch) == set(BATCH_FIELDS)
+    assert batch["tokens"][1].tolist() == [11, 0, 0, 0, 12, 0, 0, 0, 21, 22, 0, 0]
+    assert batch["targets"][1].tolist() == [X, X, X, 12, X, X, X, 21, 22, X, X, X]
+    assert batch["positions"][1].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0]
+    assert batch["segments"][1].tolist() == [1] * 5 + [2] * 5 + [0, 0]
+    assert batch["image_start"][1].tolist() == [1, 5, 12]
+    assert batch["image_ids"][1].tolist() == [70, 80, 0]
+    assert batch["images"][1, :, 0, 0, 0].tolist() == [1, 2, 0]
+    for name, value in empty_batch(1, SHAPE).items():
+        np.testing.assert_array_equal(batch[name][0], value[0])
+
+
+def test_dtypes_and_shapes():
+    batch = example(broken=False)
+    shapes = {name: (array.dtype.name, array.shape) for name, array in batch.items()}
+    assert shapes == {
+        "tokens": ("int32", (2, 12)),
+        "targets": ("int32", (2, 12)),
+        "positions": ("int32", (2, 12)),
+        "segments": ("int32", (2, 12)),
+        "images": ("uint8", (2, 3, 2, 2, 3)),
+        "image_start": ("int32", (2, 3)),
+        "image_ids": ("uint32", (2, 3)),
+    }
+
+
+def test_a_broken_conversation_moves_nothing():
+    whole, broken = example(broken=False), example(broken=True)
+    for name in ("tokens", "targets", "positions", "segments"):
+        np.testing.assert_array_equal(broken[name][1, 5:], whole[name][1, 5:])
+    assert broken["segments"][1, :5].tolist() == [0] * 5
+    assert (broken["targets"][1, :5] == X).all()
+    assert broken["image_start"][1].tolist() == [12, 5, 12]
+    assert broken["image_ids"][1].tolist() == [0, 80, 0]
+    assert broken["images"][1, :, 0, 0, 0].tolist() == [0, 2, 0]

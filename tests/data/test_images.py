@@ -1,0 +1,263 @@
+"""Pictures equal the reference bit for bit; odd files are handled or refused by name."""
+
+import hashlib
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.numpy import load_file
+
+from ross_jax.config import ConfigError, UserError, freeze, thaw
+from ross_jax.data.images import (
+    ImageConfig,
+    ImageError,
+    decode,
+    decode_official,
+    normalise,
+    preprocess,
+    read_image_config,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "image_preprocessing"
+RECORDS = json.loads((GOLDEN / "records.json").read_text())
+SLICES = load_file(GOLDEN / "slices.safetensors")
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def sha256(channels_last: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(channels_last.transpose(2, 0, 1)).tobytes()).hexdigest()
+
+
+def golden_pixels(record: dict, decoder=decode) -> tuple[np.ndarray, ImageConfig]:
+    config = read_image_config(RECORDS["processors"][record["processor"]], record["mode"])
+    image = decoder((GOLDEN / f"{record['image']}.png").read_bytes(), record["image"])
+    return preprocess(image, config), config
+
+
+@pytest.mark.parametrize("decoder", [decode, decode_official])
+@pytest.mark.parametrize("record", RECORDS["records"], ids=lambda r: "-".join((r["processor"], r["mode"], r["image"])))
+def test_equals_reference(record, decoder):
+    pixels, config = golden_pixels(record, decoder)
+    values = normalise(pixels, config)
+    assert pixels.dtype == np.uint8 and values.dtype == np.float32
+    assert sha256(pixels) == record["sha256_uint8_chw"]
+    assert sha256(values) == record["sha256_float32_chw"]
+    name = f"{record['processor']}/{record['mode']}/{record['image']}"
+    index = SLICES[f"{record['processor']}/index"]
+    np.testing.assert_array_equal(values[index][:, index].transpose(2, 0, 1), SLICES[f"{name}/strided32"])
+
+
+def bilinear(image: np.ndarray, size: int) -> np.ndarray:
+    """Half-pixel centres, no antialiasing."""
+    where = np.clip((np.arange(size) + 0.5) * len(image) / size - 0.5, 0, len(image) - 1)
+    low = np.floor(where).astype(int)
+    high, share = np.minimum(low + 1, len(image) - 1), where - low
+    rows = image[low] * (1 - share)[:, None, None] + image[high] * share[:, None, None]
+    return rows[:, low] * (1 - share)[None, :, None] + rows[:, high] * share[None, :, None]
+
+
+@pytest.mark.parametrize(("processor", "size"), [("siglip384", 432), ("clip336", 384)])
+def test_uint8_picture_holds_what_the_autoencoder_sees(processor, size):
+    image = "photo_astronaut_120x90"
+    record = next(r for r in RECORDS["records"] if (r["processor"], r["mode"], r["image"]) == (processor, "pad", image))
+    pixels, _ = golden_pixels(record)
+    values = bilinear(pixels / 127.5 - 1, size)
+    index = SLICES[f"{processor}/pad/{image}/images_vae_index"]
+    expected = SLICES[f"{processor}/pad/{image}/images_vae_strided32"]
+    np.testing.assert_allclose(values[index][:, index].transpose(2, 0, 1), expected, atol=2e-5)  # float32 weights
+
+
+# What the processor's file says
+
+
+def test_processor_files(tmp_path):
+    clip = {**RECORDS["processors"]["clip336"], "do_center_crop": True}
+    config = read_image_config(clip, "square")
+    assert (config.size, config.shortest_edge, config.mode, config.resample) == (336, 336, "square", 3)
+    # openai/clip-vit-large-patch14-336 holds plain integers
+    assert read_image_config({**clip, "size": 336, "crop_size": 336}, "square") == config
+    assert read_image_config({**clip, "size": {"shortest_edge": 400}}).shortest_edge == 400
+    siglip = read_image_config(RECORDS["processors"]["siglip384"])
+    assert (siglip.size, siglip.shortest_edge, siglip.mode) == (384, None, "pad")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(clip))
+    assert read_image_config(tmp_path, "square") == config
+    assert freeze(ImageConfig, thaw(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": None}, "size is None"),
+        ({"size": {"height": 3, "width": 4}}, "no square"),
+        ({"image_mean": None}, "image_mean is missing"),
+        ({"image_std": (1, 0, 1)}, "must be positive"),
+        ({"do_resize": False}, "do_resize is false"),
+        ({"resample": 9}, "resample 9"),
+    ],
+)
+def test_unusable_processor_files(change, message):
+    values = {**RECORDS["processors"]["siglip384"], **change}
+    with pytest.raises(ConfigError, match=message):
+        read_image_config({k: v for k, v in values.items() if v is not None})
+
+
+def test_missing_and_corrupt_processor_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json: cannot be read"):
+        read_image_config(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is no JSON"):
+        read_image_config(tmp_path)
+    with pytest.raises(ValueError, match="below size"):
+        ImageConfig(size=10, shortest_edge=9)
+
+
+# Modes
+
+
+def test_modes_show_what_they_should():
+    thirds = np.zeros((100, 300, 3), np.uint8)
+    thirds[:, :100], thirds[:, 100:200], thirds[:, 200:] = RED, GREEN, BLUE
+    image = Image.fromarray(thirds)
+
+    def run(mode, shortest_edge=None):
+        return preprocess(image, ImageConfig(30, mode=mode, shortest_edge=shortest_edge, resample=0))
+
+    assert (run("crop") == GREEN).all()
+    assert (run("square", 30) == GREEN).all()
+    squashed = run("square")
+    assert [tuple(squashed[15, x]) for x in (5, 15, 25)] == [RED, GREEN, BLUE]
+    padded = run("pad")
+    assert [tuple(padded[15, x]) for x in (5, 15, 25)] == [RED, GREEN, BLUE]
+    assert (padded[[0, 9, 20, 29]] == 127).all()
+
+
+@pytest.mark.parametrize("mode", ["pad", "square", "crop"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (7, 5)])
+@pytest.mark.parametrize("shortest_edge", [None, 40])
+def test_every_shape_becomes_the_square(mode, size, shortest_edge):
+    pixels = preprocess(Image.new("RGB", size, RED), ImageConfig(32, mode=mode, shortest_edge=shortest_edge))
+    assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+def test_extreme_aspect_ratio_is_refused(mode):
+    image = Image.new("RGB", (200_000, 1))
+    with pytest.raises(ImageError, match=r"strip\.png: 200000 x 1 would become"):
+        preprocess(image, ImageConfig(384, mode=mode), "strip.png")
+
+
+# Files
+
+
+def plain(mode: str, colour) -> bytes:
+    return encode(Image.new(mode, (8, 6), colour))
+
+
+def sixteen_bit(value: int) -> bytes:
+    return encode(Image.fromarray(np.full((6, 8), value, np.uint16)))
+
+
+def palette_with_transparency() -> bytes:
+    image = Image.new("P", (8, 6), 1)
+    image.putpalette([*BLUE, *GREEN])
+    return encode(image, transparency=1)
+
+
+def animation(kind: str) -> bytes:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in (GREEN, RED)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    return encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+
+
+HANDLED = {
+    "rgb": (plain("RGB", GREEN), GREEN),
+    "rgba": (plain("RGBA", (*GREEN, 0)), GREEN),
+    "grey": (plain("L", 77), (77, 77, 77)),
+    "grey_alpha": (plain("LA", (77, 9)), (77, 77, 77)),
+    "bilevel": (plain("1", 1), WHITE),
+    "palette": (palette_with_transparency(), GREEN),
+    "grey_16_bit": (sixteen_bit(128 * 257), (128, 128, 128)),
+    "white_16_bit": (sixteen_bit(65535), WHITE),
+    "cmyk": (encode(Image.new("CMYK", (8, 6), (255, 0, 255, 0)), "JPEG", quality=100), GREEN),
+    "gif": (animation("GIF"), GREEN),
+    "webp": (animation("WEBP"), GREEN),
+    "tiff": (encode(Image.new("RGB", (8, 6), GREEN), "TIFF"), GREEN),
+    "bmp": (encode(Image.new("RGB", (8, 6), GREEN), "BMP"), GREEN),
+    "array": (np.full((6, 8, 3), GREEN, np.uint8), GREEN),
+    "grey_array": (np.full((6, 8, 1), 77, np.uint8), (77, 77, 77)),
+}
+
+
+@pytest.mark.parametrize("name", HANDLED)
+def test_handled(name):
+    data, colour = HANDLED[name]
+    image = decode(data, name)
+    assert (image.mode, image.size) == ("RGB", (8, 6))
+    np.testing.assert_allclose(np.asarray(image), np.broadcast_to(colour, (6, 8, 3)), atol=2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    upright = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 10)
+    stored_as = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions, each undone by that tag
+    stored = upright.transpose(Image.Transpose(stored_as[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(stored, exif=exif)
+    np.testing.assert_array_equal(np.asarray(decode(data, "x")), np.asarray(upright))
+    np.testing.assert_array_equal(np.asarray(decode_official(data, "x")), np.asarray(stored))
+
+
+def bomb() -> bytes:
+    """A small PNG whose header says 20000 x 20000."""
+    data = bytearray(plain("L", 0))
+    header = b"IHDR" + struct.pack(">II", 20000, 20000) + bytes(data[24:29])
+    data[12:29], data[29:33] = header, struct.pack(">I", zlib.crc32(header))
+    return bytes(data)
+
+
+NOISE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8))
+REFUSED = {
+    "empty": (b"", "empty, or no picture"),
+    "text": (b"<html>404</html>", "no picture that Pillow can read"),
+    "truncated_jpeg": (encode(NOISE, "JPEG")[:1500], "broken picture"),
+    "truncated_png": (encode(NOISE)[:5000], "broken picture"),
+    "bomb": (bomb(), "decompression bomb"),
+    "float": (encode(Image.new("F", (4, 4)), "TIFF"), "32-bit samples"),
+    "int": (encode(Image.new("I", (4, 4)), "TIFF"), "32-bit samples"),
+    "array": (np.zeros((4, 4, 7), np.uint8), "broken picture"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+    data, message = REFUSED[name]
+    with pytest.raises(ImageError, match=f"folder/{name}: .*{message}"):
+        decode(data, f"folder/{name}")
+    assert issubclass(ImageError, UserError)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_damaged_files_never_raise_anything_else(data):
+    source = bytearray(encode(NOISE.resize((16, 16)), data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF"]))))
+    for _ in range(data.draw(st.integers(1, 8))):
+        source[data.draw(st.integers(0, len(source) - 1))] = data.draw(st.integers(0, 255))
+    for decoder in (decode, decode_official):
+        try:
+            assert decoder(bytes(source), "x").mode == "RGB"
+        except ImageError as error:
+            assert str(error).startswith("x: ")
