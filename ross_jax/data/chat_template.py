@@ -111,8 +111,8 @@ class ChatTemplate:
 
 def _unstable(where: str) -> ConversationError:
     return ConversationError(
-        f"{where}: the chat template is not prefix-stable: it prints this turn differently once others follow, so the "
-        "answers cannot be told from the rest; choose another template, or mend the tokenizer's chat template"
+        f"{where}: the chat template is not prefix-stable: what it prints around this turn depends on the text or on "
+        "what follows, so answers cannot be told from the rest; choose another template, or mend this one"
     )
 
 

@@ -18,6 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 from grain.experimental import DatasetOptions, WithOptionsIterDataset
+from grain.sources import RandomAccessDataSource
 
 from ross_jax.config import UserError
 from ross_jax.data.batches import Batch, Encoded, Expanded, RowShape, empty_batch, expand, place
@@ -112,7 +113,7 @@ def expand_sample(sample: Sample, encode: Encode, packing: PackingConfig, image_
     return expanded
 
 
-def _read_in_order(items: Sequence[Any], start: int, config: DataConfig) -> grain.DatasetIterator:
+def _read_in_order(items: RandomAccessDataSource, start: int, config: DataConfig) -> grain.DatasetIterator:
     """Iterates over `items[start:]` in order, read ahead by threads or worker processes."""
     threads = 0 if config.workers else config.threads
     ahead = max(config.prefetch, threads) if threads else 0
@@ -198,26 +199,30 @@ class _Steps:
     def __init__(self, pipeline: "Pipeline", process: int, processes: int):
         self._pipeline = pipeline
         self._rows = pipeline.rows_per_step // processes
-        self._first_row = process * self._rows
+        self._offset = process * self._rows
 
     def __len__(self) -> int:
         return self._pipeline.steps
 
     def __getitem__(self, step: int) -> tuple[Batch, int, list[tuple[int, str]]]:
         pipeline = self._pipeline
-        plan, row = pipeline.locate(step)
+        lengths = pipeline.lengths
+        plan, first_row = pipeline.locate(step)
         batch, seen, broken = empty_batch(self._rows, pipeline.shape), 0, []
-        for r in range(self._rows):
+        for row in range(self._rows):
             start = slot = 0
-            for segment, index in enumerate(plan.row(row + self._first_row + r).tolist(), start=1):
-                where = dict(start=start, slot=slot, segment=segment, first_image_id=pipeline.first_image_ids[index])
+            for segment, index in enumerate(plan.row(first_row + self._offset + row).tolist(), start=1):
                 try:
-                    place(batch, r, *pipeline.read(index), **where)
+                    conversation, pictures = pipeline.read(index)
                 except (SampleError, ImageError) as error:
                     broken.append((index, str(error)))
+                else:
+                    image_id = int(pipeline.first_image_ids[index])
+                    where = dict(start=start, slot=slot, segment=segment, first_image_id=image_id)
+                    place(batch, row, conversation, pictures, **where)
                 seen += 1
-                start += int(pipeline.lengths.tokens[index])
-                slot += int(pipeline.lengths.images[index])
+                start += int(lengths.tokens[index])
+                slot += int(lengths.images[index])
         return batch, seen, broken
 
 

@@ -23,7 +23,7 @@ from ross_jax.data.images import ImageError
 
 logger = logging.getLogger(__name__)
 
-_BLANK = re.compile(r"[\s\ufeff]*")  # a byte order mark is blank too
+_BLANK = re.compile(r"[ \t\n\r\ufeff]*")  # a byte order mark is blank too
 
 
 class SampleError(UserError):

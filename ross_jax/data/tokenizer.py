@@ -85,7 +85,7 @@ def _check_vocabulary(folder: Path) -> None:
 
 
 def _order_merges(tokenizer: Any, model_file: Path) -> None:
-    """Orders the merges of a converted SentencePiece model by score, as Hugging Face's own `tokenizer.json` has them."""
+    """Orders the merges of a converted SentencePiece model by score, as Hugging Face's `tokenizer.json` has them."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model["type"] != "BPE" or not model["byte_fallback"]:
         return
@@ -123,6 +123,10 @@ class TextEncoder:
         self.start: tuple[int, ...] = tuple(full[: _find(full, plain)])
         # SentencePiece-like tokenizers put a space in front of a text's first word, which is wrong in mid-sequence.
         self._has_dummy_prefix = self._after("\n", "a") not in (None, plain)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._plain("a")  # switches the copied tokenizer to text as text, before several threads use it
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """The ids of `text`, without special tokens.

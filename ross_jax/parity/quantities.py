@@ -1,0 +1,413 @@
+"""Every quantity that a golden file can hold, computed by this project, under the golden file's names."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from ross_jax.convert.importing import SCOPES, TABLES
+from ross_jax.convert.mapping import expand, flatten
+from ross_jax.inference.generate import generate
+from ross_jax.models.autoencoder import Autoencoder
+from ross_jax.models.denoiser import Denoiser, normalise_condition
+from ross_jax.models.ross import Ross, RossConfig, RossOutput
+from ross_jax.models.vision import VisionEncoder
+from ross_jax.objectives.diffusion import add_noise, make_diffusion, sample_ancestral, step_distribution
+from ross_jax.objectives.reconstruction import (
+    DenoiseObjective,
+    Draw,
+    group_latents,
+    official_mean,
+    target_pixels,
+)
+from ross_jax.objectives.text import next_token_loss
+from ross_jax.parity.golden import IGNORE, Golden, Merged, merge
+
+TRAINED = ("language", "projector", "denoiser")
+"""Components whose gradients the reference records."""
+
+Params = dict[str, Any]
+
+
+class Group(NamedTuple):
+    """A part of a golden file, ready to be computed.
+
+    Attributes:
+      compute: parameters -> values by golden name. Pure, so it is compiled once for any number of checkpoints.
+      valid: for values that mean something only at some positions, which (broadcast from the left).
+    """
+
+    compute: Callable[[Params], dict[str, Any]]
+    valid: dict[str, np.ndarray] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What is known of a reference checkpoint beside its parameters.
+
+    Attributes:
+      whole: the config with every layer of the vision tower.
+      selected: index of the feature among the tower's hidden states.
+      max_length: rows are cut to it after pictures are in.
+    """
+
+    whole: RossConfig
+    selected: int
+    max_length: int
+
+    @property
+    def config(self) -> RossConfig:
+        """The config with the layers that training runs."""
+        return dataclasses.replace(
+            self.whole, vision=dataclasses.replace(self.whole.vision, select_layer=self.selected)
+        )
+
+    def used(self, params: Params) -> Params:
+        """The tree without the layers above the feature."""
+        vision = dict(params["vision"])
+        layers = jax.tree.map(lambda leaf: leaf[: self.selected], vision.pop("layers"))
+        return {**params, "vision": {**vision, "layers": layers} if self.selected else vision}
+
+
+def to_grid(tokens: jax.Array) -> jax.Array:
+    """[batch, tokens, channels] to the reference's [batch, channels, rows, columns]."""
+    return rearrange(tokens, "b (h w) c -> b c h w", h=round(tokens.shape[1] ** 0.5))
+
+
+def from_grid(grid: np.ndarray) -> jax.Array:
+    """The inverse of `to_grid`."""
+    return rearrange(jnp.asarray(grid), "b c h w -> b (h w) c")
+
+
+def channels_first(images: jax.Array) -> jax.Array:
+    """NHWC to NCHW."""
+    return rearrange(images, "b h w c -> b c h w")
+
+
+def channels_last(images: np.ndarray) -> jax.Array:
+    """NCHW to NHWC."""
+    return rearrange(jnp.asarray(images), "b c h w -> b h w c")
+
+
+class Batch(NamedTuple):
+    """A batch, ready for the model.
+
+    Attributes:
+      pictures: [batch, slots, height, width, 3] normalised.
+      targets: shifted labels.
+      real: [batch, slots] 1 where there is a picture.
+    """
+
+    merged: Merged
+    pictures: jax.Array
+    targets: np.ndarray
+    real: np.ndarray
+
+
+def make_batch(
+    reference: Reference, golden: Golden, prefix: str, pictures: jax.Array, left: bool = False, rows: Any = slice(None)
+) -> Batch:
+    """A batch of recorded ids; `rows` selects some of them."""
+    ids, labels, mask = (golden.take(f"{prefix}{name}")[rows] for name in ("input_ids", "labels", "attention_mask"))
+    count, limit = reference.config.vision.num_tokens, reference.max_length
+    if prefix == "edge/truncate/in/":  # recorded with room for eight text tokens
+        limit = count + 8
+    merged = merge(ids, labels, mask, count, limit, left)
+    targets = np.pad(merged.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+    real = (merged.image_start < merged.tokens.shape[1]).astype(np.float32)
+    return Batch(merged, pictures[merged.image_rows], targets, real)
+
+
+def run(config: RossConfig, params: Params, batch: Batch, internals: bool = False) -> RossOutput:
+    """The model's forward pass on a batch."""
+    merged = batch.merged
+    text = (jnp.asarray(array) for array in (merged.tokens, merged.positions, merged.mask))
+    start = jnp.asarray(merged.image_start)
+    return Ross(config).apply({"params": params}, *text, batch.pictures, start, internals)
+
+
+def text_loss(config: RossConfig, params: Params, batch: Batch, hidden: jax.Array) -> jax.Array:
+    """Mean cross entropy over the batch's supervised tokens."""
+
+    def logits(states):
+        return Ross(config).apply({"params": params}, states, method="logits")
+
+    total, count = next_token_loss(hidden, jnp.asarray(batch.targets), logits, chunk=64)
+    return total / count
+
+
+def forward(reference: Reference, golden: Golden) -> Group:
+    """`vision/*`, `merge/*`, `llm/*`: the evaluation-mode forward pass."""
+    pictures = channels_last(golden.take("inputs/pixel_values"))
+    batch = make_batch(reference, golden, "inputs/", pictures)
+    config = reference.config
+
+    def compute(params: Params) -> dict[str, Any]:
+        encoder = VisionEncoder(reference.whole.vision)
+        _, states = encoder.apply({"params": params["vision"]}, pictures, hidden_states=True)
+        params = reference.used(params)
+        projected = Ross(config).apply({"params": params}, pictures[:, None], method="encode_images")
+        output = run(config, params, batch, internals=True)
+        return {
+            "vision/hidden_states": states,
+            "vision/features": states[reference.selected][:, -config.vision.num_tokens :],
+            "vision/projected": projected[:, 0],
+            **merged_quantities("merge/", batch, output.internals["embeddings"]),
+            "llm/hidden_states": output.internals["hidden_states"],
+            "llm/logits": Ross(config).apply({"params": params}, output.hidden, method="logits"),
+            "llm/lm_loss": text_loss(config, params, batch, output.hidden),
+        }
+
+    valid = batch.merged.mask.astype(bool)
+    return Group(compute, {"llm/hidden_states": valid[None], "llm/logits": valid})
+
+
+def merged_quantities(prefix: str, batch: Batch, embeddings: jax.Array) -> dict[str, Any]:
+    """What `prepare_inputs_labels_for_multimodal` returns; padded embeddings are zero there."""
+    merged = batch.merged
+    return {
+        f"{prefix}inputs_embeds": embeddings * merged.mask[..., None],
+        f"{prefix}labels": merged.labels,
+        f"{prefix}attention_mask": merged.mask,
+        f"{prefix}position_ids": merged.positions,
+        f"{prefix}boi_ids": merged.first,
+        f"{prefix}eoi_ids": merged.last,
+    }
+
+
+def autoencoder(reference: Reference, golden: Golden) -> Group:
+    """`vae/*`."""
+    pictures = channels_last(golden.take("inputs/pixel_values"))
+    module = Autoencoder(reference.config.autoencoder)
+    window = DenoiseObjective(reference.config).window
+
+    def compute(params: Params) -> dict[str, Any]:
+        variables = {"params": params["autoencoder"]}
+        pixels = target_pixels(reference.config, pictures)
+        posterior = module.apply(variables, pixels, method="encode")
+        latents = module.normalise(posterior.mean)
+        decoded = module.apply(variables, module.denormalise(latents[:1]), method="decode")
+        return {
+            "vae/images_vae": channels_first(pixels),
+            "vae/posterior_mean": channels_first(posterior.mean),
+            "vae/posterior_logvar": channels_first(posterior.logvar),
+            "vae/latents_mean": channels_first(latents),
+            "vae/z_q_mean": to_grid(group_latents(latents, window)),
+            "vae/decoded": channels_first(decoded),
+        }
+
+    return Group(compute)
+
+
+def recorded_draw(golden: Golden, rows: int) -> Draw:
+    """The reference's draws for the first `rows` pictures; it repeats the batch, draw by draw."""
+    draws = len(golden.take("vm/t")) // len(golden.take("vm/posterior_noise"))
+    timesteps = golden.take("vm/t")[: rows * draws].reshape(draws, rows).T
+    noise = rearrange(from_grid(golden.take("vm/noise")[: rows * draws]), "(k b) n c -> b k n c", k=draws)
+    return Draw(jnp.asarray(timesteps), noise, channels_last(golden.take("vm/posterior_noise")[:rows]))
+
+
+class Losses(NamedTuple):
+    """The losses of a training-mode forward pass, and what the reconstruction loss read."""
+
+    text: jax.Array
+    reconstruction: jax.Array
+    total: jax.Array
+    draws: jax.Array
+    visual_outputs: jax.Array
+
+
+def training_losses(config: RossConfig, params: Params, batch: Batch, draw: Draw) -> Losses:
+    """The reference's training-mode losses (`compat = "official"`): every row counts, with a picture or without."""
+    objective = DenoiseObjective(config, draws=draw.timesteps.shape[1])
+    output = run(config, params, batch)
+    text = text_loss(config, params, batch, output.hidden)
+    visual_outputs = output.visual_outputs[:, 0]
+    draws = objective.draw_losses(params, visual_outputs, objective.targets(params, batch.pictures[:, 0]), draw)
+    reconstruction = official_mean(draws.mean(axis=1), jnp.asarray(batch.real[:, 0]), objective.draws)
+    return Losses(text, reconstruction, text + reconstruction, draws, visual_outputs)
+
+
+def loss_quantities(prefix: str, losses: Losses) -> dict[str, Any]:
+    """Losses under the reference's names; items are ordered draw by draw."""
+    return {
+        f"{prefix}lm_loss": losses.text,
+        f"{prefix}vm_loss": losses.reconstruction,
+        f"{prefix}total_loss": losses.total,
+        f"{prefix}loss_per_item": losses.draws.T.reshape(-1),
+    }
+
+
+def reconstruction(reference: Reference, golden: Golden) -> Group:
+    """`vm/*`, `grad/*`, `grad_norms/*`: the training-mode forward and backward pass."""
+    pictures = channels_last(golden.take("inputs/pixel_values"))
+    batch = make_batch(reference, golden, "inputs/", pictures)
+    draw = recorded_draw(golden, len(pictures))
+    config = reference.config
+    objective = DenoiseObjective(config, draws=draw.timesteps.shape[1])
+
+    def compute(params: Params) -> dict[str, Any]:
+        params = reference.used(params)
+
+        def total(trained: Params) -> tuple[jax.Array, Losses]:
+            losses = training_losses(config, {**params, **trained}, batch, draw)
+            return losses.total, losses
+
+        gradients, losses = jax.grad(total, has_aux=True)({name: params[name] for name in TRAINED})
+        context = normalise_condition(losses.visual_outputs)
+        latents = objective.latents(objective.targets(params, batch.pictures[:, 0]), draw.posterior_noise)
+        timesteps, noise = draw.timesteps[:, 0], draw.noise[:, 0]
+        noised = add_noise(objective.process, latents, timesteps, noise)
+        predicted = Denoiser(config.denoiser).apply({"params": params["denoiser"]}, noised, timesteps, context)
+        named = dict(foreign_names(config, gradients))
+        trained = {name: value for name, value in named.items() if not name.endswith(".pos_embed")}
+        return {
+            **loss_quantities("vm/", losses),
+            "vm/image_hidden_states": losses.visual_outputs,
+            "vm/ln_pre": context,
+            "vm/context": to_grid(context),
+            "vm/z_q": to_grid(latents),
+            "vm/x_t": to_grid(noised),
+            "vm/pred_eps": to_grid(predicted),
+            **{f"grad/{name}": value for name, value in named.items()},
+            **{f"grad_norms/{name}": jnp.sqrt(jnp.sum(jnp.square(value))) for name, value in trained.items()},
+        }
+
+    return Group(compute)
+
+
+def foreign_names(config: RossConfig, tree: Params) -> Iterator[tuple[str, jax.Array]]:
+    """Leaves of a parameter-shaped tree under the reference's names and in its layouts."""
+    for component, leaves in tree.items():
+        flat = flatten(leaves)
+        table = TABLES[component](getattr(config, component))
+        for piece in expand(table, {path: leaf.shape for path, leaf in flat.items()}):
+            leaf = flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer]
+            named = piece.transform.to_theirs(leaf)
+            for key in (piece.key, *(copy for copy, of in table.copies.items() if of == piece.key)):
+                yield SCOPES[component] + key, named
+
+
+def denoiser(reference: Reference, golden: Golden) -> Group:
+    """`denoiser/*`: the network and the process on recorded inputs."""
+    process = make_diffusion()
+    timesteps = jnp.asarray(golden.take("denoiser/t"))
+    start, noise, context = (from_grid(golden.take(f"denoiser/{name}")) for name in ("x_start", "noise", "context"))
+    module = Denoiser(reference.config.denoiser)
+
+    def compute(params: Params) -> dict[str, Any]:
+        noised = add_noise(process, start, timesteps, noise)
+        variables = {"params": params["denoiser"]}
+        predicted, internal = module.apply(variables, noised, timesteps, context, internals=True)
+        step = step_distribution(process, predicted, noised, timesteps)
+        values = {
+            "x_t": to_grid(noised),
+            "pred_eps": to_grid(predicted),
+            "loss_per_sample": jnp.mean(jnp.square(noise - predicted), axis=(1, 2)),
+            "pos_embed": params["denoiser"]["position_embedding"][None],
+            "internal/x_emb": internal["latent_embedding"],
+            "internal/t_emb": internal["timestep_embedding"],
+            "internal/z_emb": internal["condition_embedding"],
+            "p_mean_variance/mean": to_grid(step.mean),
+            "p_mean_variance/pred_xstart": to_grid(step.start),
+            "p_mean_variance/variance": step.variance,
+            "p_mean_variance/log_variance": step.log_variance,
+        }
+        for i in range(reference.config.denoiser.depth):
+            values |= {f"internal/block{i}": internal["blocks"][i], f"internal/block{i}_attn": internal["attention"][i]}
+        return {f"denoiser/{name}": value for name, value in values.items()}
+
+    return Group(compute)
+
+
+def sampling(reference: Reference, golden: Golden) -> Group:
+    """`sample/*`: ancestral sampling with recorded noise."""
+    context, initial = (from_grid(golden.take(f"sample/{name}")) for name in ("context", "init_noise"))
+    recorded = golden.take("sample/step_noise")
+    process = make_diffusion(respacing=str(len(recorded)))
+    noise = rearrange(jnp.asarray(recorded), "s b c h w -> s b (h w) c")
+    module = Denoiser(reference.config.denoiser)
+    names = [name for name in golden.children("sample/") if name.startswith(("trajectory", "final"))]
+
+    def compute(params: Params) -> dict[str, Any]:
+        def predict(noised, timesteps):
+            return module.apply({"params": params["denoiser"]}, noised, timesteps, context)
+
+        values: dict[str, Any] = {"sample/timestep_map": process.timestep_map}
+        for name in names:  # such as final_clip_denoised_temperature_0.7
+            temperature = float(name.partition("temperature_")[2] or 1.0)
+            states = sample_ancestral(process, predict, initial, noise, temperature, "clip_denoised" in name)
+            states = rearrange(states, "s b (h w) c -> s b c h w", h=reference.config.denoiser.grid)
+            values[f"sample/{name}"] = states if name.startswith("trajectory") else states[-1]
+        return values
+
+    return Group(compute)
+
+
+def generation(reference: Reference, golden: Golden) -> Group:
+    """`generate/*`: greedy decoding of recorded prompts."""
+    pictures = channels_last(golden.take("inputs/pixel_values"))
+    prompts = {}
+    for name in golden.children("generate/"):
+        ids = golden.take(f"generate/{name}/input_ids")
+        used = golden.take(f"generate/{name}/pixel_values_index") if golden.has(f"generate/{name}/pixel") else 0
+        picture = pictures[np.atleast_1d(used)][None]
+        count = reference.config.vision.num_tokens
+        merged = merge(ids, np.full_like(ids, IGNORE), np.ones_like(ids), count, reference.max_length)
+        prompts[name] = merged, picture, golden.tensors[f"generate/{name}/new_tokens"].shape[-1]
+
+    def compute(params: Params) -> dict[str, Any]:
+        values, params = {}, reference.used(params)
+        for name, (merged, picture, steps) in prompts.items():
+            tokens, mask, start = (jnp.asarray(array) for array in (merged.tokens, merged.mask, merged.image_start))
+            result = generate(reference.config, params, tokens, mask, picture, start, steps, return_logits=True)
+            values[f"generate/{name}/new_tokens"] = result.tokens
+            values[f"generate/{name}/logits"] = result.logits[0]
+        return values
+
+    return Group(compute)
+
+
+def edges(reference: Reference, golden: Golden) -> Group:
+    """`edge/*`: padding sides, truncation, several pictures, and batches with and without pictures."""
+    pictures = channels_last(golden.take("inputs/pixel_values"))
+    config = reference.config
+    merges, batches = {}, {}
+    for name in golden.children("edge/"):
+        prefix = f"edge/{name}/"
+        if golden.has(f"{prefix}in/"):
+            used = pictures[golden.take(f"{prefix}in/pixel_values_index")]
+            merges[prefix] = make_batch(reference, golden, f"{prefix}in/", used, left=name == "left_padding")
+        else:
+            rows = golden.take(f"{prefix}sample_index")
+            batch = make_batch(reference, golden, "inputs/", pictures[rows], rows=rows)
+            batches[prefix] = batch, recorded_draw(golden, len(rows))
+
+    def compute(params: Params) -> dict[str, Any]:
+        values, params = {}, reference.used(params)
+        for prefix, batch in merges.items():
+            tokens, start = jnp.asarray(batch.merged.tokens), jnp.asarray(batch.merged.image_start)
+            projected = Ross(config).apply({"params": params}, batch.pictures, method="encode_images")
+            embeddings = Ross(config).apply({"params": params}, tokens, projected, start, method="embed")
+            values |= merged_quantities(prefix, batch, embeddings)
+        for prefix, (batch, draw) in batches.items():
+            values |= loss_quantities(prefix, training_losses(config, params, batch, draw))
+        return values
+
+    return Group(compute)
+
+
+GROUPS: dict[str, tuple[Callable[[Reference, Golden], Group], tuple[str, ...]]] = {
+    "vision/": (forward, ("vision", "projector", "language")),
+    "vae/": (autoencoder, ("vision", "autoencoder")),
+    "vm/": (reconstruction, ("vision", "projector", "language", "denoiser", "autoencoder")),
+    "denoiser/": (denoiser, ("denoiser",)),
+    "sample/": (sampling, ("denoiser",)),
+    "generate/": (generation, ("vision", "projector", "language")),
+    "edge/": (edges, ("vision", "projector", "language", "denoiser", "autoencoder")),
+}
+"""Prefix of the names that make a group worth computing -> the group, and the components that it needs."""
