@@ -8,6 +8,8 @@ RUNTIME = [
     "optax>=0.2.8",  # optimizers and schedules
     "orbax-checkpoint>=0.12",  # sharded, asynchronous checkpoints
     "transformers>=5.0",  # tokenizers and configs of the Hugging Face models (never its torch code)
+    "jinja2>=3.1",  # renders the chat templates that tokenizers carry (transformers asks for it)
+    "sentencepiece>=0.2",  # tokenizers that come as tokenizer.model alone, as Vicuna's (transformers asks for it)
     "safetensors>=0.8",  # the file format of foreign checkpoints
     "huggingface-hub>=1.0",  # downloads, only when the user names a hub id
     "grain>=0.2.12",  # data loading, shuffling, packing algorithm
@@ -38,7 +40,7 @@ EXTRAS = {
         "ruff>=0.8",  # lint and format
     ],
     "parity": [
-        "torch>=2.4",  # the reference implementations run on it
+        "torch==2.13.0",  # the reference implementations run on it; the version the goldens were recorded with
         "diffusers>=0.30",  # reference AutoencoderKL
     ],
 }

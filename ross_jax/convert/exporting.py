@@ -119,6 +119,7 @@ def _write_component(
                 values = np.ascontiguousarray(piece.transform.to_theirs(ours))
                 writer.write(scope + key, values.astype(DTYPES[infos[scope + key][0]], copy=False))
             progress(f"{component.name}/{path}")
+            del leaf, ours, values  # before the next is restored: two of the largest would not fit the bound
     for key, info in (component.unused or {}).items():
         if infos[scope + key][0] == info.tag:
             writer.write_raw(scope + key, component.unused.read_raw(key))

@@ -63,7 +63,9 @@ class DenoiserConfig:
 def timestep_embedding(timesteps: Int[Array, " batch"], size: int) -> Float[Array, "batch size"]:
     """Sinusoids of the timestep, cosines first; an odd `size` is padded with a zero."""
     half = size // 2
-    freqs = jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    # Rounded where torch rounds: a frequency off by its last bit shifts the angle of t = 999 by 6e-5 radians.
+    exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    freqs = np.exp(exponents, dtype=np.float64).astype(np.float32)
     angles = timesteps[:, None].astype(jnp.float32) * freqs
     features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jnp.pad(features, ((0, 0), (0, size % 2)))

@@ -91,8 +91,12 @@ class LanguageOutput(NamedTuple):
 
 
 def rotary_frequencies(config: LanguageConfig) -> np.ndarray:
-    """Inverse frequencies `[head_dim / 2]` (radians per position) after scaling."""
-    freqs = 1.0 / config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    """Inverse frequencies `[head_dim / 2]` (radians per position) after scaling, float32.
+
+    Rounded where torch rounds: at position 1e5 a frequency off by its last bit turns a pair by 1e-2 radians.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    freqs = 1.0 / np.power(config.rope_theta, exponents, dtype=np.float64).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return freqs
@@ -210,7 +214,7 @@ class LanguageModel(nn.Module):
           hidden_states: also return every layer's output.
         """
         cfg = self.config
-        angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rotary_frequencies(cfg), jnp.float32)
+        angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(cfg)
         keys = values = None
         length = jnp.zeros((), jnp.int32)
         if cache is None:

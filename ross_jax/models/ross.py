@@ -141,7 +141,11 @@ class Ross(nn.Module):
     ) -> Float[Array, "batch images tokens embed"]:
         """Projected tokens of each picture."""
         features = self.vision(images.reshape(-1, *images.shape[2:]))
-        return self.projector(features).reshape(*images.shape[:2], -1, self.config.projector.out_size)
+        return self._by_row(self.projector(features), images)
+
+    def _by_row(self, projected: Float[Array, "pictures tokens embed"], images: Array):
+        # No -1 for the tokens: a batch without pictures would leave it undecided.
+        return projected.reshape(*images.shape[:2], *projected.shape[1:])
 
     def embed(
         self,
@@ -178,7 +182,7 @@ class Ross(nn.Module):
         collected = {}
         if internals:
             features, states = self.vision(images.reshape(-1, *images.shape[2:]), hidden_states=True)
-            projected = self.projector(features).reshape(*images.shape[:2], count, -1)
+            projected = self._by_row(self.projector(features), images)
             collected = {"vision_hidden_states": states, "features": features, "projected": projected}
         else:
             projected = self.encode_images(images)

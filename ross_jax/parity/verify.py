@@ -66,12 +66,12 @@ class Verifier:
 
     def __init__(self, reference: Reference, golden: Golden):
         self._golden = golden
-        self._groups = {
+        self.groups = {
             prefix: build(reference, golden)
             for prefix, (build, needs) in GROUPS.items()
             if golden.has(prefix) and all(getattr(reference.config, name) is not None for name in needs)
         }
-        self._compiled = {prefix: jax.jit(group.compute) for prefix, group in self._groups.items()}
+        self._compiled = {prefix: jax.jit(group.compute) for prefix, group in self.groups.items()}
 
     def rows(self, params: Params, rtol: float = 1e-4, only: Collection[str] | None = None) -> list[Row]:
         """Computes everything, and compares it.
@@ -87,7 +87,7 @@ class Verifier:
         values: dict[str, Any] = {}
         valid: dict[str, np.ndarray] = {}
         with jax.default_matmul_precision("highest"):
-            for prefix, group in self._groups.items():
+            for prefix, group in self.groups.items():
                 if only is None or prefix in only:
                     values |= self._compiled[prefix](params)
                     valid |= group.valid

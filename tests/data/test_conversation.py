@@ -468,6 +468,21 @@ def test_a_chat_template_that_refuses_one_conversation():
         encode(record(("system", "x"), ("human", "Hi"), ("gpt", "Yo")))
 
 
+def test_a_chat_template_whose_frame_depends_on_the_text():
+    tokenizer = byte_level_tokenizer()
+    frame = "message['role'] }}{{ '?' if '?' in message['content'] else '.' }}"
+    tokenizer.chat_template = CHATML.replace("message['role'] }}", frame).replace("assistant\n", "assistant.\n")
+    encode = build_encoder("chatml", tokenizer)
+    assert encode(record("Hi", "Yo")).num_supervised
+    with pytest.raises(ConversationError, match=r"sample 's', turn 0: the chat template is not prefix-stable"):
+        encode(record("Hi?", "Yo"))
+
+
+def test_a_chat_template_brings_its_own_start_token():
+    tokenizer, encode = tiny_encoder("chatml", "sentencepiece")  # one that would add <s> to texts
+    assert full_text(tokenizer, encode(record("Hi", "Yo")).input_ids).startswith("<|im_start|>system\nYou")
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.text("an A.|>x é", min_size=1, max_size=8), min_size=2, max_size=6))
 def test_chatml_equals_apply_chat_template(texts):

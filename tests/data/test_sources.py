@@ -147,7 +147,7 @@ def test_a_changed_archive_is_noticed(tmp_path):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("escape", [True, False])
 def test_json_and_jsonl_hold_the_same(tmp_path, indent, escape):
-    (tmp_path / "a.json").write_text(json.dumps(RECORDS, indent=indent, ensure_ascii=escape) + "\n")
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(RECORDS, indent=indent, ensure_ascii=escape) + "\n")
     lines = [json.dumps(record, ensure_ascii=escape) for record in RECORDS]
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(lines) + "\r\n")
     for name in ("a.json", "a.jsonl"):

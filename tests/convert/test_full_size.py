@@ -1,0 +1,140 @@
+"""Import and export of full-size checkpoints of random weights: bit for bit, in bounded memory."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ross_jax.convert import known
+from ross_jax.convert.autoencoder import autoencoder_config
+from ross_jax.convert.importing import SCOPES, TABLES
+from ross_jax.convert.language import language_config
+from ross_jax.convert.mapping import expand, flatten
+from ross_jax.convert.safetensors_writer import SafetensorsWriter
+from ross_jax.convert.tensors import open_tensors
+from ross_jax.convert.vision import vision_config
+from ross_jax.models.denoiser import DenoiserConfig
+from ross_jax.models.projector import ProjectorConfig
+from ross_jax.models.ross import RossConfig, abstract_params
+
+REPOSITORY = Path(__file__).parents[2]
+TOWER, AUTOENCODER = "google/siglip-so400m-patch14-384", "black-forest-labs/FLUX.1-dev/vae"
+QWEN2_7B = {
+    "model_type": "ross_qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+}
+VICUNA_13B = {
+    "model_type": "ross_llama",
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+}
+ROSS = {
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "mm_vision_tower": TOWER,
+    "mm_vision_select_layer": -2,
+    "mm_hidden_size": 1152,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_inv_projector_type": "denoiser_vit3x",
+    "mm_pixel_decoder": AUTOENCODER,
+    "image_embed_len": 729,
+    "decode_image_size": 432,
+}
+
+
+def shapes(settings: dict) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the full checkpoint, tensors that we never use included."""
+    family = settings["model_type"].removeprefix("ross_")
+    language = language_config(family, settings, "config.json")
+    tower = vision_config(known.VISION_TOWERS[TOWER], "tower")
+    object.__setattr__(tower, "select_layer", -1)
+    config = RossConfig(
+        vision=tower,
+        projector=ProjectorConfig("mlp", 1152, language.hidden_size, 2),
+        language=language,
+        denoiser=DenoiserConfig(language.hidden_size, 64, 27, 1024, 3),
+        autoencoder=autoencoder_config(known.AUTOENCODERS[AUTOENCODER], "vae"),
+    )
+    found = {}
+    for name, tree in abstract_params(config).items():
+        prefix = SCOPES[name] + ("vision_model." if name == "vision" else "")
+        table = TABLES[name](getattr(config, name))
+        for piece in expand(table, {path: leaf.shape for path, leaf in flatten(tree).items()}):
+            found[prefix + piece.key] = piece.shape
+    head = SCOPES["vision"] + "vision_model."
+    found |= {head + "post_layernorm.weight": (1152,), head + "post_layernorm.bias": (1152,)}
+    found |= {head + "head.probe": (1, 1, 1152), head + "head.attention.in_proj_weight": (3456, 1152)}
+    return found
+
+
+def write_checkpoint(folder: Path, settings: dict) -> dict[str, str]:
+    """Random finite bfloat16 weights; returns the digest of each tensor."""
+    infos = {key: ("BF16", shape) for key, shape in shapes(settings).items()}
+    rng, digests = np.random.default_rng(0), {}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    with SafetensorsWriter(folder, "model", infos) as writer:
+        for key, (_, shape) in infos.items():
+            bits = rng.integers(0, 2**16, size=shape, dtype=np.uint16)
+            bits &= 0xBFFF  # the exponent stays below that of infinity
+            writer.write(key, bits.view(ml_dtypes.bfloat16))
+            digests[key] = hashlib.blake2b(bits.tobytes(), digest_size=16).hexdigest()
+    return digests
+
+
+def convert(*args: str) -> float:
+    """Runs the launcher; returns the most memory that it held at once, in GB."""
+    command = [sys.executable, str(REPOSITORY / "launch" / "convert.py"), *args]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, f"{args} failed"
+    return usage.ru_maxrss * 1024 / 1e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "disk", "limit"),
+    [pytest.param(QWEN2_7B, 36, 12.0, id="qwen2_7b"), pytest.param(VICUNA_13B, 60, 17.0, id="vicuna_13b")],
+)
+def test_full_size_round_trip(tmp_path, settings, disk, limit):
+    """Recorded with jax 0.10.2, orbax-checkpoint 0.12.8: see the README's table of conversions."""
+    if settings is VICUNA_13B and "ROSS_TEST_13B" not in os.environ:
+        pytest.skip("set ROSS_TEST_13B=1 for the 13B conversion (60 GB of disk, some 10 minutes)")
+    if shutil.disk_usage(tmp_path).free < disk * 1e9:
+        pytest.skip(f"needs {disk} GB of free disk")
+    source, model, back = tmp_path / "source", tmp_path / "model", tmp_path / "back"
+    digests = write_checkpoint(source, {**ROSS, **settings})
+    try:
+        importing = convert("import", "--from", str(source), "--output", str(model))
+        shutil.rmtree(source)
+        exporting = convert("export", "--from", str(model), "--format", "ross", "--output", str(back))
+        shutil.rmtree(model)
+        print(f"\npeak memory: import {importing:.2f} GB, export {exporting:.2f} GB")
+        assert max(importing, exporting) < limit
+        with open_tensors(back) as files:
+            assert sorted(files) == sorted(digests)
+            for key, digest in digests.items():
+                assert hashlib.blake2b(files.read_raw(key).tobytes(), digest_size=16).hexdigest() == digest, key
+    finally:
+        for folder in (source, model, back):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,396 @@
+"""A run's batches depend on the step alone: not on processes, workers, restarts, or what is broken."""
+
+import io
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ross_jax.config import ConfigError, UserError, freeze
+from ross_jax.data.images import ImageConfig, decode_official
+from ross_jax.data.packing import PackingConfig
+from ross_jax.data.pipeline import DataConfig, Pipeline, open_pipeline
+from ross_jax.data.sources import SourceConfig
+
+IMAGE_TOKENS, SIZE = 4, 8
+COUNT = 60
+
+
+@dataclass(frozen=True)
+class WordEncoder:
+    """Stands in for a tokenizer: a word is its length, answers are supervised."""
+
+    longer: int = 0
+
+    def __call__(self, record):
+        ids, labels = [], []
+        for message in record["conversations"]:
+            if message["value"] == "refuse":
+                raise UserError(f"sample {record['id']!r}: refused")
+            words = message["value"].split() + ["x"] * self.longer
+            some = [-200 if word == "<image>" else len(word) for word in words]
+            ids += some
+            labels += some if message["from"] == "gpt" else [-100] * len(some)
+        return SimpleNamespace(input_ids=np.array(ids, np.int32), labels=np.array(labels, np.int32))
+
+
+def write_data(folder: Path, count: int = COUNT) -> Path:
+    """Sample i has i % 3 pictures; picture values and text lengths tell samples apart."""
+    random = np.random.RandomState(3)
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for i in range(count):
+        names = [f"{i}_{k}.png" for k in range(i % 3)]
+        for k, name in enumerate(names):
+            Image.new("RGB", (5, 7), (i, k, 99)).save(folder / "images" / name)
+        answer = " ".join("w" * (1 + i % 50) for _ in range(random.randint(2, 9)))
+        record = {
+            "id": f"s{i}",
+            "conversations": [
+                {"from": "human", "value": " ".join(["<image>"] * len(names) + ["why"])},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        records.append({**record, "image": names} if names else record)
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+def change_record(folder: Path, index: int, **values) -> None:
+    records = json.loads((folder / "data.json").read_text())
+    records[index].update(values)
+    (folder / "data.json").write_text(json.dumps(records))
+
+
+def config_for(folder: Path, **changes) -> DataConfig:
+    source = SourceConfig(str(folder / "data.json"), images=(str(folder / "images"),))
+    packing = PackingConfig(length=24, images=3)
+    return replace(DataConfig(sources=(source,), packing=packing, batch=12, threads=2, seed=1), **changes)
+
+
+def open_(config: DataConfig, encode=None, **kwargs) -> Pipeline:
+    kwargs = {"multiple": 6, **kwargs}
+    return open_pipeline(config, encode or WordEncoder(), ImageConfig(SIZE), IMAGE_TOKENS, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    pipeline = open_(config_for(folder, epochs=2))
+    return pipeline, list(pipeline.batches())
+
+
+def assert_equal(batch, other):
+    assert sorted(batch) == sorted(other)
+    for name in batch:
+        np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+
+
+def conversations(batches):
+    """(answer's word length, its segment's length, picture values) of every conversation in the batches."""
+    found = []
+    for batch in batches:
+        for r in range(len(batch["tokens"])):
+            for segment in range(1, batch["segments"][r].max(initial=0) + 1):
+                where = np.flatnonzero(batch["segments"][r] == segment)
+                if not len(where):
+                    continue
+                starts = batch["image_start"][r]
+                slots = np.flatnonzero((starts >= where[0]) & (starts <= where[-1]))
+                values = [tuple(batch["images"][r, slot, 4, 4].tolist()) for slot in slots]
+                found.append(
+                    (int(batch["tokens"][r, where[-1]]), len(where), values, batch["image_ids"][r, slots].tolist())
+                )
+    return found
+
+
+def test_an_epoch_holds_every_sample_once(folder, reference):
+    pipeline, batches = reference
+    assert len(batches) == pipeline.steps == sum(plan.steps for plan in pipeline.plans)
+    records = json.loads((folder / "data.json").read_text())
+    expected, next_id = [], 1
+    for i, record in enumerate(records):
+        pictures = len(record.get("image", []))
+        length = IMAGE_TOKENS * pictures + 1 + len(record["conversations"][1]["value"].split())
+        ids = list(range(next_id, next_id + pictures))
+        expected.append((1 + i % 50, length, [(i, k, 99) for k in range(pictures)], ids))
+        next_id += pictures
+    first, second = batches[: pipeline.plans[0].steps], batches[pipeline.plans[0].steps :]
+    for epoch in (first, second):
+        assert sorted(conversations(epoch)) == sorted(expected)
+    assert conversations(first) != conversations(second)
+    for batch in batches:
+        assert batch["tokens"].shape == (pipeline.rows_per_step, 24)
+        assert batch["images"].shape == (pipeline.rows_per_step, 3, SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_processes_read_the_same_run_together(folder, reference, processes):
+    pipeline, batches = reference
+    start = 3
+    parts = [pipeline.batches(start, process, processes) for process in range(processes)]
+    steps = list(zip(*parts, strict=True))
+    assert len(steps) == pipeline.steps - start
+    for step, expected in zip(steps, batches[start:], strict=True):
+        assert len(step[0]["tokens"]) == pipeline.rows_per_step // processes
+        assert_equal({name: np.concatenate([part[name] for part in step]) for name in expected}, expected)
+
+
+@pytest.mark.parametrize("start", [0, 1, 5])
+def test_a_restored_run_goes_on_bit_for_bit(folder, reference, start):
+    """Another process, opening the data anew, with other numbers of threads."""
+    expected_pipeline, expected = reference
+    pipeline = open_(config_for(folder, epochs=2, threads=0), rows_per_step=expected_pipeline.rows_per_step)
+    assert pipeline.hash == expected_pipeline.hash
+    for batch, other in zip(pipeline.batches(start), expected[start:], strict=True):
+        assert_equal(batch, other)
+
+
+def test_restored_with_other_devices(folder, reference):
+    expected_pipeline, expected = reference
+    pipeline = open_(config_for(folder, epochs=2), rows_per_step=expected_pipeline.rows_per_step, multiple=1)
+    assert [plan.hash for plan in pipeline.plans] == [plan.hash for plan in expected_pipeline.plans]
+    assert_equal(next(iter(pipeline.batches(4))), expected[4])
+
+
+def test_worker_processes_change_nothing(folder, reference):
+    _, expected = reference
+    pipeline = open_(config_for(folder, epochs=2, workers=2))
+    batches = list(pipeline.batches(2))
+    assert len(batches) == len(expected) - 2
+    for batch, other in zip(batches, expected[2:], strict=True):
+        assert_equal(batch, other)
+
+
+def test_worker_processes_pass_errors_on(tmp_path):
+    folder = write_data(tmp_path / "set", 30)
+    pipeline = open_(config_for(folder, workers=1))
+    pipeline._encode = WordEncoder(longer=1)
+    with pytest.raises(UserError, match=r"sample 's\d+' now has \d+ tokens.*data or tokenizer changed"):
+        list(pipeline.batches())
+
+
+def test_start_and_end(folder, reference):
+    pipeline, expected = reference
+    assert list(pipeline.batches(pipeline.steps)) == []
+    assert_equal(next(pipeline.batches(pipeline.steps - 1)), expected[-1])
+    with pytest.raises(UserError, match="outside this run"):
+        pipeline.batches(pipeline.steps + 1)
+    with pytest.raises(UserError, match=r"6 rows per step do not divide by 4 processes; \[1, 2, 3, 6\] do"):
+        pipeline.batches(0, 0, 4)
+
+
+def test_hash_tells_runs_apart(folder, reference):
+    config = config_for(folder, epochs=2)
+    changes = [
+        replace(config, seed=2),
+        replace(config, epochs=1),
+        replace(config, batch=24),
+        replace(config, packing=PackingConfig(25, 3)),
+    ]
+    assert len({reference[0].hash, *(open_(change).hash for change in changes)}) == 5
+
+
+@pytest.mark.parametrize("layout", ["pack", "pad"])
+def test_layouts_hold_the_same_conversations(folder, reference, layout):
+    pipeline = open_(config_for(folder, packing=PackingConfig(24, 3, layout=layout)))
+    assert sorted(conversations(pipeline.batches())) == sorted(
+        conversations(reference[1][: reference[0].plans[0].steps])
+    )
+
+
+# Broken samples
+
+
+def break_picture(folder: Path, index: int, content: bytes | None) -> None:
+    path = folder / "images" / f"{index}_0.png"
+    path.write_bytes(content) if content is not None else path.unlink()
+
+
+def truncated() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (40, 40, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()[:900]
+
+
+@pytest.mark.parametrize(
+    ("content", "workers"),
+    [(None, 0), (b"", 0), (truncated(), 0), (None, 1)],
+    ids=["missing", "empty", "truncated", "missing-in-worker"],
+)
+def test_a_broken_picture_empties_its_place(tmp_path, reference, caplog, content, workers):
+    folder = write_data(tmp_path / "set")
+    broken = [1, 4, 5, 7, 8, 14, 20, 32]
+    for index in broken:
+        break_picture(folder, index, content)
+    _, expected = reference
+    batches = list(open_(config_for(folder, epochs=2, workers=workers, max_broken=0.2)).batches())
+    for index in broken:
+        assert caplog.text.count(f"broken sample skipped (index {index}): sample 's{index}'") == 1
+    gone_samples = 0
+    for batch, other in zip(batches, expected, strict=True):
+        middle = other["images"][:, :, 4, 4]  # (sample, picture, 99)
+        gone_slots = np.isin(middle[..., 0], broken) & (middle[..., 2] == 99)
+        gone_samples += np.count_nonzero(gone_slots & (middle[..., 1] == 0))
+        for r in range(len(batch["tokens"])):
+            starts = other["image_start"][r, gone_slots[r]]
+            gone = np.isin(other["segments"][r], other["segments"][r, starts])
+            nothing = {"tokens": 0, "targets": -100, "positions": 0, "segments": 0}
+            for name, value in nothing.items():
+                np.testing.assert_array_equal(batch[name][r], np.where(gone, value, other[name][r]))
+            nothing = {"image_start": 24, "image_ids": 0}
+            for name, value in nothing.items():
+                np.testing.assert_array_equal(batch[name][r], np.where(gone_slots[r], value, other[name][r]))
+            expected_images = other["images"][r] * ~gone_slots[r][:, None, None, None]
+            np.testing.assert_array_equal(batch["images"][r], expected_images)
+    assert gone_samples == 2 * len(broken)
+
+
+def test_too_many_broken_pictures_stop_the_run(tmp_path):
+    folder = write_data(tmp_path / "set")
+    for index in (1, 4, 7):
+        break_picture(folder, index, b"")
+    pipeline = open_(config_for(folder))
+    with pytest.raises(UserError, match=r"are broken.*1\.0%.*\n  sample 's\d+': \d_0\.png"):
+        list(pipeline.batches())
+    list(open_(config_for(folder, max_broken=0.05)).batches())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conversations": [{"from": "gpt", "value": "refuse"}]}, "sample 's4': refused"),
+        ({"image": []}, "sample 's4': 1 picture marks in the text, 0 pictures"),
+        ({"image": 5}, "sample 's4': a picture must be a file name"),
+        ({"conversations": []}, "sample 's4': 0 picture marks in the text, 1 pictures"),
+    ],
+)
+def test_a_broken_record_is_left_out(tmp_path, caplog, change, message):
+    folder = write_data(tmp_path / "set")
+    change_record(folder, 4, **change)
+    pipeline = open_(config_for(folder))
+    assert message in caplog.text
+    assert pipeline.plans[0].unusable == 1 and 4 not in pipeline.plans[0].samples
+    assert len(conversations(pipeline.batches())) == COUNT - 1
+    change_record(folder, 5, **{**change, "image": 5})
+    with pytest.raises(UserError, match="2 of 60 samples read are broken"):
+        open_(config_for(folder))
+
+
+# Long conversations
+
+
+def test_truncation_keeps_what_fits(folder):
+    limits = dict(length=9, images=1)
+    dropped = open_(config_for(folder, packing=PackingConfig(**limits)))
+    cut = open_(config_for(folder, packing=PackingConfig(**limits, too_long="truncate")))
+    # 20 samples have two pictures.
+    assert dropped.plans[0].dropped >= 20 and cut.plans[0].dropped == 0
+    assert len(conversations(cut.batches())) == COUNT
+    for batch in cut.batches():
+        starts = batch["image_start"][batch["image_ids"] > 0]
+        assert (starts + IMAGE_TOKENS <= 9).all()
+
+
+def test_supervised_limit(folder):
+    pipeline = open_(config_for(folder, packing=PackingConfig(24, 3, supervised=9)))
+    counts = [np.count_nonzero(batch["targets"] != -100, axis=1).max() for batch in pipeline.batches()]
+    assert 6 <= max(counts) <= 9
+
+
+# Other sources, options
+
+
+def test_bare_pictures(folder):
+    source = SourceConfig(str(folder / "images"), kind="pictures")
+    pipeline = open_(config_for(folder, sources=(source,), packing=PackingConfig(8, 2)))
+    batches = list(pipeline.batches())
+    assert sum(np.count_nonzero(batch["image_ids"]) for batch in batches) == 60
+    assert all((batch["targets"] == -100).all() for batch in batches)
+    assert {tuple(starts) for batch in batches for starts in batch["image_start"]} <= {(0, 4), (0, 8), (8, 8)}
+
+
+def test_several_sources(folder):
+    (source,) = config_for(folder).sources
+    pipeline = open_(config_for(folder, sources=(source, SourceConfig(str(folder / "images"), kind="pictures"))))
+    ids = np.concatenate([batch["image_ids"].ravel() for batch in pipeline.batches()])
+    assert sorted(ids[ids > 0].tolist()) == list(range(1, 121))
+
+
+def test_official_decoding_is_chosen_once(tmp_path):
+    folder = write_data(tmp_path / "set", 2)
+    turned = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8).reshape(8, 8, 1), 3, axis=2))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned.save(folder / "images" / "1_0.png", exif=exif)
+    images = {}
+    for name, options in {"default": {}, "official": {"decode_image": decode_official}}.items():
+        (batch,) = open_(config_for(folder), **options).batches()
+        images[name] = batch["images"][batch["image_ids"] > 0][0]
+    np.testing.assert_array_equal(images["official"], np.asarray(turned))
+    np.testing.assert_array_equal(images["default"], np.asarray(turned)[::-1, ::-1])
+
+
+def test_cache_saves_measuring(tmp_path, monkeypatch, reference):
+    folder = write_data(tmp_path / "set")
+    config = config_for(folder, epochs=2, cache=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"measured lengths are not there; is .* shared"):
+        open_(config, encode_key="words", writer=False)
+    assert open_(config, encode_key="words").hash == reference[0].hash
+    encode = lambda record: pytest.fail("measured again")  # noqa: E731
+    for writer in (True, False):
+        assert open_(config, encode, encode_key="words", writer=writer).hash == reference[0].hash
+    with pytest.raises(pytest.fail.Exception):
+        open_(config, encode, encode_key="other tokenizer")
+    change_record(folder, 0, id="other text")
+    with pytest.raises(pytest.fail.Exception):
+        open_(config, encode, encode_key="words")
+
+
+def test_changed_tokenizer_is_noticed(folder):
+    pipeline = open_(config_for(folder))
+    pipeline._encode = WordEncoder(longer=1)
+    with pytest.raises(UserError, match="data or tokenizer changed"):
+        next(pipeline.batches())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sources": []}, "name at least one"),
+        ({"batch": 0}, "batch is 0"),
+        ({"workers": -1}, "workers is -1"),
+        ({"max_broken": 2.0}, "a share"),
+        ({"packing": {"lenght": 3}}, r"data\.packing\.lenght: no such field \(did you mean 'length'"),
+        ({"sources": [{"path": "x", "kind": "lava"}]}, r"data\.sources\[0\]\.kind: 'lava'.*did you mean 'llava'"),
+    ],
+)
+def test_config_errors(values, message):
+    with pytest.raises(ConfigError, match=message):
+        freeze(DataConfig, {"sources": [{"path": "x"}], **values}, "data")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "is empty"), ('[{"id": 1,}]', "line 1, column"), ("{}", "not a list")],
+)
+def test_bad_data_stops_at_once(tmp_path, content, message):
+    folder = write_data(tmp_path / "set", 1)
+    (folder / "data.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_(config_for(folder))
+
+
+def test_missing_image_folder_stops_at_once(tmp_path):
+    folder = write_data(tmp_path / "set", 1)
+    (folder / "images").rmdir()
+    with pytest.raises(UserError, match=r"image folder '.*/images' does not exist"):
+        open_(config_for(folder))

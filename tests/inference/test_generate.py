@@ -1,0 +1,100 @@
+"""Greedy generation: stopping, padding, and agreement with the full forward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ross_jax.inference.generate import generate
+from ross_jax.models.language import LanguageConfig
+from ross_jax.models.projector import ProjectorConfig
+from ross_jax.models.ross import Ross, RossConfig
+from ross_jax.models.vision import VisionConfig
+
+CONFIG = RossConfig(
+    vision=VisionConfig("siglip", 28, 14, 16, 24, 2, 2, "gelu_tanh", 1e-6),
+    projector=ProjectorConfig("mlp", 16, 24),
+    language=LanguageConfig(50, 24, 32, 2, 4, 2, 6, 1e4, 1e-6, qkv_bias=True),
+)
+COUNT = CONFIG.vision.num_tokens
+compiled = jax.jit(generate, static_argnums=(0, 6, 7, 8, 9))
+
+
+@pytest.fixture(scope="module")
+def params():
+    module = Ross(CONFIG)
+    spec = module.input_spec()
+    tree = jax.jit(module.init)(jax.random.key(0), *(jnp.zeros(s.shape, s.dtype) for s in spec))["params"]
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(
+        structure, [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def prompt(rng: np.random.Generator, text: int, padding: int = 0):
+    """A row of `padding` pads, two ids, a picture and `text` more ids."""
+    length = padding + 2 + COUNT + text
+    tokens = np.zeros((1, length), np.int32)
+    tokens[0, padding : padding + 2] = rng.integers(1, 50, 2)
+    tokens[0, padding + 2 + COUNT :] = rng.integers(1, 50, text)
+    segments = (np.arange(length) >= padding).astype(np.int32)[None]
+    return tokens, segments, np.array([[padding + 2]], np.int32)
+
+
+def greedy_by_full_forward(params, tokens, picture, start, steps):
+    """The same without a cache: one full forward pass per new id."""
+    new = []
+    for _ in range(steps):
+        length = tokens.shape[1]
+        row = (tokens, np.arange(length)[None], np.ones((1, length), np.int32), picture, start)
+        output = Ross(CONFIG).apply({"params": params}, *map(jnp.asarray, row))
+        scores = Ross(CONFIG).apply({"params": params}, output.hidden[:, -1], method="logits")
+        new.append(int(scores.argmax()))
+        tokens = np.concatenate([tokens, [[new[-1]]]], axis=1).astype(np.int32)
+    return new
+
+
+def test_equals_the_full_forward_pass(params):
+    rng = np.random.default_rng(0)
+    tokens, segments, start = prompt(rng, 3)
+    picture = rng.normal(size=(1, 1, 28, 28, 3)).astype(np.float32)
+    result = compiled(CONFIG, params, tokens, segments, picture, start, 6, None, jnp.float32, True)
+    expected = greedy_by_full_forward(params, tokens, picture, start, 6)
+    assert result.tokens[0].tolist() == expected
+    assert len(set(expected)) > 1  # a constant answer would show little
+    assert result.logits.argmax(-1)[0].tolist() == expected
+
+
+def test_left_padding_changes_nothing(params):
+    rng = np.random.default_rng(1)
+    picture = rng.normal(size=(2, 1, 28, 28, 3)).astype(np.float32)
+    short, long = prompt(np.random.default_rng(2), 1, padding=4), prompt(np.random.default_rng(3), 5)
+    both = [np.concatenate(pair) for pair in zip(short, long, strict=True)]
+    together = compiled(CONFIG, params, both[0], both[1], picture, both[2], 5)
+    for i, (tokens, segments, start) in enumerate([prompt(np.random.default_rng(2), 1), long]):
+        alone = compiled(CONFIG, params, tokens, segments, picture[i : i + 1], start, 5)
+        assert together.tokens[i].tolist() == alone.tokens[0].tolist()
+
+
+def test_stop_token_ends_a_row(params):
+    rng = np.random.default_rng(0)
+    tokens, segments, start = prompt(rng, 3)
+    picture = rng.normal(size=(1, 1, 28, 28, 3)).astype(np.float32)
+    free = compiled(CONFIG, params, tokens, segments, picture, start, 6).tokens[0].tolist()
+    stop = free[2]
+    first = free.index(stop)
+    result = compiled(CONFIG, params, tokens, segments, picture, start, 6, stop)
+    assert result.tokens[0].tolist() == free[: first + 1] + [stop] * (5 - first)
+    assert result.lengths.tolist() == [first + 1]
+
+
+def test_text_without_pictures(params):
+    tokens = np.array([[3, 4, 5]], np.int32)
+    none = np.zeros((1, 0, 28, 28, 3), np.float32)
+    empty = np.zeros((1, 0), np.int32)
+    result = compiled(CONFIG, params, tokens, np.ones_like(tokens), none, empty, 4)
+    unused = compiled(
+        CONFIG, params, tokens, np.ones_like(tokens), np.ones((1, 1, 28, 28, 3)), np.array([[3]], np.int32), 4
+    )
+    assert result.tokens.tolist() == unused.tokens.tolist()

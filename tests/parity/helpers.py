@@ -1,0 +1,85 @@
+"""torch modules to our parameters through the import tables, and what "equal" means."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ross_jax.convert import importing
+
+torch = pytest.importorskip("torch")
+
+FLOAT32 = 1e-5
+"""Largest difference, relative to the largest value, of two float32 computations that sum in different orders: some
+hundred roundings of 6e-8, amplified by a few layers. What the tests see is about 1e-6."""
+BFLOAT16 = 0.02
+"""Root mean square difference of a bfloat16 computation from the float32 one, relative to its root mean square: every
+operation rounds to 8 bits (4e-3), and a few layers add that up. Used with `BFLOAT16_RATIO`."""
+BFLOAT16_RATIO = 1.5
+"""How much further from float32 than torch's own bfloat16 computation ours may be. Both round, at slightly different
+places (torch adds the bias of a linear layer before rounding, we after), so neither is the other's reference."""
+
+
+def randomise(module: "torch.nn.Module", seed: int = 0) -> "torch.nn.Module":
+    """Draws every parameter, those that start as ones and zeros too; outputs keep a size of about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            draw = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2 and "embed" not in name:
+                draw = draw * (parameter[0].numel() ** -0.5)
+            elif parameter.ndim == 1 and name.endswith("weight"):  # of a norm
+                draw = 1.0 + 0.3 * draw
+            else:
+                draw = 0.5 * draw
+            parameter.copy_(draw.to(parameter.dtype))
+    return module.eval()
+
+
+def imported(folder: Path, num_heads: int = 16, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """Config and parameters of the one component in `folder`; `changes` replace fields of the config."""
+    plan = importing.plan_import([str(folder)], num_heads=num_heads)
+    (component,) = plan.parts
+    if changes:
+        config = dataclasses.replace(getattr(plan.config, component), **changes)
+        plan = importing._match_parts(dataclasses.replace(plan.config, **{component: config}), plan.sources, plan.parts)
+    tree = importing.load(plan)
+    plan.close()
+    return getattr(plan.config, component), jax.tree.map(jnp.asarray, tree[component])
+
+
+def numpy(tensor: "torch.Tensor") -> np.ndarray:
+    """As float32."""
+    return tensor.detach().float().numpy()
+
+
+def channels_last(tensor: "torch.Tensor") -> np.ndarray:
+    """NCHW to NHWC, float32."""
+    return numpy(tensor.movedim(1, -1))
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Largest absolute difference relative to the largest value; infinite where shapes differ or values are missing."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape or not np.isfinite(ours).all():
+        return float("inf")
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float = FLOAT32) -> None:
+    """Fails if `ours` is further from `theirs` than the tolerance, relative to the largest value."""
+    found = difference(ours, theirs)
+    assert found <= tolerance, f"difference {found:.2e} exceeds {tolerance:.0e}; shapes {ours.shape} {theirs.shape}"
+
+
+def assert_bfloat16(ours: Any, theirs: Any, exact: Any) -> None:
+    """Fails if our bfloat16 result is further from torch's float32 one (`exact`) than torch's bfloat16 one allows."""
+    ours, theirs, exact = (np.asarray(x, np.float32) for x in (ours, theirs, exact))
+    scale = np.sqrt(np.mean(exact**2))
+    mine, others = (np.sqrt(np.mean((x - exact) ** 2)) / scale for x in (ours, theirs))
+    assert mine <= BFLOAT16, f"{mine:.2e} from float32"
+    assert mine <= BFLOAT16_RATIO * others, f"{mine:.2e} from float32, torch's bfloat16 only {others:.2e}"

@@ -1,0 +1,321 @@
+"""Language models against transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausalLM`."""
+
+import copy
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parity.helpers import assert_bfloat16, assert_close, difference, imported, numpy, randomise, torch
+from ross_jax.inference.generate import generate
+from ross_jax.models.language import LanguageModel, empty_cache, rotary_frequencies
+from ross_jax.models.projector import ProjectorConfig
+from ross_jax.models.ross import RossConfig
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.parity
+
+VOCAB = 97
+FAR = 100_000
+FAR_POSITIONS = 5e-3
+"""Tolerance at positions of 1e5, whose angles float32 holds to 4e-3 radians only: a frequency that differs in its last
+bits, as torch's float32 power and our float64 one do, moves them by more than that."""
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MODELS = {
+    "qwen2": ("Qwen2", {"rope_theta": 1e6}),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1, "rms_norm_eps": 1e-2}),
+    "qwen3": ("Qwen3", {"head_dim": 20, "rope_theta": 1e6}),
+    "qwen3_bias_tied": ("Qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "llama_mha": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "llama_gqa_biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_theta": 5e5}),
+    "llama_head_dim": ("Llama", {"head_dim": 18, "num_hidden_layers": 1}),
+    "llama_linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama_llama3": ("Llama", {"rope_scaling": LLAMA3, "head_dim": 32}),
+}
+
+
+def build(name: str):
+    family, changes = copy.deepcopy(MODELS[name])  # transformers writes into what it is given
+    changes = {"tie_word_embeddings": False, "rope_theta": 10000.0, **changes}
+    config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
+    return randomise(getattr(transformers, f"{family}ForCausalLM")(config))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Name -> torch module, and the folder that it was saved to."""
+
+    @functools.cache
+    def save(name: str):
+        folder, module = tmp_path_factory.mktemp(name), build(name)
+        module.generation_config = transformers.GenerationConfig()
+        module.save_pretrained(folder)
+        return module, folder
+
+    return save
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def forward(config, dtype, params, tokens, positions, segments):
+    model, tree = LanguageModel(config, dtype), {"params": params}
+    embeddings = model.apply(tree, tokens, method="embed")
+    output = model.apply(tree, embeddings, positions, segments, hidden_states=True)
+    return output.hidden_states, model.apply(tree, output.hidden, method="logits")
+
+
+def run(config, params, tokens, positions, segments, dtype=jnp.float32):
+    """Hidden states of every layer, and logits."""
+    return forward(config, dtype, params, *(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segments)))
+
+
+def run_torch(module, tokens, positions, mask=None):
+    with torch.no_grad():
+        output = module(
+            input_ids=torch.as_tensor(tokens),
+            attention_mask=None if mask is None else torch.as_tensor(mask),
+            position_ids=torch.as_tensor(positions),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+    return np.stack([numpy(state) for state in output.hidden_states]), numpy(output.logits)
+
+
+def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, VOCAB, shape)
+
+
+def padded(lengths: list[int], left: bool):
+    """Tokens, mask and positions of prompts of some lengths."""
+    length = max(lengths)
+    tokens = random_tokens(len(lengths), length)
+    index, count = np.arange(length), np.array(lengths)[:, None]
+    mask = index >= length - count if left else index < count
+    return tokens * mask, mask.astype(np.int64), np.maximum(np.cumsum(mask, 1) - 1, 0)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_states_and_logits(saved, name, left):
+    module, folder = saved(name)
+    config, params = imported(folder)
+    tokens, mask, positions = padded([3, 12, 7], left)
+    theirs = run_torch(module, tokens, positions, mask)
+    for ours, expected in zip(run(config, params, tokens, positions, mask), theirs, strict=True):
+        assert ours.shape == expected.shape
+        valid = np.broadcast_to(mask.astype(bool), ours.shape[:-1])
+        assert_close(np.asarray(ours)[valid], expected[valid])
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama_mha", "llama_llama3"])
+def test_packed_conversations(saved, name):
+    """Conversations that share a row are computed as torch computes each on its own."""
+    module, folder = saved(name)
+    config, params = imported(folder)
+    lengths = [[5, 1, 8], [9, 4]]
+    tokens = random_tokens(2, 16)
+    segments, positions = np.zeros((2, 16), int), np.zeros((2, 16), int)
+    places = []
+    for row, sizes in enumerate(lengths):
+        ends = np.cumsum(sizes)
+        for number, (size, end) in enumerate(zip(sizes, ends, strict=True), start=1):
+            places.append((row, slice(end - size, end)))
+            segments[places[-1]], positions[places[-1]] = number, np.arange(size)
+    ours = run(config, params, tokens, positions, segments)
+    for place in places:
+        theirs = run_torch(module, tokens[place][None], positions[place][None])
+        assert_close(ours[0][:, *place], theirs[0][:, 0])
+        assert_close(ours[1][place], theirs[1][0])
+
+
+@pytest.mark.parametrize("name", ["llama_linear", "llama_llama3"])
+def test_rope_scaling(saved, name):
+    """Past the original context; without its scaling the model is another."""
+    module, folder = saved(name)
+    config, params = imported(folder)
+    tokens, positions = random_tokens(2, 300), np.tile(np.arange(300), (2, 1))
+    theirs = run_torch(module, tokens, positions)[1]
+    assert_close(run(config, params, tokens, positions, np.ones_like(tokens))[1], theirs)
+    plain = dataclasses.replace(config, rope_scaling=None)
+    without = run(plain, params, tokens, positions, np.ones_like(tokens))[1]
+    assert difference(without, theirs) > 0.1
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 4.0}, LLAMA3])
+def test_old_config(scaling, tmp_path):
+    """Published checkpoints hold `rope_theta` and `rope_scaling`; transformers 5 writes `rope_parameters`."""
+    kwargs = {**TINY, "rope_theta": 5e5, "rope_scaling": scaling and dict(scaling)}
+    module = randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**kwargs)))
+    module.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings.pop("rope_parameters")["rope_theta"] == 5e5
+    settings |= {"rope_theta": 5e5, "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config, params = imported(tmp_path)
+    tokens, positions = random_tokens(1, 100), np.arange(100)[None]
+    ours = run(config, params, tokens, positions, np.ones_like(tokens))[1]
+    assert_close(ours, run_torch(module, tokens, positions)[1])
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama_mha", "llama_llama3"])
+def test_far_positions(saved, name):
+    module, folder = saved(name)
+    config, params = imported(folder)
+    tokens, mask, positions = padded([16, 16], left=False)
+    positions = positions * 7 + FAR
+    ours = run(config, params, tokens, positions, mask)[1]
+    assert_close(ours, run_torch(module, tokens, positions, mask)[1], FAR_POSITIONS)
+    np.testing.assert_allclose(rotary_frequencies(config), numpy(module.model.rotary_emb.inv_freq), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama_mha", "llama_llama3"])
+def test_decoding_with_a_cache(saved, name):
+    """Reading a padded batch in pieces gives what one forward pass gives, and torch's."""
+    module, folder = saved(name)
+    config, params = imported(folder)
+    tokens, mask, positions = padded([6, 12, 9], left=True)
+    model, tree = LanguageModel(config), {"params": params}
+
+    @jax.jit
+    def read(cache, tokens, positions, segments):
+        embeddings = model.apply(tree, tokens, method="embed")
+        return model.apply(tree, embeddings, positions, segments, cache)
+
+    cache, pieces = empty_cache(config, 3, 15), []
+    for piece in (slice(0, 5), slice(5, 9), slice(9, 10), slice(10, 11), slice(11, 12)):
+        batch = (jnp.asarray(x[:, piece], jnp.int32) for x in (tokens, positions, mask))
+        output = read(cache, *batch)
+        cache = output.cache
+        pieces.append(output.hidden)
+    hidden = np.concatenate(pieces, axis=1)
+    valid = mask.astype(bool)
+    assert int(cache.length) == 12
+    assert_close(hidden[valid], np.asarray(run(config, params, tokens, positions, mask)[0][-1])[valid])
+    assert_close(hidden[valid], run_torch(module, tokens, positions, mask)[0][-1][valid])
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama_gqa_biases"])
+def test_bfloat16(saved, name, tmp_path):
+    """bfloat16 weights computed in float32 equal torch's, and in bfloat16 are as near as torch's."""
+    module, _ = saved(name)
+    copy.deepcopy(module).bfloat16().save_pretrained(tmp_path)
+    config, params = imported(tmp_path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    tokens, mask, positions = padded([16] * 16, left=False)
+    # Loaded, not cast: a cast would round the rotary frequencies too.
+    rounded, exact = (
+        run_torch(type(module).from_pretrained(tmp_path, dtype=dtype), tokens, positions)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    for ours, theirs in zip(run(config, params, tokens, positions, mask), exact, strict=True):
+        assert_close(ours, theirs)
+    for ours, *others in zip(run(config, params, tokens, positions, mask, jnp.bfloat16), rounded, exact, strict=True):
+        assert_bfloat16(ours, *others)
+
+
+GRID = 3
+
+
+@pytest.fixture(scope="module")
+def speaker(saved, tmp_path_factory):
+    """A torch tower, projector and language model, and the same as config and parameters."""
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = transformers.SiglipVisionConfig(**sizes, image_size=14 * GRID, patch_size=14)
+    tower = randomise(transformers.SiglipVisionModel(tower))
+    folder = tmp_path_factory.mktemp("tower")
+    tower.save_pretrained(folder)
+    vision, vision_params = imported(folder)
+    module, folder = saved("qwen2")
+    language, language_params = imported(folder)
+    projector = randomise(torch.nn.Linear(32, TINY["hidden_size"]))
+    linear = {"kernel": jnp.asarray(numpy(projector.weight).T), "bias": jnp.asarray(numpy(projector.bias))}
+    config = RossConfig(vision, ProjectorConfig("mlp", 32, TINY["hidden_size"], 1), language)
+    params = {"vision": vision_params, "projector": {"linear_0": linear}, "language": language_params}
+
+    def embed(tokens, mask, images, starts):
+        """Their embeddings: text, with each picture's features written over its place."""
+        with torch.no_grad():
+            embeddings = module.model.embed_tokens(torch.as_tensor(tokens))
+            for row, slots in enumerate(starts):
+                for slot, start in enumerate(slots):
+                    if start < tokens.shape[1]:
+                        picture = torch.tensor(images[row, slot]).movedim(-1, 0)[None]
+                        states = tower(picture, output_hidden_states=True).hidden_states
+                        embeddings[row, start : start + GRID**2] = projector(states[-2])[0]
+        return embeddings
+
+    return config, params, module, embed
+
+
+@pytest.mark.parametrize("pictures", [0, 2])
+@pytest.mark.parametrize("stops", [False, True])
+def test_greedy_generation(speaker, pictures, stops):
+    """Left-padded prompts of different lengths, with no, one or two pictures."""
+    config, params, module, embed = speaker
+    new = 12
+    tokens, mask, _ = padded([22, 25, 14, 5], left=True)
+    images = np.random.default_rng(3).normal(size=(4, pictures, 14 * GRID, 14 * GRID, 3)).astype(np.float32)
+    starts = np.array([[4, 14], [25, 16], [12, 25], [25, 25]])[:, :pictures]
+    embeddings = embed(tokens, mask, images, starts)
+    attended = torch.as_tensor(mask)
+
+    def theirs(stop):
+        with torch.no_grad():
+            return module.generate(
+                inputs_embeds=embeddings,
+                attention_mask=attended,
+                max_new_tokens=new,
+                do_sample=False,
+                eos_token_id=stop,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+
+    free = theirs(None).sequences.numpy()
+    assert len({tuple(row) for row in free}) == 4
+    # The second row's sixth id: that row ends there, others later, at the limit, or where they too say it.
+    stop = int(free[1, 5]) if stops else None
+    expected = theirs(stop)
+    ids = expected.sequences.numpy()
+    ours = jax.jit(generate, static_argnums=(0, 6, 7), static_argnames=("return_logits",))(
+        config,
+        params,
+        jnp.asarray(tokens, jnp.int32),
+        jnp.asarray(mask, jnp.int32),
+        jnp.asarray(images),
+        jnp.asarray(starts, jnp.int32),
+        new,
+        stop,
+        return_logits=True,
+    )
+    stopped = [list(row).index(stop) + 1 if stop in row else new for row in ids]
+    assert list(ours.lengths) == stopped
+    assert ours.tokens.shape == (4, new)
+    logits = torch.stack(expected.logits, 1)
+    for row, length in enumerate(stopped):
+        assert list(ours.tokens[row, :length]) == list(ids[row, :length])
+        assert (ours.tokens[row, length:] == (stop or 0)).all()
+        assert_close(ours.logits[row, :length], numpy(logits[row, :length]))
+    assert not stops or min(stopped) < max(stopped)
