@@ -12,6 +12,8 @@ import fcntl
 import json
 import logging
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -59,18 +61,27 @@ class StreamedLeaf:
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
-    """Writes one part of one leaf at a time, so that memory is bounded by the largest part."""
+    """Writes one part of one leaf at a time, so that memory is bounded by the largest part.
+
+    Attributes:
+      failure: what went wrong first; the rest is skipped then. Raised from here, Orbax would log it with tracebacks and
+        abandon the coroutines of all other leaves.
+    """
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
+        self.failure: Exception | None = None
         self._one_at_a_time = asyncio.Lock()
 
     async def _open_and_write(self, value: StreamedLeaf, tspec: dict[str, Any], ts_context: ts.Context):
-        array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-        async with self._one_at_a_time:
-            for index, values in value.parts():
-                target = array if index is None else array[index]
-                await target.write(values, can_reference_source_data_indefinitely=True)
+        try:
+            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            async with self._one_at_a_time:
+                for index, values in value.parts() if self.failure is None else ():
+                    target = array if index is None else array[index]
+                    await target.write(values, can_reference_source_data_indefinitely=True)
+        except Exception as error:
+            self.failure = self.failure or error
 
 
 def _path_options(leaf: StreamedLeaf) -> ocp.SaveArgs:
@@ -79,11 +90,22 @@ def _path_options(leaf: StreamedLeaf) -> ocp.SaveArgs:
 
 
 def save_streamed(folder: Path, leaves: Mapping[str, Any]) -> None:
-    """Saves a nested mapping of `StreamedLeaf` as an Orbax checkpoint that holds ordinary arrays."""
-    registry = ocp.type_handlers.create_type_handler_registry((StreamedLeaf, _StreamedHandler()))
-    options = jax.tree.map(_path_options, leaves)
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
-        checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(leaves, save_args=options))
+    """Saves a nested mapping of `StreamedLeaf` as an Orbax checkpoint that holds ordinary arrays.
+
+    Raises:
+      CheckpointError: it cannot be written: a full disk, no permission.
+    """
+    handler = _StreamedHandler()
+    registry = ocp.type_handlers.create_type_handler_registry((StreamedLeaf, handler))
+    request = ocp.args.PyTreeSave(leaves, save_args=jax.tree.map(_path_options, leaves))
+    with _orbax(folder, "cannot be written"):
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+                checkpointer.save(folder.resolve(), args=request)
+        finally:
+            if handler.failure:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise handler.failure
 
 
 def abstract(folder: Path) -> dict[str, Any]:
@@ -92,11 +114,11 @@ def abstract(folder: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: there is no complete checkpoint at `folder`.
     """
-    try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.metadata(folder.resolve()).item_metadata.tree
-    except (FileNotFoundError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: no complete checkpoint there ({error})") from error
+    with (
+        _orbax(folder, "no complete checkpoint there"),
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
+        tree = checkpointer.metadata(folder.resolve()).item_metadata.tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
@@ -108,7 +130,8 @@ def restore(folder: Path, tree: Any) -> Any:
         without as a NumPy array. Values are cast to the dtype asked for.
 
     Raises:
-      CheckpointError: nothing complete at `folder`, or leaves that are missing or have another shape, all named.
+      CheckpointError: nothing complete at `folder`, files that cannot be read, or leaves that are missing or have
+        another shape, all named.
     """
     saved = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(folder))}
     problems = []
@@ -127,7 +150,7 @@ def restore(folder: Path, tree: Any) -> Any:
         return ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=leaf.dtype, sharding=leaf.sharding)
 
     request = ocp.args.PyTreeRestore(tree, restore_args=jax.tree.map(options, tree), partial_restore=True)
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _orbax(folder, "cannot be read"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(folder.resolve(), args=request)
 
 
@@ -145,16 +168,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: no {MANIFEST} in it, so it is no ross_jax model; `launch/convert.py import` makes one from a "
             "Hugging Face checkpoint"
         ) from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not valid JSON ({error})") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / MANIFEST}: format {manifest.get('format')}, this version reads {FORMAT}")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{folder / MANIFEST}: format {found}, this version reads {FORMAT}")
     return manifest
 
 
@@ -167,38 +193,62 @@ def complete_directory(target: Path) -> Iterator[Path]:
     Raises:
       CheckpointError: the target exists and is not empty, or another process is writing it.
     """
-    target = target.absolute()
+    try:
+        target = target.resolve()
+        _check_free(target)
+        partial = target.with_name(f".{target.name}.incomplete")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target):
+            _check_free(target)  # another may just have finished
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.mkdir()
+                yield partial
+                partial.replace(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error})") from error
+
+
+def _check_free(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already; choose another output or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.incomplete")
-    lock_path = target.with_name(f".{target.name}.lock")
-    with lock_path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{target}: another process is writing it") from None
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir()
-            yield partial
-            if target.exists():
-                target.rmdir()
-            partial.rename(target)
-        except OSError as error:
-            raise CheckpointError(f"{target}: cannot be written ({error})") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            lock_path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax's informational warnings off the user's terminal."""
+def _lock(target: Path) -> Iterator[None]:
+    """Held by one process at a time; a killed one lets go of it."""
+    path = target.with_name(f".{target.name}.lock")
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(lock.fileno()), path.stat())  # not one that its holder removed meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            raise CheckpointError(f"{target}: another process is writing it")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _orbax(folder: Path, fault: str) -> Iterator[None]:
+    """Keeps Orbax's log off the user's terminal, and turns whatever it raises into a CheckpointError.
+
+    Orbax and tensorstore raise ValueError, OSError, RuntimeError and more for a damaged file or a full disk.
+    """
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
+    except UserError:
+        raise
+    except Exception as error:
+        of_system = re.search(r": ([\w ]+) \[", str(error)) if "os_error_code" in str(error) else None
+        raise CheckpointError(f"{folder}: {fault} ({of_system[1] if of_system else error})") from error
     finally:
         logger.setLevel(level)

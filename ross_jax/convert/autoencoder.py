@@ -3,51 +3,48 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ross_jax.config import ConfigError
 from ross_jax.convert.mapping import LINEAR, Row, Table, conv, norm
+from ross_jax.convert.settings import Settings
 from ross_jax.models.autoencoder import AutoencoderConfig
 
 _DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 _UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
+_MAX_LEVELS = 10
+"""Each halves the picture."""
 
 
 def autoencoder_config(settings: Mapping[str, Any], where: str) -> AutoencoderConfig:
     """Reads an AutoencoderKL config.json; diffusers' defaults fill what it leaves out.
 
     Raises:
-      ConfigError: a setting that we do not compute, by name.
+      ConfigError: what is malformed or not computed by us, by name.
     """
-    kind = settings.get("_class_name")
-    if kind != "AutoencoderKL":
-        raise ConfigError(f"{where}: _class_name {kind!r} is not supported; AutoencoderKL is")
-    down = settings.get("down_block_types", ["DownEncoderBlock2D"])
-    up = settings.get("up_block_types", ["UpDecoderBlock2D"])
-    expected = {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "latents_mean": None, "latents_std": None}
-    problems = [
-        f"{name} {settings[name]!r} is not supported; {value!r} is"
-        for name, value in expected.items()
-        if settings.get(name, value) != value
-    ]
-    problems += [f"block type {name!r} is not supported; {sorted(_DOWN)} are" for name in down if name not in _DOWN]
-    problems += [f"block type {name!r} is not supported; {sorted(_UP)} are" for name in up if name not in _UP]
-    if problems:
-        raise ConfigError(f"{where}: {'; '.join(problems)}")
-    try:
-        return AutoencoderConfig(
-            channels=tuple(settings.get("block_out_channels", (64,))),
-            layers_per_block=settings.get("layers_per_block", 1),
-            latent_channels=settings.get("latent_channels", 4),
-            norm_groups=settings.get("norm_num_groups", 32),
-            scaling_factor=float(settings.get("scaling_factor", 0.18215)),
-            shift_factor=float(settings.get("shift_factor") or 0.0),
-            down_attention=tuple(_DOWN[name] for name in down),
-            up_attention=tuple(_UP[name] for name in up),
-            mid_attention=bool(settings.get("mid_block_add_attention", True)),
-            quant_conv=bool(settings.get("use_quant_conv", True)),
-            post_quant_conv=bool(settings.get("use_post_quant_conv", True)),
-        )
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    read = Settings(settings, where)
+    if settings.get("_class_name") != "AutoencoderKL":
+        read.refuse("_class_name", "'AutoencoderKL'")
+    for name, value in {"act_fn": "silu", "in_channels": 3, "out_channels": 3}.items():
+        read.only(name, value)
+    for name in ("latents_mean", "latents_std"):
+        read.only(name)
+    down = read.texts("down_block_types", ["DownEncoderBlock2D"], _MAX_LEVELS)
+    up = read.texts("up_block_types", ["UpDecoderBlock2D"], _MAX_LEVELS)
+    for name, types, known in (("down_block_types", down, _DOWN), ("up_block_types", up, _UP)):
+        if not set(types) <= set(known):
+            read.refuse(name, " or ".join(known))
+    fields = {
+        "channels": read.sizes("block_out_channels", [64], _MAX_LEVELS),
+        "layers_per_block": read.size("layers_per_block", 1, most=16),
+        "latent_channels": read.size("latent_channels", 4),
+        "norm_groups": read.size("norm_num_groups", 32),
+        "scaling_factor": read.number("scaling_factor", 0.18215),
+        "shift_factor": read.number("shift_factor", 0.0, positive=False),
+        "down_attention": [_DOWN.get(name) for name in down],
+        "up_attention": [_UP.get(name) for name in up],
+        "mid_attention": read.flag("mid_block_add_attention", True),
+        "quant_conv": read.flag("use_quant_conv", True),
+        "post_quant_conv": read.flag("use_post_quant_conv", True),
+    }
+    return read.build(AutoencoderConfig, **fields)
 
 
 def _resnet(theirs: str, ours: str, shortcut: bool) -> tuple[Row, ...]:

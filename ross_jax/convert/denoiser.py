@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from ross_jax.config import ConfigError
+from ross_jax.config import ConfigError, freeze
 from ross_jax.convert.mapping import BATCHED, POINTWISE, Row, Table, dense
 from ross_jax.models.denoiser import NUM_HEADS, DenoiserConfig
 
@@ -30,33 +30,32 @@ def read_denoiser_config(
     wrong = [
         f"{key} {list(shapes[key]) if key in shapes else 'missing'}"
         for key in needed
-        if len(shapes.get(key, ())) != needed[key]
+        if len(shapes.get(key, ())) != needed[key] or 0 in shapes[key]
     ]
     if wrong:
         raise ConfigError(f"mm_inv_projector: cannot read the denoiser's sizes off {', '.join(wrong)}")
-    depth = 1 + max(int(key.split(".")[1]) for key in shapes if re.match(r"blocks\.\d+\.", key))
-    if kind is not None:
-        named = re.fullmatch(r"denoiser_vit(\d+)x", kind)
-        if not named:
-            raise ConfigError(f"mm_inv_projector_type {kind!r} is not supported; denoiser_vitNx is")
-        if int(named[1]) != depth:
-            raise ConfigError(f"mm_inv_projector_type {kind!r} has {named[1]} blocks, the checkpoint {depth}")
+    blocks = [re.match(r"blocks\.([0-9]{1,3})\.", key) for key in shapes]
+    depth = 1 + max(int(block[1]) for block in blocks if block)
+    named = re.fullmatch(r"denoiser_vit([0-9]+)x", kind or f"denoiser_vit{depth}x")
+    if not named:
+        raise ConfigError(f"mm_inv_projector_type {kind!r} is not supported; expected denoiser_vitNx")
+    if named[1] != str(depth):
+        raise ConfigError(f"mm_inv_projector_type {kind!r} has {named[1]} blocks, the checkpoint {depth}")
     width, latent_size = shapes["x_embedder.proj.weight"][:2]
-    tokens = shapes["pos_embed"][1]
-    if math.isqrt(tokens) ** 2 != tokens:
-        raise ConfigError(f"mm_inv_projector: pos_embed has {tokens} tokens, which is no square")
-    try:
-        return DenoiserConfig(
-            condition_size=shapes["z_embedder.1.weight"][1],
-            latent_size=latent_size,
-            grid=math.isqrt(tokens),
-            width=width,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / width,
-        )
-    except ValueError as error:
-        raise ConfigError(f"mm_inv_projector: {error}") from error
+    tokens, table_width = shapes["pos_embed"][1:]
+    if math.isqrt(tokens) ** 2 != tokens or table_width != width:
+        expected = f"[1, a square number, {width}]"
+        raise ConfigError(f"mm_inv_projector: pos_embed has shape {list(shapes['pos_embed'])}, expected {expected}")
+    fields = {
+        "condition_size": shapes["z_embedder.1.weight"][1],
+        "latent_size": latent_size,
+        "grid": math.isqrt(tokens),
+        "width": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
+    }
+    return freeze(DenoiserConfig, fields, "mm_inv_projector")
 
 
 def table(config: DenoiserConfig) -> Table:

@@ -1,10 +1,11 @@
 """Export: a model directory back to the layouts of the reference, transformers and diffusers."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 
 from ross_jax import checkpoints
 from ross_jax.config import UserError, freeze
-from ross_jax.convert.importing import SCOPES, TABLES
+from ross_jax.convert import vision
+from ross_jax.convert.importing import SCOPES, TABLES, is_finite
 from ross_jax.convert.mapping import Piece, expand, flatten, unflatten
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
-from ross_jax.convert.sources import ROSS_FAMILIES
+from ross_jax.convert.sources import ROSS_FAMILIES, read_json
 from ross_jax.convert.tensors import DTYPES, TAGS, TensorFiles, open_tensors
 from ross_jax.models.ross import RossConfig, abstract_params
 
@@ -38,22 +40,20 @@ class Component:
 
     Attributes:
       pieces: our path -> [(piece, key below the scope, dtype tag)].
-      copies: (key, our path) of duplicates, whole leaves.
-      unused: tensors kept aside, or None.
-      prefix: of the keys below the scope.
+      unused: key below the scope -> the key of the tensor kept aside, in `files`.
     """
 
     name: str
-    prefix: str
     shapes: dict[str, jax.ShapeDtypeStruct]
     pieces: dict[str, list[tuple[Piece, str, str]]]
-    unused: TensorFiles | None
+    unused: dict[str, str]
+    files: TensorFiles | None
 
     def declare(self, scope: str, dtype: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Every key to write -> (dtype tag, shape)."""
         infos = {scope + key: (tag, piece.shape) for pieces in self.pieces.values() for piece, key, tag in pieces}
-        for key, info in (self.unused or {}).items():
-            infos[scope + key] = (info.tag, info.shape)
+        for key, name in self.unused.items():
+            infos[scope + key] = (self.files[name].tag, self.files[name].shape)
         if dtype is None:
             return infos
         return {key: (dtype if DTYPES[tag] in _FLOATS else tag, shape) for key, (tag, shape) in infos.items()}
@@ -61,29 +61,59 @@ class Component:
 
 def read_config(model: Path) -> RossConfig:
     """The config of a model directory."""
-    return freeze(RossConfig, checkpoints.read_manifest(model)["config"], f"{model / checkpoints.MANIFEST}: config")
+    return freeze(RossConfig, checkpoints.read_manifest(model).get("config"), f"{model / checkpoints.MANIFEST}: config")
 
 
-def _open_component(model: Path, name: str, config: RossConfig, foreign: Mapping[str, Any]) -> Component:
-    table = TABLES[name](getattr(config, name))
-    shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(config)[name]).items()}
-    saved = flatten(checkpoints.abstract(model / "params").get(name, {})) if shapes else {}
-    if saved.keys() != shapes.keys():
-        raise UserError(f"{model}: {name}: leaves and config differ: {sorted(saved.keys() ^ shapes.keys())}")
-    prefix, keys = foreign.get("prefix", ""), foreign.get("keys", {})
+def _saved_leaves(model: Path, config: RossConfig, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Component -> path -> shape and dtype as saved; they must be those that the config implies."""
+    saved, expected = checkpoints.model_abstract(model), abstract_params(config)
+    leaves, wrong = {}, set()
+    for name in names:
+        leaves[name] = flatten(saved.get(name, {}))
+        both = [{(path, leaf.shape) for path, leaf in flat.items()} for flat in (leaves[name], flatten(expected[name]))]
+        wrong |= {f"{name}/{path}" for path, _ in both[0] ^ both[1]}
+    if wrong:
+        raise UserError(f"{model}: config and parameters differ: {', '.join(sorted(wrong))}")
+    return leaves
+
+
+def _open_component(
+    model: Path, name: str, config: Any, leaves: Mapping[str, Any], foreign: Mapping[str, Any], layout: str
+) -> Component:
+    table = TABLES[name](config)
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    unused = model / "unused" / f"{name}.safetensors"
+    files = open_tensors(unused) if unused.is_file() else None
+    kept = {key: key for key in files or ()}
+    prefix = imported = foreign.get("prefix", "")
+    keys = foreign.get("keys", {})
+    # In a full checkpoint, the reference's own libraries name the keys: those of a folder may be older or newer, and
+    # a whole SigLIP/CLIP's text model has no place there.
+    standard = layout == "ross" and foreign.get("layout") in ("vision", "autoencoder")
+    if standard and name == "vision":
+        prefix = vision.PREFIXES[0]
+        kept = {prefix + key.removeprefix(imported): key for key in kept if key.startswith(imported)}
     pieces: dict[str, list[tuple[Piece, str, str]]] = {}
     paths = {}
     for piece in expand(table, shapes):
-        alias = piece.alias is not None and prefix + piece.alias in keys
-        key = prefix + (piece.alias if alias else piece.key)
-        tag = keys.get(key, TAGS[np.dtype(saved[piece.path].dtype)])
-        pieces.setdefault(piece.path, []).append((piece, key, tag))
+        old = piece.alias is not None and imported + piece.alias in keys
+        found = piece.alias if old else piece.key
+        tag = keys.get(imported + found, TAGS[np.dtype(leaves[piece.path].dtype)])
+        pieces.setdefault(piece.path, []).append((piece, prefix + (piece.key if standard else found), tag))
         paths[piece.key] = piece
     for key, of in table.copies.items():
-        if prefix + key in keys:
-            pieces[paths[of].path].append((paths[of], prefix + key, keys[prefix + key]))
-    unused = model / "unused" / f"{name}.safetensors"
-    return Component(name, prefix, saved, pieces, open_tensors(unused) if unused.is_file() else None)
+        if imported + key in keys:
+            pieces[paths[of].path].append((paths[of], prefix + key, keys[imported + key]))
+    return Component(name, leaves, pieces, kept, files)
+
+
+def _leaves(model: Path, component: Component) -> Iterator[tuple[str, np.ndarray]]:
+    """Every leaf by its path, restored only when asked for."""
+    for group in _groups(component):
+        tree = unflatten({f"{component.name}/{path}": component.shapes[path] for path in group})
+        leaves = flatten(checkpoints.restore_model(model, tree))
+        for path in group:
+            yield path, leaves.pop(f"{component.name}/{path}")
 
 
 def _groups(component: Component) -> Iterator[list[str]]:
@@ -101,30 +131,42 @@ def _groups(component: Component) -> Iterator[list[str]]:
         yield group
 
 
-def _write_component(
-    model: Path,
-    component: Component,
-    scope: str,
-    writer: SafetensorsWriter,
-    infos: Mapping[str, Any],
-    progress: Progress,
+def _write_weights(
+    model: Path, folder: Path, stem: str, components: Mapping[str, Component], dtype: str | None, progress: Progress
 ) -> None:
-    for group in _groups(component):
-        tree = unflatten({f"{component.name}/{path}": component.shapes[path] for path in group})
-        leaves = flatten(checkpoints.restore(model / "params", tree))
-        for path in group:
-            leaf = leaves.pop(f"{component.name}/{path}")
-            for piece, key, _ in component.pieces[path]:
-                ours = leaf if piece.layer is None else leaf[piece.layer]
-                values = np.ascontiguousarray(piece.transform.to_theirs(ours))
-                writer.write(scope + key, values.astype(DTYPES[infos[scope + key][0]], copy=False))
-            progress(f"{component.name}/{path}")
-            del leaf, ours, values  # before the next is restored: two of the largest would not fit the bound
-    for key, info in (component.unused or {}).items():
-        if infos[scope + key][0] == info.tag:
-            writer.write_raw(scope + key, component.unused.read_raw(key))
-        else:
-            writer.write(scope + key, component.unused.read(key).astype(DTYPES[infos[scope + key][0]]))
+    """Writes components (by the scope of their keys) as one checkpoint."""
+    infos = {
+        key: info for scope, component in components.items() for key, info in component.declare(scope, dtype).items()
+    }
+    if not infos:
+        return  # an identity projector
+    with SafetensorsWriter(folder, stem, infos) as writer:
+
+        def put(key: str, values: np.ndarray) -> None:
+            writer.write(key, _cast(values, infos[key][0], key))
+
+        for scope, component in components.items():
+            for path, leaf in _leaves(model, component):
+                for piece, key, _ in component.pieces[path]:
+                    ours = leaf if piece.layer is None else leaf[piece.layer]
+                    put(scope + key, np.ascontiguousarray(piece.transform.to_theirs(ours)))
+                progress(f"{component.name}/{path}")
+                del leaf, ours  # before the next is restored: two of the largest would not fit the bound
+            for key, name in component.unused.items():
+                if infos[scope + key][0] == component.files[name].tag:
+                    writer.write_raw(scope + key, component.files.read_raw(name))
+                else:
+                    put(scope + key, component.files.read(name))
+
+
+def _cast(values: np.ndarray, tag: str, key: str) -> np.ndarray:
+    if values.dtype == DTYPES[tag]:
+        return values
+    with np.errstate(over="ignore"):
+        cast = values.astype(DTYPES[tag])
+    if not is_finite(cast):
+        raise UserError(f"{key}: has values that {DTYPES[tag]} cannot hold; choose another --dtype")
+    return cast
 
 
 def export(
@@ -141,68 +183,74 @@ def export(
     Raises:
       UserError: nothing to export, or an output that cannot be written.
     """
-    manifest, config = checkpoints.read_manifest(model), read_config(model)
-    foreign = manifest.get("foreign", {})
+    foreign, config = checkpoints.read_manifest(model).get("foreign", {}), read_config(model)
+    files = model / "files"
     names = [name for name in SCOPES if getattr(config, name) is not None]
-    opened = {name: _open_component(model, name, config, foreign.get(name, {})) for name in names}
+    if layout == "ross":
+        if config.language is None:
+            raise UserError(
+                f"{model}: has no language model, so it is no full Ross checkpoint; use --format components"
+            )
+        configs = {"ross": ross_settings(files, config, foreign)}
+    else:
+        configs = {name: component_settings(files, name) for name in names if name not in _ADAPTERS}
+    saved = _saved_leaves(model, config, names)
+    opened = {
+        name: _open_component(model, name, getattr(config, name), saved[name], foreign.get(name, {}), layout)
+        for name in names
+    }
     tag = DTYPE_NAMES[dtype] if dtype else None
-    if layout == "ross" and "language" not in opened:
-        raise UserError(f"{model}: has no language model, so it is no full Ross checkpoint; use --format components")
-    with checkpoints.complete_directory(output) as folder:
-        files = model / "files"
+    with contextlib.ExitStack() as stack:
+        for component in opened.values():
+            if component.files:
+                stack.enter_context(component.files)
+        folder = stack.enter_context(checkpoints.complete_directory(output))
         if layout == "ross":
-            infos = {key: info for name, c in opened.items() for key, info in c.declare(SCOPES[name], tag).items()}
-            with SafetensorsWriter(folder, "model", infos) as writer:
-                for name, component in opened.items():
-                    _write_component(model, component, SCOPES[name], writer, infos, progress)
-            _copy_files([files / "ross", files / "language"], folder)
-            _write_config(folder, ross_settings(files, config, foreign), dtype)
+            _write_weights(model, folder, "model", {SCOPES[name]: opened[name] for name in names}, tag, progress)
+            _copy_files([files / "ross", files / "language", files / "adapters"], folder)
+            _write_config(folder, configs["ross"], dtype)
             return
         for name, component in opened.items():
             adapter = name in _ADAPTERS
             target = folder / ("adapters" if adapter else FOLDERS[name])
             target.mkdir(exist_ok=True)
-            scope = SCOPES[name] if adapter else ""
             stem = _ADAPTERS.get(name) or _STEMS.get(name, "model")
-            infos = component.declare(scope, tag)
-            if infos:
-                with SafetensorsWriter(target, stem, infos) as writer:
-                    _write_component(model, component, scope, writer, infos, progress)
+            _write_weights(model, target, stem, {SCOPES[name] if adapter else "": component}, tag, progress)
             if adapter:
-                if (files / "ross" / "config.json").is_file():
-                    shutil.copyfile(files / "ross" / "config.json", target / "config.json")
+                _copy_files([files / "adapters", files / "ross"], target, ["config.json"])
             else:
                 _copy_files([files / name, *([files / "ross"] if name == "language" else [])], target)
-                _write_config(target, component_settings(files, name), dtype)
+                _write_config(target, configs[name], dtype)
 
 
-def _copy_files(folders: list[Path], target: Path) -> None:
-    """Passengers; of two with the same name the first folder's."""
+def _copy_files(folders: list[Path], target: Path, names: Collection[str] | None = None) -> None:
+    """Passengers, or only the `names`; of two with the same name the first folder's."""
     for folder in reversed(folders):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            shutil.copyfile(path, target / path.name)
+            if names is None or path.name in names:
+                shutil.copyfile(path, target / path.name)
 
 
-def _write_config(folder: Path, settings: dict[str, Any] | None, dtype: str | None) -> None:
+def _write_config(folder: Path, settings: dict[str, Any], dtype: str | None) -> None:
     """Writes config.json; one that is already there and says the same keeps its bytes."""
-    if settings is None:
-        raise UserError(f"{folder.name}: there is no config.json to write; the model was not imported from one")
     for name in ("torch_dtype", "dtype"):
         if dtype and name in settings:
             settings = {**settings, name: dtype}
     path = folder / "config.json"
-    if not path.is_file() or json.loads(path.read_text()) != settings:
+    if not path.is_file() or read_json(path) != settings:
         path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def component_settings(files: Path, name: str) -> dict[str, Any] | None:
-    """A component's own config.json; the language model's is the full checkpoint's without the fields of Ross."""
+def component_settings(files: Path, name: str) -> dict[str, Any]:
+    """A component's own config.json; the language model's is the full checkpoint's without the fields of Ross.
+
+    Raises:
+      SourceError: there is none; the component was not imported.
+    """
     own, whole = files / name / "config.json", files / "ross" / "config.json"
-    if own.is_file():
-        return json.loads(own.read_text())
-    if name != "language" or not whole.is_file():
-        return None
-    settings = json.loads(whole.read_text())
+    if own.is_file() or name != "language":
+        return read_json(own)
+    settings = read_json(whole)
     family = ROSS_FAMILIES[settings["model_type"]]
     architecture = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[family]
     kept = {name: value for name, value in settings.items() if not _is_ross_field(name)}
@@ -220,17 +268,19 @@ def _is_ross_field(name: str) -> bool:
     return name.startswith("mm_") or name in _ROSS_FIELDS
 
 
-def ross_settings(files: Path, config: RossConfig, foreign: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The full checkpoint's config.json: the one imported, or one composed of the components'."""
-    whole = files / "ross" / "config.json"
-    if whole.is_file() and foreign.get("language", {}).get("layout") == "ross":
-        return json.loads(whole.read_text())
-    language = component_settings(files, "language")
-    if language is None:
-        return None
+def ross_settings(files: Path, config: RossConfig, foreign: Mapping[str, Any]) -> dict[str, Any]:
+    """The full checkpoint's config.json: the one imported, or one composed of the components' and the adapters'."""
+    if foreign.get("language", {}).get("layout") == "ross":
+        return read_json(files / "ross" / "config.json")
+    language, adapters = component_settings(files, "language"), files / "adapters" / "config.json"
+    if f"ross_{language['model_type']}" not in ROSS_FAMILIES:
+        raise UserError(f"the reference has no Ross model with a {language['model_type']}; use --format components")
     settings = {**language, "model_type": f"ross_{language['model_type']}"}
     settings["architectures"] = [f"Ross{name}" for name in language.get("architectures", [])]
     settings |= {"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat"}
+    settings |= {"image_aspect_ratio": "pad"} if config.vision else {}
+    trained = read_json(adapters) if adapters.is_file() else {}
+    settings |= {name: value for name, value in trained.items() if _is_ross_field(name) and name != "_name_or_path"}
     if config.vision:
         settings |= {
             "mm_vision_tower": foreign.get("vision", {}).get("origin"),
@@ -241,12 +291,9 @@ def ross_settings(files: Path, config: RossConfig, foreign: Mapping[str, Any]) -
             "decode_image_size": config.target_size,
             "image_mean": list(config.image_mean),
             "image_std": list(config.image_std),
-            "image_aspect_ratio": "pad",
         }
     if config.projector:
-        depth = config.projector.depth
-        kind = "identity" if config.projector.kind == "identity" else "linear" if depth == 1 else f"mlp{depth}x_gelu"
-        settings |= {"use_mm_proj": True, "mm_projector_type": kind}
+        settings |= {"use_mm_proj": True, "mm_projector_type": _projector_type(config, foreign)}
     settings["ross_enable"] = bool(config.denoiser)
     if config.denoiser:
         settings |= {
@@ -257,3 +304,11 @@ def ross_settings(files: Path, config: RossConfig, foreign: Mapping[str, Any]) -
     if config.autoencoder:
         settings["mm_pixel_decoder"] = foreign.get("autoencoder", {}).get("origin")
     return settings
+
+
+def _projector_type(config: RossConfig, foreign: Mapping[str, Any]) -> str:
+    if config.projector.kind == "identity":
+        return "identity"
+    numbered = "0.weight" in foreign.get("projector", {}).get("keys", {})  # LLaVA's mlp1x_gelu is a list of one
+    depth = config.projector.depth
+    return "linear" if depth == 1 and not numbered else f"mlp{depth}x_gelu"

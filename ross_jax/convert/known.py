@@ -96,3 +96,47 @@ AUTOENCODERS: dict[str, dict[str, Any]] = {
     "stabilityai/sdxl-vae": _autoencoder(4, True, 0.13025),
 }
 """Hub id -> config.json of the autoencoder."""
+
+
+def _llama(hidden: int, mlp: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2-7B-Instruct": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "max_position_embeddings": 32768,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+    "lmsys/vicuna-7b-v1.5": _llama(4096, 11008, 32, 32),
+    "lmsys/vicuna-13b-v1.5": _llama(5120, 13824, 40, 40),
+    "meta-llama/Meta-Llama-3-8B-Instruct": _llama(
+        4096, 14336, 32, 32, num_key_value_heads=8, rope_theta=500000.0, max_position_embeddings=8192, vocab_size=128256
+    ),
+}
+"""Hub id -> config.json of the language model."""

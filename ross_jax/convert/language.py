@@ -1,14 +1,18 @@
-"""Qwen2 / Qwen2.5 / Qwen3 and Llama / Vicuna: transformers' configs and keys."""
+"""Qwen2 / Qwen2.5 / Qwen3 and Llama / Vicuna: configs and keys of transformers."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from ross_jax.config import ConfigError
 from ross_jax.convert.mapping import LINEAR, Row, Table, dense
+from ross_jax.convert.settings import MAX_LAYERS, Settings
 from ross_jax.models.language import LanguageConfig, RopeScaling
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 """`model_type` of the configs that `language_config` reads."""
+_ROPE_FIELDS = {
+    *("type", "rope_type", "rope_theta", "partial_rotary_factor"),
+    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def language_config(family: str, settings: Mapping[str, Any], where: str) -> LanguageConfig:
@@ -16,80 +20,67 @@ def language_config(family: str, settings: Mapping[str, Any], where: str) -> Lan
 
     Args:
       family: one of `FAMILIES`.
-      settings: the parsed file; transformers' defaults fill what it leaves out.
+      settings: the parsed file; sizes must be there, transformers' defaults fill in the rest.
       where: its name, for messages.
 
     Raises:
-      ConfigError: a setting that we do not compute, by name.
+      ConfigError: what is missing, malformed or not computed by us, by name.
     """
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
-
-    cls = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[family]
-    full = cls(**{**settings, "model_type": family})
-    head_dim = getattr(full, "head_dim", None) or full.hidden_size // full.num_attention_heads
-    checks = {
-        "hidden_act": (full.hidden_act, full.hidden_act == "silu", "silu"),
-        "sliding_window": (_sliding_window(full, settings), _sliding_window(full, settings) is None, "full attention"),
-        "partial_rotary_factor": (
-            settings.get("partial_rotary_factor"),
-            settings.get("partial_rotary_factor") in (None, 1, 1.0),
-            "1",
-        ),
-        "quantization_config": (
-            settings.get("quantization_config"),
-            not settings.get("quantization_config"),
-            "unquantized weights",
-        ),
+    read = Settings(settings, where)
+    heads, layers = read.size("num_attention_heads"), read.size("num_hidden_layers", most=MAX_LAYERS)
+    hidden = read.size("hidden_size")
+    bias = family != "qwen2" and read.flag("attention_bias")
+    read.only("hidden_act", "silu")
+    read.only("partial_rotary_factor", 1)
+    if settings.get("quantization_config"):
+        read.refuse("quantization_config", "unquantized weights")
+    _refuse_windows(read, family, layers)
+    fields = {
+        "vocab_size": read.size("vocab_size", most=2**24),
+        "hidden_size": hidden,
+        "intermediate_size": read.size("intermediate_size"),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": read.size("num_key_value_heads", heads),
+        "head_dim": read.size("head_dim", max(hidden // heads, 1)),
+        "norm_eps": read.number("rms_norm_eps", 1e-6),
+        "qkv_bias": family == "qwen2" or bias,
+        "out_bias": bias,
+        "mlp_bias": family == "llama" and read.flag("mlp_bias"),
+        "qk_norm": family == "qwen3",
+        "tied_head": read.flag("tie_word_embeddings"),
     }
-    problems = [f"{name} {value!r} is not supported; {good} is" for name, (value, ok, good) in checks.items() if not ok]
-    if problems:
-        raise ConfigError(f"{where}: {'; '.join(problems)}")
-    bias = bool(getattr(full, "attention_bias", False))
-    try:
-        return LanguageConfig(
-            vocab_size=full.vocab_size,
-            hidden_size=full.hidden_size,
-            intermediate_size=full.intermediate_size,
-            num_layers=full.num_hidden_layers,
-            num_heads=full.num_attention_heads,
-            num_kv_heads=full.num_key_value_heads,
-            head_dim=head_dim,
-            rope_theta=float(full.rope_parameters["rope_theta"]),
-            norm_eps=full.rms_norm_eps,
-            rope_scaling=_rope_scaling(full.rope_parameters, where),
-            qkv_bias=family == "qwen2" or bias,
-            out_bias=bias,
-            mlp_bias=bool(getattr(full, "mlp_bias", False)),
-            qk_norm=family == "qwen3",
-            tied_head=bool(full.tie_word_embeddings),
-        )
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    return read.build(LanguageConfig, **fields, **_rotary(read))
 
 
-def _sliding_window(full: Any, settings: Mapping[str, Any]) -> int | None:
-    """The window if any layer uses one: Qwen's windows need `use_sliding_window` and a layer past the full ones."""
-    kinds = set(getattr(full, "layer_types", None) or ())
-    if kinds - {"full_attention"}:
-        return settings.get("sliding_window") or getattr(full, "sliding_window", None) or 0
-    return None
+def _refuse_windows(read: Settings, family: str, layers: int) -> None:
+    """Sliding windows that a layer uses: Qwen's need `use_sliding_window` and a layer past the full ones."""
+    windows = family != "llama" and read.flag("use_sliding_window") and read.values.get("sliding_window", 4096)
+    if read.values.get("layer_types") is not None:
+        if set(read.texts("layer_types", (), MAX_LAYERS)) - {"full_attention"}:
+            read.refuse("layer_types", "'full_attention' in every layer")
+    elif windows and read.integer("max_window_layers", 28) < layers:
+        read.refuse("sliding_window", "full attention")
 
 
-def _rope_scaling(parameters: Mapping[str, Any], where: str) -> RopeScaling | None:
-    kind = parameters.get("rope_type", "default")
-    if kind == "default":
-        return None
+def _rotary(read: Settings) -> dict[str, Any]:
+    """Base and scaling, as transformers wrote them before version 5 (`rope_theta`, `rope_scaling`) and since."""
+    scaling = read.inner("rope_parameters" if read.values.get("rope_parameters") else "rope_scaling")
+    for name in sorted(scaling.values.keys() - _ROPE_FIELDS):
+        scaling.refuse(name, "no such field")
+    scaling.only("partial_rotary_factor", 1)
+    base = (scaling if "rope_theta" in scaling.values else read).number("rope_theta", 10000.0)
+    name = "rope_type" if "rope_type" in scaling.values else "type"
+    kind = scaling.text(name, "default")
     if kind == "linear":
-        return RopeScaling("linear", float(parameters["factor"]))
+        return {"rope_theta": base, "rope_scaling": RopeScaling("linear", scaling.number("factor"))}
     if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            float(parameters["factor"]),
-            float(parameters["low_freq_factor"]),
-            float(parameters["high_freq_factor"]),
-            int(parameters["original_max_position_embeddings"]),
-        )
-    raise ConfigError(f"{where}: rope scaling {kind!r} is not supported; default, linear and llama3 are")
+        numbers = [scaling.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")]
+        positions = scaling.size("original_max_position_embeddings", most=2**31)
+        return {"rope_theta": base, "rope_scaling": RopeScaling("llama3", *numbers, positions)}
+    if kind != "default":
+        scaling.refuse(name, "default, linear or llama3")
+    return {"rope_theta": base}
 
 
 def table(config: LanguageConfig) -> Table:

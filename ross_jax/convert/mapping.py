@@ -1,8 +1,9 @@
 """The conversion engine: one table of (their key, our path, transform) per component, for import and export."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +17,23 @@ class ConversionError(UserError):
         self.problems = list(problems)
         lines = "".join(f"\n  {problem}" for problem in self.problems)
         super().__init__(f"{where}: {len(self.problems)} problem(s){lines}")
+
+
+@contextlib.contextmanager
+def collecting(errors: list[UserError]) -> Iterator[None]:
+    """Keeps a UserError for later, so that one run names all that is wrong."""
+    try:
+        yield
+    except UserError as error:
+        errors.append(error)
+
+
+def raise_all(where: str, errors: Sequence[UserError]) -> None:
+    """Raises what was collected, if anything, as one error."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ConversionError(where, [p for error in errors for p in getattr(error, "problems", [str(error)])])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +155,9 @@ class Match:
 
 def match(table: Table, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Match:
     """Assigns foreign keys (key -> shape) to leaves, and lists everything that does not fit."""
+    stacked = max((shapes[row.ours][0] for row in table.rows if "{}" in row.theirs), default=0)
+    if stacked > len(found):  # a mistyped number of layers would be listed key by key
+        return Match([], [], [], [f"the config has {stacked} layers, more than there are tensors ({len(found)})"])
     pieces, problems, names = [], [], {}
     left = dict(found)
     for piece in expand(table, shapes):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from ross_jax.config import ConfigError
+from ross_jax.config import ConfigError, freeze
 from ross_jax.convert.mapping import LINEAR, Row, Table
 from ross_jax.models.projector import ProjectorConfig
 
@@ -14,20 +14,21 @@ def projector_config(kind: str, in_size: int, out_size: int, where: str) -> Proj
     Raises:
       ConfigError: another type.
     """
-    depth = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    depth = re.fullmatch(r"mlp([0-9]{1,2})x_gelu", kind)
     if kind not in ("linear", "identity") and not depth:
-        raise ConfigError(f"{where}: mm_projector_type {kind!r} is not supported; linear, mlpNx_gelu and identity are")
-    try:
-        if kind == "identity":
-            return ProjectorConfig("identity", in_size, out_size)
-        return ProjectorConfig("mlp", in_size, out_size, int(depth[1]) if depth else 1)
-    except ValueError as error:
-        raise ConfigError(f"{where}: mm_projector_type {kind!r}: {error}") from error
+        raise ConfigError(
+            f"{where}: mm_projector_type {kind!r} is not supported; expected linear, mlpNx_gelu or identity"
+        )
+    fields = {"kind": "identity" if kind == "identity" else "mlp", "in_size": in_size, "out_size": out_size}
+    if kind != "identity":
+        fields["depth"] = int(depth[1]) if depth else 1
+    return freeze(ProjectorConfig, fields, f"{where}: mm_projector_type {kind!r}")
 
 
 def read_projector_config(shapes: Mapping[str, tuple[int, ...]]) -> ProjectorConfig:
     """Reads the sizes off the tensors (key below `mm_projector.` -> shape)."""
-    weights = [shape for key, shape in sorted(shapes.items()) if key.endswith("weight") and len(shape) == 2]
+    matrices = [(key, shape) for key, shape in sorted(shapes.items()) if len(shape) == 2 and 0 not in shape]
+    weights = [shape for key, shape in matrices if key.endswith("weight")]
     if not weights:
         raise ConfigError("mm_projector: no weight matrix among its tensors")
     return ProjectorConfig("mlp", weights[0][1], weights[-1][0], len(weights))

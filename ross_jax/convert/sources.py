@@ -53,8 +53,16 @@ class Source:
         return [path for path in sorted(self.folder.iterdir()) if _travels(path)]
 
 
+def _is_file(path: Path) -> bool:
+    """Whether it is a file that we may see; somebody else's path may also be too long or forbidden here."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _travels(path: Path) -> bool:
-    weights_index = path.name.endswith(".index.json")
+    weights_index = ".index." in path.name  # also model.safetensors.index.fp16.json
     return path.is_file() and path.suffix in _PASSED_THROUGH and path.name not in _NOT_PASSED and not weights_index
 
 
@@ -64,7 +72,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise SourceError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -79,10 +89,17 @@ def open_source(origin: str) -> Source:
       TensorError: weights that cannot be read.
     """
     folder = Path(origin)
-    if not folder.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", origin) or origin.startswith("."):
-            raise SourceError(f"{origin}: no such folder")
-        folder = download(origin)
+    try:
+        if not folder.exists():
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", origin) or origin.startswith("."):
+                raise SourceError(f"{origin}: no such folder")
+            folder = download(origin)
+        return _open_folder(origin, folder)
+    except OSError as error:
+        raise SourceError(f"{folder}: cannot be read ({error.strerror or error})") from error
+
+
+def _open_folder(origin: str, folder: Path) -> Source:
     if folder.is_file():
         raise SourceError(f"{origin}: is a file; name the folder that holds it and its config.json")
     if (folder / "model_index.json").is_file() and (folder / "vae").is_dir():
@@ -90,13 +107,10 @@ def open_source(origin: str) -> Source:
     has_config = (folder / "config.json").is_file()
     settings = read_json(folder / "config.json") if has_config else {}
     adapters = [path for stem in ADAPTERS for path in _adapter(folder, stem)]
-    try:
-        kind = _kind(settings, folder) if has_config or not adapters else "adapters"
-        if kind == "ross" and adapters and not _has_weights(folder):
-            kind = "adapters"
-        files = [open_tensors(path) for path in adapters] if kind == "adapters" else [open_tensors(folder)]
-    except OSError as error:
-        raise SourceError(f"{folder}: cannot be read ({error})") from error
+    kind = _kind(settings, folder) if has_config or not adapters else "adapters"
+    if kind == "ross" and adapters and not _has_weights(folder):
+        kind = "adapters"
+    files = [open_tensors(path) for path in adapters] if kind == "adapters" else [open_tensors(folder)]
     return Source(origin, folder, kind, settings, files)
 
 
@@ -117,6 +131,8 @@ def _kind(settings: Mapping[str, Any], folder: Path) -> Kind:
     if settings.get("_class_name") is not None:
         return "autoencoder"
     model_type = settings.get("model_type")
+    if not isinstance(model_type, str):
+        raise SourceError(f"{where}: model_type is {model_type!r}, expected a string")
     if model_type == "llava" and "text_config" in settings:
         raise SourceError(f"{where}: transformers' own LLaVA layout is not read; use the original liuhaotian/llava one")
     if model_type in ROSS_FAMILIES:
@@ -127,7 +143,7 @@ def _kind(settings: Mapping[str, Any], folder: Path) -> Kind:
         return "vision"
     known = [*ROSS_FAMILIES, *language.FAMILIES, *vision.model_types()]
     raise SourceError(
-        f"{where}: model_type {model_type!r} is not supported{nearest(str(model_type), known)}; {known} are"
+        f"{where}: model_type {model_type!r} is not supported{nearest(model_type, known)}; expected one of {known}"
     )
 
 
@@ -138,7 +154,6 @@ def download(origin: str) -> Path:
       SourceError: offline, no such repository, or no access to it.
     """
     import huggingface_hub
-    from huggingface_hub import errors
 
     owner, name, *subfolder = origin.split("/")
     prefix = f"{subfolder[0]}/" if subfolder else ""
@@ -148,11 +163,13 @@ def download(origin: str) -> Path:
         if "model_index.json" in here and not prefix:
             prefix = "vae/"
             here = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+        if not here:
+            raise FileNotFoundError(f"it has no folder {prefix}")
         weights = ".safetensors" if any(f.endswith(".safetensors") and "/" not in f for f in here) else ".bin"
         suffixes = (weights, *_PASSED_THROUGH)
         wanted = [prefix + file for file in here if "/" not in file and file.endswith(suffixes)]
         root = huggingface_hub.snapshot_download(f"{owner}/{name}", allow_patterns=wanted)
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError, ValueError) as error:
+    except Exception as error:  # of the hub's client and of the HTTP library below it, which changes with versions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
             f"{origin}: no such folder, and the hub repository of that name could not be fetched ({reason}). "
@@ -182,14 +199,12 @@ def resolve_settings(
     candidates = [given] if given else []
     if not given and isinstance(value, str) and value:
         candidates = [Path(value)] if Path(value).is_absolute() else [checkpoint.resolve().parent.parent / value]
-    for folder in candidates:
-        if (folder / "config.json").is_file():
+    for folder in (place for candidate in candidates for place in (candidate, candidate / "vae")):
+        if _is_file(folder / "config.json"):
             return read_json(folder / "config.json"), folder
-        if (folder / "vae" / "config.json").is_file():
-            return read_json(folder / "vae" / "config.json"), folder / "vae"
     if given:
         raise SourceError(f"{flag} {given}: no config.json there")
-    if value in known:
+    if isinstance(value, str) and value in known:
         return known[value], None
     raise SourceError(
         f"{checkpoint / 'config.json'}: {field} is {value!r}, which is neither a folder here nor a known hub id"

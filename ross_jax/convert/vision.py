@@ -1,11 +1,11 @@
-"""SigLIP and CLIP: transformers' configs and keys."""
+"""SigLIP and CLIP: configs and keys of transformers."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from ross_jax.config import ConfigError
 from ross_jax.convert.mapping import CONV, Row, Table, dense, norm
+from ross_jax.convert.settings import MAX_LAYERS, Settings
 from ross_jax.models.vision import VisionConfig
 
 PREFIXES = ("vision_model.", "")
@@ -31,47 +31,40 @@ def model_types() -> list[str]:
     return list(_MODEL_TYPES)
 
 
-def tower_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The vision part of a SigLIP/CLIP config.json, itself a config.json of the vision tower alone."""
-    if settings["model_type"] in ("siglip", "clip"):
-        return {**settings.get("vision_config", {}), "model_type": f"{settings['model_type']}_vision_model"}
-    return dict(settings)
-
-
 def vision_config(settings: Mapping[str, Any], where: str, select_layer: int = -2) -> VisionConfig:
     """Reads a SigLIP/CLIP config.json, of the whole model or of its vision tower.
 
     Args:
-      settings: the parsed file; transformers' defaults fill what it leaves out.
+      settings: the parsed file; transformers' defaults, the base model's sizes, fill what it leaves out.
       where: its name, for messages.
       select_layer: of CLIP. The reference always takes SigLIP's last but one.
 
     Raises:
-      ConfigError: a setting that we do not compute.
+      ConfigError: what is malformed or not computed by us, by name.
     """
-    from transformers import CLIPVisionConfig, SiglipVisionConfig
-
     kind = _MODEL_TYPES[settings["model_type"]]
-    full = (SiglipVisionConfig if kind == "siglip" else CLIPVisionConfig)(**tower_settings(settings))
-    if full.hidden_act not in _ACTIVATIONS:
-        raise ConfigError(f"{where}: hidden_act {full.hidden_act!r} is not supported; {sorted(_ACTIVATIONS)} are")
-    if full.num_channels != 3:
-        raise ConfigError(f"{where}: num_channels {full.num_channels} is not supported; 3 is")
-    try:
-        return VisionConfig(
-            kind=kind,
-            image_size=full.image_size,
-            patch_size=full.patch_size,
-            hidden_size=full.hidden_size,
-            intermediate_size=full.intermediate_size,
-            num_layers=full.num_hidden_layers,
-            num_heads=full.num_attention_heads,
-            activation=_ACTIVATIONS[full.hidden_act],
-            norm_eps=full.layer_norm_eps,
-            select_layer=-2 if kind == "siglip" else select_layer,
-        )
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    read = Settings(settings, where)
+    if settings["model_type"] in ("siglip", "clip"):
+        read = read.inner("vision_config")
+    hidden = read.size("hidden_size", 768)
+    activation = read.text("hidden_act", "gelu_pytorch_tanh" if kind == "siglip" else "quick_gelu")
+    if activation not in _ACTIVATIONS:
+        read.refuse("hidden_act", f"one of {', '.join(_ACTIVATIONS)}")
+    read.only("num_channels", 3)
+    fields = {
+        "kind": kind,
+        "image_size": read.size("image_size", 224, most=2**14),
+        "patch_size": read.size("patch_size", 16 if kind == "siglip" else 32),
+        "hidden_size": hidden,
+        "intermediate_size": read.size("intermediate_size", 3072),
+        "num_layers": read.size("num_hidden_layers", 12, most=MAX_LAYERS),
+        # No tensor tells the number of heads, so another width's is not guessed.
+        "num_heads": read.size("num_attention_heads", 12 if hidden == 768 else None),
+        "activation": _ACTIVATIONS.get(activation),
+        "norm_eps": read.number("layer_norm_eps", 1e-6 if kind == "siglip" else 1e-5),
+        "select_layer": -2 if kind == "siglip" else select_layer,
+    }
+    return read.build(VisionConfig, **fields)
 
 
 def table(config: VisionConfig) -> Table:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention
 from ross_jax.models.layers import Mlp, RematPolicy, layer_norm, stack
+from ross_jax.sharding import constrain
 
 TIMESTEP_FEATURES = 256
 """Width of the sinusoidal timestep embedding."""
@@ -119,6 +120,7 @@ class DenoiserBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"], condition: Float[Array, "batch tokens width"]):
         cfg = self.config
+        x = constrain(x, "batch")
         zeros = nn.initializers.zeros
         modulation = nn.Dense(6 * cfg.width, dtype=self.dtype, kernel_init=zeros, name="modulation")(nn.silu(condition))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention, segment_mask
 from ross_jax.models.layers import RematPolicy, stack
+from ross_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,7 @@ class Decoder(nn.Module):
         """Carry: hidden states and, when decoding, the keys and values of all layers (updated in place)."""
         cfg = self.config
         x, keys, values = carry
+        x = constrain(x, "batch")
         y = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="attention_norm")(x)
         query = self._heads(y, cfg.num_heads, "query")
         key = self._heads(y, cfg.num_kv_heads, "key")

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from ross_jax.models.attention import attention
 from ross_jax.models.layers import Activation, Mlp, RematPolicy, layer_norm, stack
+from ross_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens embed"]):
         cfg = self.config
+        x = constrain(x, "batch")
         y = layer_norm(cfg.norm_eps, self.dtype, name="norm1")(x)
         x = x + VisionAttention(cfg.num_heads, self.dtype, name="attention")(y)
         y = layer_norm(cfg.norm_eps, self.dtype, name="norm2")(x)

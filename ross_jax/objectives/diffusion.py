@@ -114,12 +114,18 @@ def _integer(text: str, request: str) -> int:
 
 
 def make_diffusion(betas: np.ndarray | None = None, respacing: str | Sequence[int] | None = None) -> Diffusion:
-    """The training process (default: cosine, 1000 steps), or one respaced to fewer steps for sampling."""
+    """The training process (default: cosine, 1000 steps), or one respaced to fewer steps for sampling.
+
+    Raises:
+      ConfigError: see `space_timesteps`; or fewer than two steps.
+    """
     betas = cosine_betas() if betas is None else np.asarray(betas, np.float64)
     full = Diffusion(betas, np.arange(len(betas), dtype=np.int32))
     if respacing is None:
         return full
     kept = np.array(space_timesteps(full.steps, respacing), np.int32)
+    if len(kept) < 2:  # the first step borrows the second one's variance
+        raise ConfigError(f"respacing {respacing!r}: sampling needs at least 2 steps")
     signal = full.alphas_cumprod[kept]
     return Diffusion(1.0 - signal / np.append(1.0, signal[:-1]), kept)
 

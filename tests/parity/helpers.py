@@ -16,9 +16,9 @@ torch = pytest.importorskip("torch")
 FLOAT32 = 1e-5
 """Largest difference, relative to the largest value, of two float32 computations that sum in different orders: some
 hundred roundings of 6e-8, amplified by a few layers. What the tests see is about 1e-6."""
-BFLOAT16 = 0.02
+BFLOAT16 = 0.03
 """Root mean square difference of a bfloat16 computation from the float32 one, relative to its root mean square: every
-operation rounds to 8 bits (4e-3), and a few layers add that up. Used with `BFLOAT16_RATIO`."""
+operation rounds to 8 bits (4e-3), and some ten layers add that up. Used with `BFLOAT16_RATIO`."""
 BFLOAT16_RATIO = 1.5
 """How much further from float32 than torch's own bfloat16 computation ours may be. Both round, at slightly different
 places (torch adds the bias of a linear layer before rounding, we after), so neither is the other's reference."""
@@ -30,7 +30,8 @@ def randomise(module: "torch.nn.Module", seed: int = 0) -> "torch.nn.Module":
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2 and "embed" not in name:
+            table = name.endswith(("position_embedding.weight", "embed_tokens.weight", "pos_embed"))
+            if parameter.ndim >= 2 and not table:
                 draw = draw * (parameter[0].numel() ** -0.5)
             elif parameter.ndim == 1 and name.endswith("weight"):  # of a norm
                 draw = 1.0 + 0.3 * draw

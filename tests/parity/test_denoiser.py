@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from parity.helpers import assert_bfloat16, assert_close, imported, numpy, randomise, torch
-from ross_jax.models.denoiser import Denoiser, DenoiserConfig, normalise_condition, position_table, timestep_embedding
+from ross_jax.models.denoiser import (
+    Denoiser,
+    DenoiserConfig,
+    default_width,
+    normalise_condition,
+    position_table,
+    timestep_embedding,
+)
+from ross_jax.models.ross import RossConfig, abstract_params
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
@@ -146,3 +154,15 @@ def test_timestep_embedding(size):
     )
     # Angles of up to 999 radians, whose rounding alone is 3e-5.
     assert_close(timestep_embedding(jnp.asarray(timesteps.int().numpy()), size), theirs.numpy(), 1e-4)
+
+
+@pytest.mark.parametrize(("depth", "width"), [(3, 1024), (8, 1280), (12, 1536)])
+def test_published_sizes(depth, width):
+    """`denoiser_vitNx` of a 7B model, on tensors that hold no memory."""
+    sizes = (3584, 64, 27, width, depth, 16, 4.0)
+    with torch.device("meta"):
+        module = TorchDenoiser(*sizes)
+    assert default_width(depth) == width
+    tree = abstract_params(RossConfig(denoiser=DenoiserConfig(*sizes)))
+    ours = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    assert ours == sum(parameter.numel() for parameter in module.parameters())

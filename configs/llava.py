@@ -1,0 +1,13 @@
+"""The LLaVA-1.5 baseline of every table: the parts of `configs/ross.py`, without reconstruction.
+
+--config=configs/llava.py:encoder=clip,llm=vicuna_7b,stage=finetune
+"""
+
+from ml_collections import ConfigDict
+
+from configs import ross
+
+
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """The recipe as a ConfigDict that command-line flags can override."""
+    return ross.get_config(arguments, reconstruct=False)

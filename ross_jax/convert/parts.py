@@ -1,0 +1,204 @@
+"""What the sources of an import hold: their components, and the config of each."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ross_jax.config import ConfigError, UserError
+from ross_jax.convert import autoencoder, denoiser, known, language, projector, vision
+from ross_jax.convert.mapping import collecting
+from ross_jax.convert.settings import Settings
+from ross_jax.convert.sources import ROSS_FAMILIES, Source, read_json, resolve_settings
+from ross_jax.convert.tensors import TensorFiles
+from ross_jax.models.ross import TARGET_PIXELS
+
+SCOPES = {
+    "vision": "model.vision_tower.vision_tower.",
+    "projector": "model.mm_projector.",
+    "denoiser": "model.mm_inv_projector.net.",
+    "autoencoder": "model.pixel_decoder.pixel_decoder.",
+    "language": "",
+}
+"""Where a full Ross checkpoint keeps each component; what lies nowhere else belongs to the language model."""
+_INVERSE = "model.mm_inv_projector."
+_POINTERS = {
+    "vision": ("mm_vision_tower", "--vision-tower", known.VISION_TOWERS),
+    "autoencoder": ("mm_pixel_decoder", "--autoencoder", known.AUTOENCODERS),
+}
+"""Components that a full checkpoint's config.json only points to -> its field, the flag instead, published settings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One component of one source.
+
+    Attributes:
+      scope: prefix of the component's keys in the source's layout.
+      keys: the component's keys, without the scope.
+      prefix: what of each key is not in the table, below the scope (`vision_model.`).
+      settings: its own config.json, if it has one, and the folder that came from.
+    """
+
+    component: str
+    source: Source
+    files: TensorFiles
+    scope: str
+    keys: tuple[str, ...]
+    prefix: str = ""
+    settings: Mapping[str, Any] | None = None
+    folder: Path | None = None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every key below scope and prefix."""
+        return {
+            key.removeprefix(self.prefix): self.files[self.scope + key].shape
+            for key in self.keys
+            if key.startswith(self.prefix)
+        }
+
+
+def split(sources: Sequence[Source], errors: list[UserError]) -> dict[str, Part]:
+    """Every component of the sources, by name."""
+    parts: dict[str, Part] = {}
+    for source in sources:
+        for files in source.files:
+            for part in _split(source, files, errors):
+                if part.component in parts:
+                    places = f"{_place(parts[part.component])} and {_place(part)}"
+                    errors.append(UserError(f"{places} both hold a {part.component} component; name only one of them"))
+                parts[part.component] = part
+    return parts
+
+
+def _place(part: Part) -> str:
+    return next((str(info.file) for info in part.files.values()), part.source.origin)
+
+
+def _split(source: Source, files: TensorFiles, errors: list[UserError]) -> list[Part]:
+    if source.kind not in ("ross", "adapters"):
+        prefix = _tower_prefix(files) if source.kind == "vision" else ""
+        return [Part(source.kind, source, files, "", tuple(files), prefix, source.settings, source.folder)]
+    parts, left = [], list(files)
+    for component, scope in SCOPES.items():
+        keys = tuple(key.removeprefix(scope) for key in left if key.startswith(scope))
+        left = [key for key in left if not key.startswith(scope)]
+        if component == "language" and source.kind == "adapters":
+            errors += [UserError(f"{files[key].file}: {key} belongs to no adapter") for key in keys]
+        elif keys or component == "language":
+            prefix = _tower_prefix(keys) if component == "vision" else ""
+            parts.append(Part(component, source, files, scope, keys, prefix))
+    return parts
+
+
+def _tower_prefix(keys: Sequence[str] | TensorFiles) -> str:
+    return next((prefix for prefix in vision.PREFIXES if prefix + vision.ANCHOR in keys), vision.PREFIXES[0])
+
+
+def read_configs(
+    sources: Sequence[Source], parts: dict[str, Part], folders: Mapping[str, Path | None], num_heads: int
+) -> tuple[dict[str, Any], list[UserError]]:
+    """The fields of `RossConfig`, and all that is wrong.
+
+    Args:
+      parts: those whose settings a full checkpoint only points to are replaced by ones that have them.
+      folders: component -> folder with its config.json, if the user named one.
+      num_heads: of the denoiser.
+    """
+    readers = {
+        "vision": _read_tower,
+        "language": _read_language,
+        "autoencoder": _read_autoencoder,
+        "projector": _read_projector,
+        "denoiser": functools.partial(_read_denoiser, num_heads=num_heads),
+    }
+    errors: list[UserError] = []
+    configs: dict[str, Any] = {}
+    about = _about(sources)
+    for component, part in parts.items():
+        with collecting(errors):
+            if component in _POINTERS and part.settings is None:
+                part = parts[component] = _pointed_to(part, about, folders.get(component))
+            configs |= readers[component](part, about)
+    if "projector" not in parts and about.text("mm_projector_type", "") == "identity":
+        sizes = about.size("mm_hidden_size"), about.size("hidden_size")
+        with collecting(errors):
+            configs["projector"] = projector.projector_config("identity", *sizes, about.where)
+    if "vision" in configs:
+        grid = configs["vision"].grid
+        about.only("image_embed_len", grid**2)
+        about.only("decode_image_size", grid * TARGET_PIXELS)
+    with collecting(errors):
+        about.check()
+    return configs, errors
+
+
+def _about(sources: Sequence[Source]) -> Settings:
+    """What full checkpoints and adapters say of all components; settings that we do not compute are refused."""
+    found = [source for source in sources if source.kind in ("ross", "adapters") and source.settings]
+    values = {name: value for source in found for name, value in source.settings.items()}
+    about = Settings(values, " + ".join(str(source.folder / "config.json") for source in found))
+    for source in found:
+        one = Settings(source.settings, about.where, problems=about.problems)
+        one.only("mm_use_im_start_end", False)
+        one.only("mm_patch_merge_type", "flat")
+        one.only("mm_vision_select_feature", "patch")
+        one.only("image_aspect_ratio", "pad", "square", "crop")
+        kind = one.text("mm_inv_projector_type", "denoiser")
+        other = any(key.startswith(_INVERSE) for files in source.files for key in files)
+        if other and not kind.startswith("denoiser"):
+            one.refuse("mm_inv_projector_type", "denoiser_vitNx")
+    return about
+
+
+def _pointed_to(part: Part, about: Settings, folder: Path | None) -> Part:
+    field, flag, published = _POINTERS[part.component]
+    settings, folder = resolve_settings(about.values.get(field), part.source.folder, published, folder, field, flag)
+    return dataclasses.replace(part, settings=settings, folder=folder)
+
+
+def _where(part: Part, about: Settings) -> str:
+    return str(part.folder / "config.json") if part.folder else about.where
+
+
+def _read_tower(part: Part, about: Settings) -> dict[str, Any]:
+    """Encoder and normalisation: that of the checkpoint, else of the tower's processor, else as published."""
+    where = _where(part, about)
+    if part.settings.get("model_type") not in vision.model_types():
+        kind = part.settings.get("model_type")
+        raise ConfigError(f"{where}: model_type {kind!r} is no vision tower; expected one of {vision.model_types()}")
+    config = vision.vision_config(part.settings, where, about.integer("mm_vision_select_layer", -2))
+    processor = part.folder / "preprocessor_config.json" if part.folder else None
+    read = about
+    if "image_mean" not in about.values and processor and processor.is_file():
+        read = Settings(read_json(processor), str(processor))
+    mean, std = vision.NORMALISATION[config.kind]
+    normalisation = {"image_mean": read.numbers("image_mean", mean), "image_std": read.numbers("image_std", std)}
+    if read is not about:
+        read.check()
+    return {"vision": config, **normalisation}
+
+
+def _read_language(part: Part, about: Settings) -> dict[str, Any]:
+    settings = part.source.settings
+    family = ROSS_FAMILIES.get(settings["model_type"], settings["model_type"])
+    return {"language": language.language_config(family, settings, str(part.source.folder / "config.json"))}
+
+
+def _read_autoencoder(part: Part, about: Settings) -> dict[str, Any]:
+    return {"autoencoder": autoencoder.autoencoder_config(part.settings, _where(part, about))}
+
+
+def _read_projector(part: Part, about: Settings) -> dict[str, Any]:
+    found = projector.read_projector_config(part.shapes())
+    kind = about.text("mm_projector_type", "")
+    if not kind:
+        return {"projector": found}
+    sizes = about.size("mm_hidden_size", found.in_size), about.size("hidden_size", found.out_size)
+    return {"projector": projector.projector_config(kind, *sizes, about.where)}
+
+
+def _read_denoiser(part: Part, about: Settings, num_heads: int) -> dict[str, Any]:
+    kind = about.text("mm_inv_projector_type", "") or None
+    return {"denoiser": denoiser.read_denoiser_config(part.shapes(), kind, num_heads)}

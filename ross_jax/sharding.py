@@ -1,0 +1,134 @@
+"""Where arrays live: one mesh, one table from parameter paths to logical axes, one from logical axes to mesh axes.
+
+mesh axis   what is split over it
+data        replicas of the model; the batch. The axis that crosses slices.
+fsdp        parameters, gathered as they are needed; the batch
+tensor      heads, hidden units of MLPs, vocabulary
+"""
+
+import dataclasses
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ross_jax.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp", "tensor")
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+"""Logical axis -> mesh axes; a logical axis that is not here is never split."""
+
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"language/embedding", ("vocab", "embed")),
+    (r"language/head", ("embed", "vocab")),
+    (r".*/layers/(attention/)?(query|key|value)/kernel", (None, "embed", "heads")),
+    (r".*/layers/(attention/)?(query|key|value)/bias", (None, "heads")),
+    (r".*/layers/(attention/)?out/kernel", (None, "heads", "embed")),
+    (r".*/layers/(mlp/)?(gate|up)/kernel", (None, "embed", "mlp")),
+    (r".*/layers/(mlp/)?(gate|up)/bias", (None, "mlp")),
+    (r".*/layers/(mlp/)?down/kernel", (None, "mlp", "embed")),
+    # In turn by columns and by rows: split by columns alone, XLA computed wrong gradients on a 2x2x2 mesh.
+    (r"projector/linear_\d*[02468]/kernel", ("embed", "mlp")),
+    (r"projector/linear_\d*[13579]/kernel", ("mlp", "embed")),
+    (r"vision/position_embedding", (None, "embed")),
+    (r"vision/patch_embedding/kernel", (None, None, None, "embed")),
+    # Every matrix of the denoiser runs on all tokens of a picture: split the rows only, and gather.
+    (r"denoiser/blocks/.*/kernel", (None, "embed", None)),
+    (r"denoiser/blocks/modulation/kernel", (None, "embed", None)),
+    (r"denoiser/(\w+)/kernel", ("embed", None)),
+    # Norm scales, remaining biases, the autoencoder (84 M parameters, frozen): small, on every device.
+    (r".*", ()),
+)
+"""Path pattern -> logical axis of each dimension; the first match counts."""
+LARGE = 2**22
+"""Elements from which an array that stays whole on every device is worth a line in the log."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1: all that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"mesh sizes {sizes} must be positive; at most one may be -1 (what is left)")
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices.
+
+    Raises:
+      ConfigError: sizes that do not multiply to the number of devices; says which would.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        raise ConfigError(
+            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor}: does not divide {len(devices)} "
+            f"devices; sizes among {divisors} whose product is {len(devices)} do, or -1 for what is left"
+        )
+    shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """How an array with these logical axes is split. A dimension that does not divide stays whole.
+
+    Raises:
+      ConfigError: two dimensions that claim the same mesh axis.
+    """
+    spec, taken = [], set()
+    for size, axis in zip(shape, axes + (None,) * (len(shape) - len(axes)), strict=True):
+        names = tuple(name for name in RULES.get(axis, ()) if mesh.shape[name] > 1) if axis else ()
+        if taken & set(names):
+            raise ConfigError(f"axes {axes}: two dimensions claim mesh axis {sorted(taken & set(names))}")
+        if size % math.prod(mesh.shape[name] for name in names):
+            names = ()
+        taken |= set(names)
+        spec.append(names[0] if len(names) == 1 else names or None)
+    return PartitionSpec(*spec)
+
+
+def parameter_shardings(shapes: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
+    """A sharding for each leaf (path -> anything with a shape); logs large leaves that stay whole, and why."""
+    shardings = {}
+    for path, leaf in shapes.items():
+        axes = next(axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path))
+        spec = partition(leaf.shape, axes, mesh)
+        if mesh.size > 1 and math.prod(leaf.shape) >= LARGE and not any(spec):
+            wanted = [axis for axis in axes if axis]
+            why = f"no dimension of {wanted} divides its mesh axes" if wanted else "the table keeps it whole"
+            logger.info("%s %s stays on every device: %s", path, leaf.shape, why)
+        shardings[path] = NamedSharding(mesh, spec)
+    return shardings
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch, split over all replicas."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks the compiler to split an activation along logical axes; does nothing outside a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, mesh))

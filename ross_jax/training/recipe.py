@@ -1,0 +1,59 @@
+"""A run's whole config: what a recipe in `configs/` must fill, frozen once at the start."""
+
+import dataclasses
+from typing import Literal
+
+from ross_jax.data.pipeline import DataConfig
+from ross_jax.models.ross import RossConfig
+from ross_jax.sharding import MeshConfig
+from ross_jax.training.loop import LoopConfig
+from ross_jax.training.optimizer import OptimizerConfig
+from ross_jax.training.state import FreezeConfig
+from ross_jax.training.step import ReconstructionConfig, StepConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """How conversations become ids.
+
+    Attributes:
+      template: `plain`, `v1`, `qwen_2`, `llama3` or `chatml`.
+      tokenizer: folder (or hub id) of the tokenizer.
+      compat: `official` for the reference's labels, its losses of labels included.
+    """
+
+    template: str
+    tokenizer: str
+    compat: Literal["default", "official"] = "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a training run depends on.
+
+    Attributes:
+      model: sizes of every component.
+      init: model directories; each component's parameters come from the last one that has it, or are random.
+      image_mode: how a picture becomes square.
+    """
+
+    model: RossConfig
+    text: TextConfig
+    data: DataConfig
+    freeze: FreezeConfig
+    optimizer: OptimizerConfig
+    init: tuple[str, ...] = ()
+    image_mode: Literal["pad", "square", "crop"] = "pad"
+    reconstruction: ReconstructionConfig = dataclasses.field(default_factory=ReconstructionConfig)
+    step: StepConfig = dataclasses.field(default_factory=StepConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    seed: int = 0
+
+    def __post_init__(self):
+        needed = ["vision", "projector", "language"]
+        needed += ["denoiser", "autoencoder"] if self.reconstruction.kind == "denoise" else []
+        missing = [name for name in needed if getattr(self.model, name) is None]
+        if missing:
+            kind = self.reconstruction.kind
+            raise ValueError(f"model has no {', '.join(missing)}, which reconstruction.kind {kind!r} needs")

@@ -1,0 +1,258 @@
+"""A training run from its config: data, parameters, compiled step, checkpoints, loop. The same command continues it."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from ross_jax import checkpoints
+from ross_jax.config import ConfigError, UserError, freeze, thaw
+from ross_jax.data.conversation import build_encoder
+from ross_jax.data.images import ImageConfig, decode, decode_official
+from ross_jax.data.pipeline import Pipeline, open_pipeline
+from ross_jax.data.tokenizer import load_tokenizer
+from ross_jax.models.ross import RossConfig
+from ross_jax.sharding import batch_sharding, make_mesh
+from ross_jax.training.loop import Hook, Stop, global_batches, run_loop
+from ross_jax.training.metrics import Meter, Writer
+from ross_jax.training.optimizer import make_optimizer
+from ross_jax.training.recipe import RunConfig
+from ross_jax.training.state import (
+    TrainState,
+    Tree,
+    abstract_tree,
+    init_components,
+    merge,
+    split,
+    state_shardings,
+)
+from ross_jax.training.step import compile_step, make_state, make_train_step
+
+
+def image_config(config: RunConfig) -> ImageConfig:
+    """How pictures are resized for the model's encoder."""
+    model = config.model
+    edge = model.vision.image_size if model.vision.kind == "clip" else None
+    return ImageConfig(model.vision.image_size, model.image_mean, model.image_std, config.image_mode, edge)
+
+
+def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -> Pipeline:
+    """The run's batches. Of several processes the first measures and plans, the others read what it cached."""
+    tokenizer = load_tokenizer(config.text.tokenizer)
+    if len(tokenizer) > config.model.language.vocab_size:
+        raise ConfigError(
+            f"config.text.tokenizer: {len(tokenizer)} ids, but the language model embeds "
+            f"{config.model.language.vocab_size}"
+        )
+    encode = build_encoder(config.text.template, tokenizer, config.text.compat)
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    key = json.dumps([thaw(config.text), len(tokenizer)])
+
+    def build(writer: bool) -> Pipeline:
+        return open_pipeline(
+            config.data,
+            encode,
+            image_config(config),
+            config.model.vision.num_tokens,
+            encode_key=key,
+            multiple=replicas * config.step.accumulate,
+            rows_per_step=rows_per_step,
+            decode_image=decode_official if config.text.compat == "official" else decode,
+            writer=writer,
+        )
+
+    if jax.process_count() == 1:
+        return build(True)
+    if config.data.cache is None:
+        raise ConfigError("config.data.cache: several processes need a shared folder for the packing plan")
+    pipeline = build(True) if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("packing plan")
+    return pipeline or build(False)
+
+
+def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, Path]]:
+    """The parameters before the first step, and the model directory that each component came from.
+
+    Raises:
+      UserError: a model directory that cannot be read, or whose component has another config.
+    """
+    wanted = {name: getattr(config.model, name) for name in tree}
+    origins: dict[str, Path] = {}
+    for folder in map(Path, config.init):
+        manifest = checkpoints.read_manifest(folder)
+        theirs = freeze(RossConfig, manifest["config"], f"{folder}: config")
+        for name, ours in wanted.items():
+            found = getattr(theirs, name)
+            if found is None:
+                continue
+            if found != ours:
+                differences = [
+                    f"{field.name}: {getattr(found, field.name)} there, {getattr(ours, field.name)} in config.model"
+                    for field in dataclasses.fields(ours)
+                    if getattr(found, field.name) != getattr(ours, field.name)
+                ]
+                raise ConfigError(f"config.init: {folder}: its {name} differs: {'; '.join(differences)}")
+            origins[name] = folder
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    made = init_components(config.model, tree, [name for name in tree if name not in origins], key)
+    for folder in dict.fromkeys(origins.values()):
+        names = [name for name, origin in origins.items() if origin == folder and tree[name]]
+        made |= checkpoints.restore_model(folder, {name: tree[name] for name in names})
+    return {name: made.get(name, {}) for name in tree}, origins
+
+
+class Run:
+    """A run's directory and everything that its loop needs.
+
+    Attributes:
+      step: steps done.
+      steps: of the whole run.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path):
+        self.config, self.folder = config, folder
+        self.mesh = make_mesh(config.mesh)
+        self._check_directory()
+        self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
+        self.step = self._checkpoints.latest() or 0
+        recorded = self._read_recorded()
+        self.data = open_data(config, self.mesh, recorded.get("rows_per_step"))
+        if recorded.get("data", self.data.hash) != self.data.hash:
+            raise UserError(
+                f"{folder}: was trained on other data or another packing plan; a run continues only with its own. "
+                "Restore the data, or start a new run in another directory"
+            )
+        self.steps = self.data.steps
+        tree = abstract_tree(config.model, config.freeze, self.mesh)
+        key = jax.random.key(config.seed)
+        self._optimizer = make_optimizer(config.optimizer, self.steps)
+        abstract = self._abstract_state(tree)
+        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        if self.step:
+            self.state = self._checkpoints.restore(self.step, abstract)
+        else:
+            self.state = self._first_state(tree)
+        step = make_train_step(
+            config.model,
+            config.step,
+            config.reconstruction,
+            self._optimizer,
+            config.optimizer,
+            self.steps,
+            jax.random.fold_in(key, 1),
+        )
+        self.train_step = compile_step(step, self.shardings, batch_sharding(self.mesh))
+
+    def _abstract_state(self, tree: Tree) -> TrainState:
+        params, frozen = split(tree, self.config.freeze)
+        shapes = jax.eval_shape(lambda p, f: make_state(p, f, self._optimizer), params, frozen)
+        shardings = state_shardings(shapes, tree, self.mesh)
+        return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
+
+    def _first_state(self, tree: Tree) -> TrainState:
+        made, origins = initial_parameters(self.config, tree)
+        params, frozen = split(made, self.config.freeze)
+        make = jax.jit(lambda p, f: make_state(p, f, self._optimizer), out_shardings=self.shardings)
+        with jax.set_mesh(self.mesh):
+            state = make(params, frozen)
+        if jax.process_index() == 0:
+            self._write_description(origins)
+        self._checkpoints.save_frozen(frozen)
+        return state
+
+    def _record(self) -> dict[str, Any]:
+        return json.loads(json.dumps(thaw(self.config)))
+
+    def _check_directory(self) -> None:
+        """A directory that holds another run is refused, with what differs."""
+        path = self.folder / "run.json"
+        if not path.is_file():
+            return
+        theirs, ours = flatten_config(json.loads(path.read_text())["config"]), flatten_config(self._record())
+        free = ("loop.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
+        differ = [
+            f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now"
+            for name in sorted(theirs.keys() | ours.keys())
+            if theirs.get(name) != ours.get(name) and not name.startswith(free)
+        ]
+        if differ:
+            lines = "\n  ".join(differ)
+            raise ConfigError(f"{self.folder}: holds a run with another config:\n  {lines}\nUse another directory")
+
+    def _read_recorded(self) -> dict[str, Any]:
+        path = self.folder / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _write_description(self, origins: dict[str, Path]) -> None:
+        """Manifest, config, tokenizer and the files that came with the components: what makes the run a model."""
+        foreign: dict[str, Any] = {}
+        for name, origin in origins.items():
+            manifest = checkpoints.read_manifest(origin)
+            foreign[name] = manifest.get("foreign", {}).get(name, {})
+            unused = origin / "unused" / f"{name}.safetensors"
+            if unused.is_file():
+                (self.folder / "unused").mkdir(exist_ok=True)
+                shutil.copyfile(unused, self.folder / "unused" / unused.name)
+        for origin in dict.fromkeys(origins.values()):
+            if (origin / "files").is_dir():
+                shutil.copytree(origin / "files", self.folder / "files", dirs_exist_ok=True)
+        tokenizer = load_tokenizer(self.config.text.tokenizer)
+        tokenizer.save_pretrained(self.folder / "files" / "language")
+        checkpoints.write_manifest(
+            self.folder, {"config": thaw(self.config.model), "foreign": foreign, "template": self.config.text.template}
+        )
+        record = {"config": self._record(), "rows_per_step": self.data.rows_per_step, "data": self.data.hash}
+        partial = self.folder / "run.json.partial"
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(self.folder / "run.json")
+
+    def train(self, hooks: tuple[Hook, ...] = (), stop_at: Callable[[int], bool] | None = None) -> int:
+        """Runs, or continues, until the end or a signal; returns the number of steps done."""
+        counts = {
+            name: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(part))
+            for name, part in merge(self.state.params, self.state.frozen).items()
+        }
+        meter = Meter(self.config.model, counts, set(self.state.params))
+        writer = Writer(self.folder, self.step) if jax.process_index() == 0 else None
+        batches = self.data.batches(self.step, jax.process_index(), jax.process_count())
+        # Of several processes, JAX's own handler counts: it makes all of them agree on a step.
+        stop = Stop() if jax.process_count() == 1 else Stop(())
+        try:
+            with jax.set_mesh(self.mesh):
+                self.state, self.step = run_loop(
+                    self.train_step,
+                    self.state,
+                    global_batches(batches, batch_sharding(self.mesh), meter),
+                    self.step,
+                    self.steps,
+                    self.config.loop,
+                    self._checkpoints,
+                    meter,
+                    writer,
+                    hooks,
+                    stop_at or self._checkpoints.stop_at(lambda: stop.requested),
+                )
+        finally:
+            stop.restore()
+            self._checkpoints.wait()
+            if writer is not None:
+                writer.close()
+        return self.step
+
+
+def flatten_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Leaves of a nested config by dotted name; lists count as values."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": leaf for inner, leaf in flatten_config(value).items()}
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,174 @@
+"""The training step: both losses, gradients of what trains, one optimizer update. Compiled once."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ross_jax.models.layers import RematPolicy
+from ross_jax.models.ross import Ross, RossConfig
+from ross_jax.objectives.reconstruction import DenoiseObjective
+from ross_jax.objectives.text import IGNORE, next_token_loss
+from ross_jax.sharding import constrain
+from ross_jax.training.optimizer import OptimizerConfig, schedule
+from ross_jax.training.state import TrainState, Tree, merge
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionConfig:
+    """The second loss.
+
+    Attributes:
+      kind: `denoise` (Ross^D) or `none` (LLaVA).
+      weight: of the loss in the sum.
+      draws: (t, epsilon) draws per picture.
+      compat: `official` averages as the reference does, over text-only rows too.
+    """
+
+    kind: Literal["denoise", "none"] = "denoise"
+    weight: float = 1.0
+    draws: int = 4
+    compat: Literal["default", "official"] = "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How a step computes.
+
+    Attributes:
+      accumulate: micro-batches per step; rows of a batch must be a multiple of it.
+      dtype: of activations in encoder and language model; the denoiser's are float32.
+      text_chunk: positions whose logits exist at once.
+    """
+
+    accumulate: int = 1
+    dtype: str = "bfloat16"
+    remat: RematPolicy = "full"
+    text_chunk: int = 1024
+
+
+def normalise(config: RossConfig, images: Array, dtype: DTypeLike) -> Float[Array, "batch images height width 3"]:
+    """uint8 pictures to the encoder's input."""
+    mean, std = jnp.asarray(config.image_mean, jnp.float32), jnp.asarray(config.image_std, jnp.float32)
+    return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
+
+
+def counts(batch: Batch, compat: str) -> tuple[Array, Array, Array]:
+    """Supervised tokens, pictures, and what the reconstruction loss is divided by: of the whole batch."""
+    tokens = jnp.sum(batch["targets"] != IGNORE)
+    pictures = jnp.sum(real_pictures(batch))
+    if compat == "default":
+        return tokens, pictures, jnp.maximum(pictures, 1.0)
+    # Of the reference: every row is an item, and the mean is scaled by m / (m + 1e-6), m = 4 x pictures.
+    return tokens, pictures, batch["image_start"].size * (4 * pictures + 1e-6) / jnp.maximum(4 * pictures, 1e-30)
+
+
+def real_pictures(batch: Batch) -> Float[Array, "batch images"]:
+    """1 where a slot holds a picture."""
+    return (batch["image_start"] < batch["tokens"].shape[1]).astype(jnp.float32)
+
+
+def make_train_step(
+    config: RossConfig,
+    step_config: StepConfig,
+    reconstruction: ReconstructionConfig,
+    optimizer: optax.GradientTransformation,
+    optimizer_config: OptimizerConfig,
+    steps: int,
+    key: Array,
+):
+    """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    Args:
+      optimizer_config, steps: only to report learning rates.
+      key: of the run; noise comes from it, the step number and the picture's identity.
+    """
+    dtype = jnp.dtype(step_config.dtype)
+    model = Ross(config, dtype, step_config.remat)
+    objective = DenoiseObjective(config, reconstruction.draws) if reconstruction.kind == "denoise" else None
+
+    def losses(params: Tree, frozen: Tree, batch: Batch, totals, step_key: Array):
+        """Sums of one micro-batch, each divided by the count of the whole batch."""
+        tree = merge(params, frozen)
+        variables = {"params": tree}
+        images = normalise(config, batch["images"], jnp.float32)
+        text = (batch[name] for name in ("tokens", "positions", "segments"))
+        output = model.apply(variables, *text, images, batch["image_start"])
+        hidden = constrain(output.hidden, "batch")
+        total, _ = next_token_loss(
+            hidden, batch["targets"], lambda x: model.apply(variables, x, method="logits"), step_config.text_chunk
+        )
+        text_loss = total / jnp.maximum(totals[0], 1)
+        if objective is None:
+            return text_loss, (text_loss, jnp.zeros(()))
+        pictures = images.reshape(-1, *images.shape[2:])
+        targets = objective.targets(frozen, pictures)
+        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(batch["image_ids"].reshape(-1))
+        keys = keys.reshape(batch["image_ids"].shape)
+        items = objective.loss(tree, frozen, output.visual_outputs, targets, keys)
+        weights = real_pictures(batch) if reconstruction.compat == "default" else jnp.ones_like(items)
+        reconstruction_loss = jnp.sum(items * weights) / totals[2]
+        return text_loss + reconstruction.weight * reconstruction_loss, (text_loss, reconstruction_loss)
+
+    def gradients(state: TrainState, batch: Batch, totals, step_key: Array):
+        function = jax.value_and_grad(losses, has_aux=True)
+        parts = step_config.accumulate
+        if parts == 1:
+            (_, values), grads = function(state.params, state.frozen, batch, totals, step_key)
+            return values, grads
+        # Micro-batch m takes every parts-th row, so that each device keeps its own rows.
+        micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        micro = jax.tree.map(lambda x: constrain(x, None, "batch"), micro)
+
+        def add(carry, part: Batch):
+            (_, values), grads = function(state.params, state.frozen, part, totals, step_key)
+            return jax.tree.map(jnp.add, carry, (values, grads)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        (values, grads), _ = jax.lax.scan(add, ((jnp.zeros(()), jnp.zeros(())), zeros), micro)
+        return values, grads
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        step_key = jax.random.fold_in(key, state.step)
+        totals = counts(batch, reconstruction.compat)
+        (text_loss, reconstruction_loss), grads = gradients(state, batch, totals, step_key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": text_loss + reconstruction.weight * reconstruction_loss,
+            "text_loss": text_loss,
+            "reconstruction_loss": reconstruction_loss,
+            "gradient_norm": optax.tree.norm(grads),
+            "supervised_tokens": totals[0],
+            "pictures": totals[1],
+            "tokens": jnp.sum(batch["segments"] != 0),
+            **{
+                f"learning_rate/{name}": schedule(peak, steps, optimizer_config.warmup_ratio)(state.step)
+                for name, peak in optimizer_config.rates().items()
+            },
+        }
+        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
+
+    return train_step
+
+
+def make_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
+
+
+def compile_step(train_step: Any, state_shardings: TrainState, batch_shardings: Any):
+    """Jits the step: state donated and kept where it is, metrics on every device."""
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, batch_shardings),
+        out_shardings=(state_shardings, None),
+        donate_argnums=0,
+    )

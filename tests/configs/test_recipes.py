@@ -1,0 +1,65 @@
+"""Every recipe: its shapes, parameter counts and sharding, nothing allocated."""
+
+import itertools
+import math
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from configs import llava, ross
+from ross_jax.config import ConfigError, freeze
+from ross_jax.models.ross import abstract_params
+from ross_jax.sharding import AXES, parameter_shardings
+from ross_jax.training.recipe import RunConfig
+from ross_jax.training.state import flatten
+
+LANGUAGE_PARAMETERS = {
+    "qwen2_7b": 7_615_616_512,
+    "vicuna_7b": 6_738_415_616,
+    "vicuna_13b": 13_015_864_320,
+    "llama3_8b": 8_030_261_248,
+}
+"""As published."""
+PARTS = list(itertools.product(ross.ENCODERS, ross.LLMS, ross.STAGES))
+
+
+def count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("recipe", [ross, llava], ids=["ross", "llava"])
+@pytest.mark.parametrize(("encoder", "llm", "stage"), PARTS)
+def test_recipe(recipe, encoder, llm, stage):
+    config = freeze(RunConfig, recipe.get_config(f"encoder={encoder},llm={llm},stage={stage}").to_dict())
+    tree = abstract_params(config.model)
+    assert count(tree["language"]) == LANGUAGE_PARAMETERS[llm]
+    assert ("denoiser" in tree) == ("autoencoder" in tree) == (recipe is ross)
+    flat = flatten(tree)
+    trained = {path.partition("/")[0] for path in flat if config.freeze.trains(path)}
+    expected = {"projector", "denoiser"} | ({"language"} if stage == "finetune" else set())
+    assert trained == expected & set(tree)
+    assert (config.data.batch, config.optimizer.learning_rate) == ((256, 1e-3) if stage == "pretrain" else (128, 2e-5))
+    # On 64 chips, fully sharded, every chip holds its share, but for the autoencoder and what is small.
+    mesh = AbstractMesh((1, 64, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    shardings = parameter_shardings(flat, mesh)
+    held = {path: math.prod(shardings[path].shard_shape(leaf.shape)) for path, leaf in flat.items()}
+    whole = [path for path, leaf in flat.items() if held[path] == math.prod(leaf.shape) > 2**22]
+    assert [path for path in whole if not path.startswith("autoencoder")] == []
+    assert sum(held.values()) < 0.03 * count(tree)
+
+
+def test_learning_rates_of_stage_one():
+    config = freeze(RunConfig, ross.get_config("stage=pretrain").to_dict())
+    assert config.optimizer.group("denoiser/blocks/mlp/up/kernel") == r"denoiser/.*"
+    assert config.optimizer.rates() == {"rest": 1e-3, r"denoiser/.*": 1e-4}
+    assert config.optimizer.group("projector/linear_0/kernel") == "rest"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [("llm=qwen2_8b", "qwen2_7b"), ("encodr=clip", "did you mean 'encoder'"), ("stage=tune", "finetune")],
+)
+def test_typos_name_the_nearest(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        ross.get_config(arguments)

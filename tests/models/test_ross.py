@@ -1,0 +1,274 @@
+"""The composition: pictures in and out of rows, without leaks between conversations and without communication."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ross_jax.models.language import LanguageConfig
+from ross_jax.models.projector import ProjectorConfig
+from ross_jax.models.ross import Ross, RossConfig, abstract_params, gather_pictures, image_positions, scatter_pictures
+from ross_jax.models.vision import VisionConfig
+
+TOKENS, SIZE, WIDTH, VOCAB = 4, 30, 24, 50
+CONFIG = RossConfig(
+    vision=VisionConfig("siglip", SIZE, 14, 16, 20, 2, 2, "gelu_tanh", 1e-6),
+    projector=ProjectorConfig("mlp", 16, WIDTH, 2),
+    language=LanguageConfig(VOCAB, WIDTH, 32, 2, 4, 2, 6, 1e4, 1e-6, qkv_bias=True),
+)
+# Row 0: two pictures, the later one first. Row 1: text. Row 2: one at the end, in the second slot. Row 3: one at 0.
+STARTS = np.array([[9, 1, 14], [14, 14, 14], [14, 10, 14], [0, 14, 14]], np.int32)
+LENGTH = 14
+
+
+@functools.cache
+def params():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32), abstract_params(CONFIG)
+    )
+
+
+@functools.partial(jax.jit, static_argnames="internals")
+def run(params, tokens, positions, segments, images, starts, internals=False):
+    return Ross(CONFIG).apply({"params": params}, tokens, positions, segments, images, starts, internals)
+
+
+def batch(starts: np.ndarray = STARTS, length: int = LENGTH, seed: int = 1) -> list[np.ndarray]:
+    """Tokens, positions, segments, images and starts: one conversation per row."""
+    rng = np.random.default_rng(seed)
+    rows, slots = starts.shape
+    tokens = rng.integers(0, VOCAB, (rows, length)).astype(np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    images = rng.normal(size=(rows, slots, SIZE, SIZE, 3)).astype(np.float32)
+    return [tokens, positions, np.ones_like(tokens), images, starts]
+
+
+def scatter_by_hand(embeddings, projected, starts):
+    """Reference in plain loops."""
+    result = np.array(embeddings)
+    for row, slot in np.argwhere(starts < embeddings.shape[1]):
+        first = starts[row, slot]
+        result[row, first : first + TOKENS] = projected[row, slot]
+    return result
+
+
+def test_positions_are_distinct():
+    """Empty slots too have their own place, past the end, so that indices are unique as the scatter promises."""
+    found = np.asarray(image_positions(jnp.asarray(STARTS), TOKENS, LENGTH))
+    assert all(len(set(row)) == STARTS.shape[1] * TOKENS for row in found.tolist())
+    assert list(found[0, : 2 * TOKENS]) == [9, 10, 11, 12, 1, 2, 3, 4]
+    assert (found[1] >= LENGTH).all()
+
+
+@pytest.mark.parametrize("starts", [STARTS, STARTS[:, :1], STARTS[:, :0], np.full_like(STARTS, LENGTH)])
+def test_scatter_and_gather(starts):
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(4, LENGTH, 5)).astype(np.float32)
+    projected = rng.normal(size=(*starts.shape, TOKENS, 5)).astype(np.float32)
+    found = scatter_pictures(jnp.asarray(embeddings), jnp.asarray(projected), jnp.asarray(starts))
+    np.testing.assert_array_equal(found, scatter_by_hand(embeddings, projected, starts))
+    gathered = gather_pictures(found, jnp.asarray(starts), TOKENS)
+    real = (starts < LENGTH)[..., None, None]
+    np.testing.assert_array_equal(gathered, np.where(real, projected, 0.0))
+
+
+def test_gradients_of_scatter_and_gather():
+    """Covered text and empty slots get none, pictures what lies at their place."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(4, LENGTH, 5)).astype(np.float32)
+    zeros = jnp.zeros((4, LENGTH, 5)), jnp.zeros((*STARTS.shape, TOKENS, 5))
+    starts = jnp.asarray(STARTS)
+    to_text, to_pictures = jax.grad(
+        lambda text, pictures: (scatter_pictures(text, pictures, starts) * weights).sum(), argnums=(0, 1)
+    )(*zeros)
+    np.testing.assert_array_equal(to_pictures, gather_pictures(jnp.asarray(weights), starts, TOKENS))
+    np.testing.assert_array_equal(to_text, scatter_by_hand(weights, np.zeros_like(to_pictures), STARTS))
+    picture_weights = rng.normal(size=to_pictures.shape).astype(np.float32)
+    back = jax.grad(lambda hidden: (gather_pictures(hidden, starts, TOKENS) * picture_weights).sum())(zeros[0])
+    np.testing.assert_array_equal(back, scatter_by_hand(zeros[0], picture_weights, STARTS))
+
+
+def test_forward_is_its_parts():
+    arguments = batch()
+    found = run(params(), *arguments, internals=True)
+    plain = run(params(), *arguments)
+    np.testing.assert_allclose(found.hidden, plain.hidden, rtol=1e-5, atol=1e-5)
+    assert plain.internals is None
+    parts = found.internals
+    assert set(parts) == {"vision_hidden_states", "features", "projected", "embeddings", "hidden_states"}
+    assert parts["features"].shape == (12, TOKENS, 16)
+    text = np.asarray(params()["language"]["embedding"])[arguments[0]]
+    expected = scatter_by_hand(text, np.asarray(parts["projected"]), STARTS)
+    np.testing.assert_array_equal(parts["embeddings"], expected)
+    np.testing.assert_array_equal(parts["hidden_states"][0], expected)
+    np.testing.assert_array_equal(parts["hidden_states"][-1], found.hidden)
+    for (row, slot), start in np.ndenumerate(STARTS):
+        there = found.hidden[row, start : start + TOKENS] if start < LENGTH else np.zeros((TOKENS, WIDTH))
+        np.testing.assert_array_equal(found.visual_outputs[row, slot], there)
+
+
+def test_batch_without_pictures():
+    """`[B, 0, H, W, 3]` is a batch of text; so is one whose slots are all empty."""
+    tokens, positions, segments, images, _ = batch()
+    found = run(params(), tokens, positions, segments, images[:, :0], STARTS[:, :0], internals=True)
+    assert found.visual_outputs.shape == (4, 0, TOKENS, WIDTH)
+    assert found.internals["projected"].shape == (4, 0, TOKENS, WIDTH)
+    empty = run(params(), tokens, positions, segments, images, np.full_like(STARTS, LENGTH))
+    np.testing.assert_allclose(found.hidden, empty.hidden, rtol=1e-5, atol=1e-5)
+    assert not np.asarray(empty.visual_outputs).any()
+    bare = run(params(), tokens, positions, segments, images[:, :0], STARTS[:, :0])
+    np.testing.assert_allclose(bare.hidden, empty.hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_ignored():
+    """Tokens under a picture and pictures of empty slots."""
+    tokens, positions, segments, images, starts = batch()
+    other_tokens, other_images = tokens.copy(), images.copy()
+    for row, slot in np.ndindex(*starts.shape):
+        if starts[row, slot] < LENGTH:
+            other_tokens[row, starts[row, slot] :][:TOKENS] = 7
+        else:
+            other_images[row, slot] = 99.0
+    assert (other_tokens != tokens).any()
+    found, other = (
+        run(params(), *x, starts)
+        for x in ((tokens, positions, segments, images), (other_tokens, positions, segments, other_images))
+    )
+    np.testing.assert_array_equal(found.hidden, other.hidden)
+    np.testing.assert_array_equal(found.visual_outputs, other.visual_outputs)
+
+
+@pytest.mark.parametrize("what", ["tokens", "pictures"])
+def test_rows_do_not_see_each_other(what):
+    arguments = batch()
+    found = run(params(), *arguments).hidden
+    if what == "tokens":
+        arguments[0][0] = (arguments[0][0] + 1) % VOCAB
+    else:
+        arguments[3][0] = -arguments[3][0]
+    other = run(params(), *arguments).hidden
+    np.testing.assert_array_equal(found[1:], other[1:])
+    assert (np.abs(found[0] - other[0]).max(-1)[1:] > 1e-4).all()
+
+
+def packed():
+    """A row of two conversations (a picture each, and padding behind) and the same two in rows of their own."""
+    lengths, starts = (8, 11), (2, 5)
+    rng = np.random.default_rng(3)
+    apart = batch(np.array([[starts[0]], [starts[1]]], np.int32), max(lengths), seed=4)
+    for row, length in enumerate(lengths):
+        apart[2][row, length:], apart[1][row, length:] = 0, 0
+    together = [np.zeros((1, 21), np.int32) for _ in range(3)]
+    together[0][:] = rng.integers(0, VOCAB, (1, 21))
+    places = (slice(0, 8), slice(8, 19))
+    for number, (place, length) in enumerate(zip(places, lengths, strict=True)):
+        together[0][0, place] = apart[0][number, :length]
+        together[1][0, place] = np.arange(length)
+        together[2][0, place] = number + 1
+    together += [apart[3].reshape(1, 2, SIZE, SIZE, 3), np.array([[2, 8 + 5]], np.int32)]
+    return apart, together, places
+
+
+def test_packing_changes_nothing():
+    apart, together, places = packed()
+    alone, found = run(params(), *apart), run(params(), *together)
+    for row, place in enumerate(places):
+        length = place.stop - place.start
+        np.testing.assert_allclose(found.hidden[0, place], alone.hidden[row, :length], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.visual_outputs[0, row], alone.visual_outputs[row, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_conversations_of_a_row_do_not_see_each_other():
+    """Neither forward nor backward: text, picture and padding of one change nothing in the other."""
+    _, together, places = packed()
+    found = run(params(), *together).hidden
+    changed = [x.copy() for x in together]
+    changed[0][0, places[0]] = 3
+    changed[0][0, places[1].stop :] = 3
+    changed[3][0, 0] = 1.0
+    other = run(params(), *changed).hidden
+    np.testing.assert_array_equal(found[0, places[1]], other[0, places[1]])
+    assert (np.abs(found[0, places[0]] - other[0, places[0]]).max(-1) > 1e-4).all()
+
+    def second(images):
+        return jnp.square(run(params(), *together[:3], images, together[4]).hidden[0, places[1]]).sum()
+
+    gradient = np.asarray(jax.jit(jax.grad(second))(jnp.asarray(together[3])))
+    assert not gradient[0, 0].any()
+    assert gradient[0, 1].any()
+
+
+COLLECTIVES = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast")
+
+
+def collectives(function, *arguments, replicated: int = 0) -> set[str]:
+    """Collectives in the compiled program; all but the first `replicated` arguments are split along the batch."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    by_row, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    shardings = tuple(whole if i < replicated else by_row for i in range(len(arguments)))
+    program = jax.jit(function, in_shardings=shardings, out_shardings=by_row).lower(*arguments).compile().as_text()
+    assert "num_partitions=8" in program
+    return set(COLLECTIVES.findall(program))
+
+
+def spec(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_no_collective_in_scatter_and_gather():
+    rows, slots = 16, 3
+    embeddings, projected = spec(rows, LENGTH, WIDTH), spec(rows, slots, TOKENS, WIDTH)
+    starts = spec(rows, slots, dtype=jnp.int32)
+    gather = functools.partial(gather_pictures, tokens=TOKENS)
+    assert not collectives(scatter_pictures, embeddings, projected, starts)
+    assert not collectives(gather, embeddings, starts)
+
+    def square(function, *arguments):
+        return jnp.square(function(*arguments)).sum()
+
+    backward = jax.grad(functools.partial(square, scatter_pictures), argnums=(0, 1))
+    assert not collectives(backward, embeddings, projected, starts)
+    assert not collectives(jax.grad(functools.partial(square, gather)), embeddings, starts)
+
+    def naive(embeddings, projected, starts):
+        """Rows and positions indexed at once: the partitioner cannot know that rows stay where they are."""
+        index = image_positions(starts, TOKENS, LENGTH)
+        row = jnp.arange(rows)[:, None]
+        return embeddings.at[row, index].set(projected.reshape(rows, -1, WIDTH), mode="drop")
+
+    assert collectives(naive, embeddings, projected, starts)
+
+
+def test_no_collective_in_the_forward_pass():
+    """With parameters on every device, a batch that is split by rows needs no communication at all."""
+    arguments = [spec(8, *x.shape[1:], dtype=x.dtype) for x in batch()]
+    assert not collectives(
+        lambda *x: Ross(CONFIG).apply({"params": x[0]}, *x[1:])[:2], abstract_params(CONFIG), *arguments, replicated=1
+    )
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (SIZE, 31), (44, 44)])
+def test_wrong_picture_size(shape):
+    tokens, positions, segments, images, starts = batch()
+    wrong = np.zeros((*images.shape[:2], *shape, 3), np.float32)
+    with pytest.raises(
+        ValueError, match=rf"expected pictures of {SIZE} pixels square, found \(12, {shape[0]}, {shape[1]}"
+    ):
+        run(params(), tokens, positions, segments, wrong, starts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"projector": ProjectorConfig("mlp", 17, WIDTH)}, r"projector.in_size is 17 but vision.hidden_size is 16"),
+        ({"projector": ProjectorConfig("mlp", 16, 25)}, r"projector.out_size is 25 but language.hidden_size is 24"),
+    ],
+)
+def test_components_must_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RossConfig(**{"vision": CONFIG.vision, "language": CONFIG.language, **changes})

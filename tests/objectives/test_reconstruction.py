@@ -1,0 +1,300 @@
+"""The reconstruction objective: its targets, its draws, its reductions and its gradient."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from ross_jax.models.denoiser import Denoiser, DenoiserConfig, normalise_condition
+from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.models.vision import VisionConfig
+from ross_jax.objectives.diffusion import make_diffusion
+from ross_jax.objectives.reconstruction import (
+    DenoiseObjective,
+    group_latents,
+    official_mean,
+    picture_mean,
+    target_pixels,
+    ungroup_latents,
+)
+
+WIDTH = 20
+GRID = 3
+COORDINATES = 2e-5
+"""Absolute tolerance of a resized picture: float32 places pixel 100 to 4e-6 only, times the contrast of 2. torch's are
+rounded as ours."""
+
+
+def config(image_size: int = 44, patch_size: int = 14, channels: tuple[int, ...] = (4, 4, 8, 8)) -> RossConfig:
+    """A tower of 14-pixel patches with a remainder, and an autoencoder of 8 (or 16) pixels per latent."""
+    flags = (False,) * len(channels)
+    autoencoder = AutoencoderConfig(channels, 1, 3, 4, 0.3611, 0.1159, flags, flags)
+    vision = VisionConfig("siglip", image_size, patch_size, 8, 8, 1, 1, "gelu", 1e-6, -1)
+    window = 16 // autoencoder.downsampling
+    return RossConfig(
+        vision=vision,
+        denoiser=DenoiserConfig(WIDTH, 3 * window**2, vision.grid, 32, 2, 4),
+        autoencoder=autoencoder,
+        image_mean=(0.48, 0.46, 0.41),
+        image_std=(0.27, 0.26, 0.28),
+    )
+
+
+def random_params(ross: RossConfig):
+    """Every parameter drawn, so that nothing is hidden behind zeros."""
+    rng = np.random.default_rng(0)
+    shapes = abstract_params(dataclasses.replace(ross, vision=None))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+
+def pictures(ross: RossConfig, count: int, seed: int = 0) -> jax.Array:
+    size = ross.vision.image_size
+    return jax.random.normal(jax.random.key(seed), (count, size, size, 3))
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """Objective, parameters, and a batch of 2 rows of 2 pictures."""
+    ross = config()
+    objective, params = DenoiseObjective(ross), random_params(ross)
+    outputs = jax.random.normal(jax.random.key(1), (2, 2, GRID**2, WIDTH))
+    keys = jax.random.split(jax.random.key(2), (2, 2))
+    targets = jax.jit(objective.targets)(params, pictures(ross, 4))
+    return objective, params, outputs, targets, keys
+
+
+def loss(objective, params, outputs, targets, keys):
+    return jax.jit(objective.loss)(params, {}, outputs, targets, keys)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_grouped_channels(window):
+    rows, channels = 3, 5
+    latents = jax.random.normal(jax.random.key(0), (2, rows * window, rows * window, channels))
+    tokens = group_latents(latents, window)
+    assert tokens.shape == (2, rows**2, channels * window**2)
+    for y, x, c in np.ndindex(rows * window, rows * window, channels):
+        token = (y // window) * rows + x // window
+        channel = c * window**2 + (y % window) * window + x % window
+        np.testing.assert_array_equal(tokens[:, token, channel], latents[:, y, x, c])
+    np.testing.assert_array_equal(ungroup_latents(tokens, window), latents)
+
+
+def bilinear(picture: np.ndarray, size: int) -> np.ndarray:
+    """Half-pixel centres, borders repeated, no antialiasing."""
+    for axis in (0, 1):
+        old = picture.shape[axis]
+        places = np.maximum((np.arange(size) + 0.5) * old / size - 0.5, 0)
+        low = np.minimum(places.astype(int), old - 1)
+        high = np.minimum(low + 1, old - 1)
+        share = (places - low).reshape([-1 if i == axis else 1 for i in range(3)])
+        picture = (1 - share) * picture.take(low, axis) + share * picture.take(high, axis)
+    return picture
+
+
+# Enlarged as 384 to 432, kept, and shrunk, where antialiasing would show.
+RESIZED = [(44, 14), (60, 14), (32, 16), (90, 30), (101, 25)]
+
+
+@pytest.mark.parametrize(("image_size", "patch_size"), RESIZED)
+def test_target_pixels(image_size, patch_size):
+    ross = config(image_size, patch_size)
+    images = 2 * pictures(ross, 2)
+    found = target_pixels(ross, images)
+    assert found.shape == (2, *(2 * (image_size // patch_size * 16,)), 3)
+    plain = np.float64(images) * ross.image_std + ross.image_mean
+    for ours, picture in zip(found, np.clip(2 * plain - 1, -1, 1), strict=True):
+        np.testing.assert_allclose(ours, bilinear(picture, found.shape[1]), rtol=0, atol=COORDINATES)
+    assert (np.abs(found) == 1).any()  # clipping was needed
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("image_size", "patch_size"), [*RESIZED, (384, 14)])
+def test_target_pixels_of_torch(image_size, patch_size):
+    torch = pytest.importorskip("torch")
+    ross = config(image_size, patch_size)
+    images = pictures(ross, 2)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (ross.image_mean, ross.image_std))
+    pixels = ((torch.tensor(np.asarray(images)).movedim(-1, 1) * std + mean) * 2 - 1).clamp(-1, 1)
+    theirs = torch.nn.functional.interpolate(
+        pixels, size=ross.target_size, mode="bilinear", align_corners=False, antialias=False
+    )
+    np.testing.assert_allclose(target_pixels(ross, images), theirs.movedim(1, -1), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("channels", [(4, 4, 8, 8), (4, 4, 4, 8, 8)])
+def test_targets_are_the_posterior(channels):
+    """Deterministic; latents are shifted, scaled and grouped by the autoencoder's own downsampling."""
+    ross = config(channels=channels)
+    objective, params = DenoiseObjective(ross), random_params(ross)
+    images = pictures(ross, 2)
+    targets = jax.jit(objective.targets)(params, images)
+    encode = jax.jit(lambda p, x: Autoencoder(ross.autoencoder).apply({"params": p}, x, method="encode"))
+    expected = encode(params["autoencoder"], target_pixels(ross, images))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), targets, expected)
+    noise = jax.random.normal(jax.random.key(3), targets.mean.shape)
+    sample = np.float64(targets.mean) + np.exp(np.float64(targets.logvar) / 2) * np.float64(noise)
+    window = 16 // ross.autoencoder.downsampling
+    latents = jax.jit(objective.latents)(targets, noise)
+    assert latents.shape == (2, GRID**2, 3 * window**2)
+    np.testing.assert_allclose(ungroup_latents(latents, window), (sample - 0.1159) * 0.3611, rtol=1e-5, atol=1e-6)
+
+
+def test_draws():
+    objective = DenoiseObjective(config(), draws=3)
+    draw = jax.vmap(objective.draw)(jax.random.split(jax.random.key(0), 4000))
+    assert draw.timesteps.shape == (4000, 3)
+    assert draw.noise.shape == (4000, 3, GRID**2, 12)
+    assert draw.posterior_noise.shape == (4000, 6, 6, 3)
+    assert (int(draw.timesteps.min()), int(draw.timesteps.max())) == (0, 999)
+    # Four standard errors, of a uniform and of normal variables; draws of one picture are independent.
+    assert abs(draw.timesteps.mean() - 499.5) < 4 * 288.7 / np.sqrt(draw.timesteps.size)
+    for noise in (draw.noise, draw.posterior_noise):
+        assert abs(noise.mean()) < 4 / np.sqrt(noise.size)
+        assert abs(noise.var() - 1) < 4 * np.sqrt(2 / noise.size)
+    for pair in ((draw.noise[:, 0], draw.noise[:, 1]), (draw.noise[:, 0, :, :3], draw.posterior_noise[:, ::2, ::2])):
+        left, right = (np.asarray(x).ravel() for x in pair)
+        assert abs(np.corrcoef(left, right)[0, 1]) < 4 / np.sqrt(left.size)
+
+
+def test_loss_is_the_formula(setting):
+    """Mean over draws of the squared error of the noise, from the parts, noised in float64."""
+    objective, params, outputs, targets, keys = setting
+    found = loss(*setting)
+    assert found.shape == (2, 2)
+    signal = np.cumprod(1 - make_diffusion().betas)
+    predict = jax.jit(Denoiser(objective.config.denoiser).apply)
+    for item, (row, slot) in enumerate(np.ndindex(2, 2)):
+        draw = objective.draw(keys[row, slot])
+        target = jax.tree.map(lambda x, item=item: x[item, None], targets)
+        latents = np.float64(objective.latents(target, draw.posterior_noise[None])[0])
+        errors = []
+        for t, noise in zip(np.asarray(draw.timesteps), np.float64(draw.noise), strict=True):
+            noised = jnp.asarray(np.sqrt(signal[t]) * latents + np.sqrt(1 - signal[t]) * noise, jnp.float32)
+            condition = normalise_condition(outputs[row, slot])
+            predicted = predict({"params": params["denoiser"]}, noised[None], t[None], condition[None])[0]
+            errors.append(np.mean((noise - np.float64(predicted)) ** 2))
+        assert len(errors) == 4
+        np.testing.assert_allclose(found[row, slot], np.mean(errors), rtol=1e-5)
+
+
+def test_loss_of_a_picture_does_not_depend_on_the_others(setting):
+    """Other neighbours, another order, another shape of the batch: the same key gives the same loss."""
+    objective, params, outputs, targets, keys = setting
+    found = loss(*setting).reshape(-1)
+    flat, items = outputs.reshape(4, *outputs.shape[2:]), keys.reshape(-1)
+    order = jnp.array([2, 0, 3, 1])
+
+    def run(index, shape):
+        part = flat[index].reshape(*shape, *flat.shape[1:])
+        chosen = jax.tree.map(lambda x: x[index], targets)
+        return loss(objective, params, part, chosen, items[index].reshape(shape)).reshape(-1)
+
+    for index, shape in ((order, (2, 2)), (order, (1, 4)), (order[3:], (1, 1))):
+        np.testing.assert_allclose(run(index, shape), found[index], rtol=1e-6)
+    strange = outputs.at[0, 1].set(100.0)
+    np.testing.assert_allclose(
+        np.delete(loss(objective, params, strange, targets, keys).reshape(-1), 1), np.delete(found, 1), rtol=1e-6
+    )
+    again = loss(objective, params, outputs, targets, jax.random.split(jax.random.key(9), (2, 2)))
+    assert (np.abs(again.reshape(-1) - found) > 1e-3).all()
+
+
+def test_reductions():
+    losses, real = jnp.array([[1.0, 2.0], [4.0, 8.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
+    assert float(picture_mean(losses, real)) == 2.5
+    assert float(picture_mean(losses, jnp.ones((2, 2)))) == 3.75
+    # The reference averages over rows without a picture too.
+    assert float(official_mean(losses, real)) == pytest.approx(3.75 * 8 / (8 + 1e-6), rel=1e-7)
+    assert float(official_mean(losses, real, draws=1)) == pytest.approx(3.75 * 2 / (2 + 1e-6), rel=1e-7)
+
+
+@pytest.mark.parametrize("reduce", [picture_mean, official_mean])
+def test_no_pictures_no_loss(setting, reduce):
+    """Neither slots that are all empty, nor a batch without slots: exactly zero, and so is every gradient."""
+    objective, params, outputs, targets, keys = setting
+
+    def run(denoiser, outputs, targets, keys):
+        return reduce(objective.loss({"denoiser": denoiser}, {}, outputs, targets, keys), jnp.zeros(keys.shape))
+
+    for slots in (2, 0):
+        part = jax.tree.map(lambda x, n=2 * slots: x[:n], targets)
+        run_with = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))
+        value, gradients = run_with(params["denoiser"], outputs[:, :slots], part, keys[:, :slots])
+        if reduce is official_mean and not slots:
+            continue  # the reference always has one picture per row
+        assert float(value) == 0.0
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
+
+
+def test_empty_slots_are_finite(setting):
+    """Zeros where no picture is: their loss is masked, but a NaN would survive any mask."""
+    objective, params, outputs, targets, keys = setting
+    run = jax.jit(jax.value_and_grad(lambda x: objective.loss(params, {}, x, targets, keys).sum()))
+    value, gradient = run(outputs.at[:, 1].set(0.0))
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+def test_gradient(setting):
+    """Central differences along random directions: of visual outputs, and of some of the denoiser's parameters."""
+    objective, params, outputs, targets, keys = setting
+
+    @jax.jit
+    def run(outputs, denoiser):
+        return objective.loss({"denoiser": denoiser}, {}, outputs, targets, keys).sum()
+
+    gradients = jax.jit(jax.grad(run, argnums=(0, 1)))(outputs, params["denoiser"])
+
+    def check(gradient, shifted, step):
+        direction = jax.random.normal(jax.random.key(5), gradient.shape)
+        direction = direction / jnp.linalg.norm(direction) + gradient / jnp.linalg.norm(gradient)
+        up, down = (float(shifted(sign * step * direction)) for sign in (1, -1))
+        expected = float(jnp.vdot(gradient, direction))
+        assert abs(expected) > 1e-3
+        # float32 loses a few digits in the difference; the step adds its square.
+        assert (up - down) / (2 * step) == pytest.approx(expected, rel=1e-2)
+
+    check(gradients[0], lambda d: run(outputs + d, params["denoiser"]), 5e-3)
+    paths = [
+        ("condition_embedding", "kernel"),
+        ("timestep_in", "bias"),
+        ("blocks", "attention", "qkv", "kernel"),
+        ("blocks", "modulation", "kernel"),
+        ("final", "kernel"),
+    ]
+    for path in paths:
+        gradient = gradients[1]
+        for name in path:
+            gradient = gradient[name]
+
+        def moved(shift, path=path):
+            def add(where, leaf):
+                return leaf + shift if tuple(key.key for key in where) == path else leaf
+
+            return run(outputs, jax.tree_util.tree_map_with_path(add, params["denoiser"]))
+
+        check(gradient, moved, 1e-3)
+
+
+def test_untrained_denoiser(setting):
+    """It predicts no noise: the loss is the noise's mean square, and sampling without noise only scales."""
+    objective, _, outputs, targets, keys = setting
+    module = Denoiser(objective.config.denoiser)
+    spec = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in module.input_spec()]
+    params = {"denoiser": jax.jit(module.init)(jax.random.key(0), *spec)["params"]}
+    noise = jax.jit(jax.vmap(objective.draw))(keys.reshape(-1)).noise
+    expected = np.square(np.float64(noise)).mean(axis=(1, 2, 3)).reshape(2, 2)
+    np.testing.assert_allclose(loss(objective, params, outputs, targets, keys), expected, rtol=1e-6)
+    process = make_diffusion(respacing="6")
+    initial = 1e-4 * jax.random.normal(jax.random.key(1), (2, GRID**2, 12))
+    fresh = jnp.ones((6, *initial.shape))
+    sample = jax.jit(functools.partial(objective.reconstruct, process=process), static_argnames=("temperature", "clip"))
+    found = sample(params, outputs[0], initial, fresh, temperature=0.0)
+    np.testing.assert_allclose(found, initial / np.sqrt(process.alphas_cumprod[-1]), rtol=1e-4)
+    clipped = sample(params, outputs[0], 1e4 * initial, fresh, temperature=1.0, clip=True)
+    assert 0.9 < float(jnp.abs(clipped).max()) <= 1.0

@@ -1,0 +1,109 @@
+"""The chunked next-token loss against the direct one, and that it never holds all logits."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ross_jax.models.language import LanguageConfig, LanguageModel
+from ross_jax.objectives.text import IGNORE, next_token_loss
+
+WIDTH, VOCAB = 12, 37
+
+
+def batch(rows: int, length: int, ignored: float = 0.3, seed: int = 0):
+    """Hidden states, targets and head."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(rows, length, WIDTH)).astype(np.float32)
+    targets = rng.integers(0, VOCAB, (rows, length)).astype(np.int32)
+    targets[rng.random((rows, length)) < ignored] = IGNORE
+    return jnp.asarray(hidden), jnp.asarray(targets), jnp.asarray(rng.normal(size=(WIDTH, VOCAB)).astype(np.float32))
+
+
+def direct(hidden, targets, head):
+    """Loss and its gradients in float64 NumPy."""
+    hidden, head, targets = np.float64(hidden), np.float64(head), np.asarray(targets)
+    scores = hidden @ head
+    scores -= scores.max(-1, keepdims=True)
+    log_probability = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    valid = targets != IGNORE
+    one_hot = np.eye(VOCAB)[np.where(valid, targets, 0)]
+    loss = -(log_probability * one_hot)[valid].sum()
+    error = (np.exp(log_probability) - one_hot) * valid[..., None]
+    return loss, error @ head.T, np.einsum("bsd,bsv->dv", hidden, error)
+
+
+def chunked(hidden, targets, head, chunk):
+    return next_token_loss(hidden, targets, lambda states: states @ head, chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 21, 22, 1024])
+@pytest.mark.parametrize(("rows", "length"), [(3, 7), (1, 21), (2, 5)])
+def test_loss_and_gradient(rows, length, chunk):
+    hidden, targets, head = batch(rows, length)
+    loss, to_hidden, to_head = direct(hidden, targets, head)
+    run = jax.jit(jax.value_and_grad(functools.partial(chunked, chunk=chunk), argnums=(0, 2), has_aux=True))
+    (found, count), gradients = run(hidden, targets, head)
+    np.testing.assert_allclose(found, loss, rtol=1e-6)
+    assert int(count) == int((np.asarray(targets) != IGNORE).sum())
+    np.testing.assert_allclose(gradients[0], to_hidden, atol=1e-5)
+    np.testing.assert_allclose(gradients[1], to_head, atol=2e-5)
+
+
+def test_large_scores():
+    """Scores of a thousand neither overflow nor lose the loss."""
+    hidden, targets, head = batch(1, 9)
+    loss, *_ = direct(300.0 * hidden, targets, head)
+    found, _ = chunked(300.0 * hidden, targets, head, 4)
+    assert loss > 1000
+    np.testing.assert_allclose(found, loss, rtol=1e-6)
+
+
+def test_all_ignored():
+    hidden, targets, head = batch(2, 5, ignored=2.0)
+    (loss, count), gradients = jax.value_and_grad(chunked, argnums=(0, 2), has_aux=True)(hidden, targets, head, 4)
+    assert (float(loss), int(count)) == (0.0, 0)
+    assert not any(np.asarray(gradient).any() for gradient in gradients)
+
+
+def test_states_at_ignored_positions_do_not_matter():
+    hidden, targets, head = batch(2, 9)
+    other = jnp.where((targets == IGNORE)[..., None], 5.0, hidden)
+    assert float(chunked(hidden, targets, head, 4)[0]) == float(chunked(other, targets, head, 4)[0])
+
+
+def sizes(jaxpr):
+    """Elements of every value that a program computes, those of inner programs too."""
+    for equation in jaxpr.eqns:
+        yield from (math.prod(var.aval.shape) for var in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (list, tuple)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if isinstance(inner, jax.extend.core.Jaxpr):
+                    yield from sizes(inner)
+
+
+def test_all_logits_never_exist():
+    """Neither forward nor backward: nothing in the program is as large as them, nor what the compiler plans for."""
+    rows, length, vocab, chunk = 4, 256, 4096, 64
+    config = LanguageConfig(vocab, 16, 8, 1, 1, 1, 16, 1e4, 1e-6)
+    model = LanguageModel(config)
+    spec = jax.eval_shape(model.init, jax.random.key(0), *model.input_spec())
+
+    def loss(params, hidden, targets, chunk):
+        return next_token_loss(hidden, targets, lambda x: model.apply(params, x, method="logits"), chunk)[0]
+
+    arguments = spec, jax.ShapeDtypeStruct((rows, length, 16), jnp.float32), jax.ShapeDtypeStruct((rows, length), int)
+    everything = rows * length * vocab
+
+    def largest(chunk):
+        program = jax.make_jaxpr(jax.value_and_grad(functools.partial(loss, chunk=chunk), argnums=(0, 1)))(*arguments)
+        return max(sizes(program.jaxpr))
+
+    assert largest(chunk) <= chunk * vocab
+    assert largest(rows * length) >= everything  # so that the count above sees logits at all
+    compiled = jax.jit(jax.grad(functools.partial(loss, chunk=chunk), argnums=(0, 1))).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * everything / 2

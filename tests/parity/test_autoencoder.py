@@ -1,0 +1,164 @@
+"""The KL autoencoder against diffusers' `AutoencoderKL`."""
+
+import copy
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from parity.helpers import assert_bfloat16, assert_close, channels_last, imported, randomise, torch
+from ross_jax.models.autoencoder import Autoencoder
+
+diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.parity
+
+
+def layout(channels: tuple[int, ...], attends: bool = False, **settings) -> dict:
+    """Settings of diffusers; with `attends` the coarsest level has attention, as in LDM's KL-16."""
+    down, up = ["DownEncoderBlock2D"] * len(channels), ["UpDecoderBlock2D"] * len(channels)
+    if attends:
+        down[-1], up[0] = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
+    return {
+        "block_out_channels": channels,
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(up),
+        "norm_num_groups": 4,
+        **settings,
+    }
+
+
+FLUX = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+FLUX |= {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+LAYOUTS = {
+    "flux": layout((8, 16, 24, 24), layers_per_block=2, **FLUX),
+    "sd": layout((12, 8, 16, 16), layers_per_block=2, latent_channels=4),
+    "ldm_kl16": layout((8, 8, 12, 12, 16), True, layers_per_block=2, latent_channels=16, scaling_factor=0.2325),
+    "no_mid_attention": layout((8, 12), layers_per_block=1, mid_block_add_attention=False),
+    "three_layers": layout((8, 16, 16), True, layers_per_block=3, latent_channels=3, use_quant_conv=False),
+    "one_level": layout((8,), layers_per_block=1, latent_channels=2, use_post_quant_conv=False),
+}
+
+
+def build(name: str):
+    return randomise(diffusers.AutoencoderKL(**LAYOUTS[name]))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Name -> torch module, and the folder that it was saved to."""
+
+    @functools.cache
+    def save(name: str):
+        folder, module = tmp_path_factory.mktemp(name), build(name)
+        module.save_pretrained(folder)
+        return module, folder
+
+    return save
+
+
+def pictures(height: int, width: int, batch: int = 2) -> np.ndarray:
+    return np.random.default_rng(1).uniform(-1, 1, (batch, height, width, 3)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(config, dtype, params, images, noise):
+    """Posterior, one raw sample, its latents, and the sample's picture."""
+    module, tree = Autoencoder(config, dtype), {"params": params}
+    posterior = module.apply(tree, images, method="encode")
+    sample = posterior.sample(noise)
+    latents = module.normalise(sample)
+    decoded = module.apply(tree, module.denormalise(latents), method="decode")
+    return posterior.mean, posterior.logvar, sample, latents, decoded
+
+
+def run_torch(module, images, noise):
+    dtype, settings = module.dtype, module.config
+    with torch.no_grad():
+        posterior = module.encode(torch.tensor(images).movedim(-1, 1).to(dtype)).latent_dist
+        sample = posterior.mean + posterior.std * torch.tensor(noise).movedim(-1, 1).to(dtype)
+        latents = (sample - (settings.shift_factor or 0.0)) * settings.scaling_factor
+        decoded = module.decode(sample).sample
+    return [channels_last(x) for x in (posterior.mean, posterior.logvar, sample, latents, decoded)]
+
+
+def compare(config, params, module, images) -> None:
+    shape = (len(images), *(side // config.downsampling for side in images.shape[1:3]), config.latent_channels)
+    noise = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+    ours, theirs = run(config, jnp.float32, params, images, noise), run_torch(module, images, noise)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == jnp.float32
+        assert_close(mine, other)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_encode_and_decode(saved, name):
+    module, folder = saved(name)
+    config, params = imported(folder)
+    scale = config.downsampling
+    compare(config, params, module, pictures(2 * scale, 3 * scale))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_attention_keys(saved, old, tmp_path):
+    """Stable Diffusion's published files name the attention's layers as diffusers did before 0.15."""
+    module, _ = saved("ldm_kl16")
+    module.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"} if old else {}
+    weights = {}
+    for key, value in load_file(path).items():
+        for new, name in names.items():
+            key = key.replace(f".{new}.", f".{name}.")
+        weights[key] = value
+    assert sum("attentions" in key and ".query." in key for key in weights) == old * 2 * 7  # weight and bias
+    save_file(weights, path)
+    compare(*imported(tmp_path), module, pictures(16, 16, batch=1))
+
+
+@pytest.mark.parametrize("colour", [(0.0, 0.0, 0.0), (1.0, -1.0, 0.3)])
+@pytest.mark.parametrize("name", ["flux", "sd"])
+def test_pictures_of_one_colour(saved, name, colour):
+    """As the dummy picture of a text-only row is. The norms' variances are tiny: torch's float32 is off too."""
+    module, folder = saved(name)
+    images = np.broadcast_to(np.float32(colour), (1, 32, 32, 3)).copy()
+    compare(*imported(folder), copy.deepcopy(module).double(), images)
+
+
+def test_log_variance_is_clipped(saved, tmp_path):
+    module, _ = saved("flux")
+    module = copy.deepcopy(module)
+    with torch.no_grad():
+        module.encoder.conv_out.bias[16:24], module.encoder.conv_out.bias[24:] = 90.0, -90.0
+    module.save_pretrained(tmp_path)
+    config, params = imported(tmp_path)
+    images = pictures(16, 16)
+    noise = np.zeros((2, 2, 2, 16), np.float32)
+    ours, theirs = run(config, jnp.float32, params, images, noise)[1], run_torch(module, images, noise)[1]
+    assert (float(ours.min()), float(ours.max())) == (-30.0, 20.0)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_sides_must_fit(saved):
+    config, params = imported(saved("flux")[1])
+    with pytest.raises(ValueError, match="multiples of 8"):
+        Autoencoder(config).apply({"params": params}, jnp.zeros((1, 16, 20, 3)), method="encode")
+
+
+@pytest.mark.parametrize("name", ["flux", "ldm_kl16"])
+def test_bfloat16(name, tmp_path):
+    """bfloat16 weights computed in float32 equal torch's, and in bfloat16 are as near as torch's."""
+    module = build(name).bfloat16()
+    module.save_pretrained(tmp_path)
+    config, params = imported(tmp_path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    side = 2 * config.downsampling
+    images, noise = pictures(side, side, 4), np.zeros((4, 2, 2, config.latent_channels), np.float32)
+    rounded, exact = run_torch(module, images, noise), run_torch(module.float(), images, noise)
+    assert_close(run(config, jnp.float32, params, images, noise)[-1], exact[-1])
+    ours = run(config, jnp.bfloat16, params, images, noise)
+    for index in (0, 4):
+        assert ours[index].dtype == jnp.float32
+        assert_bfloat16(ours[index], rounded[index], exact[index])

@@ -1,0 +1,100 @@
+"""A tiny model and batches for the tests of training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ross_jax.models.autoencoder import AutoencoderConfig
+from ross_jax.models.denoiser import DenoiserConfig
+from ross_jax.models.language import LanguageConfig
+from ross_jax.models.projector import ProjectorConfig
+from ross_jax.models.ross import RossConfig
+from ross_jax.models.vision import VisionConfig
+from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from ross_jax.training.optimizer import OptimizerConfig, make_optimizer
+from ross_jax.training.state import (
+    FreezeConfig,
+    abstract_tree,
+    init_components,
+    split,
+    state_shardings,
+)
+from ross_jax.training.step import ReconstructionConfig, StepConfig, compile_step, make_state, make_train_step
+
+CONFIG = RossConfig(
+    vision=VisionConfig("siglip", 28, 14, 32, 48, 2, 4, "gelu_tanh", 1e-6),
+    projector=ProjectorConfig("mlp", 32, 64),
+    language=LanguageConfig(96, 64, 128, 2, 8, 4, 8, 1e4, 1e-6, qkv_bias=True),
+    denoiser=DenoiserConfig(64, 64, 2, 32, 2, num_heads=4),
+    autoencoder=AutoencoderConfig((8, 8, 8), 1, 4, 4, 0.5, 0.1, (False,) * 3, (False,) * 3, False),
+)
+COUNT = CONFIG.vision.num_tokens
+ONE_DEVICE, DENOISE = MeshConfig(1, 1, 1), ReconstructionConfig()
+STAGE2 = FreezeConfig((r"language/.*", r"projector/.*", r"denoiser/.*"), dtype="float32", autoencoder_dtype="float32")
+
+
+def make_batch(rows: int = 8, length: int = 24, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of two conversations, with two, one or no pictures; some rows have padding."""
+    rng = np.random.default_rng(seed)
+    batch = {
+        "tokens": rng.integers(1, 96, (rows, length)).astype(np.int32),
+        "targets": rng.integers(1, 96, (rows, length)).astype(np.int32),
+        "segments": np.repeat([[1] * 10 + [2] * 10 + [0] * (length - 20)], rows, 0).astype(np.int32),
+        "images": rng.integers(0, 256, (rows, 2, 28, 28, 3)).astype(np.uint8),
+        "image_start": np.full((rows, 2), length, np.int32),
+        "image_ids": np.zeros((rows, 2), np.uint32),
+    }
+    batch["positions"] = np.where(batch["segments"] == 2, np.arange(length) - 10, np.arange(length)).astype(np.int32)
+    batch["targets"][rng.random((rows, length)) < 0.5] = -100
+    batch["targets"][batch["segments"] == 0] = -100
+    for row in range(rows):
+        for slot, start in list(enumerate((2, 11)))[: (2, 1, 0)[row % 3]]:
+            batch["image_start"][row, slot] = start
+            batch["image_ids"][row, slot] = 1 + 2 * row + slot
+            batch["tokens"][row, start : start + COUNT] = 0
+            batch["targets"][row, start : start + COUNT - 1] = -100
+    return batch
+
+
+class Run:
+    """A compiled step and its first state on a mesh."""
+
+    def __init__(
+        self,
+        mesh: MeshConfig = ONE_DEVICE,
+        devices: int = 1,
+        accumulate: int = 1,
+        freeze: FreezeConfig = STAGE2,
+        reconstruction: ReconstructionConfig = DENOISE,
+        remat: str = "none",
+        dtype: str = "float32",
+        learning_rate: float = 1e-3,
+        seed: int = 0,
+    ):
+        self.mesh = make_mesh(mesh, jax.devices()[:devices])
+        key = jax.random.key(seed)
+        self.tree = abstract_tree(CONFIG, freeze, self.mesh)
+        made = init_components(CONFIG, self.tree, self.tree, key)
+        settings = OptimizerConfig(learning_rate, ((r"denoiser/.*", learning_rate / 10),))
+        optimizer = make_optimizer(settings, steps=10)
+        params, frozen = split(made, freeze)
+        shapes = jax.eval_shape(lambda p, f: make_state(p, f, optimizer), params, frozen)
+        self.shardings = state_shardings(shapes, self.tree, self.mesh)
+        self.state = jax.jit(lambda p, f: make_state(p, f, optimizer), out_shardings=self.shardings)(params, frozen)
+        step = make_train_step(
+            CONFIG,
+            StepConfig(accumulate, dtype, remat, text_chunk=32),
+            reconstruction,
+            optimizer,
+            settings,
+            10,
+            jax.random.fold_in(key, 1),
+        )
+        self.step = compile_step(step, self.shardings, batch_sharding(self.mesh))
+
+    def run(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
+        """One step; the state moves on."""
+        with jax.set_mesh(self.mesh):
+            placed = jax.device_put({k: jnp.asarray(v) for k, v in batch.items()}, batch_sharding(self.mesh))
+            self.state, metrics = self.step(self.state, placed)
+        return {name: float(value) for name, value in metrics.items()}

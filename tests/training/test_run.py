@@ -1,0 +1,178 @@
+"""Whole runs on a few pictures: reports, checkpoints, and continuing where a run was cut off."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import CONFIG, STAGE2
+from tokenizer_fixtures import byte_level_tokenizer
+
+from ross_jax import checkpoints
+from ross_jax.config import ConfigError, UserError
+from ross_jax.convert.exporting import read_config
+from ross_jax.data.packing import PackingConfig
+from ross_jax.data.pipeline import DataConfig
+from ross_jax.data.sources import SourceConfig
+from ross_jax.models.ross import abstract_params
+from ross_jax.sharding import MeshConfig
+from ross_jax.training.loop import LoopConfig, check
+from ross_jax.training.optimizer import OptimizerConfig
+from ross_jax.training.recipe import RunConfig, TextConfig
+from ross_jax.training.run import Run
+from ross_jax.training.state import flatten
+from ross_jax.training.step import StepConfig
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 records about 6 pictures, one of them broken; a tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+    records = [
+        {
+            "id": f"sample {i}",
+            **({"image": f"{i % 6}.png"} if i % 4 else {}),
+            "conversations": [
+                {"from": "human", "value": ("<image>\n" if i % 4 else "") + "What is it?"},
+                {"from": "gpt", "value": "ab"[i % 2] * (1 + i % 5)},
+            ],
+        }
+        for i in range(24)
+    ]
+    (folder / "data.json").write_text(json.dumps(records))
+    byte_level_tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def make_config(data, mesh: MeshConfig = MeshConfig(1, 2, 4), **changes) -> RunConfig:  # noqa: B008
+    model = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=320))
+    config = RunConfig(
+        model=model,
+        text=TextConfig("qwen_2", str(data / "tokenizer")),
+        data=DataConfig(
+            sources=(SourceConfig(str(data / "data.json"), images=(str(data / "images"),)),),
+            packing=PackingConfig(length=256, images=2),
+            batch=8,
+            epochs=2,
+        ),
+        freeze=STAGE2,
+        optimizer=OptimizerConfig(1e-3, ((r"denoiser/.*", 1e-4),)),
+        step=StepConfig(dtype="float32", remat="none", text_chunk=128),
+        mesh=mesh,
+        loop=LoopConfig(log=1, save=2, keep=2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def parameters(run: Run) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten(run.state.params).items()}
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An uninterrupted run: its directory, its parameters, its steps."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run = Run(make_config(data), folder)
+    assert run.train() == run.steps > 4
+    return folder, parameters(run), run.steps
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_reports_every_step(whole):
+    folder, _, steps = whole
+    found = lines(folder)
+    assert [line["step"] for line in found] == list(range(1, steps + 1))
+    names = {"text_loss", "reconstruction_loss", "gradient_norm", "supervised_tokens", "pictures_per_second"}
+    assert names | {"tokens_per_second", "input_wait", "memory_gb", "learning_rate/rest"} <= set(found[0])
+    assert found[-1]["text_loss"] < found[0]["text_loss"]
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_a_finished_run_is_a_model(whole):
+    folder, params, steps = whole
+    config = read_config(folder)
+    restored = checkpoints.restore_model(folder, abstract_params(config))
+    for path, leaf in params.items():
+        np.testing.assert_array_equal(flatten(restored)[path], leaf)
+    assert set(restored) == {"vision", "projector", "language", "denoiser", "autoencoder"}
+    assert sorted(int(path.name) for path in (folder / "steps").iterdir() if path.name.isdigit())[-1] == steps
+    assert (folder / "files" / "language" / "tokenizer.json").is_file()
+
+
+def test_continues_bit_for_bit(data, whole, tmp_path):
+    """Stopped after three steps, with a half-written line of metrics left behind."""
+    _, expected, steps = whole
+    folder = tmp_path / "run"
+    assert Run(make_config(data), folder).train(stop_at=lambda step: step == 3) == 3
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "text_lo')
+    run = Run(make_config(data), folder)
+    assert run.step == 3
+    assert run.train() == steps
+    for path, leaf in parameters(run).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+    assert [line["step"] for line in lines(folder)] == list(range(1, steps + 1))
+    assert Run(make_config(data), folder).train() == steps  # a finished run has nothing left to do
+
+
+def test_continues_on_another_mesh(data, whole, tmp_path):
+    _, expected, steps = whole
+    folder = tmp_path / "run"
+    Run(make_config(data), folder).train(stop_at=lambda step: step == 2)
+    run = Run(make_config(data, MeshConfig(2, 1, 1) if jax.device_count() == 2 else MeshConfig(1, 1, -1)), folder)
+    assert run.train() == steps
+    for path, leaf in parameters(run).items():
+        np.testing.assert_allclose(leaf, expected[path], atol=2e-4, err_msg=path)
+
+
+def test_another_config_is_refused_with_what_differs(data, whole):
+    folder, *_ = whole
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.001 there, 0.5 now"):
+        Run(make_config(data, optimizer=OptimizerConfig(0.5, ((r"denoiser/.*", 1e-4),))), folder)
+
+
+def test_starts_from_a_model(data, whole, tmp_path):
+    """The second stage begins with what the first one left."""
+    folder, params, _ = whole
+    run = Run(make_config(data, init=(str(folder),)), tmp_path / "second")
+    for path, leaf in parameters(run).items():
+        np.testing.assert_array_equal(leaf, params[path], err_msg=path)
+    smaller = dataclasses.replace(run.config.model.denoiser, depth=1)
+    model = dataclasses.replace(run.config.model, denoiser=smaller)
+    with pytest.raises(ConfigError, match=r"its denoiser differs: depth: 2 there, 1 in config.model"):
+        Run(make_config(data, init=(str(folder),), model=model), tmp_path / "third")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text_loss": float("nan")}, "step 7: text_loss is not finite"),
+        ({"gradient_norm": float("inf")}, "step 7: gradient_norm is not finite"),
+        ({"supervised_tokens": 0}, "step 7: the batch has no supervised token"),
+    ],
+)
+def test_bad_steps_stop_the_run(values, message):
+    good = {"text_loss": 1.0, "reconstruction_loss": 1.0, "gradient_norm": 1.0, "supervised_tokens": 5}
+    check([good], 6)
+    with pytest.raises(UserError, match=message):
+        check([good, {**good, **values}], 6)
+
+
+def test_no_checkpoint_of_a_bad_step(data, tmp_path):
+    """A learning rate that blows up: the run stops, and what was saved before is still there."""
+    folder = tmp_path / "run"
+    run = Run(make_config(data, optimizer=OptimizerConfig(1e30, max_gradient_norm=1e30)), folder)
+    with pytest.raises(UserError, match="is not finite"):
+        run.train()
+    saved = checkpoints.RunCheckpoints(folder, 2).latest()
+    bad = len(lines(folder)) + 1
+    assert saved is None or saved < bad

@@ -1,0 +1,132 @@
+"""The step: the same losses and updates however it is split over devices, micro-batches and rows."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import STAGE2, Run, make_batch
+
+from ross_jax.sharding import MeshConfig
+from ross_jax.training.state import FreezeConfig, flatten
+from ross_jax.training.step import ReconstructionConfig
+
+SLOW = [(2, 4, 1), (4, 2, 1), (1, 4, 2), (4, 1, 2), (2, 1, 4), (1, 1, 8)]
+MESHES = [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW)]
+
+
+@pytest.fixture(scope="module")
+def single():
+    """Metrics of two steps on one device, the parameters after them, and before."""
+    run = Run()
+    before = {path: np.asarray(leaf) for path, leaf in flatten(run.state.params).items()}
+    metrics = [run.run(make_batch(seed=seed)) for seed in (0, 1)]
+    return metrics, {path: np.asarray(leaf) for path, leaf in flatten(run.state.params).items()}, before
+
+
+def agrees(run: Run, single, rtol: float = 2e-5):
+    """Two steps of `run` give the losses, gradient norms and parameters of one device."""
+    metrics, params, before = single
+    for seed, expected in enumerate(metrics):
+        found = run.run(make_batch(seed=seed))
+        for name, value in expected.items():
+            # Gradients add up more roundings than losses.
+            tolerance = 5 * rtol if name == "gradient_norm" else rtol
+            assert found[name] == pytest.approx(value, rel=tolerance, abs=1e-7), (seed, name)
+    for path, leaf in flatten(run.state.params).items():
+        moved = np.abs(params[path] - before[path]).max()
+        # The first Adam steps have the size of the learning rate, whatever the gradient: compare with that.
+        np.testing.assert_allclose(np.asarray(leaf), params[path], atol=0.05 * max(moved, 1e-6), err_msg=path)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_every_mesh_gives_the_losses_of_one_device(sizes, single):
+    run = Run(MeshConfig(*sizes), devices=8)
+    agrees(run, single)
+    kernel = run.state.params["language"]["layers"]["gate"]["kernel"]
+    assert kernel.addressable_shards[0].data.nbytes * sizes[1] * sizes[2] == kernel.nbytes
+    moments = run.state.opt_state[1].inner_states["rest"].inner_state[0].mu["language"]["layers"]["gate"]["kernel"]
+    assert moments.sharding == kernel.sharding
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_changes_nothing(parts, single):
+    agrees(Run(accumulate=parts), single)
+    agrees(Run(MeshConfig(1, 2, 1), devices=2, accumulate=parts), single)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_nothing(remat, single):
+    agrees(Run(remat=remat), single)
+
+
+def test_packing_changes_nothing():
+    """The same conversations, two in a row or one: the same losses and gradient norm."""
+    packed = make_batch(rows=3)
+    apart = make_batch(rows=6)
+    for row in range(3):
+        for half in range(2):
+            here, there = slice(10 * half, 10 * half + 10), 2 * row + half
+            for name, empty in {"tokens": 0, "targets": -100, "positions": 0, "segments": 0}.items():
+                apart[name][there] = empty
+                apart[name][there, :10] = packed[name][row, here]
+            apart["segments"][there, :10] = 1
+            apart["image_start"][there], apart["image_ids"][there] = 24, 0
+            if packed["image_start"][row, half] < 24:
+                apart["image_start"][there, 0] = packed["image_start"][row, half] - 10 * half
+                apart["image_ids"][there, 0] = packed["image_ids"][row, half]
+                apart["images"][there, 0] = packed["images"][row, half]
+    one, two = Run().run(packed), Run().run(apart)
+    assert one["pictures"] == 3
+    for name in ("text_loss", "reconstruction_loss", "gradient_norm", "supervised_tokens", "pictures"):
+        assert two[name] == pytest.approx(one[name], rel=2e-5), name
+
+
+def test_compiles_once():
+    run = Run(MeshConfig(2, 2, 2), devices=8)
+    for seed in range(3):
+        run.run(make_batch(seed=seed))
+    assert run.step._cache_size() == 1
+
+
+def test_frozen_parameters_stay_and_have_no_optimizer_state():
+    freeze = FreezeConfig((r"projector/.*", r"denoiser/.*"), dtype="bfloat16", autoencoder_dtype="float32")
+    run = Run(freeze=freeze)
+    before = jax.tree.map(np.asarray, run.state.frozen)
+    run.run(make_batch())
+    run.run(make_batch(seed=1))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, run.state.frozen))
+    assert set(run.state.params) == {"projector", "denoiser"}
+    assert "position_embedding" in run.state.frozen["denoiser"]
+    assert str(run.state.frozen["language"]["embedding"].dtype) == "bfloat16"
+    trained = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+    assert sum(leaf.size for leaf in jax.tree.leaves(run.state.opt_state)) < 2 * trained + 100
+
+
+def test_empty_slots_and_padding_do_not_matter():
+    batch, other = make_batch(), make_batch()
+    empty = other["image_start"] >= 24
+    other["images"][empty] = 255
+    other["tokens"][other["segments"] == 0] = 7
+    one, two = Run().run(batch), Run().run(other)
+    assert one == two
+
+
+def test_no_pictures_no_reconstruction():
+    batch = make_batch()
+    batch["image_start"][:] = 24
+    metrics = Run().run(batch)
+    assert metrics["reconstruction_loss"] == 0 and np.isfinite(metrics["gradient_norm"])
+    official = Run(reconstruction=ReconstructionConfig(compat="official")).run(batch)
+    assert official["reconstruction_loss"] == pytest.approx(0, abs=1e-12)
+
+
+def test_baseline_has_only_the_text_loss():
+    baseline = Run(reconstruction=ReconstructionConfig(kind="none"), freeze=STAGE2).run(make_batch())
+    ross = Run().run(make_batch())
+    assert baseline["loss"] == baseline["text_loss"] == pytest.approx(ross["text_loss"], rel=1e-6)
+    assert ross["loss"] == pytest.approx(ross["text_loss"] + ross["reconstruction_loss"], rel=1e-6)
+
+
+def test_losses_fall():
+    run = Run(learning_rate=3e-3)
+    first, *_, last = [run.run(make_batch()) for _ in range(8)]
+    assert last["text_loss"] < 0.9 * first["text_loss"]
