@@ -114,7 +114,7 @@ class WordEncoder:
 def make_encoder(tokenizer: str | None, template: str) -> Callable[[dict[str, Any]], EncodedConversation]:
     if tokenizer is None:
         return WordEncoder()
-    from ross_jax.data.conversation import build_encoder
+    from ross_jax.data.encoders import build_encoder
     from ross_jax.data.tokenizer import load_tokenizer
 
     return build_encoder(template, load_tokenizer(tokenizer))

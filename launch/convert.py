@@ -65,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # threads that still write are not waited for; the next run clears what they leave
+        print("error: interrupted; nothing was converted", file=sys.stderr, flush=True)
+        os._exit(130)
     return 0
 
 

@@ -27,8 +27,8 @@ from ross_jax.data.conversation import (
     ConversationError,
     EncodedConversation,
     Template,
-    build_encoder,
 )
+from ross_jax.data.encoders import build_encoder
 from ross_jax.data.packing import Lengths, PackingConfig, make_plan
 from ross_jax.data.sources import RecordFile
 from ross_jax.data.tokenizer import load_tokenizer

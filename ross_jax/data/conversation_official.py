@@ -306,7 +306,7 @@ def _check_template(template: str) -> None:
 
 
 def build_encoder(template: str, tokenizer: Any) -> Encoder:
-    """`conversation.build_encoder` for `compat="official"`."""
+    """`encoders.build_encoder` for `compat="official"`."""
     _check_template(template)
     if template == "plain":
         return OfficialPlainEncoder(OfficialTokenizer(tokenizer))
@@ -314,7 +314,7 @@ def build_encoder(template: str, tokenizer: Any) -> Encoder:
 
 
 def build_prompt_encoder(template: str, tokenizer: Any) -> PromptEncoder:
-    """`conversation.build_prompt_encoder` for `compat="official"`."""
+    """`encoders.build_prompt_encoder` for `compat="official"`."""
     _check_template(template)
     return OfficialPromptEncoder(template, OfficialTokenizer(tokenizer))
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError, freeze, thaw
-from ross_jax.data.conversation import build_encoder
+from ross_jax.data.encoders import build_encoder
 from ross_jax.data.images import ImageConfig, decode, decode_official
 from ross_jax.data.pipeline import Pipeline, open_pipeline
 from ross_jax.data.tokenizer import load_tokenizer

@@ -9,8 +9,9 @@ import pytest
 from tokenizer_fixtures import byte_level_tokenizer, tokenizer_folder  # noqa: F401
 
 from ross_jax.config import UserError
-from ross_jax.data.conversation import IGNORE, ConversationError, build_encoder, build_prompt_encoder
+from ross_jax.data.conversation import IGNORE, ConversationError
 from ross_jax.data.conversation_official import collate
+from ross_jax.data.encoders import build_encoder, build_prompt_encoder
 from ross_jax.data.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenization"
