@@ -22,6 +22,7 @@ from ross_jax.convert.vision import NORMALISATION, vision_config
 from ross_jax.models.denoiser import DenoiserConfig, default_width
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import RossConfig
+from ross_jax.training.recipe import complete
 
 ENCODERS = {"siglip": "google/siglip-so400m-patch14-384", "clip": "openai/clip-vit-large-patch14-336"}
 LLMS = {
@@ -97,7 +98,7 @@ def get_config(arguments: str | None = None, reconstruct: bool = True) -> Config
     annotations, pictures = stage["data"]
     # A recipe is LLaVA's where nothing is reconstructed: no rate for a denoiser that is not there.
     groups = stage["groups"] if reconstruct else ()
-    return ConfigDict(
+    return complete(
         {
             "model": thaw(model_config(parts["encoder"], parts["llm"], reconstruct)),
             "init": [],

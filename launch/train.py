@@ -40,6 +40,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags, which runs the recipe's file too; whatever is wrong with either ends in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(map(str, error.args)) or error}", file=sys.stderr)
+        sys.exit(1)
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -252,3 +252,114 @@ def _orbax(folder: Path, fault: str) -> Iterator[None]:
         raise CheckpointError(f"{folder}: {fault} ({of_system[1] if of_system else error})") from error
     finally:
         logger.setLevel(level)
+
+
+def parameter_folders(model: Path) -> list[Path]:
+    """The Orbax checkpoints that together hold a model directory's parameters: of an import, or a run's latest step.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    if (model / "params").is_dir():
+        return [model / "params"]
+    steps = [int(path.name) for path in (model / "steps").glob("*") if path.name.isdigit()]
+    if not steps:
+        raise CheckpointError(f"{model}: holds no parameters: neither params/ nor a completed step in steps/")
+    return [path for path in (model / "frozen", model / "steps" / str(max(steps)) / "params") if path.is_dir()]
+
+
+def model_abstract(model: Path) -> dict[str, Any]:
+    """Shapes and dtypes of a model directory's parameters; errors as `parameter_folders` and `abstract`."""
+    flat: dict[tuple, Any] = {}
+    for folder in parameter_folders(model):
+        flat |= _flatten(abstract(folder))
+    return _unflatten(flat)
+
+
+def restore_model(model: Path, tree: Any) -> Any:
+    """`restore` from a model directory, wherever it keeps each leaf."""
+    folders = parameter_folders(model)
+    wanted, restored = _flatten(tree), {}
+    for folder in folders:
+        last = folder == folders[-1]
+        here = _flatten(abstract(folder))
+        # What no folder has is asked of the last, which names it in its error.
+        part = {path: leaf for path, leaf in wanted.items() if path in here or (last and path not in restored)}
+        if part:
+            restored |= _flatten(restore(folder, _unflatten(part)))
+    return _unflatten(restored)
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def _unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+class RunCheckpoints:
+    """Checkpoints of a training run: `frozen/` once, `steps/N/` again and again, written in the background.
+
+    A state is anything with `step`, `params`, `opt_state` and `frozen`, such as `ross_jax.training.state.TrainState`.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        """Opens a run's directory, made if need be; the newest `keep` steps stay."""
+        self._folder = folder.resolve()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        with _orbax(folder, "cannot be written"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            names = ("params", "optimizer")
+            self._manager = ocp.CheckpointManager(self._folder / "steps", options=options, item_names=names)
+
+    def latest(self) -> int | None:
+        """The newest completed step."""
+        return self._manager.latest_step()
+
+    def save_frozen(self, frozen: Any) -> None:
+        """Writes what never changes; returns when it is complete."""
+        if not jax.tree.leaves(frozen):
+            return
+        with _orbax(self._folder, "cannot be written"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(self._folder / "frozen", args=ocp.args.PyTreeSave(frozen), force=True)
+
+    def save(self, step: int, state: Any) -> None:
+        """Copies the state off the devices and returns; writing goes on in the background."""
+        optimizer = {"opt_state": state.opt_state, "step": state.step}
+        items = ocp.args.Composite(params=ocp.args.PyTreeSave(state.params), optimizer=ocp.args.PyTreeSave(optimizer))
+        with _orbax(self._folder, "cannot be written"):
+            if step != self._manager.latest_step():
+                self._manager.save(step, args=items, force=True)
+
+    def restore(self, step: int, state: Any) -> Any:
+        """The state after `step` steps, onto the shapes and shardings of `state`."""
+        optimizer = {"opt_state": state.opt_state, "step": state.step}
+
+        def request(tree: Any) -> ocp.args.PyTreeRestore:
+            return ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+
+        with _orbax(self._folder, "cannot be read"):
+            items = ocp.args.Composite(params=request(state.params), optimizer=request(optimizer))
+            restored = self._manager.restore(step, args=items)
+            frozen = restore(self._folder / "frozen", state.frozen) if jax.tree.leaves(state.frozen) else {}
+        values = {"params": restored.params, **restored.optimizer, "frozen": frozen}
+        return type(state)(**values)
+
+    def stop_at(self, requested: Callable[[], bool]) -> Callable[[int], bool]:
+        """Whether to end after a step: by this process's own signal or, of several, when all have agreed to."""
+        if jax.process_count() == 1:
+            return lambda step: requested()
+        return self._manager.reached_preemption
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        with _orbax(self._folder, "cannot be written"):
+            self._manager.wait_until_finished()

@@ -1,8 +1,12 @@
 """A run's whole config: what a recipe in `configs/` must fill, frozen once at the start."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
+from ml_collections import ConfigDict
+
+from ross_jax.config import freeze, thaw
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.models.ross import RossConfig
 from ross_jax.sharding import MeshConfig
@@ -57,3 +61,18 @@ class RunConfig:
         if missing:
             kind = self.reconstruction.kind
             raise ValueError(f"model has no {', '.join(missing)}, which reconstruction.kind {kind!r} needs")
+
+
+def complete(values: Mapping[str, Any]) -> ConfigDict:
+    """A recipe with every field of `RunConfig`, defaults included, so that command-line flags can override any of them.
+
+    Raises:
+      ConfigError: values that make no run.
+    """
+
+    def with_tuples(value: Any) -> Any:  # flags override tuples, not lists
+        if isinstance(value, dict):
+            return {name: with_tuples(inner) for name, inner in value.items()}
+        return tuple(with_tuples(inner) for inner in value) if isinstance(value, list) else value
+
+    return ConfigDict(with_tuples(thaw(freeze(RunConfig, values))))
