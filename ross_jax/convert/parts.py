@@ -168,7 +168,12 @@ def _read_tower(part: Part, about: Settings) -> dict[str, Any]:
     if part.settings.get("model_type") not in vision.model_types():
         kind = part.settings.get("model_type")
         raise ConfigError(f"{where}: model_type {kind!r} is no vision tower; expected one of {vision.model_types()}")
-    config = vision.vision_config(part.settings, where, about.integer("mm_vision_select_layer", -2))
+    config = vision.vision_config(part.settings, where)
+    if config.kind == "clip":  # the reference ignores the setting for SigLIP
+        try:
+            config = dataclasses.replace(config, select_layer=about.integer("mm_vision_select_layer", -2))
+        except ValueError as error:
+            raise ConfigError(f"{about.where}: mm_vision_{error}") from error
     processor = part.folder / "preprocessor_config.json" if part.folder else None
     read = about
     if "image_mean" not in about.values and processor and processor.is_file():

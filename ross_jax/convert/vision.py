@@ -31,13 +31,15 @@ def model_types() -> list[str]:
     return list(_MODEL_TYPES)
 
 
-def vision_config(settings: Mapping[str, Any], where: str, select_layer: int = -2) -> VisionConfig:
+def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
     """Reads a SigLIP/CLIP config.json, of the whole model or of its vision tower.
 
     Args:
       settings: the parsed file; transformers' defaults, the base model's sizes, fill what it leaves out.
       where: its name, for messages.
-      select_layer: of CLIP. The reference always takes SigLIP's last but one.
+
+    Returns:
+      A config that selects the last layer but one, as the reference always does for SigLIP.
 
     Raises:
       ConfigError: what is malformed or not computed by us, by name.
@@ -62,7 +64,6 @@ def vision_config(settings: Mapping[str, Any], where: str, select_layer: int = -
         "num_heads": read.size("num_attention_heads", 12 if hidden == 768 else None),
         "activation": _ACTIVATIONS.get(activation),
         "norm_eps": read.number("layer_norm_eps", 1e-6 if kind == "siglip" else 1e-5),
-        "select_layer": -2 if kind == "siglip" else select_layer,
     }
     return read.build(VisionConfig, **fields)
 
