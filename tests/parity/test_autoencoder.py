@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from parity.helpers import assert_bfloat16, assert_close, channels_last, imported, randomise, torch
-from ross_jax.models.autoencoder import Autoencoder
+from ross_jax.models.autoencoder import Autoencoder, GroupNorm
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
@@ -167,3 +167,14 @@ def test_bfloat16(name, tmp_path):
     for index in (0, 4):
         assert ours[index].dtype == jnp.float32
         assert_bfloat16(ours[index], rounded[index], exact[index])
+
+
+def test_norm_of_bfloat16_is_float32_inside():
+    """Statistics of values far from zero, which eight bits would ruin; only the result is rounded."""
+    x = (20.0 + torch.randn(2, 12, 6, 5, generator=torch.Generator().manual_seed(0))).bfloat16()
+    exact = channels_last(torch.nn.functional.group_norm(x.float(), 4, eps=1e-6))
+    module = GroupNorm(4, jnp.bfloat16)
+    params = {"params": {"scale": jnp.ones(12), "bias": jnp.zeros(12)}}
+    found = module.apply(params, jnp.asarray(channels_last(x), jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), exact, rtol=2**-8, atol=1e-5)

@@ -12,7 +12,7 @@ import pytest
 
 from parity.helpers import assert_bfloat16, assert_close, difference, imported, numpy, randomise, torch
 from ross_jax.inference.generate import generate
-from ross_jax.models.language import LanguageModel, empty_cache, rotary_frequencies
+from ross_jax.models.language import LanguageModel, empty_cache, rotary_frequencies, rotate
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import RossConfig
 
@@ -230,8 +230,22 @@ def test_bfloat16(saved, name, tmp_path):
     )
     for ours, theirs in zip(run(config, params, tokens, positions, mask), exact, strict=True):
         assert_close(ours, theirs)
-    for ours, *others in zip(run(config, params, tokens, positions, mask, jnp.bfloat16), rounded, exact, strict=True):
+    found = run(config, params, tokens, positions, mask, jnp.bfloat16)
+    for ours, *others in zip(found, rounded, exact, strict=True):
         assert_bfloat16(ours, *others)
+    # Logits are float32 in more than their type.
+    assert (found[0].dtype, found[1].dtype) == (jnp.bfloat16, jnp.float32)
+    assert (found[1] != found[1].astype(jnp.bfloat16)).mean() > 0.9
+
+
+def test_rotation_of_bfloat16_is_float32_inside():
+    """Of sines and products only the result is rounded."""
+    x = jax.random.normal(jax.random.key(0), (2, 50, 3, 8), jnp.bfloat16)
+    angles = jax.random.uniform(jax.random.key(1), (2, 50, 4), maxval=300.0)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    found, exact = rotate(x, cos, sin), rotate(x.astype(jnp.float32), cos, sin)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), exact, rtol=2**-8)
 
 
 GRID = 3

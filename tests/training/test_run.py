@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +13,9 @@ from tokenizer_fixtures import byte_level_tokenizer
 
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError
-from ross_jax.convert.exporting import read_config
+from ross_jax.convert.exporting import export, read_config
+from ross_jax.convert.importing import plan_import, write
+from ross_jax.convert.tensors import open_tensors
 from ross_jax.data.packing import PackingConfig
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
@@ -22,7 +25,7 @@ from ross_jax.training.loop import LoopConfig, check
 from ross_jax.training.optimizer import OptimizerConfig
 from ross_jax.training.recipe import RunConfig, TextConfig
 from ross_jax.training.run import Run
-from ross_jax.training.state import flatten
+from ross_jax.training.state import FreezeConfig, flatten
 from ross_jax.training.step import StepConfig
 
 
@@ -176,3 +179,23 @@ def test_no_checkpoint_of_a_bad_step(data, tmp_path):
     saved = checkpoints.RunCheckpoints(folder, 2).latest()
     bad = len(lines(folder)) + 1
     assert saved is None or saved < bad
+
+
+def test_a_run_exports_what_it_trained(data, tmp_path):
+    """Import a reference checkpoint, train one step, export: the reference's layout, and only what trains has moved."""
+    golden = Path(__file__).parents[1] / "golden" / "siglip_qwen2" / "checkpoint"
+    plan = plan_import([str(golden)])
+    write(plan, tmp_path / "model")
+    plan.close()
+    freeze = FreezeConfig((r"projector/.*",), dtype="float32", autoencoder_dtype="float32")
+    config = make_config(data, model=plan.config, freeze=freeze, init=(str(tmp_path / "model"),))
+    run = Run(config, tmp_path / "run")
+    run.train(stop_at=lambda step: step == 2)  # the first step's learning rate is zero
+    export(tmp_path / "run", tmp_path / "back", "ross")
+    with open_tensors(golden) as before, open_tensors(tmp_path / "back") as after:
+        assert set(before) == set(after)
+        moved = {key for key in before if not np.array_equal(before.read_raw(key), after.read_raw(key))}
+    assert moved == {f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
+        (golden / "config.json").read_text()
+    )
