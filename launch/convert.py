@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     exporter.add_argument("--dtype", choices=sorted(DTYPE_NAMES), help="default: as imported")
     exporter.set_defaults(run=export_command)
     args = parser.parse_args(argv)
+    # When one of tensorstore's reads fails, the others still in flight call back into a closed event loop, each with a
+    # traceback on stderr.
+    sys.unraisablehook = lambda _: None
     try:
         args.run(args)
     except UserError as error:

@@ -104,7 +104,8 @@ def save_streamed(folder: Path, leaves: Mapping[str, Any]) -> None:
                 checkpointer.save(folder.resolve(), args=request)
         finally:
             if handler.failure:
-                shutil.rmtree(folder, ignore_errors=True)
+                for left in (folder, *folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*")):
+                    shutil.rmtree(left, ignore_errors=True)
                 raise handler.failure
 
 
@@ -118,7 +119,10 @@ def abstract(folder: Path) -> dict[str, Any]:
         _orbax(folder, "no complete checkpoint there"),
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
     ):
-        tree = checkpointer.metadata(folder.resolve()).item_metadata.tree
+        metadata = checkpointer.metadata(folder.resolve()).item_metadata
+        if metadata is None:
+            raise ValueError("its metadata is missing or damaged")
+        tree = metadata.tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 

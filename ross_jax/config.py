@@ -31,7 +31,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def freeze(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
+def freeze(cls: type[T], values: Any, path: str = "config") -> T:
     """Builds the dataclass `cls` from a nested mapping.
 
     Nested dataclass fields take nested mappings; sequences become tuples; integers are accepted where a float is

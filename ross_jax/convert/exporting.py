@@ -248,7 +248,7 @@ def component_settings(files: Path, name: str) -> dict[str, Any]:
       SourceError: there is none; the component was not imported.
     """
     own, whole = files / name / "config.json", files / "ross" / "config.json"
-    if own.is_file() or name != "language":
+    if own.is_file() or not whole.is_file() or name != "language":
         return read_json(own)
     settings = read_json(whole)
     family = ROSS_FAMILIES[settings["model_type"]]

@@ -1,0 +1,345 @@
+"""Checkpoints on disk: complete or not there, restored as asked, errors that name everything."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ross_jax import checkpoints
+from ross_jax.checkpoints import CheckpointError, StreamedLeaf, complete_directory
+from ross_jax.config import UserError
+
+# A directory that appears complete, or not at all.
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("before", ["absent", "empty", "parents absent", "link to an empty one"])
+def test_a_directory_appears_when_it_is_complete(before, tmp_path):
+    target = tmp_path / "a" / "b" / "model" if before == "parents absent" else tmp_path / "model"
+    if before == "empty":
+        target.mkdir()
+    if before.startswith("link"):
+        (tmp_path / "real").mkdir()
+        target.symlink_to(tmp_path / "real")
+    with complete_directory(target) as folder:
+        (folder / "x").write_text("1")
+        assert not (target / "x").exists()
+    assert (target / "x").read_text() == "1"
+    assert names(target.parent) == (["model", "real"] if before.startswith("link") else ["model"])
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, UserError])
+def test_a_directory_disappears_after_an_error(error, tmp_path):
+    with pytest.raises(error), complete_directory(tmp_path / "model") as folder:
+        (folder / "x").mkdir()
+        raise error("x")
+    assert names(tmp_path) == []
+
+
+def test_errors_of_the_disk_are_said(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match=rf"^{tmp_path}/model: cannot be written \(.*No space left"),
+        complete_directory(tmp_path / "model"),
+    ):
+        raise OSError(28, "No space left on device")
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    (tmp_path / ".model.incomplete" / "params").mkdir(parents=True)
+    (tmp_path / ".model.incomplete" / "old").touch()
+    (tmp_path / ".model.lock").touch()
+    with complete_directory(tmp_path / "model") as folder:
+        assert names(folder) == []
+    assert names(tmp_path) == ["model"]
+
+
+def test_an_existing_output_is_kept(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "x").write_text("mine")
+    (tmp_path / "file").touch()
+    for name in ("model", "file"):
+        with (
+            pytest.raises(CheckpointError, match=f"{name}: exists already; choose another output or remove it first"),
+            complete_directory(tmp_path / name),
+        ):
+            pytest.fail("entered")
+    with pytest.raises(CheckpointError, match=r"^/: exists already"), complete_directory(Path("/")):
+        pytest.fail("entered")
+    assert (tmp_path / "model" / "x").read_text() == "mine" and names(tmp_path) == ["file", "model"]
+
+
+@pytest.mark.parametrize("parent", ["file", "/proc/self", "file/a/b", "x" * 300])
+def test_a_parent_that_cannot_hold_it(parent, tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(CheckpointError, match=r"/model: cannot be written \(\[Errno \d+\]"),
+        complete_directory(tmp_path / parent / "model"),
+    ):
+        pytest.fail("entered")
+    assert names(tmp_path) == ["file"]
+
+
+def hold(target: Path, entered, leave) -> None:
+    with complete_directory(target) as folder:
+        (folder / "x").write_text("first")
+        entered.set()
+        leave.wait(30)
+
+
+def test_two_processes_at_once(tmp_path):
+    """The second is refused and disturbs nothing; once the first is killed, the next goes on."""
+    context = multiprocessing.get_context("fork")
+    for killed in (True, False):
+        entered, leave = context.Event(), context.Event()
+        process = context.Process(target=hold, args=(tmp_path / "model", entered, leave))
+        process.start()
+        assert entered.wait(30)
+        with (
+            pytest.raises(CheckpointError, match="model: another process is writing it"),
+            complete_directory(tmp_path / "model"),
+        ):
+            pytest.fail("entered")
+        assert (tmp_path / ".model.incomplete" / "x").read_text() == "first"
+        if killed:
+            process.kill()
+            process.join()
+            assert names(tmp_path) == [".model.incomplete", ".model.lock"]
+        else:
+            leave.set()
+            process.join()
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_lock_that_its_holder_has_removed_is_none(tmp_path, monkeypatch):
+    """Between opening and locking, the holder may finish: what is locked then guards nothing."""
+    flock = checkpoints.fcntl.flock
+
+    def late(handle, operation):
+        (tmp_path / ".model.lock").unlink()
+        flock(handle, operation)
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", late)
+    with pytest.raises(CheckpointError, match="another process"), complete_directory(tmp_path / "model"):
+        pytest.fail("entered")
+
+
+def test_another_may_have_finished_meanwhile(tmp_path, monkeypatch):
+    flock = checkpoints.fcntl.flock
+
+    def late(handle, operation):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "x").touch()
+        flock(handle, operation)
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", late)
+    with pytest.raises(CheckpointError, match="exists already"), complete_directory(tmp_path / "model"):
+        pytest.fail("entered")
+    assert names(tmp_path) == ["model"]
+
+
+# Saving and restoring.
+
+TREE = {
+    "a": {"kernel": np.arange(24, dtype=np.float32).reshape(4, 6), "scale": np.float32(3)},
+    "b": np.arange(16, dtype=np.float32).astype(ml_dtypes.bfloat16).reshape(8, 2),
+    "c": np.arange(3, dtype=np.float16),
+}
+
+
+def streamed(array: np.ndarray) -> StreamedLeaf:
+    """Row by row if it has rows."""
+    parts = [(i, row) for i, row in enumerate(array)] if array.ndim > 1 else [(None, array)]
+    return StreamedLeaf(array.shape, array.dtype, lambda: iter(parts))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "params"
+    checkpoints.save_streamed(folder, jax.tree.map(streamed, TREE))
+    return folder
+
+
+def test_save_streamed(saved):
+    shapes = checkpoints.abstract(saved)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), TREE)
+    restored = checkpoints.restore(saved, shapes)
+    assert jax.tree.structure(restored) == jax.tree.structure(TREE)
+    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(TREE), strict=True):
+        assert isinstance(ours, np.ndarray) and ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
+
+
+def test_some_leaves_cast(saved):
+    tree = {"b": jax.ShapeDtypeStruct((8, 2), jnp.float32), "a": {"kernel": jax.ShapeDtypeStruct((4, 6), jnp.bfloat16)}}
+    restored = checkpoints.restore(saved, tree)
+    assert set(restored) == {"a", "b"} and set(restored["a"]) == {"kernel"}
+    assert (restored["b"].dtype, restored["a"]["kernel"].dtype) == (np.float32, ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(restored["b"], TREE["b"].astype(np.float32))
+
+
+def test_onto_devices(saved):
+    assert jax.device_count() == 8
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def wanted(array, *spec):
+        return jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    tree = {"a": {"kernel": wanted(TREE["a"]["kernel"], "x", "y"), "scale": wanted(TREE["a"]["scale"])}}
+    tree |= {"b": wanted(TREE["b"], ("x", "y"), None)}
+    restored = checkpoints.restore(saved, tree)
+    for ours, theirs, leaf in zip(
+        *map(jax.tree.leaves, (restored, {"a": TREE["a"], "b": TREE["b"]}, tree)), strict=True
+    ):
+        assert isinstance(ours, jax.Array) and ours.sharding == leaf.sharding and ours.dtype == jnp.float32
+        np.testing.assert_array_equal(ours, theirs.astype(np.float32))
+    assert restored["a"]["kernel"].addressable_shards[0].data.shape == (1, 3)
+
+
+def test_all_that_does_not_fit_is_named(saved):
+    tree = {
+        "a": {"kernel": jax.ShapeDtypeStruct((6, 4), jnp.float32), "bias": jax.ShapeDtypeStruct((6,), jnp.float32)},
+        "c": jax.ShapeDtypeStruct((3,), jnp.float32),
+        "d": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(saved, tree)
+    assert str(caught.value).splitlines() == [
+        f"{saved}: does not fit",
+        "  ['a']['bias'] is not in the checkpoint",
+        "  ['a']['kernel'] has shape (4, 6), expected (6, 4)",
+        "  ['d'] is not in the checkpoint",
+    ]
+
+
+@pytest.mark.parametrize("what", ["absent", "empty", "file", "no metadata", "garbled metadata"])
+def test_no_checkpoint_there(what, saved, tmp_path):
+    folder = tmp_path / "params"
+    if what == "empty":
+        folder.mkdir()
+    elif what == "file":
+        folder.touch()
+    elif what != "absent":
+        shutil.copytree(saved, folder)
+        (folder / "_METADATA").unlink() if what == "no metadata" else (folder / "_METADATA").write_text("{]")
+    with pytest.raises(CheckpointError, match=rf"^{folder}: no complete checkpoint there"):
+        checkpoints.abstract(folder)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads still in flight
+@pytest.mark.parametrize("damage", ["removed", "truncated"])
+def test_damaged_files(damage, saved, tmp_path):
+    """tensorstore's own errors become ours."""
+    shutil.copytree(saved, tmp_path / "params")
+    for file in (tmp_path / "params").rglob("d/*"):
+        file.unlink() if damage == "removed" else os.truncate(file, file.stat().st_size // 2)
+    tree = checkpoints.abstract(saved)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/params: "):
+        checkpoints.restore(tmp_path / "params", tree)
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("the source is gone"), OSError(28, "No space left on device"), KeyError("x")]
+)
+def test_a_leaf_that_fails(error, tmp_path, capfd):
+    """One clear error, nothing on the terminal, nothing left; and later leaves are not read."""
+    read = []
+
+    def good(name):
+        def parts():
+            read.append(name)
+            yield from enumerate(np.zeros((3, 2), np.float32))
+
+        return StreamedLeaf((3, 2), np.dtype(np.float32), parts)
+
+    def bad():
+        read.append("bad")
+        yield 0, np.zeros(2, np.float32)
+        raise error
+
+    leaves = {f"leaf{i}": good(i) for i in range(20)} | {"leaf03": StreamedLeaf((3, 2), np.dtype(np.float32), bad)}
+    with pytest.raises(UserError, match=r"the source is gone|params: cannot be written \(") as caught:
+        checkpoints.save_streamed(tmp_path / "params", leaves)
+    if type(error) is UserError:
+        assert caught.value is error
+    assert names(tmp_path) == []
+    assert read[-1] == "bad"
+    assert capfd.readouterr() == ("", "")
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import jax
+import numpy as np
+from ross_jax import checkpoints
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+def parts():
+    for i in range(30):
+        yield i, np.full((5_000_000,), i, np.float32)
+leaf = checkpoints.StreamedLeaf((30, 5_000_000), np.dtype(np.float32), parts)
+small = checkpoints.StreamedLeaf((1,), np.dtype(np.float32), lambda: iter([(None, np.zeros(1, np.float32))]))
+checkpoints.save_streamed(Path(sys.argv[1]) / "small", {"a": small})
+before = peak()
+checkpoints.save_streamed(Path(sys.argv[1]) / "large", {"a": leaf})
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded_by_the_parts(tmp_path):
+    """600 MB in parts of 20 MB."""
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert 15 < float(done.stdout) < 250
+    last = jax.ShapeDtypeStruct((30, 5_000_000), jnp.float32)
+    assert checkpoints.abstract(tmp_path / "large")["a"].shape == last.shape
+    shutil.rmtree(tmp_path / "large")
+
+
+# The manifest.
+
+
+def test_manifest(tmp_path):
+    checkpoints.write_manifest(tmp_path, {"config": {"a": [1, None]}})
+    assert checkpoints.read_manifest(tmp_path) == {"format": 1, "config": {"a": [1, None]}}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, r"no ross_jax\.json in it, so it is no ross_jax model; `launch/convert\.py import` makes one"),
+        (b"{", r"ross_jax\.json: not valid JSON \("),
+        (b"\xff", r"ross_jax\.json: not valid JSON"),
+        (b"[" * 100_000, r"ross_jax\.json: not valid JSON"),
+        (b"[]", "ross_jax.json: format None, this version reads 1"),
+        (b"{}", "ross_jax.json: format None, this version reads 1"),
+        (json.dumps({"format": 2}).encode(), "ross_jax.json: format 2, this version reads 1"),
+    ],
+)
+def test_manifests_that_are_none(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / checkpoints.MANIFEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}.*{message}"):
+        checkpoints.read_manifest(tmp_path)
+
+
+def test_manifests_that_cannot_be_read(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: no such directory"):
+        checkpoints.read_manifest(tmp_path / "nowhere")
+    (tmp_path / checkpoints.MANIFEST).mkdir()
+    with pytest.raises(CheckpointError, match=r"ross_jax\.json: cannot be read \(Is a directory\)"):
+        checkpoints.read_manifest(tmp_path)
