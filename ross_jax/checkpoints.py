@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from ross_jax.config import UserError
+from ross_jax.tree import flatten, unflatten
 
 MANIFEST = "ross_jax.json"
 FORMAT = 1
@@ -274,39 +275,24 @@ def parameter_folders(model: Path) -> list[Path]:
 
 def model_abstract(model: Path) -> dict[str, Any]:
     """Shapes and dtypes of a model directory's parameters; errors as `parameter_folders` and `abstract`."""
-    flat: dict[tuple, Any] = {}
+    flat: dict[str, Any] = {}
     for folder in parameter_folders(model):
-        flat |= _flatten(abstract(folder))
-    return _unflatten(flat)
+        flat |= flatten(abstract(folder))
+    return unflatten(flat)
 
 
 def restore_model(model: Path, tree: Any) -> Any:
     """`restore` from a model directory, wherever it keeps each leaf."""
     folders = parameter_folders(model)
-    wanted, restored = _flatten(tree), {}
+    wanted, restored = flatten(tree), {}
     for folder in folders:
         last = folder == folders[-1]
-        here = _flatten(abstract(folder))
+        here = flatten(abstract(folder))
         # What no folder has is asked of the last, which names it in its error.
         part = {path: leaf for path, leaf in wanted.items() if path in here or (last and path not in restored)}
         if part:
-            restored |= _flatten(restore(folder, _unflatten(part)))
-    return _unflatten(restored)
-
-
-def _flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
-
-
-def _unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
+            restored |= flatten(restore(folder, unflatten(part)))
+    return unflatten(restored)
 
 
 class RunCheckpoints:

@@ -17,11 +17,12 @@ from ross_jax import checkpoints
 from ross_jax.config import UserError, freeze
 from ross_jax.convert import vision
 from ross_jax.convert.importing import SCOPES, TABLES, is_finite
-from ross_jax.convert.mapping import Piece, expand, flatten, unflatten
+from ross_jax.convert.mapping import Piece, expand
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.sources import ROSS_FAMILIES, read_json
 from ross_jax.convert.tensors import DTYPES, TAGS, TensorFiles, open_tensors
 from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.tree import flatten, unflatten
 
 Progress = Callable[[str], None]
 

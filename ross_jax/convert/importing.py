@@ -13,16 +13,7 @@ from ross_jax import checkpoints
 from ross_jax.checkpoints import StreamedLeaf
 from ross_jax.config import ConfigError, UserError, thaw
 from ross_jax.convert import autoencoder, denoiser, language, projector, vision
-from ross_jax.convert.mapping import (
-    ConversionError,
-    Piece,
-    Table,
-    collecting,
-    flatten,
-    match,
-    raise_all,
-    unflatten,
-)
+from ross_jax.convert.mapping import ConversionError, Piece, Table, collecting, match, raise_all
 from ross_jax.convert.parts import SCOPES as SCOPES
 from ross_jax.convert.parts import Part, read_configs, split
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
@@ -30,6 +21,7 @@ from ross_jax.convert.sources import Source, open_source
 from ross_jax.convert.tensors import TensorFiles
 from ross_jax.models.denoiser import NUM_HEADS
 from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.tree import flatten, unflatten
 
 Progress = Callable[[str], None]
 
@@ -104,10 +96,10 @@ def plan_import(
         config = RossConfig(**configs)
     except ValueError as error:
         raise ConfigError(f"{where}: components do not fit together: {error}") from error
-    return _match_parts(config, sources, parts)
+    return match_parts(config, sources, parts)
 
 
-def _match_parts(config: RossConfig, sources: list[Source], parts: dict[str, Part]) -> Plan:
+def match_parts(config: RossConfig, sources: list[Source], parts: dict[str, Part]) -> Plan:
     plan = Plan(config, sources, parts, {}, {}, [], [])
     trees = abstract_params(config)
     for component, part in parts.items():

@@ -175,26 +175,3 @@ def match(table: Table, shapes: Mapping[str, tuple[int, ...]], found: Mapping[st
     unused = [key for key in left if any(re.fullmatch(pattern, key) for pattern in table.unused)]
     problems += [f"unmapped: {key}, shape {list(left[key])}" for key in left if key not in set(unused)]
     return Match(pieces, unused, copies, problems)
-
-
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """Leaves of nested dictionaries by their `/`-joined path."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, object]) -> dict:
-    """The inverse of `flatten`."""
-    tree: dict = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree

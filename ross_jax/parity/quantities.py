@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 
 from ross_jax.convert.importing import SCOPES, TABLES
-from ross_jax.convert.mapping import expand, flatten
+from ross_jax.convert.mapping import expand
 from ross_jax.inference.generate import generate
 from ross_jax.models.autoencoder import Autoencoder
 from ross_jax.models.denoiser import Denoiser, normalise_condition
@@ -26,6 +26,7 @@ from ross_jax.objectives.reconstruction import (
 )
 from ross_jax.objectives.text import next_token_loss
 from ross_jax.parity.golden import IGNORE, Golden, Merged, merge
+from ross_jax.tree import flatten
 
 TRAINED = ("language", "projector", "denoiser")
 """Components whose gradients the reference records."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from ross_jax.training.state import flatten, unflatten
+from ross_jax.tree import flatten, unflatten
 
 
 @dataclasses.dataclass(frozen=True)

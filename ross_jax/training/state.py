@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from ross_jax.config import ConfigError
 from ross_jax.models.ross import RossConfig, abstract_params, components
 from ross_jax.sharding import parameter_shardings
+from ross_jax.tree import flatten, unflatten
 
 Tree = dict[str, Any]
 
@@ -59,24 +60,6 @@ class FreezeConfig:
         if self.trains(path) or path.startswith("denoiser/"):
             return jnp.dtype(jnp.float32)
         return jnp.dtype(self.autoencoder_dtype if path.startswith("autoencoder/") else self.dtype)
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves by `/`-joined path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
-
-
-def unflatten(flat: Mapping[str, Any]) -> Tree:
-    """The inverse of `flatten`."""
-    tree: Tree = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def merge(*trees: Mapping[str, Any]) -> Tree:

@@ -12,7 +12,7 @@ from ross_jax.config import ConfigError, freeze
 from ross_jax.models.ross import abstract_params
 from ross_jax.sharding import AXES, parameter_shardings
 from ross_jax.training.recipe import RunConfig
-from ross_jax.training.state import flatten
+from ross_jax.tree import flatten
 
 LANGUAGE_PARAMETERS = {
     "qwen2_7b": 7_615_616_512,

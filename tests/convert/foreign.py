@@ -3,21 +3,25 @@
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import safetensors.numpy
 
+from ross_jax.config import UserError
 from ross_jax.convert.autoencoder import autoencoder_config
 from ross_jax.convert.exporting import export
 from ross_jax.convert.importing import SCOPES, TABLES, load, plan_import, write
 from ross_jax.convert.language import language_config
-from ross_jax.convert.mapping import expand, flatten
+from ross_jax.convert.mapping import expand
 from ross_jax.convert.tensors import open_tensors
 from ross_jax.convert.vision import vision_config
 from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.tree import flatten
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ABSENT = object()
@@ -143,6 +147,10 @@ def state_of(path: Path) -> dict[str, np.ndarray]:
         return {key: files.read(key) for key in files}
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
     """Names, dtypes and bits."""
     assert left.keys() == right.keys()
@@ -177,3 +185,16 @@ def round_trip(folder: Path, layout: str, *origins: Path, dtype: str | None = No
     model = import_model(folder / "imported", *origins, **flags)
     export(model, folder / "exported", layout, dtype)
     return folder / "exported"
+
+
+def refused(*origins: Path | str, **flags: Any) -> str:
+    """The message of an import that must fail."""
+    with pytest.raises(UserError) as caught:
+        plan = plan_import([str(origin) for origin in origins], **flags)
+        load(plan)
+    return str(caught.value)
+
+
+def assert_says(message: str, *patterns: str) -> None:
+    for pattern in patterns:
+        assert re.search(pattern, message), f"{pattern!r} is not in: {message}"

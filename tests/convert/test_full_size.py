@@ -16,13 +16,14 @@ from ross_jax.convert import known
 from ross_jax.convert.autoencoder import autoencoder_config
 from ross_jax.convert.importing import SCOPES, TABLES
 from ross_jax.convert.language import language_config
-from ross_jax.convert.mapping import expand, flatten
+from ross_jax.convert.mapping import expand
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.tensors import open_tensors
 from ross_jax.convert.vision import vision_config
 from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.tree import flatten
 
 REPOSITORY = Path(__file__).parents[2]
 TOWER, AUTOENCODER = "google/siglip-so400m-patch14-384", "black-forest-labs/FLUX.1-dev/vae"

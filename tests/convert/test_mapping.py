@@ -21,10 +21,8 @@ from ross_jax.convert.mapping import (
     Table,
     collecting,
     expand,
-    flatten,
     match,
     raise_all,
-    unflatten,
 )
 from ross_jax.models.autoencoder import AutoencoderConfig
 from ross_jax.models.denoiser import DenoiserConfig
@@ -32,6 +30,7 @@ from ross_jax.models.language import LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.models.vision import VisionConfig
+from ross_jax.tree import flatten, unflatten
 
 # Transforms.
 

@@ -47,7 +47,7 @@ def imported(folder: Path, num_heads: int = 16, **changes: Any) -> tuple[Any, di
     (component,) = plan.parts
     if changes:
         config = dataclasses.replace(getattr(plan.config, component), **changes)
-        plan = importing._match_parts(dataclasses.replace(plan.config, **{component: config}), plan.sources, plan.parts)
+        plan = importing.match_parts(dataclasses.replace(plan.config, **{component: config}), plan.sources, plan.parts)
     tree = importing.load(plan)
     plan.close()
     return getattr(plan.config, component), jax.tree.map(jnp.asarray, tree[component])

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ross_jax.config import UserError
-from ross_jax.convert.mapping import flatten, unflatten
 from ross_jax.parity.golden import merge, read_golden
 from ross_jax.parity.verify import Verifier, format_table, load_reference
+from ross_jax.tree import flatten, unflatten
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RTOL = 1e-4

@@ -25,8 +25,9 @@ from ross_jax.training.loop import LoopConfig, check
 from ross_jax.training.optimizer import OptimizerConfig
 from ross_jax.training.recipe import RunConfig, TextConfig
 from ross_jax.training.run import Run
-from ross_jax.training.state import FreezeConfig, flatten
+from ross_jax.training.state import FreezeConfig
 from ross_jax.training.step import StepConfig
+from ross_jax.tree import flatten
 
 
 @pytest.fixture(scope="module")
