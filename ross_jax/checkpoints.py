@@ -123,8 +123,7 @@ def abstract(folder: Path) -> dict[str, Any]:
         metadata = checkpointer.metadata(folder.resolve()).item_metadata
         if metadata is None:
             raise ValueError("its metadata is missing or damaged")
-        tree = metadata.tree
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
 
 
 def restore(folder: Path, tree: Any) -> Any:

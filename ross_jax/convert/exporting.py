@@ -19,6 +19,7 @@ from ross_jax.convert import vision
 from ross_jax.convert.importing import SCOPES, TABLES, is_finite
 from ross_jax.convert.mapping import Piece, expand
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
+from ross_jax.convert.settings import Settings
 from ross_jax.convert.sources import ROSS_FAMILIES, read_json
 from ross_jax.convert.tensors import DTYPES, TAGS, TensorFiles, open_tensors
 from ross_jax.models.ross import RossConfig, abstract_params
@@ -65,6 +66,22 @@ def read_config(model: Path) -> RossConfig:
     return freeze(RossConfig, checkpoints.read_manifest(model).get("config"), f"{model / checkpoints.MANIFEST}: config")
 
 
+def _read_foreign(model: Path) -> dict[str, Any]:
+    """Component -> what import noted of its origin; empty for what was never imported."""
+    read = Settings(checkpoints.read_manifest(model), str(model / checkpoints.MANIFEST))
+    foreign = read.inner("foreign")
+    parts = {name: foreign.inner(name) for name in SCOPES}
+    for part in parts.values():
+        for name in ("origin", "layout", "prefix"):
+            part.text(name, "")
+        keys = part.inner("keys")
+        for key, tag in keys.values.items():
+            if tag not in list(DTYPES):
+                keys.refuse(key, "a dtype of safetensors")
+    read.check()
+    return {name: part.values for name, part in parts.items()}
+
+
 def _saved_leaves(model: Path, config: RossConfig, names: list[str]) -> dict[str, dict[str, Any]]:
     """Component -> path -> shape and dtype as saved; they must be those that the config implies."""
     saved, expected = checkpoints.model_abstract(model), abstract_params(config)
@@ -86,8 +103,8 @@ def _open_component(
     unused = model / "unused" / f"{name}.safetensors"
     files = open_tensors(unused) if unused.is_file() else None
     kept = {key: key for key in files or ()}
-    prefix = imported = foreign.get("prefix", "")
-    keys = foreign.get("keys", {})
+    prefix = imported = foreign.get("prefix") or ""
+    keys = foreign.get("keys") or {}
     # In a full checkpoint, the reference's own libraries name the keys: those of a folder may be older or newer, and
     # a whole SigLIP/CLIP's text model has no place there.
     standard = layout == "ross" and foreign.get("layout") in ("vision", "autoencoder")
@@ -184,7 +201,7 @@ def export(
     Raises:
       UserError: nothing to export, or an output that cannot be written.
     """
-    foreign, config = checkpoints.read_manifest(model).get("foreign", {}), read_config(model)
+    foreign, config = _read_foreign(model), read_config(model)
     files = model / "files"
     names = [name for name in SCOPES if getattr(config, name) is not None]
     if layout == "ross":
@@ -197,8 +214,7 @@ def export(
         configs = {name: component_settings(files, name) for name in names if name not in _ADAPTERS}
     saved = _saved_leaves(model, config, names)
     opened = {
-        name: _open_component(model, name, getattr(config, name), saved[name], foreign.get(name, {}), layout)
-        for name in names
+        name: _open_component(model, name, getattr(config, name), saved[name], foreign[name], layout) for name in names
     }
     tag = DTYPE_NAMES[dtype] if dtype else None
     with contextlib.ExitStack() as stack:
@@ -252,7 +268,9 @@ def component_settings(files: Path, name: str) -> dict[str, Any]:
     if own.is_file() or not whole.is_file() or name != "language":
         return read_json(own)
     settings = read_json(whole)
-    family = ROSS_FAMILIES[settings["model_type"]]
+    family = ROSS_FAMILIES.get(str(settings.get("model_type")))
+    if family is None:
+        raise UserError(f"{whole}: model_type {settings.get('model_type')!r} is not that of a full checkpoint")
     architecture = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[family]
     kept = {name: value for name, value in settings.items() if not _is_ross_field(name)}
     return {**kept, "model_type": family, "architectures": [architecture]}
@@ -271,20 +289,21 @@ def _is_ross_field(name: str) -> bool:
 
 def ross_settings(files: Path, config: RossConfig, foreign: Mapping[str, Any]) -> dict[str, Any]:
     """The full checkpoint's config.json: the one imported, or one composed of the components' and the adapters'."""
-    if foreign.get("language", {}).get("layout") == "ross":
+    if foreign["language"].get("layout") == "ross":
         return read_json(files / "ross" / "config.json")
     language, adapters = component_settings(files, "language"), files / "adapters" / "config.json"
-    if f"ross_{language['model_type']}" not in ROSS_FAMILIES:
-        raise UserError(f"the reference has no Ross model with a {language['model_type']}; use --format components")
-    settings = {**language, "model_type": f"ross_{language['model_type']}"}
-    settings["architectures"] = [f"Ross{name}" for name in language.get("architectures", [])]
+    family = f"ross_{language.get('model_type')}"
+    if family not in ROSS_FAMILIES:
+        raise UserError(f"the reference has no {family}; use --format components")
+    settings = {**language, "model_type": family}
+    settings["architectures"] = [{"ross_qwen2": "RossQwen2ForCausalLM", "ross_llama": "RossLlamaForCausalLM"}[family]]
     settings |= {"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat"}
     settings |= {"image_aspect_ratio": "pad"} if config.vision else {}
     trained = read_json(adapters) if adapters.is_file() else {}
     settings |= {name: value for name, value in trained.items() if _is_ross_field(name) and name != "_name_or_path"}
     if config.vision:
         settings |= {
-            "mm_vision_tower": foreign.get("vision", {}).get("origin"),
+            "mm_vision_tower": foreign["vision"].get("origin"),
             "mm_vision_select_layer": config.vision.select_layer,
             "mm_vision_select_feature": "patch",
             "mm_hidden_size": config.vision.hidden_size,
@@ -303,13 +322,13 @@ def ross_settings(files: Path, config: RossConfig, foreign: Mapping[str, Any]) -
             "mm_inv_hidden_size": config.denoiser.latent_size,
         }
     if config.autoencoder:
-        settings["mm_pixel_decoder"] = foreign.get("autoencoder", {}).get("origin")
+        settings["mm_pixel_decoder"] = foreign["autoencoder"].get("origin")
     return settings
 
 
 def _projector_type(config: RossConfig, foreign: Mapping[str, Any]) -> str:
     if config.projector.kind == "identity":
         return "identity"
-    numbered = "0.weight" in foreign.get("projector", {}).get("keys", {})  # LLaVA's mlp1x_gelu is a list of one
+    numbered = "0.weight" in (foreign["projector"].get("keys") or {})  # LLaVA's mlp1x_gelu is a list of one
     depth = config.projector.depth
     return "linear" if depth == 1 and not numbered else f"mlp{depth}x_gelu"

@@ -350,6 +350,8 @@ def damage_json(generator: random.Random, text: str) -> bytes:
         place = values
         while (inner := [v for v in place.values() if isinstance(v, dict) and v]) and generator.random() < 0.5:
             place = generator.choice(inner)
+        if not place:
+            break
         name = generator.choice(sorted(place))
         action = generator.random()
         value = place.pop(name)

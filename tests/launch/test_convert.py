@@ -153,6 +153,9 @@ def test_models_that_cannot_be_exported(main, tmp_path):
     for change, message in [
         ({"format": 7}, "format 7, this version reads 1"),
         ({"config": None}, "ross_jax.json: config: expected a mapping for RossConfig"),
+        ({"foreign": []}, "ross_jax.json: foreign is [], expected an object"),
+        ({"foreign": {"language": {"prefix": 1}}}, "foreign.language.prefix is 1, expected a string"),
+        ({"foreign": {"language": {"keys": {"x": "F31"}}}}, "foreign.language.keys.x 'F31' is not supported"),
         (
             {"config": {"language": manifest["config"]["language"] | {"depth": 1}}},
             "config.language.depth: no such field",

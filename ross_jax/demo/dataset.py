@@ -1,0 +1,150 @@
+"""The demo's data set in LLaVA's format, written from photographs once and always with the same bytes.
+
+images/*.png    64 x 64 scenes
+pretrain.json   a caption for each picture, for stage 1
+finetune.json   several questions about each picture, for stage 2
+heldout.json    one question a record, with its `type` and `answer`, about photographs that training never sees
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ross_jax.config import thaw
+from ross_jax.demo import questions, scenes
+from ross_jax.demo.once import file_hash, make_once
+from ross_jax.demo.photographs import PHOTOGRAPHS, Split, load_photographs
+from ross_jax.demo.questions import ANSWERS, Question, caption, possible_questions
+from ross_jax.demo.scenes import Scene, random_scene
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """How much is written.
+
+    Attributes:
+      seed: of everything random.
+      pretrain, finetune: pictures of the two stages.
+      questions_per_picture: most questions about one picture; a conversation in training, single records in the
+        held-out part.
+      heldout_per_type: held-out questions of each type, spread evenly over the answers that the type can have.
+    """
+
+    seed: int = 0
+    pretrain: int = 4000
+    finetune: int = 8000
+    questions_per_picture: int = 4
+    heldout_per_type: int = 360
+
+    def __post_init__(self):
+        for name in ("pretrain", "finetune", "questions_per_picture", "heldout_per_type"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def write_dataset(folder: str | Path, config: DatasetConfig | None = None) -> bool:
+    """Writes the data set to `folder`, unless it is there already.
+
+    Returns:
+      Whether anything was written.
+
+    Raises:
+      UserError: the `demo` extra is not installed; `folder` holds something else or cannot be written.
+    """
+    config = config or DatasetConfig()
+    photographs = [photo.path for photo in PHOTOGRAPHS.values()]
+    code = [module.__file__ for module in (scenes, questions)]
+    settings = {**thaw(config), "content": file_hash(*photographs, *code, __file__)}
+    return make_once(Path(folder), settings, lambda target: _write(target, config))
+
+
+def _write(folder: Path, config: DatasetConfig) -> None:
+    (folder / "images").mkdir()
+    streams = np.random.default_rng(config.seed).spawn(3)
+    train, heldout = _open("train"), _open("heldout")
+    parts = {
+        "pretrain": _pretrain(folder, config, train, streams[0]),
+        "finetune": _finetune(folder, config, train, streams[1]),
+        "heldout": _heldout(folder, config, heldout, streams[2]),
+    }
+    for name, records in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
+
+
+def _open(split: Split) -> dict[str, Image.Image]:
+    return {name: Image.fromarray(pixels) for name, pixels in load_photographs(split).items()}
+
+
+def _pretrain(folder: Path, config: DatasetConfig, photographs, rng: np.random.Generator) -> list[Record]:
+    records = []
+    for i in range(config.pretrain):
+        scene = random_scene(photographs, rng, min_marks=0)
+        turns = _turns([("Describe the picture.", caption(scene))])
+        records.append(_record(f"pretrain_{i:05d}", _save(folder, f"pretrain_{i:05d}", scene), scene, turns))
+    return records
+
+
+def _finetune(folder: Path, config: DatasetConfig, photographs, rng: np.random.Generator) -> list[Record]:
+    asked: Counter[tuple[str, str]] = Counter()
+    records = []
+    for i in range(config.finetune):
+        scene = random_scene(photographs, rng)
+        chosen = _rarest(possible_questions(scene, rng), asked, config.questions_per_picture)
+        asked.update((question.type, question.answer) for question in chosen)
+        chosen = [chosen[k] for k in rng.permutation(len(chosen))]
+        turns = _turns([(question.text, question.answer) for question in chosen])
+        records.append(_record(f"finetune_{i:05d}", _save(folder, f"finetune_{i:05d}", scene), scene, turns))
+    return records
+
+
+def _heldout(folder: Path, config: DatasetConfig, photographs, rng: np.random.Generator) -> list[Record]:
+    quotas = {
+        (kind, answer): -(-(config.heldout_per_type - i) // len(answers))
+        for kind, answers in ANSWERS.items()
+        for i, answer in enumerate(answers)
+    }
+    asked: Counter[tuple[str, str]] = Counter()
+    records: list[Record] = []
+    pictures = 0
+    while len(records) < sum(quotas.values()):
+        scene = random_scene(photographs, rng)
+        wanted = [q for q in possible_questions(scene, rng) if asked[q.type, q.answer] < quotas[q.type, q.answer]]
+        if not wanted:
+            continue
+        image = _save(folder, f"heldout_{pictures:05d}", scene)
+        pictures += 1
+        for question in _rarest(wanted, asked, config.questions_per_picture):
+            asked[question.type, question.answer] += 1
+            turns = _turns([(question.text, question.answer)])
+            record = _record(f"heldout_{len(records):05d}", image, scene, turns)
+            records.append({**record, "type": question.type, "answer": question.answer})
+    return records
+
+
+def _rarest(candidates: list[Question], asked: Counter[tuple[str, str]], count: int) -> list[Question]:
+    """The `count` candidates whose answers were asked for least, as a share of an even spread over their type."""
+    return sorted(candidates, key=lambda q: asked[q.type, q.answer] * len(ANSWERS[q.type]))[:count]
+
+
+def _save(folder: Path, name: str, scene: Scene) -> str:
+    Image.fromarray(scene.pixels).save(folder / "images" / f"{name}.png", compress_level=1)
+    return f"{name}.png"
+
+
+def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+    turns = []
+    for i, (question, answer) in enumerate(pairs):
+        turns.append({"from": "human", "value": question if i else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": answer})
+    return turns
+
+
+def _record(name: str, image: str, scene: Scene, turns: list[dict[str, str]]) -> Record:
+    return {"id": name, "image": image, "photo": scene.photo, "conversations": turns}

@@ -1,0 +1,132 @@
+"""Scores of the demo: accuracy by question type, PSNR, and how often a reconstruction is nearest to its own picture."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from ross_jax.config import UserError
+from ross_jax.demo.questions import ANSWERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """How well one type of question is answered.
+
+    Attributes:
+      type: of the questions.
+      count: questions asked.
+      accuracy: share answered right, 0 to 1.
+      standard_error: of the accuracy.
+      chance: of a guess among the answers that the type can have.
+      most_frequent: accuracy of always giving the most frequent answer of these questions.
+      z: (accuracy - most_frequent) in standard errors of that difference, question by question; 0 if both are equal.
+    """
+
+    type: str
+    count: int
+    accuracy: float
+    standard_error: float
+    chance: float
+    most_frequent: float
+    z: float
+
+
+def score_answers(
+    types: Sequence[str],
+    answers: Sequence[str],
+    predictions: Sequence[str],
+    choices: Mapping[str, Sequence[str]] = ANSWERS,
+) -> list[Accuracy]:
+    """Accuracy of each type, in the order of `choices`. A prediction counts if it equals the answer but for spaces.
+
+    Args:
+      types, answers, predictions: of each question.
+      choices: type -> the answers it can have.
+
+    Raises:
+      UserError: lengths differ, or a type or an answer is not in `choices`.
+    """
+    if not len(types) == len(answers) == len(predictions):
+        raise UserError(f"{len(types)} types, {len(answers)} answers and {len(predictions)} predictions do not match")
+    for kind, answer in set(zip(types, answers, strict=True)):
+        if answer not in choices.get(kind, ()):
+            raise UserError(f"question type {kind!r} with answer {answer!r} is not known; known are {dict(choices)}")
+    results = []
+    for kind, possible in choices.items():
+        rows = [i for i, other in enumerate(types) if other == kind]
+        if not rows:
+            continue
+        usual = Counter(answers[i] for i in rows).most_common(1)[0][0]
+        right = np.array([predictions[i].strip() == answers[i] for i in rows], float)
+        baseline = np.array([answers[i] == usual for i in rows], float)
+        results.append(
+            Accuracy(
+                type=kind,
+                count=len(rows),
+                accuracy=float(right.mean()),
+                standard_error=standard_error(right),
+                chance=1 / len(possible),
+                most_frequent=float(baseline.mean()),
+                z=_z(right - baseline),
+            )
+        )
+    return results
+
+
+def standard_error(values: Float[np.ndarray, " items"]) -> float:
+    """Of the mean of `values`: their (population) standard deviation over the root of their number."""
+    return float(values.std() / math.sqrt(len(values)))
+
+
+def _z(differences: Float[np.ndarray, " items"]) -> float:
+    mean, error = float(differences.mean()), standard_error(differences)
+    return mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+
+
+def format_accuracies(results: Mapping[str, Sequence[Accuracy]]) -> str:
+    """A table of one line per question type, and the mean over types.
+
+    Args:
+      results: name of a model -> its accuracies, of the same types in the same order.
+    """
+    header = f"{'question':15}{'count':>6}{'chance':>8}{'frequent':>9}"
+    lines = [header + "".join(f"{name:>18}{'z':>7}" for name in results)]
+    for row in zip(*results.values(), strict=True):
+        first = row[0]
+        cells = "".join(f"{r.accuracy:>10.3f} ± {r.standard_error:.3f}{r.z:>7.1f}" for r in row)
+        lines.append(f"{first.type:15}{first.count:>6}{first.chance:>8.3f}{first.most_frequent:>9.3f}{cells}")
+    means = "".join(f"{np.mean([r.accuracy for r in rows]):>10.3f}{'':15}" for rows in results.values())
+    one = next(iter(results.values()))
+    chance, frequent = np.mean([r.chance for r in one]), np.mean([r.most_frequent for r in one])
+    lines.append(f"{'mean':15}{sum(r.count for r in one):>6}{chance:>8.3f}{frequent:>9.3f}{means}".rstrip())
+    return "\n".join(lines)
+
+
+def psnr(
+    pictures: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
+) -> Float[np.ndarray, " items"]:
+    """Peak signal-to-noise ratio of each picture in dB; both in units of 0 to 255. Infinite where they are equal."""
+    error = np.mean(np.square(pictures.astype(np.float64) - originals.astype(np.float64)), axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255.0**2 / error)
+
+
+def nearest_originals(
+    pictures: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
+) -> Int[np.ndarray, " items"]:
+    """For each picture the index of the original with the smallest mean squared error."""
+    flat = pictures.reshape(len(pictures), -1).astype(np.float64)
+    others = originals.reshape(len(originals), -1).astype(np.float64)
+    distances = np.square(flat).sum(1)[:, None] - 2 * flat @ others.T + np.square(others).sum(1)
+    return np.argmin(distances, axis=1)
+
+
+def is_nearest(
+    pictures: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
+) -> Bool[np.ndarray, " items"]:
+    """Whether each picture is nearer to its own original than to every other. The mean is the retrieval accuracy."""
+    return nearest_originals(pictures, originals) == np.arange(len(pictures))

@@ -1,0 +1,89 @@
+"""The demo's autoencoder: fitted once, saved as diffusers does, read by our import."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from ross_jax.convert.importing import plan_import, write
+from ross_jax.demo.autoencoder import (
+    FitConfig,
+    fit,
+    load_diffusers,
+    load_pictures,
+    reconstruct,
+    to_float,
+    to_uint8,
+    write_autoencoder,
+)
+from ross_jax.demo.dataset import DatasetConfig, write_dataset
+from ross_jax.demo.scoring import psnr
+from ross_jax.models.autoencoder import Autoencoder
+
+pytest.importorskip("skimage", reason="the `demo` extra is not installed")
+pytest.importorskip("sklearn", reason="the `demo` extra is not installed")
+BRIEF = FitConfig(channels=(4, 8), latent_channels=4, norm_groups=2, pictures=64, steps=12, batch=4, crop=16)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo")
+    write_dataset(root / "data", DatasetConfig(pretrain=64, finetune=1, heldout_per_type=6))
+    lines = []
+    assert write_autoencoder(root / "vae", root / "data", BRIEF, lines.append)
+    assert lines == [line for line in lines if line.startswith("autoencoder: step")] and lines
+    return root / "data", root / "vae"
+
+
+def training_pictures(data):
+    return load_pictures(sorted((data / "images").glob("pretrain_*.png")))
+
+
+def test_latents_are_normalised(folders):
+    architecture, params = load_diffusers(folders[1])
+    assert architecture.downsampling == 2 and BRIEF.architecture == dataclasses.replace(
+        architecture, scaling_factor=1.0, shift_factor=0.0
+    )
+    module, pictures = Autoencoder(architecture), to_float(training_pictures(folders[0]))
+    posterior = module.apply({"params": params}, pictures, method="encode")
+    latents = posterior.sample(jax.random.normal(jax.random.key(3), posterior.mean.shape))
+    latents = np.asarray(module.apply({"params": params}, latents, method="normalise"))
+    assert abs(latents.mean()) < 0.05 and latents.std() == pytest.approx(1.0, abs=0.05)
+
+
+def test_our_import_reads_it(folders, tmp_path):
+    plan = plan_import([str(folders[1])])
+    try:
+        write(plan, tmp_path / "model")
+    finally:
+        plan.close()
+    assert (
+        json.loads((tmp_path / "model" / "ross_jax.json").read_text())["config"]["autoencoder"]["latent_channels"] == 4
+    )
+
+
+def test_fitted_once_and_reproducible(folders):
+    data, vae = folders
+    assert not write_autoencoder(vae, data, BRIEF)
+    architecture, params = fit(training_pictures(data), BRIEF)
+    saved_architecture, saved = load_diffusers(vae)
+    assert architecture == saved_architecture
+    jax.tree.map(np.testing.assert_array_equal, params, saved)
+
+
+def test_other_settings_fit_anew_and_better(folders, tmp_path):
+    data, vae = folders
+    pictures = training_pictures(data)
+    before = psnr(reconstruct(*load_diffusers(vae), pictures), pictures).mean()
+    shutil.copytree(vae, tmp_path / "vae")
+    assert write_autoencoder(tmp_path / "vae", data, dataclasses.replace(BRIEF, steps=100))
+    assert psnr(reconstruct(*load_diffusers(tmp_path / "vae"), pictures), pictures).mean() > before + 1.0
+
+
+def test_pixels_there_and_back():
+    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    np.testing.assert_array_equal(to_uint8(to_float(values)), values)
+    assert to_uint8(np.array([[[[-3.0, 0.0, 3.0]]]], np.float32)).tolist() == [[[[0, 128, 255]]]]
