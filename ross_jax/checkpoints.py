@@ -34,6 +34,12 @@ _CHUNK_BYTES = 64 * 2**20
 """Largest piece that is stored, and so must be read, as one."""
 
 
+# Orbax logs every file that it writes, and with tracebacks, from its own threads, every error that it raises as well;
+# of several writes that fail it awaits one.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be read or written."""
 
@@ -240,13 +246,10 @@ def _lock(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _orbax(folder: Path, fault: str) -> Iterator[None]:
-    """Keeps Orbax's log off the user's terminal, and turns whatever it raises into a CheckpointError.
+    """Turns whatever Orbax raises into a CheckpointError.
 
-    Orbax and tensorstore raise ValueError, OSError, RuntimeError and more for a damaged file or a full disk.
+    It and tensorstore raise ValueError, OSError, RuntimeError and more for a damaged file or a full disk.
     """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except UserError:
@@ -254,8 +257,29 @@ def _orbax(folder: Path, fault: str) -> Iterator[None]:
     except Exception as error:
         of_system = re.search(r": ([\w ]+) \[", str(error)) if "os_error_code" in str(error) else None
         raise CheckpointError(f"{folder}: {fault} ({of_system[1] if of_system else error})") from error
-    finally:
-        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def writing(path: Path, run: Path) -> Iterator[None]:
+    """Turns an error of the disk into a CheckpointError that names `path`, and what the run can continue from."""
+    try:
+        yield
+    except Exception as error:
+        # The tokenizers library raises the system's errors as plain Exception.
+        if not isinstance(error, OSError) and "(os error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be written ({reason}); {_kept(run)}") from error
+
+
+def _kept(run: Path) -> str:
+    latest = latest_step(run)
+    return "no step is complete yet" if latest is None else f"step {latest} is complete, and is continued from"
+
+
+def latest_step(run: Path) -> int | None:
+    """The newest step of a run's directory that is completely on disk."""
+    return max((int(path.name) for path in (run / "steps").glob("*") if path.name.isdigit()), default=None)
 
 
 def parameter_folders(model: Path) -> list[Path]:
@@ -266,10 +290,10 @@ def parameter_folders(model: Path) -> list[Path]:
     """
     if (model / "params").is_dir():
         return [model / "params"]
-    steps = [int(path.name) for path in (model / "steps").glob("*") if path.name.isdigit()]
-    if not steps:
+    latest = latest_step(model)
+    if latest is None:
         raise CheckpointError(f"{model}: holds no parameters: neither params/ nor a completed step in steps/")
-    return [path for path in (model / "frozen", model / "steps" / str(max(steps)) / "params") if path.is_dir()]
+    return [path for path in (model / "frozen", model / "steps" / str(latest) / "params") if path.is_dir()]
 
 
 def model_abstract(model: Path) -> dict[str, Any]:
@@ -317,14 +341,24 @@ class RunCheckpoints:
         """Writes what never changes; returns when it is complete."""
         if not jax.tree.leaves(frozen):
             return
-        with _orbax(self._folder, "cannot be written"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(self._folder / "frozen", args=ocp.args.PyTreeSave(frozen), force=True)
+        folder = self._folder / "frozen"
+        with _orbax(folder, "cannot be written"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(frozen), force=True)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """An error while a step is written says what is left to continue from."""
+        try:
+            with _orbax(self._folder / "steps", "a checkpoint cannot be written"):
+                yield
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {_kept(self._folder)}") from error
 
     def save(self, step: int, state: Any) -> None:
         """Copies the state off the devices and returns; writing goes on in the background."""
         optimizer = {"opt_state": state.opt_state, "step": state.step}
         items = ocp.args.Composite(params=ocp.args.PyTreeSave(state.params), optimizer=ocp.args.PyTreeSave(optimizer))
-        with _orbax(self._folder, "cannot be written"):
+        with self._saving():
             if step != self._manager.latest_step():
                 self._manager.save(step, args=items, force=True)
 
@@ -350,5 +384,5 @@ class RunCheckpoints:
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        with _orbax(self._folder, "cannot be written"):
+        with self._saving():
             self._manager.wait_until_finished()

@@ -126,6 +126,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal shares of a batch's rows this process holds.
+
+    Processes whose devices hold the same rows, as where a replica's tensor axis spans them, have the same share.
+
+    Raises:
+      ConfigError: processes that hold some of the same rows, but not all.
+    """
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows: dict[int, set[int]] = {}
+    for device, (index, *_) in batch_sharding(mesh).devices_indices_map((replicas,)).items():
+        rows.setdefault(device.process_index, set()).update(range(*index.indices(replicas)))
+    shares = sorted({tuple(sorted(held)) for held in rows.values()})
+    if sum(map(len, shares)) != replicas:
+        raise ConfigError(
+            f"mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']}: the rows of a "
+            f"batch do not divide among {len(rows)} processes; let tensor divide the devices of a process, or they it"
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks the compiler to split an activation along logical axes; does nothing outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -25,3 +25,11 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = value
     return tree
+
+
+def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Several parts of one tree, put together."""
+    flat: dict[str, Any] = {}
+    for tree in trees:
+        flat |= flatten(tree)
+    return unflatten(flat)

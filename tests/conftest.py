@@ -7,6 +7,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 
+import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+# On few cores, steps of several devices that overlap may wait for one another's threads for ever.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 install_import_hook("ross_jax", "beartype.beartype")

@@ -204,6 +204,10 @@ def export(
     foreign, config = _read_foreign(model), read_config(model)
     files = model / "files"
     names = [name for name in SCOPES if getattr(config, name) is not None]
+    if config.denoiser is not None and config.denoiser.prediction != "epsilon":
+        raise UserError(
+            f"{model}: its denoiser predicts {config.denoiser.prediction}; foreign layouts know only epsilon prediction"
+        )
     if layout == "ross":
         if config.language is None:
             raise UserError(

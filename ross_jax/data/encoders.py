@@ -76,6 +76,19 @@ def build_prompt_encoder(template: str, tokenizer: Any, compat: str = "default")
     return ConversationPromptEncoder(*_parts(template, tokenizer))
 
 
+def stop_id(template: str, tokenizer: Any) -> int:
+    """The id that ends an answer of a template.
+
+    Raises:
+      UserError: no such template, or the tokenizer lacks what the template needs.
+    """
+    encoder = TextEncoder(tokenizer)
+    renderer = build_renderer(template, encoder)
+    if isinstance(renderer, (Dialogue, Llama3)):
+        return renderer.stop
+    return encoder.special_id(tokenizer.eos_token, f"template {template!r}")
+
+
 def _is_official(compat: str) -> bool:
     if compat not in get_args(Compat):
         names = get_args(Compat)

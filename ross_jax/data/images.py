@@ -63,6 +63,15 @@ class ImageConfig:
             raise ValueError(f"resample {self.resample} is none of Pillow's filters {[*map(int, Image.Resampling)]}")
 
 
+Mode = Literal["pad", "square", "crop"]
+Colour = tuple[float, float, float]
+
+
+def encoder_image_config(kind: str, size: int, mean: Colour, std: Colour, mode: Mode) -> ImageConfig:
+    """How pictures are resized for a `siglip` or `clip` encoder; CLIP's scales the shorter side to its size."""
+    return ImageConfig(size, mean, std, mode, size if kind == "clip" else None)
+
+
 def read_image_config(processor: Mapping[str, Any] | str | Path, mode: str = "pad") -> ImageConfig:
     """`ImageConfig` of a CLIPImageProcessor or SiglipImageProcessor.
 

@@ -244,6 +244,7 @@ class Pipeline:
       rows_per_step: rows of a global batch.
       shape: of a row.
       hash: identifies the sequence of batches; a checkpoint holds it.
+      broken: samples that this process has skipped while reading.
     """
 
     def __init__(
@@ -266,6 +267,7 @@ class Pipeline:
         self.steps = int(self._first_steps[-1])
         parts = [lengths.hash, *(plan.hash for plan in plans), str(self.shape)]
         self.hash = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        self.broken = 0
 
     def locate(self, step: int) -> tuple[PackingPlan, int]:
         """The plan of the epoch that `step` is in, and the first row of that step."""
@@ -320,6 +322,7 @@ class Pipeline:
         try:
             for batch, seen, broken in iterator:
                 broken_samples.update(seen, broken)
+                self.broken = broken_samples.count
                 yield batch
         finally:
             iterator.close()

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
@@ -53,10 +54,10 @@ class FitConfig:
     latent_channels: int = 16
     norm_groups: int = 4
     pictures: int = 3000
-    steps: int = 700
+    steps: int = 1000
     batch: int = 16
     crop: int = 32
-    learning_rate: float = 5e-3
+    learning_rate: float = 0.02
     kl_weight: float = 1e-4
     seed: int = 0
 
@@ -131,7 +132,9 @@ def fit(
     """
     module = Autoencoder(config.architecture)
     schedule = optax.cosine_onecycle_schedule(config.steps, config.learning_rate, 0.1, 20, 100)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
+    # In a budget this small Muon ends 2 dB above Adam at either's best rate.
+    muon = optax.contrib.muon(schedule, adam_b2=0.98, muon_weight_dimension_numbers=_muon_dimensions)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
 
     def loss_of(params: Params, images: Array, key: Array):
         posterior = module.apply({"params": params}, images, method="encode")
@@ -157,6 +160,12 @@ def fit(
         if (i + 1) % 100 == 0 or i + 1 == config.steps:
             progress(f"autoencoder: step {i + 1} of {config.steps}, mean squared error {float(error):.4f}")
     return _scaled(config.architecture, params, pictures), params
+
+
+def _muon_dimensions(params: Params) -> Params:
+    """Kernels as matrices, from all inputs of a window to the outputs; vectors are left to Adam."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+    return jax.tree.map(lambda leaf: matrix if leaf.ndim == 4 else None, params)
 
 
 def _gentle_start(params: Params) -> Params:

@@ -86,7 +86,7 @@ def _pretrain(folder: Path, config: DatasetConfig, photographs, rng: np.random.G
     records = []
     for i in range(config.pretrain):
         scene = random_scene(photographs, rng, min_marks=0)
-        turns = _turns([("Describe the picture.", caption(scene))])
+        turns = _turns([("Describe the picture.", caption(scene, rng))])
         records.append(_record(f"pretrain_{i:05d}", _save(folder, f"pretrain_{i:05d}", scene), scene, turns))
     return records
 

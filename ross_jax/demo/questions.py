@@ -47,31 +47,29 @@ def possible_questions(scene: Scene, rng: np.random.Generator) -> list[Question]
 
     if marks:
         mark = _pick(marks, rng)
-        ask("colour", f"What colour is the mark at the {mark.quarter}?", mark.colour)
+        ask("colour", f"What colour is at the {mark.quarter}?", mark.colour)
         mark = _pick(marks, rng)
-        ask("shape", f"What shape is the mark at the {mark.quarter}?", mark.shape)
-        ask("count", "How many marks are there?", COUNTS[len(marks) - 1])
+        ask("shape", f"What shape is at the {mark.quarter}?", mark.shape)
+        ask("count", "How many marks?", COUNTS[len(marks) - 1])
     colours = [mark.colour for mark in marks]
     unique = [mark for mark in marks if colours.count(mark.colour) == 1]
     if unique:
         mark = _pick(unique, rng)
-        ask("position", f"Where is the {mark.colour} mark?", mark.quarter)
+        ask("position", f"Where is {mark.colour}?", mark.quarter)
     arrows = [mark for mark in marks if mark.shape == "arrow"]
     if len(arrows) == 1:
         ask("orientation", "Where does the arrow point?", arrows[0].direction)
     if len(marks) == 2:
-        ask("same_colour", "Do both marks have the same colour?", "yes" if colours[0] == colours[1] else "no")
+        ask("same_colour", "Do both have the same colour?", "yes" if colours[0] == colours[1] else "no")
     pairs = [(a, b) for a in unique for b in unique if is_left(a) != is_left(b)]
     if pairs:
         first, second = _pick(pairs, rng)
         side = "left" if is_left(first) else "right"
-        ask("relation", f"Is the {first.colour} mark left or right of the {second.colour} mark?", side)
-    sides = brightness(pixels[:, :HALF]) - brightness(pixels[:, HALF:])
-    if abs(sides) >= BRIGHTNESS_MARGIN:
-        ask("brighter_side", "Which side is brighter, left or right?", "left" if sides > 0 else "right")
-    ends = brightness(pixels[:HALF]) - brightness(pixels[HALF:])
-    if abs(ends) >= BRIGHTNESS_MARGIN:
-        ask("brighter_end", "Which end is brighter, top or bottom?", "top" if ends > 0 else "bottom")
+        ask("relation", f"Is {first.colour} left or right of {second.colour}?", side)
+    if side := brighter_side(pixels):
+        ask("brighter_side", "Which side is brighter?", side)
+    if end := brighter_end(pixels):
+        ask("brighter_end", "Which end is brighter?", end)
     return questions
 
 
@@ -80,15 +78,41 @@ def is_left(mark: Mark) -> bool:
     return mark.quarter.endswith("left")
 
 
-def caption(scene: Scene) -> str:
-    """What each quarter shows: its average colour, and the mark in it if there is one."""
-    marks = {mark.quarter: mark for mark in scene.marks}
-    parts = []
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Sentences in random order: the average colour of each quarter, each mark, their number, what is brighter.
+
+    Half of the marks are named before their place and half after it, so that a model learns to look up both.
+    """
+    sentences = []
     for i, quarter in enumerate(QUARTERS):
         row, column = divmod(i, 2)
         area = scene.pixels[row * HALF : (row + 1) * HALF, column * HALF : (column + 1) * HALF]
-        parts.append(f"{quarter} {colour_name(area)}{_mark_name(marks.get(quarter))}")
-    return f"{'. '.join(part.capitalize() for part in parts)}."
+        sentences.append(f"{quarter} is {colour_name(area)}")
+    for mark in scene.marks:
+        pointing = f" pointing {mark.direction}" if mark.direction else ""
+        name, place = f"{mark.colour} {mark.shape}{pointing}", f"at the {mark.quarter}"
+        sentences.append(f"{place} a {name}" if rng.integers(2) else f"a {name} {place}")
+    count = len(scene.marks)
+    sentences.append(f"{COUNTS[count - 1] if count else 'no'} mark{'' if count == 1 else 's'}")
+    sentences += [f"{side} is brighter" for side in (brighter_side(scene.pixels), brighter_end(scene.pixels)) if side]
+    return " ".join(f"{sentences[i].capitalize()}." for i in rng.permutation(len(sentences)))
+
+
+def brighter_side(pixels: np.ndarray) -> str | None:
+    """`left` or `right`; None if the halves differ by less than `BRIGHTNESS_MARGIN`."""
+    return _brighter(pixels[:, :HALF], pixels[:, HALF:], "left", "right")
+
+
+def brighter_end(pixels: np.ndarray) -> str | None:
+    """`top` or `bottom`; None if the halves differ by less than `BRIGHTNESS_MARGIN`."""
+    return _brighter(pixels[:HALF], pixels[HALF:], "top", "bottom")
+
+
+def _brighter(first: np.ndarray, second: np.ndarray, name: str, other: str) -> str | None:
+    difference = brightness(first) - brightness(second)
+    if abs(difference) < BRIGHTNESS_MARGIN:
+        return None
+    return name if difference > 0 else other
 
 
 def colour_name(area: np.ndarray) -> str:
@@ -99,13 +123,6 @@ def colour_name(area: np.ndarray) -> str:
         return f"{tone} grey"
     edges = {0.04: "red", 0.12: "orange", 0.2: "yellow", 0.45: "green", 0.7: "blue", 0.92: "purple", 1.01: "red"}
     return f"{tone} {next(name for edge, name in edges.items() if hue < edge)}"
-
-
-def _mark_name(mark: Mark | None) -> str:
-    if mark is None:
-        return ""
-    pointing = f" pointing {mark.direction}" if mark.direction else ""
-    return f" with a {mark.colour} {mark.shape}{pointing}"
 
 
 def _pick(items, rng: np.random.Generator):

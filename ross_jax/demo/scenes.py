@@ -2,7 +2,7 @@
 
 +-------+-------+
 |  (o)  |       |     quarters: top left, top right, bottom left, bottom right
-+-------+-------+     marks: 14 to 20 pixels across, one flat colour
++-------+-------+     marks: 20 to 28 pixels across, one flat colour
 |       |   -->  |
 +-------+-------+
 """
@@ -29,7 +29,7 @@ COLOURS = {
     "pink": (250, 95, 205),
     "cyan": (25, 215, 230),
 }
-MARK_SIZES = (14, 20)
+MARK_SIZES = (20, 28)
 """Smallest and largest side of a mark's box in pixels."""
 CROP_SIZES = (64, 256)
 """Smallest and largest side of a crop in the photograph's pixels."""

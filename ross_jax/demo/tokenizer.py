@@ -1,7 +1,7 @@
 """The demo's tokenizer: the words of its data set as one piece each, and single bytes for everything else.
 
-The system prompt of the `qwen_2` template, always the same sentences, is one piece too: a tiny model on a CPU would
-spend a third of its time reading it.
+So are the system prompt and the role names of the `qwen_2` template, always the same: a tiny model on a CPU would spend
+half of its time reading them.
 """
 
 import json
@@ -22,6 +22,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TEMPLATE_PIECES = (QWEN_2_SYSTEM, "USER: ", " ASSISTANT:")
+"""What every conversation repeats."""
 _ROLES = "USER: ASSISTANT: USER:\nuser\nassistant\nsystem"
 """Role names of the `qwen_2` and `chatml` templates, with and without a space in front."""
 _BYTE_SCORE, _WORD_SCORE = -10.0, -1.0
@@ -55,13 +57,13 @@ def build_tokenizer(texts: Iterable[str]) -> Tokenizer:
     answers = [f" {answer}" for choices in ANSWERS.values() for answer in choices]
     counts = Counter(piece for text in (*texts, *answers, _ROLES) for piece, _ in split.pre_tokenize_str(text))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    room = MAX_SIZE - len(alphabet) - len(SPECIAL) - 1
+    room = MAX_SIZE - len(alphabet) - len(SPECIAL) - len(TEMPLATE_PIECES)
     words = sorted((piece for piece in counts if len(piece) > 1), key=lambda piece: (-counts[piece], piece))[:room]
     vocabulary = [(byte, _BYTE_SCORE) for byte in alphabet] + [(word, _WORD_SCORE) for word in words]
     tokenizer = Tokenizer(models.Unigram(vocabulary))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(QWEN_2_SYSTEM, normalized=False)])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in TEMPLATE_PIECES])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
     return tokenizer
 

@@ -5,6 +5,7 @@ embedding, so shift, scale and gate differ from token to token.
 """
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -31,6 +32,9 @@ def default_width(depth: int) -> int:
     return {8: 1280, 12: 1536}.get(depth, 1024)
 
 
+Prediction = Literal["epsilon", "v", "x0"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
     """Sizes of a denoiser.
@@ -39,6 +43,7 @@ class DenoiserConfig:
       condition_size: width of the visual outputs.
       latent_size: channels of a latent token.
       grid: latent tokens per side.
+      prediction: what its output means; the reference predicts the noise, epsilon.
     """
 
     condition_size: int
@@ -48,6 +53,7 @@ class DenoiserConfig:
     depth: int = 3
     num_heads: int = NUM_HEADS
     mlp_ratio: float = 4.0
+    prediction: Prediction = "epsilon"
 
     def __post_init__(self):
         if self.width % self.num_heads:

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from ross_jax.models.denoiser import Denoiser, DenoiserConfig
@@ -84,6 +84,14 @@ class RossOutput(NamedTuple):
     internals: dict[str, Any] | None
 
 
+def normalise(
+    config: RossConfig, images: UInt8[Array, "*batch height width 3"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*batch height width 3"]:
+    """uint8 pictures to the encoder's input."""
+    mean, std = jnp.asarray(config.image_mean, jnp.float32), jnp.asarray(config.image_std, jnp.float32)
+    return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
+
+
 def image_positions(
     image_start: Int[Array, "batch images"], tokens: int, length: int
 ) -> Int[Array, "batch picture_tokens"]:
@@ -131,8 +139,8 @@ class Ross(nn.Module):
 
     def setup(self):
         cfg = self.config
-        # The encoder is frozen by default, so it is never rematerialised: nothing of it is kept for a backward pass.
-        self.vision = VisionEncoder(cfg.vision, self.dtype)
+        # Where the encoder is frozen nothing of it is kept for a backward pass, so nothing is recomputed either.
+        self.vision = VisionEncoder(cfg.vision, self.dtype, self.remat)
         self.projector = Projector(cfg.projector, self.dtype)
         self.language = LanguageModel(cfg.language, self.dtype, self.remat)
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ross_jax.config import ConfigError
+from ross_jax.models.denoiser import Prediction
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,6 +145,39 @@ def add_noise(
     """x_t: the sample of q(x_t | x_0) that `noise` selects."""
     signal = process.alphas_cumprod
     return lookup(np.sqrt(signal), steps, start.ndim) * start + lookup(np.sqrt(1.0 - signal), steps, start.ndim) * noise
+
+
+def prediction_target(
+    process: Diffusion,
+    prediction: Prediction,
+    start: Float[Array, "batch ..."],
+    steps: Int[Array, " batch"],
+    noise: Float[Array, "batch ..."],
+) -> Float[Array, "batch ..."]:
+    """What a network is to say of x_t: its noise, its x_0, or v (Salimans and Ho, 2022)."""
+    if prediction == "epsilon":
+        return noise
+    if prediction == "x0":
+        return start
+    signal, ndim = process.alphas_cumprod, start.ndim
+    return lookup(np.sqrt(signal), steps, ndim) * noise - lookup(np.sqrt(1.0 - signal), steps, ndim) * start
+
+
+def implied_noise(
+    process: Diffusion,
+    prediction: Prediction,
+    predicted: Float[Array, "batch ..."],
+    noised: Float[Array, "batch ..."],
+    steps: Int[Array, " batch"],
+) -> Float[Array, "batch ..."]:
+    """The noise in x_t that goes with a network's prediction."""
+    if prediction == "epsilon":
+        return predicted
+    signal, ndim = process.alphas_cumprod, noised.ndim
+    if prediction == "x0":
+        scaled = noised - lookup(np.sqrt(signal), steps, ndim) * predicted
+        return scaled * lookup(np.sqrt(1.0 / (1.0 - signal)), steps, ndim)
+    return lookup(np.sqrt(1.0 - signal), steps, ndim) * noised + lookup(np.sqrt(signal), steps, ndim) * predicted
 
 
 class StepDistribution(NamedTuple):

@@ -15,7 +15,14 @@ from jaxtyping import Array, Float, Int
 from ross_jax.models.autoencoder import Autoencoder, Posterior
 from ross_jax.models.denoiser import Denoiser, normalise_condition
 from ross_jax.models.ross import TARGET_PIXELS, RossConfig
-from ross_jax.objectives.diffusion import Diffusion, add_noise, make_diffusion, sample_ancestral
+from ross_jax.objectives.diffusion import (
+    Diffusion,
+    add_noise,
+    implied_noise,
+    make_diffusion,
+    prediction_target,
+    sample_ancestral,
+)
 
 Params = Any
 
@@ -61,7 +68,7 @@ def ungroup_latents(
 
 @dataclasses.dataclass(frozen=True)
 class DenoiseObjective:
-    """Ross^D: mean squared error of the noise predicted from visual outputs.
+    """Ross^D: mean squared error of what the denoiser predicts, given visual outputs.
 
     Attributes:
       config: with vision, denoiser and autoencoder.
@@ -109,16 +116,17 @@ class DenoiseObjective:
         targets: Posterior,
         draw: Draw,
     ) -> Float[Array, "items draws"]:
-        """Mean squared error of each (t, epsilon) draw of each picture, float32."""
+        """Mean squared error of the prediction for each (t, epsilon) draw of each picture, float32."""
         module = Denoiser(self.config.denoiser)
         variables = {"params": params["denoiser"]}
         condition = module.apply(variables, normalise_condition(visual_outputs), method="embed_condition")
-        latents = self.latents(targets, draw.posterior_noise)
         draws = draw.timesteps.shape[1]
+        latents = jnp.repeat(self.latents(targets, draw.posterior_noise), draws, axis=0)
         timesteps, noise = draw.timesteps.reshape(-1), rearrange(draw.noise, "b k n c -> (b k) n c")
-        noised = add_noise(self.process, jnp.repeat(latents, draws, axis=0), timesteps, noise)
+        noised = add_noise(self.process, latents, timesteps, noise)
         predicted = module.apply(variables, noised, timesteps, jnp.repeat(condition, draws, axis=0), method="denoise")
-        return jnp.mean(jnp.square(noise - predicted), axis=(1, 2)).reshape(-1, draws)
+        target = prediction_target(self.process, self.config.denoiser.prediction, latents, timesteps, noise)
+        return jnp.mean(jnp.square(target - predicted), axis=(1, 2)).reshape(-1, draws)
 
     def loss(
         self,
@@ -157,7 +165,8 @@ class DenoiseObjective:
         condition = module.apply(variables, normalise_condition(visual_outputs), method="embed_condition")
 
         def predict(noised, timesteps):
-            return module.apply(variables, noised, timesteps, condition, method="denoise")
+            predicted = module.apply(variables, noised, timesteps, condition, method="denoise")
+            return implied_noise(self.process, self.config.denoiser.prediction, predicted, noised, timesteps)
 
         return sample_ancestral(process, predict, initial, noise, temperature, clip)[-1]
 

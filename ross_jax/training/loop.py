@@ -13,10 +13,11 @@ from jax.sharding import NamedSharding
 
 from ross_jax.checkpoints import RunCheckpoints
 from ross_jax.config import UserError
-from ross_jax.training.metrics import Meter, Writer
+from ross_jax.training.metrics import Meter, RangeWatch, Writer
 from ross_jax.training.state import TrainState
 
 Hook = Callable[[int, TrainState, Mapping[str, Any]], None]
+Draw = Callable[[int, TrainState, Mapping[str, Any]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,15 @@ class LoopConfig:
       save: a checkpoint is made; the last step always is one.
       keep: newest checkpoints that stay on disk.
       pictures: reconstructions are drawn for TensorBoard; 0 never.
+      expected_reconstruction: lowest and highest reconstruction loss after the warmup, averaged over ten logs; a
+        warning is given outside. None: no opinion.
     """
 
     log: int = 10
     save: int = 500
     keep: int = 2
     pictures: int = 0
+    expected_reconstruction: tuple[float, float] | None = None
 
     def __post_init__(self):
         if min(self.log, self.save, self.keep) < 1 or self.pictures < 0:
@@ -58,20 +62,21 @@ class Stop:
 
 
 def global_batches(
-    batches: Iterator[dict[str, np.ndarray]], sharding: NamedSharding, meter: Meter | None = None
+    batches: Iterator[dict[str, np.ndarray]], sharding: NamedSharding, shares: int = 1, meter: Meter | None = None
 ) -> Iterator[dict[str, jax.Array]]:
-    """This process's rows, placed on its devices as part of the global batch; one batch ahead of the step."""
+    """This process's rows, one of `shares` parts of the global batch, on its devices; one batch ahead of the step."""
 
-    def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    def place(rows: np.ndarray) -> jax.Array:
+        whole = (shares * len(rows), *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, whole)
 
     ahead = None
     while True:
         started = time.perf_counter()
         batch = next(batches, None)
         if meter is not None:
-            meter.waited += time.perf_counter() - started
-        placed = None if batch is None else place(batch)
+            meter.wait(time.perf_counter() - started)
+        placed = None if batch is None else {name: place(rows) for name, rows in batch.items()}
         if ahead is not None:
             yield ahead
         if placed is None:
@@ -111,7 +116,9 @@ def run_loop(
     saver: RunCheckpoints,
     meter: Meter,
     writer: Writer | None = None,
+    watch: RangeWatch | None = None,
     hooks: tuple[Hook, ...] = (),
+    draw: Draw | None = None,
     stop_at: Callable[[int], bool] = lambda _: False,
 ) -> tuple[TrainState, int]:
     """Trains from step `start` to `steps`.
@@ -121,7 +128,10 @@ def run_loop(
       batches: of the steps from `start` on.
       saver: checkpoints; only states whose numbers have been looked at are given to it.
       writer: on the process that reports.
+      watch: of the reconstruction loss.
       hooks: called as (step, state, batch) after every step.
+      draw: called likewise as often as `config.pictures` says, by all processes; gives a uint8 [height, width, 3]
+        picture for TensorBoard.
       stop_at: asked after every step, by all processes alike: whether to save and end here.
 
     Returns:
@@ -144,16 +154,26 @@ def run_loop(
         if writer is not None:
             writer.write(step, line)
             writer.progress(step, steps, line)
+            if watch is not None:
+                losses = [each["reconstruction_loss"] for each in values]
+                warning = watch.update(step, sum(losses) / len(losses))
+                if warning:
+                    writer.warn(warning)
 
     for batch in batches:
         state, metrics = train_step(state, batch)
         step += 1
         pending.append(metrics)
+        meter.running = metrics["loss"]
         stopping = stop_at(step)
         if step % config.log == 0 or step % config.save == 0 or stopping or step == steps:
             settle()
         for hook in hooks:
             hook(step, state, batch)
+        if draw is not None and config.pictures and step % config.pictures == 0:
+            grid = draw(step, state, batch)
+            if writer is not None:
+                writer.picture("reconstruction", step, grid)
         if step % config.save == 0 or stopping or step == steps:
             saver.save(step, state)
             saved = step

@@ -1,16 +1,25 @@
 """What a run reports: JSON lines, TensorBoard, and one calm progress line."""
 
+import collections
+import contextlib
 import dataclasses
 import json
+import math
+import os
+import re
 import resource
+import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 
+from ross_jax.checkpoints import writing
 from ross_jax.models.ross import RossConfig
+from ross_jax.tree import flatten
 
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -27,22 +36,64 @@ PEAK_FLOPS = {
 """Device kind -> dense bfloat16 FLOP/s, as its vendor states."""
 
 
-def step_flops(config: RossConfig, counts: dict[str, int], trained: set[str], tokens: float, pictures: float) -> float:
-    """FLOPs that one step needs, recomputation not counted: 2 per parameter and token forward, 4 more backward.
+_ORDER = ("vision", "projector", "language", "denoiser")
+_FIRST = re.compile(r"(vision/patch_embedding|projector/linear_0)/kernel")
+_DATA = re.compile(r"denoiser/(latent_embedding|timestep_in)/kernel")
+"""Matrices that are the first of their component, and those whose inputs are noise or a timestep."""
 
-    Attention scores are left out, as is the autoencoder.
+
+def matrix_sizes(params: Mapping[str, Any]) -> dict[str, int]:
+    """Elements of every matrix that activations are multiplied with, by path.
+
+    A table that is only looked up is none. The autoencoder, all convolutions, is left out.
 
     Args:
-      counts: parameters of each component.
-      trained: components that have gradients; the language model passes gradients on even when it is frozen.
+      params: the whole tree, or its shapes.
+    """
+    flat = flatten(params)
+    head = "language/head" if "language/head" in flat else "language/embedding"
+    return {
+        path: math.prod(leaf.shape)
+        for path, leaf in flat.items()
+        if path == head or (path.endswith("/kernel") and path.partition("/")[0] in _ORDER)
+    }
+
+
+def step_flops(
+    config: RossConfig, sizes: Mapping[str, int], trained: set[str], draws: int, tokens: float, pictures: float
+) -> float:
+    """FLOPs that one step needs, recomputation not counted.
+
+    A matrix takes 2 per element and token forward, 2 more for the gradient of its inputs, and 2 for its own. Attention
+    scores are left out, as is the autoencoder.
+
+    Args:
+      sizes: of `matrix_sizes`.
+      trained: components that learn; a frozen one passes gradients on to what learns before it.
+      draws: noise levels per picture; 0 without reconstruction.
       tokens: of text and pictures, padding not counted.
       pictures: real ones.
     """
-    per_picture = config.vision.num_tokens
-    flops = 2 * counts["vision"] * pictures * per_picture * (3 if "vision" in trained else 1)
-    flops += 6 * counts["projector"] * pictures * per_picture
-    flops += (6 if "language" in trained else 4) * counts["language"] * tokens
-    return flops + 6 * counts.get("denoiser", 0) * pictures * per_picture * 4
+    picture_tokens = pictures * config.vision.num_tokens
+
+    def uses(path: str) -> float:
+        """How often the matrix is applied."""
+        if path.startswith("denoiser/timestep"):
+            return pictures * draws
+        if path.startswith("denoiser/condition"):
+            return picture_tokens * min(draws, 1)  # once for all draws
+        component = path.partition("/")[0]
+        return {"language": tokens, "denoiser": picture_tokens * draws}.get(component, picture_tokens)
+
+    def passes(path: str) -> int:
+        """Forward, and the gradients that are needed."""
+        component = path.partition("/")[0]
+        learns, before = component in trained, _ORDER[: _ORDER.index(component)]
+        # Gradients flow into a matrix's inputs if they reach something that learns.
+        onward = any(name in trained for name in before) or (learns and not _FIRST.fullmatch(path))
+        return 1 + learns + (onward and not _DATA.fullmatch(path))
+
+    return sum(2 * size * uses(path) * passes(path) for path, size in sizes.items())
 
 
 @dataclasses.dataclass
@@ -50,14 +101,23 @@ class Meter:
     """Turns counts of steps into rates.
 
     Attributes:
-      waited: seconds spent waiting for input since the last reading.
+      config, sizes, trained, draws: as in `step_flops`.
+      waited: seconds since the last reading in which the device had nothing to do but to wait for input.
+      running: a result of the step that was started last.
     """
 
     config: RossConfig
-    counts: dict[str, int]
+    sizes: Mapping[str, int]
     trained: set[str]
+    draws: int
     waited: float = 0.0
+    running: jax.Array | None = None
     _last: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def wait(self, seconds: float) -> None:
+        """Notes that the next batch took that long to come. While a step still runs, nobody waits for it."""
+        if self.running is None or self.running.is_ready():
+            self.waited += seconds
 
     def read(self, steps: list[dict[str, float]]) -> dict[str, float]:
         """Rates over the steps since the last reading."""
@@ -74,7 +134,7 @@ class Meter:
         self.waited = 0.0
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         if peak:
-            flops = step_flops(self.config, self.counts, self.trained, tokens, pictures)
+            flops = step_flops(self.config, self.sizes, self.trained, self.draws, tokens, pictures)
             rates["mfu"] = flops / seconds / (peak * jax.device_count())
         return rates
 
@@ -85,32 +145,104 @@ def peak_memory() -> int:
     return statistics.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class RangeWatch:
+    """Warns when a loss, averaged over the last logs, leaves the range that is expected of it.
+
+    Args:
+      expected: lowest and highest value.
+      start: step from which on it is watched; before it, in the warmup, anything goes.
+      logs: how many are averaged.
+    """
+
+    def __init__(self, expected: tuple[float, float], start: int, logs: int = 10):
+        self._low, self._high = expected
+        self._start, self._outside = start, False
+        self._values: collections.deque[float] = collections.deque(maxlen=logs)
+
+    def update(self, step: int, value: float) -> str | None:
+        """A warning once the average is outside; then None until it has been back."""
+        if step <= self._start:
+            return None
+        self._values.append(value)
+        if len(self._values) < self._values.maxlen:
+            return None
+        mean = sum(self._values) / len(self._values)
+        warned, self._outside = self._outside, not self._low <= mean <= self._high
+        if warned or not self._outside:
+            return None
+        return (
+            f"step {step}: the reconstruction loss is {mean:.3f} on average over the last {len(self._values)} logs; "
+            f"expected are {self._low:g} to {self._high:g} (config.loop.expected_reconstruction)"
+        )
+
+
+class _Board:
+    """A TensorBoard file. Written at once: `SummaryWriter`'s thread dies of a full disk, and its caller hangs."""
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._event, self._file = Event, RecordWriter(str(self.path))
+        self._add(file_version="brain.Event:2")
+        # What an interrupted run had drawn from here on disappears.
+        self._add(step=start + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, **content: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), **content).SerializeToString())
+
+    def add(self, step: int, *summaries: Any) -> None:
+        for summary in summaries:
+            self._add(step=step, summary=summary)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class Writer:
     """Appends to `metrics.jsonl` and TensorBoard files in a run's directory; on one process only.
 
     A continued run drops what an interrupted one had written past the step it continues from.
+
+    Raises:
+      CheckpointError: from every method: a file that cannot be written.
     """
 
-    def __init__(self, folder: Path, start: int, stream: TextIO = sys.stderr):
-        from tensorboardX import SummaryWriter
+    def __init__(self, folder: Path, start: int, stream: TextIO | None = None):
+        self._folder, self._path = folder, folder / "metrics.jsonl"
+        self._stream = stream or sys.stderr
+        with writing(self._path, self._folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in _complete_lines(self._path) if json.loads(line)["step"] <= start]
+            partial = self._path.with_name("metrics.jsonl.partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(self._path)
+            self._file = self._path.open("a", buffering=1)
+        with writing(folder / "tensorboard", folder):
+            self._board = _Board(folder / "tensorboard", start)
 
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        self._stream = stream
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of numbers."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        from tensorboardX.summary import scalar
+
+        with writing(self._path, self._folder):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with writing(self._board.path, self._folder):
+            self._board.add(step, *(scalar(name, value) for name, value in values.items()))
 
     def picture(self, name: str, step: int, grid: Any) -> None:
         """A uint8 [height, width, 3] picture for TensorBoard."""
-        self._board.add_image(name, grid, step, dataformats="HWC")
+        from tensorboardX.summary import image
+
+        with writing(self._board.path, self._folder):
+            self._board.add(step, image(name, grid, dataformats="HWC"))
+
+    def warn(self, text: str) -> None:
+        """A line on the terminal."""
+        print(f"warning: {text}", file=self._stream, flush=True)
 
     def progress(self, step: int, steps: int, values: dict[str, Any]) -> None:
         """One line on the terminal."""
@@ -123,9 +255,10 @@ class Writer:
         print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self._file.close()
-        self._board.close()
+        """Flushes and closes. What a full disk does not take was reported when it was written."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -1,10 +1,12 @@
 """A run's whole config: what a recipe in `configs/` must fill, frozen once at the start."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from ross_jax.config import freeze, thaw
 from ross_jax.data.pipeline import DataConfig
@@ -75,4 +77,17 @@ def complete(values: Mapping[str, Any]) -> ConfigDict:
             return {name: with_tuples(inner) for name, inner in value.items()}
         return tuple(with_tuples(inner) for inner in value) if isinstance(value, list) else value
 
-    return ConfigDict(with_tuples(thaw(freeze(RunConfig, values))))
+    return ConfigDict(_with_types(RunConfig, with_tuples(thaw(freeze(RunConfig, values)))))
+
+
+def _with_types(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Fields that are None become typed placeholders: a flag can override these, but no plain None."""
+    typed, hints = dict(values), typing.get_type_hints(cls)
+    for name, value in values.items():
+        options = [option for option in typing.get_args(hints[name]) or (hints[name],) if option is not type(None)]
+        kind = typing.get_origin(options[0]) or options[0]
+        if isinstance(value, dict):
+            typed[name] = _with_types(kind, value)
+        elif value is None and kind in (bool, int, float, str, tuple):
+            typed[name] = placeholder(kind)
+    return typed

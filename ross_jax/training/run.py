@@ -8,48 +8,40 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError, freeze, thaw
 from ross_jax.data.encoders import build_encoder
-from ross_jax.data.images import ImageConfig, decode, decode_official
+from ross_jax.data.images import decode, decode_official, encoder_image_config
 from ross_jax.data.pipeline import Pipeline, open_pipeline
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
-from ross_jax.sharding import batch_sharding, make_mesh
-from ross_jax.training.loop import Hook, Stop, global_batches, run_loop
-from ross_jax.training.metrics import Meter, Writer
-from ross_jax.training.optimizer import make_optimizer
+from ross_jax.sharding import batch_sharding, make_mesh, process_share
+from ross_jax.training.loop import Draw, Hook, Stop, global_batches, run_loop
+from ross_jax.training.metrics import Meter, RangeWatch, Writer, matrix_sizes
+from ross_jax.training.optimizer import make_optimizer, warmup_steps
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.state import (
     TrainState,
     Tree,
     abstract_tree,
     init_components,
-    merge,
     split,
     state_shardings,
 )
 from ross_jax.training.step import compile_step, make_state, make_train_step
-
-
-def image_config(config: RunConfig) -> ImageConfig:
-    """How pictures are resized for the model's encoder."""
-    model = config.model
-    edge = model.vision.image_size if model.vision.kind == "clip" else None
-    return ImageConfig(model.vision.image_size, model.image_mean, model.image_std, config.image_mode, edge)
+from ross_jax.tree import merge
 
 
 def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -> Pipeline:
     """The run's batches. Of several processes the first measures and plans, the others read what it cached."""
+    model, vision = config.model, config.model.vision
     tokenizer = load_tokenizer(config.text.tokenizer)
-    if len(tokenizer) > config.model.language.vocab_size:
+    if len(tokenizer) > model.language.vocab_size:
         raise ConfigError(
-            f"config.text.tokenizer: {len(tokenizer)} ids, but the language model embeds "
-            f"{config.model.language.vocab_size}"
+            f"config.text.tokenizer: {len(tokenizer)} ids, but the language model embeds {model.language.vocab_size}"
         )
     encode = build_encoder(config.text.template, tokenizer, config.text.compat)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -59,8 +51,8 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -
         return open_pipeline(
             config.data,
             encode,
-            image_config(config),
-            config.model.vision.num_tokens,
+            encoder_image_config(vision.kind, vision.image_size, model.image_mean, model.image_std, config.image_mode),
+            vision.num_tokens,
             encode_key=key,
             multiple=replicas * config.step.accumulate,
             rows_per_step=rows_per_step,
@@ -70,8 +62,6 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -
 
     if jax.process_count() == 1:
         return build(True)
-    if config.data.cache is None:
-        raise ConfigError("config.data.cache: several processes need a shared folder for the packing plan")
     pipeline = build(True) if jax.process_index() == 0 else None
     multihost_utils.sync_global_devices("packing plan")
     return pipeline or build(False)
@@ -123,7 +113,7 @@ class Run:
         self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
         self.step = self._checkpoints.latest() or 0
         recorded = self._read_recorded()
-        self.data = open_data(config, self.mesh, recorded.get("rows_per_step"))
+        self.data = open_data(self._with_cache(), self.mesh, recorded.get("rows_per_step"))
         if recorded.get("data", self.data.hash) != self.data.hash:
             raise UserError(
                 f"{folder}: was trained on other data or another packing plan; a run continues only with its own. "
@@ -150,6 +140,13 @@ class Run:
         )
         self.train_step = compile_step(step, self.shardings, batch_sharding(self.mesh))
 
+    def _with_cache(self) -> RunConfig:
+        """Several processes share the packing plan: if no cache is set, in the run's directory."""
+        if jax.process_count() == 1 or self.config.data.cache is not None:
+            return self.config
+        data = dataclasses.replace(self.config.data, cache=str(self.folder / "cache"))
+        return dataclasses.replace(self.config, data=data)
+
     def _abstract_state(self, tree: Tree) -> TrainState:
         params, frozen = split(tree, self.config.freeze)
         shapes = jax.eval_shape(lambda p, f: make_state(p, f, self._optimizer), params, frozen)
@@ -163,7 +160,8 @@ class Run:
         with jax.set_mesh(self.mesh):
             state = make(params, frozen)
         if jax.process_index() == 0:
-            self._write_description(origins)
+            with checkpoints.writing(self.folder, self.folder):
+                self._write_description(origins)
         self._checkpoints.save_frozen(frozen)
         return state
 
@@ -205,23 +203,29 @@ class Run:
                 shutil.copytree(origin / "files", self.folder / "files", dirs_exist_ok=True)
         tokenizer = load_tokenizer(self.config.text.tokenizer)
         tokenizer.save_pretrained(self.folder / "files" / "language")
-        checkpoints.write_manifest(
-            self.folder, {"config": thaw(self.config.model), "foreign": foreign, "template": self.config.text.template}
-        )
+        settings = {"template": self.config.text.template, "image_mode": self.config.image_mode}
+        checkpoints.write_manifest(self.folder, {"config": thaw(self.config.model), "foreign": foreign, **settings})
         record = {"config": self._record(), "rows_per_step": self.data.rows_per_step, "data": self.data.hash}
         partial = self.folder / "run.json.partial"
         partial.write_text(json.dumps(record, indent=1) + "\n")
         partial.replace(self.folder / "run.json")
 
-    def train(self, hooks: tuple[Hook, ...] = (), stop_at: Callable[[int], bool] | None = None) -> int:
+    def train(
+        self,
+        hooks: tuple[Hook, ...] = (),
+        draw: Draw | None = None,
+        stop_at: Callable[[int], bool] | None = None,
+    ) -> int:
         """Runs, or continues, until the end or a signal; returns the number of steps done."""
-        counts = {
-            name: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(part))
-            for name, part in merge(self.state.params, self.state.frozen).items()
-        }
-        meter = Meter(self.config.model, counts, set(self.state.params))
+        config = self.config
+        sizes = matrix_sizes(merge(self.state.params, self.state.frozen))
+        draws = config.reconstruction.draws if config.reconstruction.kind == "denoise" else 0
+        meter = Meter(config.model, sizes, set(self.state.params), draws)
+        expected, warmup = config.loop.expected_reconstruction, warmup_steps(self.steps, config.optimizer.warmup_ratio)
+        watch = RangeWatch(expected, warmup) if expected and draws else None
         writer = Writer(self.folder, self.step) if jax.process_index() == 0 else None
-        batches = self.data.batches(self.step, jax.process_index(), jax.process_count())
+        share, shares = process_share(self.mesh)
+        batches = self.data.batches(self.step, share, shares)
         # Of several processes, JAX's own handler counts: it makes all of them agree on a step.
         stop = Stop() if jax.process_count() == 1 else Stop(())
         try:
@@ -229,14 +233,16 @@ class Run:
                 self.state, self.step = run_loop(
                     self.train_step,
                     self.state,
-                    global_batches(batches, batch_sharding(self.mesh), meter),
+                    global_batches(batches, batch_sharding(self.mesh), shares, meter),
                     self.step,
                     self.steps,
-                    self.config.loop,
+                    config.loop,
                     self._checkpoints,
                     meter,
                     writer,
+                    watch,
                     hooks,
+                    draw,
                     stop_at or self._checkpoints.stop_at(lambda: stop.requested),
                 )
         finally:

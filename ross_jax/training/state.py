@@ -62,14 +62,6 @@ class FreezeConfig:
         return jnp.dtype(self.autoencoder_dtype if path.startswith("autoencoder/") else self.dtype)
 
 
-def merge(*trees: Mapping[str, Any]) -> Tree:
-    """Several parts of one tree, put together."""
-    flat: dict[str, Any] = {}
-    for tree in trees:
-        flat |= flatten(tree)
-    return unflatten(flat)
-
-
 def split(tree: Mapping[str, Any], freeze: FreezeConfig) -> tuple[Tree, Tree]:
     """The part that trains and the rest.
 

@@ -6,16 +6,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ross_jax.models.layers import RematPolicy
-from ross_jax.models.ross import Ross, RossConfig
+from ross_jax.models.ross import Ross, RossConfig, normalise
 from ross_jax.objectives.reconstruction import DenoiseObjective
 from ross_jax.objectives.text import IGNORE, next_token_loss
 from ross_jax.sharding import constrain
 from ross_jax.training.optimizer import OptimizerConfig, schedule
-from ross_jax.training.state import TrainState, Tree, merge
+from ross_jax.training.state import TrainState, Tree
+from ross_jax.tree import merge
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -52,12 +52,6 @@ class StepConfig:
     dtype: str = "bfloat16"
     remat: RematPolicy = "full"
     text_chunk: int = 1024
-
-
-def normalise(config: RossConfig, images: Array, dtype: DTypeLike) -> Float[Array, "batch images height width 3"]:
-    """uint8 pictures to the encoder's input."""
-    mean, std = jnp.asarray(config.image_mean, jnp.float32), jnp.asarray(config.image_std, jnp.float32)
-    return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
 
 
 def counts(batch: Batch, compat: str) -> tuple[Array, Array, Array]:

@@ -2,10 +2,14 @@
 
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
 from jax.sharding import AbstractMesh, AxisType
+from ml_collections import config_flags
 
 from configs import llava, ross
 from ross_jax.config import ConfigError, freeze
@@ -49,6 +53,36 @@ def test_recipe(recipe, encoder, llm, stage):
     assert sum(held.values()) < 0.03 * count(tree)
 
 
+@pytest.mark.parametrize("recipe", [ross, llava], ids=["ross", "llava"])
+def test_the_encoder_learns_on_request(recipe):
+    for part, trains in (("", False), ("vision=frozen", False), ("vision=trained,stage=pretrain", True)):
+        config = freeze(RunConfig, recipe.get_config(part).to_dict())
+        tree = abstract_params(config.model)
+        assert {config.freeze.trains(f"vision/{path}") for path in flatten(tree["vision"])} == {trains}
+
+
+def test_expected_losses():
+    """Reported of Ross: stage 1 from about 1 down to 0.3, stage 2 within 0.1 and 0.3; LLaVA has none."""
+    low, high = ross.get_config("stage=pretrain").loop.expected_reconstruction
+    assert low < 0.3 and high > 1
+    assert ross.get_config("stage=finetune").loop.expected_reconstruction == (0.1, 0.3)
+    assert llava.get_config().loop.expected_reconstruction is None
+
+
+def test_a_flag_can_set_what_is_none(monkeypatch):
+    """Fields whose default is None too, as any other; values are of the field's type."""
+    changes = ["--config.data.packing.supervised=100", "--config.loop.expected_reconstruction=(0.1, 0.2)"]
+    monkeypatch.setattr("sys.argv", ["train", f"--config={Path(llava.__file__)}", *changes])
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    values(sys.argv)
+    config = freeze(RunConfig, holder.value.to_dict())
+    assert (config.data.packing.supervised, config.loop.expected_reconstruction) == (100, (0.1, 0.2))
+    assert freeze(RunConfig, llava.get_config().to_dict()).data.packing.supervised is None
+    with pytest.raises(TypeError):
+        llava.get_config().data.packing.supervised = "many"
+
+
 def test_learning_rates_of_stage_one():
     config = freeze(RunConfig, ross.get_config("stage=pretrain").to_dict())
     assert config.optimizer.group("denoiser/blocks/mlp/up/kernel") == r"denoiser/.*"
@@ -58,7 +92,12 @@ def test_learning_rates_of_stage_one():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [("llm=qwen2_8b", "qwen2_7b"), ("encodr=clip", "did you mean 'encoder'"), ("stage=tune", "finetune")],
+    [
+        ("llm=qwen2_8b", "qwen2_7b"),
+        ("encodr=clip", "did you mean 'encoder'"),
+        ("stage=tune", "finetune"),
+        ("vision=traned", "trained"),
+    ],
 )
 def test_typos_name_the_nearest(arguments, message):
     with pytest.raises(ConfigError, match=message):

@@ -1,96 +1,25 @@
 """The training launcher, on a recipe of a few lines: starts, continues after a kill, and says what is wrong."""
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from tokenizer_fixtures import byte_level_tokenizer
+from launcher import REPOSITORY, command, environment, make_records, step_lines, train
 
 from ross_jax.checkpoints import RunCheckpoints
 
-REPOSITORY = Path(__file__).parents[2]
-
-RECIPE = """
-import sys
-sys.path[:0] = [{repository!r}, {tests!r}]
-import dataclasses
-from ross_jax.config import thaw
-from ross_jax.training.recipe import complete
-from tiny import CONFIG
-
-def get_config():
-    model = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=320))
-    return complete({{
-        "model": thaw(model),
-        "text": {{"template": "qwen_2", "tokenizer": {data!r} + "/tokenizer"}},
-        "data": {{
-            "sources": [{{"path": {data!r} + "/data.json", "images": [{data!r}]}}],
-            "packing": {{"length": 256, "images": 2}}, "batch": 4, "epochs": 4,
-        }},
-        "freeze": {{"trainable": ["language/.*", "projector/.*", "denoiser/.*"]}},
-        "optimizer": {{"learning_rate": 1e-3}},
-        "step": {{"dtype": "float32", "remat": "none", "text_chunk": 128}},
-        "loop": {{"log": 1, "save": 2}},
-    }})
-"""
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    data = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(data / "0.png")
-    records = [
-        {
-            "id": str(i),
-            "image": "0.png",
-            "conversations": [
-                {"from": "human", "value": "<image>\nWhat?"},
-                {"from": "gpt", "value": "a" * (i % 4 + 1)},
-            ],
-        }
-        for i in range(24)
-    ]
-    (data / "data.json").write_text(json.dumps(records))
-    byte_level_tokenizer().save_pretrained(data / "tokenizer")
-    path = data / "recipe.py"
-    path.write_text(RECIPE.format(repository=str(REPOSITORY), tests=str(REPOSITORY / "tests"), data=str(data)))
-    return path
-
-
-def command(recipe: Path, workdir: Path, *more: str) -> list[str]:
-    script = str(REPOSITORY / "launch" / "train.py")
-    return [sys.executable, script, f"--config={recipe}", f"--workdir={workdir}", *more]
-
-
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-
-
-def train(*args) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args), capture_output=True, text=True, env=ENVIRONMENT, check=False)
-
-
-def step_lines(workdir: Path) -> list[dict]:
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
 
 @pytest.mark.slow
-def test_a_killed_run_continues(recipe, tmp_path):
+def test_a_killed_run_continues(recipe, cache, tmp_path):
     """SIGTERM saves and exits cleanly; SIGKILL loses what came after the last save; the end is that of a whole run."""
-    assert train(recipe, tmp_path / "whole").returncode == 0
+    assert train(recipe, tmp_path / "whole", cache=cache).returncode == 0
     whole = step_lines(tmp_path / "whole")
     for number, at in ((signal.SIGTERM, 2), (signal.SIGKILL, 4)):
-        process = subprocess.Popen(command(recipe, tmp_path / "cut"), stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        process = subprocess.Popen(command(recipe, tmp_path / "cut"), stderr=subprocess.DEVNULL, env=environment(cache))
         while process.poll() is None and len(step_lines(tmp_path / "cut")) < at:
             time.sleep(0.01)
         process.send_signal(number)
@@ -98,7 +27,7 @@ def test_a_killed_run_continues(recipe, tmp_path):
         if number == signal.SIGTERM:
             assert code == 0
             assert RunCheckpoints(tmp_path / "cut", 2).latest() == len(step_lines(tmp_path / "cut"))
-    done = train(recipe, tmp_path / "cut")
+    done = train(recipe, tmp_path / "cut", cache=cache)
     assert done.returncode == 0, done.stderr
     cut = step_lines(tmp_path / "cut")
     assert [line["step"] for line in cut] == [line["step"] for line in whole]
@@ -106,23 +35,120 @@ def test_a_killed_run_continues(recipe, tmp_path):
         assert [line[name] for line in cut] == [line[name] for line in whole], name
 
 
+def sources(folder: Path, content: str | list, **changes) -> str:
+    """A flag that points the run at another data file, written here."""
+    path = folder / "data.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return f"--config.data.sources=({ ({'path': str(path), 'images': (str(folder),), **changes})!r},)"
+
+
+def missing(count: int) -> list[dict]:
+    """Records of which so many name a picture that is not there."""
+    return [record | ({"image": "absent.png"} if i < count else {}) for i, record in enumerate(make_records())]
+
+
+BAD_FLAGS = {
+    "empty data set": (lambda new, old: sources(new, "[]"), "data.json: is empty: no record in it$"),
+    "missing data set": (
+        lambda new, old: sources(new, "[]", path="absent.json"),
+        r"absent.json: cannot be read \(No such file",
+    ),
+    "corrupt JSON": (
+        lambda new, old: sources(new, '[\n{"id": }]'),
+        "data.json: corrupt JSON at line 2, column 8: Expecting value$",
+    ),
+    "missing image folder": (
+        lambda new, old: sources(new, make_records(), images=(f"{new}/absent",)),
+        "image folder '.*/absent' does not exist; give a folder",
+    ),
+    "many missing pictures": (
+        lambda new, old: sources(new, missing(12), images=(str(old),)),
+        r"\d+ of \d+ samples read are broken, more than the allowed share of 1.0%.*\n.*absent.png: no such picture",
+    ),
+    "nothing supervised": (
+        lambda new, old: f"--config.data.sources=({dict(path=str(old), kind='pictures')},)",
+        "step 1: the batch has no supervised token; check the data with launch/inspect_data.py",
+    ),
+    "a flag's name": (
+        lambda new, old: "--config.optimizer.learning_rat=1",
+        "learning_rat.*learning_rate",
+    ),
+    "a flag's value": (lambda new, old: "--config.data.batch=0", "config.data: batch is 0; it must be at least 1$"),
+    "mesh": (
+        lambda new, old: "--config.mesh.data=3",
+        r"mesh data=3 fsdp=-1 tensor=1: does not divide 4 devices; sizes among \[1, 2, 4\] whose product is 4 do",
+    ),
+    "tokenizer": (
+        lambda new, old: f"--config.text.tokenizer={new}/absent",
+        "tokenizer .*/absent: there is no such folder",
+    ),
+    "first model": (lambda new, old: f"--config.init=('{new}/absent',)", "absent: no such directory$"),
+}
+"""Name -> (new folder, folder of the recipe) -> a flag that makes the run impossible; and what must be said of it."""
+
+
+def fails(done: subprocess.CompletedProcess, message: str) -> None:
+    """One error, on the last lines of stderr; nothing of Python's."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("error: ") == 1 and not done.stdout, done.stderr
+    error = done.stderr[done.stderr.index("error: ") :].strip()
+    assert re.search(f"^error: .*?{message}", error, re.MULTILINE), error
+
+
 @pytest.mark.slow
-def test_errors_are_clear(recipe, tmp_path):
-    table = {
-        "--config.optimizer.learning_rat=1": "learning_rate",
-        "--config.data.batch=0": "error: config.data: batch is 0",
-        "--config.mesh.data=3": "error: mesh data=3",
-        f"--config.text.tokenizer={tmp_path}/absent": "absent",
-        f"--config.init=('{tmp_path}/absent',)": "error: .*absent: no such directory",
-    }
-    for flag, message in table.items():
-        done = train(recipe, tmp_path / "run", flag)
-        assert done.returncode == 1 and re.search(message, done.stderr), (flag, done.stderr)
-        assert "Traceback" not in done.stderr, (flag, done.stderr)
-    part = subprocess.run(
-        command(REPOSITORY / "configs" / "ross.py:encoder=siglp", tmp_path / "run"),
-        capture_output=True,
-        text=True,
-        check=False,
+@pytest.mark.parametrize(("flag", "message"), BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_what_cannot_be_trained(flag, message, recipe, cache, tmp_path):
+    done = train(recipe, tmp_path / "run", flag(tmp_path, recipe.parent), cache=cache, devices=4)
+    fails(done, message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            '"learning_rate"',
+            '"learning_rat"',
+            r"config.optimizer.learning_rat: no such field \(did you mean 'learning_",
+        ),
+        ('"step"', '"stp"', r"config.stp: no such field \(did you mean 'step'\?\)"),
+        ("from tiny import CONFIG", "from tiny import CONFIGS", "cannot import name 'CONFIGS' from 'tiny'"),
+    ],
+)
+def test_recipes_that_are_none(before, after, message, recipe, tmp_path):
+    text = recipe.read_text()
+    assert before in text
+    (tmp_path / "recipe.py").write_text(text.replace(before, after))
+    fails(train(tmp_path / "recipe.py", tmp_path / "run"), message)
+
+
+@pytest.mark.slow
+def test_unknown_parts(tmp_path):
+    part = f"{REPOSITORY}/configs/ross.py:encoder=siglp"
+    fails(train(part, tmp_path / "run"), r"encoder='siglp': unknown \(did you mean 'siglip'\?\)")
+
+
+@pytest.mark.slow
+def test_another_config(recipe, cache, tmp_path):
+    """Neither continued nor started from; every difference is listed."""
+    run, short = tmp_path / "run", "--config.data.epochs=1"
+    assert train(recipe, run, short, cache=cache).returncode == 0
+    differs = ("--config.optimizer.learning_rate=0.5", "--config.seed=1")
+    listed = (
+        r"run: holds a run with another config:\n  optimizer.learning_rate: 0.001 there, 0.5 now\n"
+        r"  seed: 0 there, 1 now\nUse another directory$"
     )
-    assert part.returncode == 1 and "siglip" in part.stderr and "Traceback" not in part.stderr
+    fails(train(recipe, run, short, *differs, cache=cache), listed)
+    smaller = ("--config.model.denoiser.depth=1", "--config.model.denoiser.num_heads=2", f"--config.init=('{run}',)")
+    listed = "config.init: .*run: its denoiser differs: depth: 2 there, 1 in config.model; num_heads: 4 there, 2 in"
+    fails(train(recipe, tmp_path / "next", short, *smaller, cache=cache), listed)
+
+
+@pytest.mark.slow
+def test_a_missing_picture_is_skipped_and_counted(recipe, cache, tmp_path):
+    flag = sources(tmp_path, missing(1), images=(str(recipe.parent),))
+    done = train(recipe, tmp_path / "run", flag, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path}/run: 24 of 24 steps, 1 broken samples skipped\n"
+    said = r"broken sample skipped \(index 0\): sample '0': absent.png: no such picture in"
+    assert len(re.findall(said, done.stderr)) == 1, done.stderr

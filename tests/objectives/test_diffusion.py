@@ -15,7 +15,9 @@ from ross_jax.models.denoiser import position_table, timestep_embedding
 from ross_jax.objectives.diffusion import (
     add_noise,
     cosine_betas,
+    implied_noise,
     make_diffusion,
+    prediction_target,
     sample_ancestral,
     space_timesteps,
     step_distribution,
@@ -140,6 +142,26 @@ def test_add_noise():
         signal = formulas.signal[t]
         expected = math.sqrt(signal) * np.float64(start[item]) + math.sqrt(1 - signal) * np.float64(noise[item])
         assert relative(found[item], expected) < 1e-6
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_predictions_imply_the_noise(prediction):
+    """From what a perfect network says, the noise that was added comes back; at 0 it is small beside the picture."""
+    process, steps = make_diffusion(), jnp.array([0, 1, 250, 998, 999])
+    start, noise = normal(0, 5, 3, 4), normal(1, 5, 3, 4)
+    noised = add_noise(process, start, steps, noise)
+    said = prediction_target(process, prediction, start, steps, noise)
+    found = implied_noise(process, prediction, said, noised, steps)
+    np.testing.assert_allclose(found, noise, atol=2e-4)
+    formulas = Formulas(list(range(1000)))
+    expected = {
+        "epsilon": lambda signal, x, e: e,
+        "x0": lambda signal, x, e: x,
+        "v": lambda signal, x, e: math.sqrt(signal) * e - math.sqrt(1 - signal) * x,
+    }[prediction]
+    for item, t in enumerate(steps.tolist()):
+        values = expected(formulas.signal[t], np.float64(start[item]), np.float64(noise[item]))
+        assert relative(said[item], values) < 1e-6
 
 
 @pytest.mark.parametrize("clip", [False, True])

@@ -4,9 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from parity.helpers import assert_close, torch
-from ross_jax.objectives.diffusion import add_noise, make_diffusion, sample_ancestral, step_distribution
+
+from ross_jax.objectives.diffusion import (
+    add_noise,
+    make_diffusion,
+    prediction_target,
+    sample_ancestral,
+    step_distribution,
+)
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
@@ -49,6 +55,12 @@ def test_add_noise():
     start, noise, steps = normal(0, 4, 5, 6), normal(1, 4, 5, 6), jnp.array([0, 3, 500, 999])
     theirs = scheduler().add_noise(double(start), double(noise), torch.tensor([0, 3, 500, 999]))
     assert_close(add_noise(make_diffusion(), start, steps, noise), theirs.numpy())
+
+
+def test_velocity():
+    start, noise, steps = normal(0, 4, 5, 6), normal(1, 4, 5, 6), jnp.array([0, 3, 500, 999])
+    theirs = scheduler().get_velocity(double(start), double(noise), torch.tensor([0, 3, 500, 999]))
+    assert_close(prediction_target(make_diffusion(), "v", start, steps, noise), theirs.numpy())
 
 
 @pytest.mark.parametrize("clip", [False, True])

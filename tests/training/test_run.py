@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto import event_pb2
 from tiny import CONFIG, STAGE2
 from tokenizer_fixtures import byte_level_tokenizer
 
+from configs import ross
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError
 from ross_jax.convert.exporting import export, read_config
@@ -27,7 +32,9 @@ from ross_jax.training.recipe import RunConfig, TextConfig
 from ross_jax.training.run import Run
 from ross_jax.training.state import FreezeConfig
 from ross_jax.training.step import StepConfig
-from ross_jax.tree import flatten
+from ross_jax.tree import flatten, merge
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +207,103 @@ def test_a_run_exports_what_it_trained(data, tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
         (golden / "config.json").read_text()
     )
+
+
+def test_the_second_stage_begins_where_the_first_ended(data, tmp_path):
+    """Import, stage 1, stage 2, export by the launcher: what a stage trains moves, and nothing is lost between them."""
+    golden = Path(__file__).parents[1] / "golden" / "siglip_qwen2" / "checkpoint"
+    plan = plan_import([str(golden)])
+    write(plan, tmp_path / "model")
+    plan.close()
+    stage1 = FreezeConfig((r"projector/.*", r"denoiser/.*"), dtype="float32", autoencoder_dtype="float32")
+    config = make_config(data, model=plan.config, freeze=stage1, init=(str(tmp_path / "model"),))
+    first = Run(config, tmp_path / "pretrain")
+    first.train(stop_at=lambda step: step == 2)  # the first step's learning rate is zero
+    ended = whole_tree(first)
+    config = dataclasses.replace(config, freeze=STAGE2, init=(str(tmp_path / "model"), str(tmp_path / "pretrain")))
+    second = Run(config, tmp_path / "finetune")
+    begun = whole_tree(second)
+    assert set(begun) == set(ended)
+    for path, leaf in begun.items():
+        np.testing.assert_array_equal(leaf, ended[path], err_msg=path)
+    assert second.step == 0 and set(second.state.params) == {"language", "projector", "denoiser"}
+    second.train(stop_at=lambda step: step == 2)
+    export = [sys.executable, str(REPOSITORY / "launch" / "convert.py"), "export", "--format", "ross"]
+    done = subprocess.run(
+        [*export, "--from", str(tmp_path / "finetune"), "--output", str(tmp_path / "back")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    plan = plan_import([str(tmp_path / "back")], golden.parent / "vision_tower", golden.parent / "vae")
+    write(plan, tmp_path / "again")
+    plan.close()
+    restored = flatten(checkpoints.restore_model(tmp_path / "again", abstract_params(plan.config)))
+    for path, leaf in whole_tree(second).items():
+        np.testing.assert_array_equal(restored[path], leaf, err_msg=path)
+        learns = second.config.freeze.trains(path)
+        moved = not np.array_equal(leaf, begun[path])
+        assert learns or not moved, path
+    assert any(not np.array_equal(restored[path], ended[path]) for path in ended if path.startswith("language/"))
+
+
+def test_a_part_of_the_recipe_unfreezes_the_encoder(data, tmp_path):
+    """`vision=trained` changes it, in float32; `frozen`, the default, leaves every bit."""
+    for part, dtype in (("vision=frozen", "bfloat16"), ("vision=trained", "float32")):
+        freeze = FreezeConfig(tuple(ross.get_config(part).freeze.trainable))
+        run = Run(make_config(data, freeze=freeze), tmp_path / part)
+        before = vision(run)
+        assert {str(leaf.dtype) for leaf in before.values()} == {dtype}
+        run.train(stop_at=lambda step: step == 2)
+        moved = {path for path, leaf in vision(run).items() if not np.array_equal(leaf, before[path])}
+        assert moved == (set(before) if part == "vision=trained" else set())
+
+
+def vision(run: Run) -> dict[str, np.ndarray]:
+    return {path: leaf for path, leaf in whole_tree(run).items() if path.startswith("vision/")}
+
+
+def whole_tree(run: Run) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten(merge(run.state.params, run.state.frozen)).items()}
+
+
+def test_a_reconstruction_loss_outside_its_range_is_said(data, tmp_path, capsys):
+    """Near 1, as in any first steps, is too high for stage 2: said once, and the run goes on."""
+    config = make_config(data, loop=LoopConfig(log=1, save=100, expected_reconstruction=(0.1, 0.3)))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, epochs=5))
+    run = Run(config, tmp_path / "run")
+    assert run.train() == run.steps >= 12
+    said = re.findall(r"^warning: step 11: the reconstruction loss is (\S+) on", capsys.readouterr().err, re.MULTILINE)
+    assert len(said) == 1
+    reported = [line["reconstruction_loss"] for line in lines(tmp_path / "run")]
+    assert float(said[0]) == pytest.approx(np.mean(reported[1:11]), abs=1e-3)  # the first step is the warmup
+
+
+def board_images(folder: Path) -> list[tuple[int, str, tuple[int, int]]]:
+    """Step, tag, height and width of every picture in a run's TensorBoard files."""
+    found = []
+    for file in sorted((folder / "tensorboard").iterdir()):
+        data = file.read_bytes()
+        while data:  # length, its checksum, an event, its checksum
+            length = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                if value.HasField("image"):
+                    found.append((event.step, value.tag, (value.image.height, value.image.width)))
+    return found
+
+
+def test_pictures_go_to_tensorboard(data, tmp_path):
+    config = make_config(data, loop=LoopConfig(log=2, save=100, pictures=2))
+    run = Run(config, tmp_path)
+    grids = {}
+
+    def draw(step, state, batch):
+        grids[step] = int(state.step)
+        return np.full((4, 6, 3), step, np.uint8)
+
+    run.train(draw=draw, stop_at=lambda step: step == 5)
+    assert grids == {2: 2, 4: 4}
+    assert board_images(tmp_path) == [(2, "reconstruction", (4, 6)), (4, "reconstruction", (4, 6))]

@@ -1,0 +1,103 @@
+"""The demo: a tiny Ross on 64-pixel pictures, trained from nothing on a CPU. `bash launch/demo.sh` runs it.
+
+  --config=configs/demo.py:stage=finetune,kind=denoise,seed=0,root=runs/demo
+
+  stage   pretrain (everything learns, on captions) | finetune (all but the autoencoder, on questions)
+  kind    denoise (Ross) | none (the same without the reconstruction loss)
+  seed    of parameters, order and noise
+  root    where data, tokenizer, autoencoder and runs lie
+
+No pretrained encoder or language model is at hand here, so, unlike in the full-size recipes, stage 1 trains them too;
+and Muon, which learns in a third of AdamW's steps at this size, takes its place.
+"""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from ross_jax.config import ConfigError, nearest, thaw
+from ross_jax.convert.autoencoder import autoencoder_config
+from ross_jax.models.denoiser import DenoiserConfig
+from ross_jax.models.language import LanguageConfig
+from ross_jax.models.projector import ProjectorConfig
+from ross_jax.models.ross import RossConfig
+from ross_jax.models.vision import VisionConfig
+from ross_jax.training.recipe import complete
+
+DEFAULTS = {"stage": "finetune", "kind": "denoise", "seed": "0", "root": "runs/demo"}
+CHOICES = {"stage": ("pretrain", "finetune"), "kind": ("denoise", "none")}
+STAGES = {
+    "pretrain": {"template": "plain", "learning_rate": 3e-3, "epochs": 5, "length": 256, "images": 4},
+    "finetune": {"template": "qwen_2", "learning_rate": 3e-3, "epochs": 6, "length": 66, "images": 1},
+}
+
+
+def parse(arguments: str | None) -> dict[str, str]:
+    """`stage=...,kind=...,seed=...,root=...` over the defaults.
+
+    Raises:
+      ConfigError: an unknown part or value; names the nearest.
+    """
+    chosen = dict(DEFAULTS)
+    for item in filter(None, (arguments or "").split(",")):
+        name, _, value = item.partition("=")
+        if name not in chosen:
+            raise ConfigError(f"recipe part {name!r}: no such part{nearest(name, chosen)}; there are {list(chosen)}")
+        if value not in CHOICES.get(name, (value,)):
+            raise ConfigError(f"{name}={value!r}: unknown{nearest(value, CHOICES[name])}; one of {list(CHOICES[name])}")
+        chosen[name] = value
+    if not chosen["seed"].isdecimal():
+        raise ConfigError(f"seed={chosen['seed']!r}: a whole number, 0 or more")
+    return chosen
+
+
+def model_config(autoencoder: Path, reconstruct: bool = True) -> RossConfig:
+    """Sizes of the demo's model; those of the autoencoder come from its `config.json`."""
+    config = {
+        "vision": VisionConfig("siglip", 64, 16, 128, 384, 5, 4, "gelu_tanh", 1e-6),
+        "projector": ProjectorConfig("mlp", 128, 128, 2),
+        "language": LanguageConfig(512, 128, 384, 4, 4, 2, 32, 1e4, 1e-6, qkv_bias=True, tied_head=True),
+    }
+    if reconstruct:
+        try:
+            settings = json.loads((autoencoder / "config.json").read_text())
+        except FileNotFoundError as error:
+            raise ConfigError(f"{autoencoder}: not there yet; `bash launch/demo.sh` fits it") from error
+        config["autoencoder"] = autoencoder_config(settings, str(autoencoder))
+        config["denoiser"] = DenoiserConfig(128, 64, 4, 128, 3, 4, prediction="v")
+    return RossConfig(**config)
+
+
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """The recipe as a ConfigDict that command-line flags can override."""
+    parts = parse(arguments)
+    root, stage, kind = Path(parts["root"]), STAGES[parts["stage"]], parts["kind"]
+    init = [] if kind == "none" else [str(root / "model")]
+    if parts["stage"] == "finetune":
+        init.append(str(root / kind / f"seed{parts['seed']}" / "pretrain"))
+    return complete(
+        {
+            "model": thaw(model_config(root / "autoencoder", kind != "none")),
+            "init": init,
+            "text": {"template": stage["template"], "tokenizer": str(root / "tokenizer")},
+            "image_mode": "square",
+            "data": {
+                "sources": [
+                    {"path": str(root / "data" / f"{parts['stage']}.json"), "images": [str(root / "data" / "images")]}
+                ],
+                "packing": {"length": stage["length"], "images": stage["images"]},
+                "batch": 32,
+                "epochs": stage["epochs"],
+                "seed": int(parts["seed"]),
+                "cache": str(root / "cache"),
+            },
+            "freeze": {"trainable": ["(?!autoencoder/).*"], "dtype": "float32", "autoencoder_dtype": "float32"},
+            "optimizer": {"algorithm": "muon", "learning_rate": stage["learning_rate"], "b2": 0.98},
+            "reconstruction": {"kind": kind, "draws": 2},
+            "step": {"dtype": "float32", "remat": "none"},
+            "loop": {"log": 50, "save": 500, "keep": 1},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "seed": int(parts["seed"]),
+        }
+    )

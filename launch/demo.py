@@ -1,0 +1,87 @@
+"""The demo: makes its data, trains both stages, and shows what was learned.
+
+`bash launch/demo.sh` sets everything up first.
+
+  python launch/demo.py [--baseline] [--seeds 0 1 2] [--quick] [--root runs/demo]
+
+Interrupted, the same command continues where it was.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are imported as configs.NAME
+
+from configs import demo as recipe
+from ross_jax.config import UserError, freeze
+from ross_jax.demo.autoencoder import FitConfig
+from ross_jax.demo.dataset import DatasetConfig
+from ross_jax.demo.prepare import prepare
+from ross_jax.demo.report import STAGES, draw_losses, format_report, run_folder, summarise
+from ross_jax.training.recipe import RunConfig
+from ross_jax.training.run import Run
+
+
+class Interrupted(Exception):
+    """A signal ended a run early; what it saved is continued from."""
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr, so that stdout stays a result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def train(root: Path, kind: str, seed: int, stage: str) -> None:
+    """Trains one stage of one model, or continues it."""
+    folder = run_folder(root, kind, seed, stage)
+    say(f"{folder}: training")
+    config = recipe.get_config(f"stage={stage},kind={kind},seed={seed},root={root}")
+    run = Run(freeze(RunConfig, config.to_dict()), folder)
+    if run.train() < run.steps:
+        raise Interrupted
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--baseline", action="store_true", help="also train without reconstruction, and compare")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the runs (default 0)")
+    parser.add_argument("--quick", action="store_true", help="little data: to see that all runs; nothing is learned")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="of all that is written (default runs/demo)")
+    args = parser.parse_args(argv)
+    root = args.root or Path("runs/demo-quick" if args.quick else "runs/demo")
+    kinds = ["denoise", "none"] if args.baseline else ["denoise"]
+    started = time.perf_counter()
+    try:
+        dataset = DatasetConfig(pretrain=64, finetune=64, heldout_per_type=12) if args.quick else DatasetConfig()
+        fit = FitConfig(pictures=64, steps=20) if args.quick else FitConfig()
+        prepare(root, dataset, fit, say)
+        for seed in args.seeds:
+            for kind in kinds:
+                for stage in STAGES:
+                    train(root, kind, seed, stage)
+        scores = summarise(root, kinds, args.seeds)
+        draw_losses(root / "losses.png", root, kinds, args.seeds[0])
+    except UserError as error:
+        say(f"error: {error}")
+        return 1
+    except Interrupted:
+        say("interrupted; the same command continues")
+        return 130
+    cost = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+    }
+    (root / "summary.json").write_text(json.dumps({"scores": scores, **cost}, indent=1) + "\n")
+    print(format_report(scores))
+    print(f"{cost['seconds']:.0f} s, at most {cost['peak_memory_gb']} GB of memory")
+    for name in ("summary.json", "losses.png", f"denoise/seed{args.seeds[0]}/pictures.png"):
+        print(root / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets everything up, trains a tiny Ross on real pictures on the CPU, and shows what it learned, under runs/demo.
+# Usage: bash launch/demo.sh [--baseline] [--seeds 0 1 2] [--quick] [--root DIR]
+#   --baseline: also without reconstruction     --quick: little data, to see that all runs
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash launch/setup.sh
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+# Huge pages save a quarter of the time.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+exec .venv/bin/python launch/demo.py "$@"

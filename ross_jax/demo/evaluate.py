@@ -1,0 +1,98 @@
+"""What a trained demo model knows about photographs that training never saw: its answers, and its reconstructions."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from ross_jax.data.encoders import build_prompt_encoder
+from ross_jax.data.images import decode, preprocess
+from ross_jax.demo.autoencoder import to_uint8
+from ross_jax.demo.scoring import Accuracy, is_nearest, psnr, score_answers
+from ross_jax.inference.answer import answer, expand_prompt, prompt_batches
+from ross_jax.inference.model import Model
+from ross_jax.inference.reconstruct import autoencode, sample_pixels, visual_outputs
+
+LONGEST_ANSWER = 6
+"""Tokens; the longest right one has three, its stop token included."""
+ROWS = 60
+PICTURES = 32
+"""Held-out pictures that are reconstructed."""
+
+
+def read_heldout(data: Path) -> list[dict[str, Any]]:
+    """The held-out questions of a data set."""
+    return json.loads((data / "heldout.json").read_text())
+
+
+def read_pictures(model: Model, data: Path, records: list[dict[str, Any]]) -> list[UInt8[np.ndarray, "side side 3"]]:
+    """Each record's picture, resized for the model."""
+    names = [record["image"] for record in records]
+    made = {
+        name: preprocess(decode((data / "images" / name).read_bytes(), name), model.images, name) for name in set(names)
+    }
+    return [made[name] for name in names]
+
+
+def answer_heldout(model: Model, data: Path) -> list[Accuracy]:
+    """Accuracy of each question type on the held-out questions."""
+    records = read_heldout(data)
+    prompts = [{**record, "conversations": record["conversations"][:1]} for record in records]
+    pictures = [(picture,) for picture in read_pictures(model, data, records)]
+    predictions = answer(model, prompts, pictures, LONGEST_ANSWER, ROWS)
+    return score_answers([r["type"] for r in records], [r["answer"] for r in records], predictions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstructions:
+    """Held-out pictures and what became of them, uint8 [items, side, side, 3].
+
+    Attributes:
+      originals: at the autoencoder's size.
+      autoencoder: its own reconstruction, the ceiling.
+      own: from the picture's visual outputs.
+      other: from those of the picture before it in the list.
+    """
+
+    originals: UInt8[np.ndarray, "items side side 3"]
+    autoencoder: UInt8[np.ndarray, "items side side 3"]
+    own: UInt8[np.ndarray, "items side side 3"]
+    other: UInt8[np.ndarray, "items side side 3"]
+
+    def scores(self) -> dict[str, float]:
+        """Mean PSNR of each in dB, and how often a reconstruction is nearest to its own picture."""
+        kinds = {"autoencoder": self.autoencoder, "own": self.own, "other": self.other}
+        values = {f"psnr_{name}": float(psnr(made, self.originals).mean()) for name, made in kinds.items()}
+        return {**values, "nearest": float(is_nearest(self.own, self.originals).mean())}
+
+
+def reconstruct_heldout(model: Model, data: Path, count: int = PICTURES, seed: int = 0) -> Reconstructions:
+    """Reconstructs pictures spread evenly over the held-out ones.
+
+    Args:
+      model: with all five components.
+      seed: of the noise; each picture's noise is the same for its own and for the other's visual outputs.
+    """
+    records = list({record["image"]: record for record in read_heldout(data)}.values())
+    records = [records[i * len(records) // count] for i in range(min(count, len(records)))]
+    pictures = read_pictures(model, data, records)
+    encode = build_prompt_encoder(model.template, model.tokenizer())
+    prompts = [
+        expand_prompt(model, encode, {**record, "conversations": record["conversations"][:1]}, (picture,))
+        for record, picture in zip(records, pictures, strict=True)
+    ]
+    vision = model.config.vision
+    slots = [(picture,) for picture in pictures]
+    (batch,) = prompt_batches(prompts, slots, len(prompts), vision.num_tokens, vision.image_size)
+    outputs = jax.jit(partial(visual_outputs, model.config))(model.params, batch)[:, 0]
+    sample = jax.jit(partial(sample_pixels, model.config))
+    key = jax.random.key(seed)
+    own, other = (sample(model.params, given, key) for given in (outputs, jnp.roll(outputs, 1, axis=0)))
+    originals, ceiling = jax.jit(partial(autoencode, model.config))(model.params, np.stack(pictures))
+    return Reconstructions(*(to_uint8(pixels) for pixels in (originals, ceiling, own, other)))

@@ -1,0 +1,48 @@
+"""What the demo trains on, made once under its root folder.
+
+data/          pictures and conversations
+tokenizer/     in Hugging Face layout
+autoencoder/   in diffusers layout
+model/         the autoencoder, imported: where runs start from
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ross_jax.convert.importing import plan_import, write
+from ross_jax.demo.autoencoder import FitConfig, write_autoencoder
+from ross_jax.demo.dataset import DatasetConfig, write_dataset
+from ross_jax.demo.once import file_hash, make_once
+from ross_jax.demo.tokenizer import write_tokenizer
+
+
+def prepare(
+    root: Path, dataset: DatasetConfig, fit: FitConfig, progress: Callable[[str], None] = lambda _: None
+) -> None:
+    """Makes whatever is not there yet.
+
+    Args:
+      root: of everything that the demo writes.
+      dataset, fit: how much of each.
+      progress: is told what is being made.
+
+    Raises:
+      UserError: the `demo` extra is not installed; something cannot be written.
+    """
+    progress(f"{root / 'data'}: pictures and conversations")
+    write_dataset(root / "data", dataset)
+    progress(f"{root / 'tokenizer'}: the words of these conversations")
+    write_tokenizer(root / "tokenizer", root / "data")
+    progress(f"{root / 'autoencoder'}: fitted to these pictures (about a minute)")
+    write_autoencoder(root / "autoencoder", root / "data", fit, progress)
+    weights = root / "autoencoder" / "diffusion_pytorch_model.safetensors"
+    settings = {"content": file_hash(root / "autoencoder" / "config.json", weights)}
+    make_once(root / "model", settings, lambda target: _import(root / "autoencoder", target))
+
+
+def _import(origin: Path, target: Path) -> None:
+    plan = plan_import([str(origin)])
+    try:
+        write(plan, target)
+    finally:
+        plan.close()

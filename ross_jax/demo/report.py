@@ -1,0 +1,108 @@
+"""The demo's report: scores of every model, loss curves, pictures, and `summary.json`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ross_jax.config import thaw
+from ross_jax.demo.evaluate import Reconstructions, answer_heldout, reconstruct_heldout
+from ross_jax.demo.figures import draw_grid, plot_losses
+from ross_jax.demo.scoring import Accuracy, format_accuracies
+from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
+
+STAGES = ("pretrain", "finetune")
+NAMES = {"denoise": "Ross", "none": "baseline"}
+"""What a kind of reconstruction is called in tables."""
+SHOWN = 8
+"""Pictures in the grid."""
+_SCORES = "scores.json"
+
+
+def run_folder(root: Path, kind: str, seed: int, stage: str) -> Path:
+    """Where a run lies."""
+    return root / kind / f"seed{seed}" / stage
+
+
+def score_run(root: Path, kind: str, seed: int) -> dict[str, Any]:
+    """Scores of a finished model, computed once and kept beside its runs, with its pictures.
+
+    Returns:
+      `answers`, one entry per question type as `Accuracy`; and `reconstruction`, as `Reconstructions.scores`, or None.
+    """
+    path = root / kind / f"seed{seed}" / _SCORES
+    if path.is_file():
+        return json.loads(path.read_text())
+    components = TEXT_COMPONENTS + (RECONSTRUCTION_COMPONENTS if kind == "denoise" else ())
+    model = load_model(run_folder(root, kind, seed, STAGES[-1]), components)
+    scores: dict[str, Any] = {"answers": [thaw(each) for each in answer_heldout(model, root / "data")]}
+    scores["reconstruction"] = None
+    if kind == "denoise":
+        pictures = reconstruct_heldout(model, root / "data")
+        scores["reconstruction"] = pictures.scores()
+        draw_pictures(path.with_name("pictures.png"), pictures)
+    path.write_text(json.dumps(scores, indent=1) + "\n")
+    return scores
+
+
+def draw_pictures(path: Path, pictures: Reconstructions) -> None:
+    """The grid: one held-out picture in each row."""
+    columns = {
+        "picture": pictures.originals,
+        "from visual outputs": pictures.own,
+        "from another's": pictures.other,
+        "autoencoder": pictures.autoencoder,
+    }
+    draw_grid(path, {name: shown[:SHOWN] for name, shown in columns.items()})
+
+
+def read_losses(run: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Both losses that a run has logged: name -> (steps, values)."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    return {name: (steps, [line[name] for line in lines]) for name in ("text_loss", "reconstruction_loss")}
+
+
+def draw_losses(path: Path, root: Path, kinds: Sequence[str], seed: int) -> None:
+    """Loss curves of both stages; the reconstruction loss where there is one."""
+    curves: dict[str, dict[str, Any]] = {}
+    for number, stage in enumerate(STAGES, start=1):
+        for kind in kinds:
+            losses = read_losses(run_folder(root, kind, seed, stage))
+            curves.setdefault(f"stage {number}: text", {})[NAMES[kind]] = losses["text_loss"]
+            if kind != "none":
+                curves.setdefault(f"stage {number}: reconstruction", {})[NAMES[kind]] = losses["reconstruction_loss"]
+    plot_losses(path, curves)
+
+
+def summarise(root: Path, kinds: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Scores of every model: kind -> seed -> scores."""
+    return {kind: {str(seed): score_run(root, kind, seed) for seed in seeds} for kind in kinds}
+
+
+def format_report(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """The report as text: answers by type for each seed, means over seeds, and reconstructions."""
+    parts = []
+    for seed in next(iter(scores.values())):
+        answers = {NAMES[kind]: [Accuracy(**row) for row in runs[seed]["answers"]] for kind, runs in scores.items()}
+        parts.append(f"Held-out questions, seed {seed} (accuracy ± standard error; z above the most frequent answer)")
+        parts.append(format_accuracies(answers))
+    for kind, runs in scores.items():
+        means = [np.mean([row["accuracy"] for row in run["answers"]]) for run in runs.values()]
+        spread = f" ± {np.std(means, ddof=1):.3f} over {len(means)} seeds" if len(means) > 1 else ""
+        parts.append(f"{NAMES[kind]}: mean accuracy {np.mean(means):.3f}{spread}")
+    for kind, runs in scores.items():
+        for seed, run in runs.items():
+            if run["reconstruction"]:
+                parts.append(_reconstruction_line(f"{NAMES[kind]}, seed {seed}", run["reconstruction"]))
+    return "\n".join(parts)
+
+
+def _reconstruction_line(name: str, values: Mapping[str, float]) -> str:
+    return (
+        f"{name}: held-out pictures from visual outputs {values['psnr_own']:.1f} dB PSNR, from another picture's "
+        f"{values['psnr_other']:.1f} dB, autoencoder {values['psnr_autoencoder']:.1f} dB; "
+        f"nearest to its own picture {values['nearest']:.0%}"
+    )

@@ -1,0 +1,76 @@
+"""A model directory, made by the importer or by a training run, as everything that inference needs."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ross_jax import checkpoints
+from ross_jax.config import UserError, freeze
+from ross_jax.data.images import ImageConfig, encoder_image_config
+from ross_jax.data.tokenizer import load_tokenizer
+from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.tree import flatten, unflatten
+
+TEXT_COMPONENTS = ("vision", "projector", "language")
+RECONSTRUCTION_COMPONENTS = ("denoiser", "autoencoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A restored model.
+
+    Attributes:
+      config: of the components.
+      params: those that were asked for.
+      template: of its conversations; None if the directory does not say.
+      images: how pictures are resized.
+    """
+
+    folder: Path
+    config: RossConfig
+    params: dict[str, Any]
+    template: str | None
+    images: ImageConfig
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that lies in the directory.
+
+        Raises:
+          UserError: none does, or it cannot be read.
+        """
+        return load_tokenizer(self.folder / "files" / "language")
+
+
+def load_model(folder: str | Path, components: tuple[str, ...] = TEXT_COMPONENTS, dtype: str | None = None) -> Model:
+    """Restores a model on the default device.
+
+    Args:
+      folder: a model directory or a run's directory, whose latest step counts.
+      components: whose parameters are restored; the others stay on disk.
+      dtype: of the parameters; None: as they are stored.
+
+    Raises:
+      UserError: no model there, or one without such a component.
+    """
+    folder = Path(folder)
+    manifest = checkpoints.read_manifest(folder)
+    config = freeze(RossConfig, manifest["config"], f"{folder}: config")
+    missing = [name for name in components if getattr(config, name) is None]
+    if missing:
+        raise UserError(f"{folder}: this model has no {', '.join(missing)}")
+    stored = flatten(checkpoints.model_abstract(folder))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or stored[path].dtype), sharding=device)
+        for path, leaf in flatten(abstract_params(config)).items()
+        if path.split("/")[0] in components
+    }
+    params = checkpoints.restore_model(folder, unflatten(wanted))
+    mode = manifest.get("image_mode", "pad")
+    images = encoder_image_config(
+        config.vision.kind, config.vision.image_size, config.image_mean, config.image_std, mode
+    )
+    return Model(folder, config, params, manifest.get("template"), images)

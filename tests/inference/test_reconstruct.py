@@ -1,0 +1,101 @@
+"""Pictures from visual outputs."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
+from ross_jax.inference.reconstruct import PictureDrawer, autoencode, decode_latents, sample_pixels, visual_outputs
+from ross_jax.models.autoencoder import Autoencoder
+from ross_jax.models.denoiser import Denoiser, normalise_condition
+from ross_jax.models.ross import Ross, normalise
+from ross_jax.objectives.diffusion import make_diffusion, sample_ancestral
+from ross_jax.objectives.reconstruction import DenoiseObjective, ungroup_latents
+from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return load_model(model_folder, TEXT_COMPONENTS + RECONSTRUCTION_COMPONENTS)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(2)
+    rows = {name: np.tile(np.arange(12), (2, 1)) for name in ("tokens", "positions")}
+    images = rng.integers(0, 256, (2, 2, 28, 28, 3), dtype=np.uint8)
+    batch = {**rows, "segments": np.ones((2, 12), int), "images": images, "image_start": np.array([[1, 6], [3, 12]])}
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def test_visual_outputs_are_hidden_states_at_the_pictures(model, batch):
+    outputs = visual_outputs(model.config, model.params, batch)
+    images = normalise(model.config, batch["images"])
+    arguments = (batch["tokens"], batch["positions"], batch["segments"], images, batch["image_start"])
+    hidden = Ross(model.config).apply({"params": model.params}, *arguments).hidden
+    for row, slot, start in ((0, 0, 1), (0, 1, 6), (1, 0, 3)):
+        np.testing.assert_allclose(outputs[row, slot], hidden[row, start : start + 4], rtol=1e-6)
+    np.testing.assert_array_equal(outputs[1, 1], 0.0)
+
+
+def test_sampling_is_the_tested_process_under_this_condition(model, batch):
+    """The composition, put together once more from parts that the goldens cover."""
+    config, process = model.config, make_diffusion(respacing="7")
+    outputs = visual_outputs(config, model.params, batch)[:, 0]
+    pixels = sample_pixels(config, model.params, outputs, jax.random.key(5), process, temperature=0.5)
+    assert pixels.shape == (2, config.target_size, config.target_size, 3) and jnp.abs(pixels).max() <= 1.0
+    first, rest = jax.random.split(jax.random.key(5))
+    shape = (2, config.denoiser.num_tokens, config.denoiser.latent_size)
+
+    def predict(noised, timesteps):
+        condition = normalise_condition(outputs)
+        return Denoiser(config.denoiser).apply({"params": model.params["denoiser"]}, noised, timesteps, condition)
+
+    noise = jax.random.normal(rest, (7, *shape))
+    tokens = sample_ancestral(process, predict, jax.random.normal(first, shape), noise, 0.5)[-1]
+    latents = ungroup_latents(tokens, DenoiseObjective(config).window)
+    np.testing.assert_allclose(pixels, decode_latents(config, model.params, latents), atol=1e-5)
+    other = sample_pixels(config, model.params, outputs[::-1], jax.random.key(5), process, temperature=0.5)
+    assert jnp.abs(pixels - other).max() > 1e-3  # the condition counts
+
+
+def test_the_ceiling_is_the_autoencoder_itself(model, batch):
+    pixels, made = autoencode(model.config, model.params, batch["images"][:, 0])
+    side = model.config.target_size
+    assert pixels.shape == made.shape == (2, side, side, 3)
+    whole = Autoencoder(model.config.autoencoder).apply({"params": model.params["autoencoder"]}, pixels)
+    np.testing.assert_allclose(made, jnp.clip(whole, -1.0, 1.0), atol=1e-5)
+    assert jnp.abs(pixels).max() <= 1.0 and pixels.min() < -0.5 < 0.5 < pixels.max()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_pictures_of_a_batch_for_tensorboard(model, batch, devices):
+    """Whatever the mesh, and whichever slots are empty, real pictures come first."""
+    rows = 4 * (devices // 8) + 4
+    wide = {name: np.tile(values, (rows // 2, *[1] * (values.ndim - 1))) for name, values in batch.items()}
+    wide["image_start"] = np.full_like(wide["image_start"], 12)
+    wide["image_start"][1] = [12, 6]
+    wide["image_start"][3] = [2, 12]
+    mesh = make_mesh(MeshConfig(devices, 1, 1), jax.devices()[:devices])
+    placed = jax.device_put(jax.tree.map(np.asarray, wide), batch_sharding(mesh))
+    names = ("language", "projector")
+    state = SimpleNamespace(
+        params={name: model.params[name] for name in names},
+        frozen={name: part for name, part in model.params.items() if name not in names},
+    )
+    state = jax.device_put(vars(state), NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        grid = PictureDrawer(model.config, mesh, count=2)(7, SimpleNamespace(**state), placed)
+    side = model.config.target_size
+    assert grid.shape == (2 * side, 3 * side, 3)
+    first, second = wide["images"][1, 1], wide["images"][3, 0]
+    originals, ceilings = autoencode(model.config, model.params, jnp.stack([first, second]))
+    for row, (original, ceiling) in enumerate(zip(originals, ceilings, strict=True)):
+        cells = grid[row * side : (row + 1) * side].reshape(side, 3, side, 3).swapaxes(0, 1).astype(int)
+        for cell, expected in ((cells[0], original), (cells[2], ceiling)):
+            assert np.abs(cell - (np.asarray(expected) + 1) * 127.5).max() <= 1
+        assert np.abs(cells[1] - cells[0]).max() > 20

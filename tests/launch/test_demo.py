@@ -1,0 +1,72 @@
+"""The demo's launcher on little data: interrupted, continued, and what it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ross_jax.demo.questions import ANSWERS
+from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
+
+pytest.importorskip("skimage", reason="the `demo` extra is not installed")
+pytest.importorskip("sklearn", reason="the `demo` extra is not installed")
+REPOSITORY = Path(__file__).parents[2]
+
+
+def start(root: Path, *flags: str) -> subprocess.Popen:
+    flags_of_xla = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_of_xla}
+    command = [sys.executable, str(REPOSITORY / "launch" / "demo.py"), "--quick", "--root", str(root), *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_interrupted_and_continued(tmp_path):
+    root = tmp_path / "demo"
+    process = start(root, "--baseline")
+    for line in process.stderr:
+        if "finetune: training" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=600)
+    assert process.returncode and not (root / "summary.json").exists()
+    first = (root / "denoise/seed0/pretrain/metrics.jsonl").read_bytes()
+
+    process = start(root, "--baseline")
+    output, log = process.communicate(timeout=900)
+    assert process.returncode == 0, log
+    assert (root / "denoise/seed0/pretrain/metrics.jsonl").read_bytes() == first  # not trained again
+    summary = json.loads((root / "summary.json").read_text())
+    for kind in ("denoise", "none"):
+        answers = summary["scores"][kind]["0"]["answers"]
+        assert [row["type"] for row in answers] == list(ANSWERS) and {row["count"] for row in answers} == {12}
+        model = load_model(root / kind / "seed0" / "finetune")
+        assert model.template == "qwen_2"
+    load_model(root / "denoise/seed0/finetune", TEXT_COMPONENTS + RECONSTRUCTION_COMPONENTS)
+    scores = summary["scores"]["denoise"]["0"]["reconstruction"]
+    assert 0 <= scores["nearest"] <= 1 and scores["psnr_autoencoder"] > scores["psnr_own"]
+    assert summary["scores"]["none"]["0"]["reconstruction"] is None
+    assert "Ross" in output and "baseline" in output and "brighter_end" in output
+    for name in ("losses.png", "denoise/seed0/pictures.png"):
+        assert str(root / name) in output
+        assert np.asarray(Image.open(root / name)).std() > 10
+
+    process = start(root)
+    output, log = process.communicate(timeout=300)
+    assert process.returncode == 0 and "step" not in log.split("training", 1)[1], log
+    again = json.loads((root / "summary.json").read_text())["scores"]
+    assert again == {"denoise": summary["scores"]["denoise"]} and "baseline" not in output
+
+
+def test_a_root_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    process = start(tmp_path / "file" / "demo")
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: " in log and str(tmp_path / "file") in log and "Traceback" not in log

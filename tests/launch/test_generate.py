@@ -1,0 +1,49 @@
+"""The generation launcher."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ross_jax.inference.answer import answer
+from ross_jax.inference.model import load_model
+
+_PATH = Path(__file__).parents[2] / "launch" / "generate.py"
+_SPEC = importlib.util.spec_from_file_location("launch_generate", _PATH)
+launcher = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(launcher)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    return tmp_path / "a.png", pixels
+
+
+def run(capsys, *args) -> tuple[int, str, str]:
+    code = launcher.main([str(arg) for arg in args])
+    return code, *capsys.readouterr()
+
+
+def test_answers(model_folder, picture, capsys):
+    path, pixels = picture
+    common = ("--checkpoint", model_folder, "--max-new-tokens", 4)
+    code, output, _ = run(capsys, *common, "--image", path, "--prompt", "What is it?")
+    record = {"id": "x", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}]}
+    assert code == 0 and output.removesuffix("\n") == answer(load_model(model_folder), [record], [[pixels]], 4)[0]
+    code, other, _ = run(capsys, *common, "--prompt", "What is it?")
+    assert code == 0 and other != output
+
+
+def test_mistakes_end_in_one_line(model_folder, picture, tmp_path, capsys):
+    for args, message in [
+        (("--checkpoint", tmp_path, "--prompt", "x"), "no ross_jax.json in it"),
+        (("--checkpoint", model_folder, "--prompt", "x", "--image", tmp_path / "b.png"), "b.png: cannot be read"),
+        (("--checkpoint", model_folder, "--prompt", "x", "--template", "qwen"), "did you mean 'qwen_2'"),
+        (("--checkpoint", model_folder, "--prompt", "<image> <image>", "--image", picture[0]), "<image>"),
+    ]:
+        code, output, error = run(capsys, *args)
+        assert (code, output) == (1, "") and error.startswith("error: ") and message in error, error

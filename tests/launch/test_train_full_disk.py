@@ -1,0 +1,99 @@
+"""A disk that is full: one line says what could not be written, and the run goes on once there is room."""
+
+import contextlib
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from launcher import command, environment, losses, parameters, step_lines, train
+
+from ross_jax.checkpoints import latest_step
+
+pytestmark = pytest.mark.slow
+SIZE = 12 * 2**20
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk, free=0) -> None:
+    """Leaves so many bytes free; what is there already stays."""
+    with (disk / "ballast").open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        file.write(bytes(SIZE - free if free else 2**20))
+        while not free:
+            file.write(bytes(2**12))
+
+
+def clear(disk) -> None:
+    (disk / "ballast").unlink()
+
+
+def the_error(done, path, rest) -> None:
+    """The run failed with this one line, progress and log aside."""
+    lines = [line for line in done.stderr.splitlines() if line[:1] not in "IW" and not line.startswith("step ")]
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"error: {path}: ") and "No space left on device" in lines[0], lines
+    assert lines[0].endswith(rest), lines
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, cache, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert train(recipe, workdir, cache=cache).returncode == 0
+    return workdir
+
+
+def same(run, whole):
+    np.testing.assert_array_equal(losses(run), losses(whole))
+    expected = parameters(whole)
+    for path, leaf in parameters(run).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+def test_full_from_the_start(recipe, whole, cache, disk):
+    """No room for the description, for the frozen parameters, for the first step: in turn, in one directory."""
+    workdir = disk / "run"
+    for free, path, rest in (
+        (2**14, workdir, "; no step is complete yet"),
+        (80 * 2**10, workdir / "frozen", "device)"),
+        (900 * 2**10, workdir / "steps", "; no step is complete yet"),
+    ):
+        fill(disk, free)
+        the_error(train(recipe, workdir, cache=cache), path, rest)
+        clear(disk)
+    done = train(recipe, workdir, cache=cache)
+    assert done.returncode == 0, done.stderr
+    same(workdir, whole)
+
+
+def test_full_in_the_middle(recipe, whole, cache, disk):
+    """The last complete checkpoint stays, and is continued from."""
+    workdir = disk / "run"
+    process = subprocess.Popen(
+        command(recipe, workdir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(cache)
+    )
+    while process.poll() is None and len(step_lines(workdir)) < 5:
+        time.sleep(0.02)
+    while process.poll() is None:  # older checkpoints are removed as newer ones come
+        fill(disk)
+        time.sleep(0.02)
+    out, err = process.communicate()
+    kept = latest_step(workdir)
+    done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    assert kept >= 2
+    written = workdir / ("steps" if "/steps: " in err else "metrics.jsonl")
+    the_error(done, written, "is complete, and is continued from")
+    clear(disk)
+    done = train(recipe, workdir, cache=cache)
+    assert done.returncode == 0 and f"step {kept + 1}/24" in done.stderr and f"step {kept}/24" not in done.stderr
+    same(workdir, whole)

@@ -1,0 +1,57 @@
+"""A run that is killed again and again, and started again by the same command, ends as if nothing had happened."""
+
+import random
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from launcher import command, environment, losses, parameters, step_lines, train
+
+from ross_jax.checkpoints import latest_step
+
+pytestmark = pytest.mark.slow
+EVERY_STEP = "--config.loop.save=1"
+KILLS = 12
+
+
+def start(recipe, workdir, cache) -> subprocess.Popen:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command(recipe, workdir, EVERY_STEP), env=environment(cache), **quiet)
+
+
+def wait_for_a_step(process, workdir) -> float:
+    """Seconds until a new step was reported; 0 if the run ended before."""
+    begin, before = time.monotonic(), len(step_lines(workdir))
+    while process.poll() is None:
+        if len(step_lines(workdir)) > before:
+            return time.monotonic() - begin
+        time.sleep(0.005)
+    return 0.0
+
+
+def test_killed_at_random_moments(recipe, cache, tmp_path):
+    """While it starts, and while it trains and saves, which with a save after every step is nearly always."""
+    whole, cut, rng = tmp_path / "whole", tmp_path / "cut", random.Random(0)
+    assert train(recipe, whole, EVERY_STEP, cache=cache).returncode == 0
+    startup, kept, unfinished = 10.0, [], 0
+    for number in range(KILLS):
+        process = start(recipe, cut, cache)
+        if number % 3 == 0:  # the very first one too: what has no checkpoint yet starts anew
+            time.sleep(rng.uniform(0.3, 1.0) * startup)
+        else:
+            startup = wait_for_a_step(process, cut) or startup
+            time.sleep(rng.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kept.append(latest_step(cut) or 0)
+        unfinished += any((cut / "steps").glob("*tmp*"))
+    assert kept == sorted(kept) and kept[-1] < 24, kept  # nothing is ever lost, and the kills came before the end
+    assert unfinished >= 2, "no kill came while a step was being saved"
+    done = train(recipe, cut, EVERY_STEP, cache=cache)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(losses(cut), losses(whole))
+    expected = parameters(whole)
+    for path, leaf in parameters(cut).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)

@@ -1,0 +1,109 @@
+"""Two processes train as one: the same losses and parameters, and a signal to one of them ends both."""
+
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from launcher import command, environment, losses, parameters, step_lines, train
+
+from ross_jax.checkpoints import latest_step
+
+pytestmark = pytest.mark.slow
+
+SPREAD = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+ACROSS = ("--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # both processes hold the same rows
+
+
+@contextlib.contextmanager
+def two_processes(recipe, workdir, cache, *flags):
+    """Two processes of two devices each, and the files that they write to; killed at the end if they still run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cluster = ("--distributed", f"--coordinator=localhost:{port}", "--processes=2")
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context((workdir.parent / f"{workdir.name}.{i}.log").open("w+")) for i in range(2)]
+        processes = [
+            subprocess.Popen(
+                command(recipe, workdir, *flags, *cluster, f"--process={i}"),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment(cache, devices=2),
+            )
+            for i, file in enumerate(files)
+        ]
+        try:
+            yield processes, files
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def ends(processes, files) -> list[str]:
+    """What they wrote; they must exit with 0."""
+    codes = [process.wait(300) for process in processes]
+    texts = [file.seek(0) or file.read() for file in files]
+    assert codes == [0, 0], "\n".join(texts)
+    return texts
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, cache, tmp_path_factory):
+    """Function: mesh -> directory of a run of one process with four devices."""
+    runs = {}
+
+    def run(mesh):
+        if mesh not in runs:
+            runs[mesh] = tmp_path_factory.mktemp("alone") / "run"
+            done = train(recipe, runs[mesh], *mesh, cache=cache, devices=4)
+            assert done.returncode == 0, done.stderr
+        return runs[mesh]
+
+    return run
+
+
+def agree(one, other):
+    np.testing.assert_allclose(losses(one), losses(other), rtol=1e-5)
+    expected = parameters(other)
+    for path, leaf in parameters(one).items():
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("mesh", [SPREAD, ACROSS], ids=["spread", "across"])
+def test_two_processes_are_as_one(mesh, recipe, alone, cache, tmp_path):
+    with two_processes(recipe, tmp_path / "run", cache, *mesh) as started:
+        ends(*started)
+    assert len(losses(tmp_path / "run")) == 24
+    agree(tmp_path / "run", alone(mesh))
+
+
+def test_a_signal_to_one_ends_both(recipe, alone, cache, tmp_path):
+    """At the same step, with a checkpoint; one process goes on from there."""
+    workdir = tmp_path / "run"
+    with two_processes(recipe, workdir, cache, *SPREAD) as (processes, files):
+        while len(step_lines(workdir)) < 3 and all(process.poll() is None for process in processes):
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGTERM)
+        texts = ends(processes, files)
+    done = [int(re.search(r": (\d+) of 24 steps", text)[1]) for text in texts]
+    assert done[0] == done[1] == latest_step(workdir) < 24
+    finished = train(recipe, workdir, *SPREAD, cache=cache, devices=4)
+    assert finished.returncode == 0, finished.stderr
+    agree(workdir, alone(SPREAD))
+
+
+def test_an_error_of_one_ends_both(recipe, cache, tmp_path):
+    """The first process finds the data empty while the second waits for it."""
+    (tmp_path / "empty.json").write_text("[]")
+    flag = f"--config.data.sources=({dict(path=str(tmp_path / 'empty.json'))},)"
+    with two_processes(recipe, tmp_path / "run", cache, flag) as (processes, files):
+        codes = [process.wait(100) for process in processes]
+        said = files[0].seek(0) or files[0].read()
+    assert codes[0] == 1 and codes[1] != 0
+    assert f"error: {tmp_path}/empty.json: is empty" in said and "Traceback" not in said

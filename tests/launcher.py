@@ -1,0 +1,100 @@
+"""Runs of launch/train.py on a tiny model and a few pictures, for the tests of the launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizer_fixtures import byte_level_tokenizer
+
+from ross_jax import checkpoints
+from ross_jax.tree import flatten
+
+REPOSITORY = Path(__file__).parents[1]
+
+RECIPE = """
+import sys
+sys.path[:0] = [{repository!r}, {tests!r}]
+import dataclasses
+from ross_jax.config import thaw
+from ross_jax.training.recipe import complete
+from tiny import CONFIG
+
+def get_config():
+    model = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=320))
+    return complete({{
+        "model": thaw(model),
+        "text": {{"template": "qwen_2", "tokenizer": {data!r} + "/tokenizer"}},
+        "data": {{
+            "sources": [{{"path": {data!r} + "/data.json", "images": [{data!r}]}}],
+            "packing": {{"length": 256, "images": 2}}, "batch": 4, "epochs": 4,
+        }},
+        "freeze": {{"trainable": ["language/.*", "projector/.*", "denoiser/.*"]}},
+        "optimizer": {{"learning_rate": 1e-3}},
+        "step": {{"dtype": "float32", "remat": "none", "text_chunk": 128}},
+        "loop": {{"log": 1, "save": 2}},
+    }})
+"""
+
+
+def make_records(count: int = 24) -> list[dict[str, Any]]:
+    """Questions about one picture."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": ""}]
+    return [
+        {"id": str(i), "image": "0.png", "conversations": [turns[0], turns[1] | {"value": "a" * (i % 4 + 1)}]}
+        for i in range(count)
+    ]
+
+
+def write_recipe(folder: Path) -> Path:
+    """Data, tokenizer and a recipe of 24 steps."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(folder / "0.png")
+    (folder / "data.json").write_text(json.dumps(make_records()))
+    byte_level_tokenizer().save_pretrained(folder / "tokenizer")
+    path = folder / "recipe.py"
+    path.write_text(RECIPE.format(repository=str(REPOSITORY), tests=str(REPOSITORY / "tests"), data=str(folder)))
+    return path
+
+
+def command(recipe: Path | str, workdir: Path, *more: str) -> list[str]:
+    """The command line of a run."""
+    script = str(REPOSITORY / "launch" / "train.py")
+    return [sys.executable, script, f"--config={recipe}", f"--workdir={workdir}", *more]
+
+
+def environment(cache: Path | None = None, devices: int = 1) -> dict[str, str]:
+    """For runs on so many virtual CPU devices that share what they compile."""
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    values = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    if cache is not None:
+        values |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return values
+
+
+def train(*args: Any, cache: Path | None = None, devices: int = 1) -> subprocess.CompletedProcess:
+    """Runs `command(*args)` to its end."""
+    environ = environment(cache, devices)
+    return subprocess.run(command(*args), capture_output=True, text=True, env=environ, check=False, timeout=600)
+
+
+def step_lines(workdir: Path) -> list[dict[str, Any]]:
+    """What a run has reported so far."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def losses(workdir: Path) -> np.ndarray:
+    """float64 [steps, 4]: step number, both losses, gradient norm."""
+    names = ("step", "text_loss", "reconstruction_loss", "gradient_norm")
+    return np.array([[line[name] for name in names] for line in step_lines(workdir)])
+
+
+def parameters(workdir: Path) -> dict[str, np.ndarray]:
+    """All parameters of a run, by path."""
+    return flatten(checkpoints.restore_model(workdir, checkpoints.model_abstract(workdir)))

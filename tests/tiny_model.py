@@ -1,0 +1,41 @@
+"""A tiny model directory, as the importer or a training run leaves it."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny import CONFIG
+from tokenizer_fixtures import byte_level_tokenizer
+
+from ross_jax import checkpoints
+from ross_jax.config import thaw
+from ross_jax.models.ross import components
+
+SIZED = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=320))
+
+
+def write_model(folder: Path) -> Path:
+    """All five components with random parameters, none of them zero; template qwen_2."""
+    rng = np.random.default_rng(0)
+    leaves = {}
+    for name, module in components(SIZED).items():
+        inputs = [jnp.zeros(spec.shape, spec.dtype) for spec in module.input_spec()]
+        params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+        leaves[name] = jax.tree.map(lambda leaf: _leaf(_values(rng, leaf.shape)), params)
+    checkpoints.save_streamed(folder / "params", leaves)
+    settings = {"foreign": {}, "template": "qwen_2", "image_mode": "square"}
+    checkpoints.write_manifest(folder, {"config": thaw(SIZED), **settings})
+    byte_level_tokenizer().save_pretrained(folder / "files" / "language")
+    return folder
+
+
+def _values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Large enough for every layer to matter, and for different prompts to get different answers."""
+    return rng.normal(0, 1.5 / np.sqrt(shape[-2]) if len(shape) > 1 else 0.3, shape)
+
+
+def _leaf(values: np.ndarray) -> checkpoints.StreamedLeaf:
+    values = values.astype(np.float32)
+    return checkpoints.StreamedLeaf(values.shape, values.dtype, lambda: iter([(None, values)]))

@@ -1,0 +1,135 @@
+"""What a run reports: the work of a step, waiting for input, and a loss that leaves its range."""
+
+import dataclasses
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import CONFIG, ONE_DEVICE, STAGE2, make_batch
+
+from ross_jax.sharding import batch_sharding, make_mesh
+from ross_jax.training import metrics
+from ross_jax.training.loop import global_batches
+from ross_jax.training.metrics import Meter, RangeWatch, matrix_sizes, step_flops
+from ross_jax.training.optimizer import OptimizerConfig, make_optimizer
+from ross_jax.training.state import FreezeConfig, abstract_tree, split
+from ross_jax.training.step import ReconstructionConfig, StepConfig, make_state, make_train_step
+
+FREEZE = {
+    "stage 1": FreezeConfig((r"projector/.*", r"denoiser/.*"), dtype="float32"),
+    "stage 2": STAGE2,
+    "encoder too": FreezeConfig((r"(?!autoencoder/).*",), dtype="float32"),
+}
+
+
+def products(jaxpr, times: int = 1):
+    """(kind, FLOPs, sizes of the dimensions) of every matrix product and convolution of a program, loops counted out.
+
+    Products with batch dimensions are those of attention, of activations with one another: left out.
+    """
+    for equation in jaxpr.eqns:
+        shapes = [var.aval.shape for var in (*equation.invars, *equation.outvars)]
+        numbers = equation.params.get("dimension_numbers")
+        if equation.primitive.name == "dot_general" and not numbers[1][0]:
+            contracted = math.prod(shapes[0][i] for i in numbers[0][0])
+            yield "matrix", 2 * times * contracted * math.prod(shapes[2]), set(sum(shapes, ()))
+        if equation.primitive.name == "conv_general_dilated":
+            window = math.prod(shapes[1]) // shapes[1][numbers.rhs_spec[0]]
+            yield "window", 2 * times * window * math.prod(shapes[2]), set(sum(shapes, ()))
+        length = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from products(inner, times * length)
+
+
+def program(freeze: FreezeConfig, reconstruction: ReconstructionConfig, batch: dict):
+    """The traced step, and the tree of its parameters; nothing is computed."""
+    settings = OptimizerConfig(1e-3)
+    optimizer = make_optimizer(settings, 10)
+    tree = abstract_tree(CONFIG, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]))
+    state = jax.eval_shape(lambda p, f: make_state(p, f, optimizer), *split(tree, freeze))
+    config = StepConfig(dtype="float32", remat="none", text_chunk=32)
+    step = make_train_step(CONFIG, config, reconstruction, optimizer, settings, 10, jax.random.key(0))
+    return jax.make_jaxpr(step)(state, batch).jaxpr, tree
+
+
+@pytest.mark.parametrize(("stage", "kind"), [*((stage, "denoise") for stage in FREEZE), ("stage 2", "none")])
+def test_flops_are_those_of_the_program(stage, kind):
+    """Of a batch without padding or empty slots: every product with a matrix in the traced step."""
+    batch = make_batch()
+    batch["segments"][:], batch["image_start"][:] = 1, (2, 11)
+    freeze = FREEZE[stage]
+    jaxpr, tree = program(freeze, ReconstructionConfig(kind), batch)
+    tokens, pictures = float(batch["tokens"].size), float(batch["image_start"].size)
+    found = 0
+    for form, flops, sizes in products(jaxpr):
+        autoencoder = form == "window" and CONFIG.vision.patch_size not in sizes
+        resizing = form == "matrix" and {CONFIG.vision.image_size, CONFIG.target_size} <= sizes
+        found += 0 if autoencoder or resizing else flops
+    # Logits are computed again in the backward pass.
+    found -= 2 * CONFIG.language.vocab_size * CONFIG.language.hidden_size * tokens
+    draws = 4 if kind == "denoise" else 0
+    trained = set(split(tree, freeze)[0]) - ({"denoiser"} if kind == "none" else set())
+    assert step_flops(CONFIG, matrix_sizes(tree), trained, draws, tokens, pictures) == pytest.approx(found, rel=1e-9)
+
+
+def test_a_tied_head_counts_and_a_looked_up_table_does_not():
+    table = jax.ShapeDtypeStruct((96, 64), jnp.float32)
+    assert matrix_sizes({"language": {"embedding": table}}) == {"language/embedding": 96 * 64}
+    assert matrix_sizes({"language": {"embedding": table, "head": table}}) == {"language/head": 96 * 64}
+
+
+def test_mfu_is_work_over_time_and_devices(monkeypatch):
+    sizes = {"language/head": 1000}
+    monkeypatch.setitem(metrics.PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
+    meter = Meter(CONFIG, sizes, {"language"}, 4)
+    begin = time.perf_counter()
+    rates = meter.read([{"tokens": 10.0, "pictures": 0.0}, {"tokens": 30.0, "pictures": 0.0}])
+    assert rates["seconds_per_step"] * 2 <= time.perf_counter() - begin + 0.1
+    # 40 tokens, 2 FLOPs each for the logits and for both gradients.
+    work = 40 * 1000 * 2 * 3
+    seconds = 2 * rates["seconds_per_step"]
+    assert rates["mfu"] == pytest.approx(work / seconds / 1e6 / jax.device_count())
+    assert rates["tokens_per_second"] == pytest.approx(40 / seconds)
+
+
+@dataclasses.dataclass
+class Running:
+    ready: bool
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+
+@pytest.mark.parametrize(("ready", "expected"), [(True, 0.3), (False, 0.0)])
+def test_waiting_counts_where_the_device_is_idle(ready, expected):
+    def slow():
+        for seed in range(3):
+            time.sleep(0.1)
+            yield make_batch(seed=seed)
+
+    meter = Meter(CONFIG, {}, set(), 0)
+    meter.running = Running(ready)
+    sharding = batch_sharding(make_mesh(ONE_DEVICE, jax.devices()[:1]))
+    assert len(list(global_batches(slow(), sharding, meter=meter))) == 3
+    assert meter.waited == pytest.approx(expected, abs=0.2 if ready else 0)
+
+
+def warnings(watch: RangeWatch, values: list[float], start: int = 0) -> list[int]:
+    return [step for step, value in enumerate(values, start=start + 1) if watch.update(step, value)]
+
+
+def test_a_loss_outside_its_range_is_said_once():
+    watch = RangeWatch((0.1, 0.3), start=5, logs=4)
+    assert warnings(watch, [9.0] * 5) == []  # the warmup
+    assert warnings(watch, [0.2] * 4, 5) == []
+    assert warnings(watch, [0.5] * 9, 9) == [11]  # when the mean of four is above, and not again
+    assert warnings(watch, [0.2] * 9, 18) == []
+    assert warnings(watch, [0.0] * 9, 27) == [30]  # it was back
+    assert RangeWatch((0.1, 0.3), 0, 1).update(7, 0.25) is None
+    message = "step 7: the reconstruction loss is 0.400 on average over the last 1 logs; expected are 0.1 to 0.3"
+    assert RangeWatch((0.1, 0.3), 0, 1).update(7, 0.4).startswith(message)
