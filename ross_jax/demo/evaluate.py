@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from ross_jax.data.encoders import build_prompt_encoder
 from ross_jax.data.images import decode, preprocess
 from ross_jax.demo.autoencoder import to_uint8
 from ross_jax.demo.scoring import Accuracy, is_nearest, psnr, score_answers
-from ross_jax.inference.answer import answer, expand_prompt, prompt_batches
+from ross_jax.inference.answer import answer
 from ross_jax.inference.model import Model
-from ross_jax.inference.reconstruct import autoencode, sample_pixels, visual_outputs
+from ross_jax.inference.reconstruct import autoencode, outputs_of_pictures, sample_pixels
 
 LONGEST_ANSWER = 6
 """Tokens; the longest right one has three, its stop token included."""
@@ -82,15 +81,7 @@ def reconstruct_heldout(model: Model, data: Path, count: int = PICTURES, seed: i
     records = list({record["image"]: record for record in read_heldout(data)}.values())
     records = [records[i * len(records) // count] for i in range(min(count, len(records)))]
     pictures = read_pictures(model, data, records)
-    encode = build_prompt_encoder(model.template, model.tokenizer())
-    prompts = [
-        expand_prompt(model, encode, {**record, "conversations": record["conversations"][:1]}, (picture,))
-        for record, picture in zip(records, pictures, strict=True)
-    ]
-    vision = model.config.vision
-    slots = [(picture,) for picture in pictures]
-    (batch,) = prompt_batches(prompts, slots, len(prompts), vision.num_tokens, vision.image_size)
-    outputs = jax.jit(partial(visual_outputs, model.config))(model.params, batch)[:, 0]
+    outputs = jnp.asarray(outputs_of_pictures(model, pictures, ROWS))
     sample = jax.jit(partial(sample_pixels, model.config))
     key = jax.random.key(seed)
     own, other = (sample(model.params, given, key) for given in (outputs, jnp.roll(outputs, 1, axis=0)))

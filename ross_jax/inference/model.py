@@ -35,6 +35,17 @@ class Model:
     template: str | None
     images: ImageConfig
 
+    def choose_template(self, template: str | None = None) -> str:
+        """`template`, or else the model's own.
+
+        Raises:
+          UserError: there is neither.
+        """
+        chosen = template or self.template
+        if chosen is None:
+            raise UserError(f"{self.folder}: does not say its conversation template; name one")
+        return chosen
+
     def tokenizer(self) -> Any:
         """The tokenizer that lies in the directory.
 

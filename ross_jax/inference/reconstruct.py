@@ -1,7 +1,8 @@
 """Pictures from visual outputs: the denoiser samples latents, the autoencoder decodes them."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,17 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
+from ross_jax.data.conversation import IMAGE_MARKER
+from ross_jax.data.encoders import build_prompt_encoder
+from ross_jax.inference.model import Model
+from ross_jax.inference.prompts import Pictures, expand_prompt, prompt_batches
 from ross_jax.models.autoencoder import Autoencoder
 from ross_jax.models.ross import Ross, RossConfig, normalise
-from ross_jax.objectives.diffusion import Diffusion, make_diffusion
+from ross_jax.objectives.diffusion import make_diffusion, sample_ancestral
 from ross_jax.objectives.reconstruction import DenoiseObjective, target_pixels, ungroup_latents
+from ross_jax.objectives.samplers import sample_ddim, sample_dpm
 from ross_jax.tree import merge
 
-STEPS = 50
-"""Sampling steps, respaced from the process of training."""
 _DRAWN = ("tokens", "positions", "segments", "images", "image_start")
 
 
@@ -36,29 +40,80 @@ def visual_outputs(
     return Ross(config, dtype).apply({"params": params}, *arguments, images, batch["image_start"]).visual_outputs
 
 
+def outputs_of_pictures(
+    model: Model, pictures: Pictures, rows: int = 8, template: str | None = None, dtype: str = "float32"
+) -> Float[np.ndarray, "pictures tokens embed"]:
+    """Visual outputs of pictures on their own: an empty question, of which only what stands before the picture counts.
+
+    Args:
+      model: with vision encoder, projector and language model.
+      pictures: resized to the encoder's size.
+      rows: pictures that are computed at once.
+      template: of the conversation; None: the model's own.
+      dtype: of activations.
+
+    Raises:
+      UserError: no template, a tokenizer that does not fit.
+    """
+    encode = build_prompt_encoder(model.choose_template(template), model.tokenizer())
+    record = {"id": "picture", "image": "picture", "conversations": [{"from": "human", "value": IMAGE_MARKER}]}
+    prompts = [expand_prompt(model, encode, record, [picture]) for picture in pictures]
+    vision = model.config.vision
+    run = jax.jit(lambda params, batch: visual_outputs(model.config, params, batch, dtype)[:, 0])
+    batches = prompt_batches(prompts, [[each] for each in pictures], rows, vision.num_tokens, vision.image_size)
+    return np.concatenate([np.asarray(run(model.params, batch)) for batch in batches])[: len(pictures)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How latents are sampled.
+
+    Attributes:
+      sampler: `ddpm`, ancestral, as the reference; `ddim`; `dpm`, DPM-Solver++(2M).
+      steps: respaced from the process of training.
+      temperature: of the noise that `ddpm` adds at each step.
+    """
+
+    sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"
+    steps: int = 50
+    temperature: float = 1.0
+
+
+def sample_latents(
+    config: RossConfig, params: Any, outputs: Float[Array, "items tokens embed"], key: Array, sampling: Sampling
+) -> Float[Array, "items height width channels"]:
+    """Latents on the denoiser's scale, sampled given visual outputs. One scan.
+
+    Args:
+      params: with `denoiser`.
+      key: of all noise.
+
+    Raises:
+      ConfigError: a number of steps that the process cannot be respaced to.
+    """
+    process = make_diffusion(respacing=str(sampling.steps))
+    objective = DenoiseObjective(config)
+    predict = objective.predictor(params, outputs.astype(jnp.float32))
+    shape = (len(outputs), config.denoiser.num_tokens, config.denoiser.latent_size)
+    first, rest = jax.random.split(key)
+    initial = jax.random.normal(first, shape)
+    if sampling.sampler == "ddpm":
+        noise = jax.random.normal(rest, (process.steps, *shape))
+        tokens = sample_ancestral(process, predict, initial, noise, sampling.temperature)[-1]
+    else:
+        tokens = {"ddim": sample_ddim, "dpm": sample_dpm}[sampling.sampler](process, predict, initial)
+    return ungroup_latents(tokens, objective.window)
+
+
 def sample_pixels(
     config: RossConfig,
     params: Any,
     outputs: Float[Array, "items tokens embed"],
     key: Array,
-    process: Diffusion | None = None,
-    temperature: float = 1.0,
+    sampling: Sampling = Sampling(),
 ) -> Float[Array, "items side side 3"]:
-    """Pictures in [-1, 1], sampled given visual outputs by ancestral sampling of `STEPS` steps.
-
-    Args:
-      params: with `denoiser` and `autoencoder`.
-      key: of all noise.
-      process: another one than the respaced process of training.
-      temperature: of the noise added at each step.
-    """
-    process = process or make_diffusion(respacing=str(STEPS))
-    objective = DenoiseObjective(config)
-    shape = (len(outputs), config.denoiser.num_tokens, config.denoiser.latent_size)
-    first, rest = jax.random.split(key)
-    initial, noise = jax.random.normal(first, shape), jax.random.normal(rest, (process.steps, *shape))
-    tokens = objective.reconstruct(params, outputs.astype(jnp.float32), initial, noise, process, temperature)
-    return decode_latents(config, params, ungroup_latents(tokens, objective.window))
+    """Pictures in [-1, 1]: `sample_latents`, decoded. `params` with `denoiser` and `autoencoder`."""
+    return decode_latents(config, params, sample_latents(config, params, outputs, key, sampling))
 
 
 def decode_latents(

@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, Int
 from ross_jax.config import ConfigError
 from ross_jax.models.denoiser import Prediction
 
+Predict = Callable[[Float[Array, "batch ..."], Int[Array, " batch"]], Float[Array, "batch ..."]]
+"""A network's noise, from x_t and the timestep of the training process."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diffusion:
@@ -219,7 +222,7 @@ def step_distribution(
 
 def sample_ancestral(
     process: Diffusion,
-    predict: Callable[[Float[Array, "batch ..."], Int[Array, " batch"]], Float[Array, "batch ..."]],
+    predict: Predict,
     initial: Float[Array, "batch ..."],
     noise: Float[Array, "steps batch ..."],
     temperature: float = 1.0,

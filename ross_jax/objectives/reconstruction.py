@@ -17,11 +17,11 @@ from ross_jax.models.denoiser import Denoiser, normalise_condition
 from ross_jax.models.ross import TARGET_PIXELS, RossConfig
 from ross_jax.objectives.diffusion import (
     Diffusion,
+    Predict,
     add_noise,
     implied_noise,
     make_diffusion,
     prediction_target,
-    sample_ancestral,
 )
 
 Params = Any
@@ -150,17 +150,8 @@ class DenoiseObjective:
         outputs = visual_outputs.reshape(-1, *visual_outputs.shape[2:])
         return self.draw_losses(params, outputs, targets, draw).mean(axis=1).reshape(keys.shape)
 
-    def reconstruct(
-        self,
-        params: Params,
-        visual_outputs: Float[Array, "items tokens embed"],
-        initial: Float[Array, "items tokens latent"],
-        noise: Float[Array, "steps items tokens latent"],
-        process: Diffusion,
-        temperature: float = 1.0,
-        clip: bool = False,
-    ) -> Float[Array, "items tokens latent"]:
-        """Latent tokens sampled given visual outputs, on the denoiser's scale."""
+    def predictor(self, params: Params, visual_outputs: Float[Array, "items tokens embed"]) -> Predict:
+        """The noise that the denoiser sees in noised latent tokens, given visual outputs: what samplers ask for."""
         module, variables = Denoiser(self.config.denoiser), {"params": params["denoiser"]}
         condition = module.apply(variables, normalise_condition(visual_outputs), method="embed_condition")
 
@@ -168,7 +159,7 @@ class DenoiseObjective:
             predicted = module.apply(variables, noised, timesteps, condition, method="denoise")
             return implied_noise(self.process, self.config.denoiser.prediction, predicted, noised, timesteps)
 
-        return sample_ancestral(process, predict, initial, noise, temperature, clip)[-1]
+        return predict
 
 
 def picture_mean(losses: Float[Array, "*items"], real: Float[Array, "*items"]) -> Float[Array, ""]:

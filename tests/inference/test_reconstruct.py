@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ross_jax.data.encoders import build_prompt_encoder
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
-from ross_jax.inference.reconstruct import PictureDrawer, autoencode, decode_latents, sample_pixels, visual_outputs
+from ross_jax.inference.prompts import expand_prompt, prompt_batches
+from ross_jax.inference.reconstruct import (
+    PictureDrawer,
+    Sampling,
+    autoencode,
+    decode_latents,
+    outputs_of_pictures,
+    sample_pixels,
+    visual_outputs,
+)
 from ross_jax.models.autoencoder import Autoencoder
 from ross_jax.models.denoiser import Denoiser, normalise_condition
 from ross_jax.models.ross import Ross, normalise
@@ -42,11 +52,25 @@ def test_visual_outputs_are_hidden_states_at_the_pictures(model, batch):
     np.testing.assert_array_equal(outputs[1, 1], 0.0)
 
 
+def test_outputs_of_pictures_on_their_own(model):
+    """As the same pictures have them in a conversation, whatever is asked after them."""
+    rng = np.random.default_rng(3)
+    pictures = [rng.integers(0, 256, (28, 28, 3), dtype=np.uint8) for _ in range(3)]
+    found = outputs_of_pictures(model, pictures, rows=2)
+    encode = build_prompt_encoder("qwen_2", model.tokenizer())
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}]
+    prompts = [expand_prompt(model, encode, {"id": "x", "image": "x", "conversations": turns}, [p]) for p in pictures]
+    (batch,) = prompt_batches(prompts, [[picture] for picture in pictures], 3, model.config.vision.num_tokens, 28)
+    expected = visual_outputs(model.config, model.params, jax.tree.map(jnp.asarray, batch))[:, 0]
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
 def test_sampling_is_the_tested_process_under_this_condition(model, batch):
     """The composition, put together once more from parts that the goldens cover."""
     config, process = model.config, make_diffusion(respacing="7")
     outputs = visual_outputs(config, model.params, batch)[:, 0]
-    pixels = sample_pixels(config, model.params, outputs, jax.random.key(5), process, temperature=0.5)
+    sampling = Sampling("ddpm", 7, temperature=0.5)
+    pixels = sample_pixels(config, model.params, outputs, jax.random.key(5), sampling)
     assert pixels.shape == (2, config.target_size, config.target_size, 3) and jnp.abs(pixels).max() <= 1.0
     first, rest = jax.random.split(jax.random.key(5))
     shape = (2, config.denoiser.num_tokens, config.denoiser.latent_size)
@@ -59,7 +83,7 @@ def test_sampling_is_the_tested_process_under_this_condition(model, batch):
     tokens = sample_ancestral(process, predict, jax.random.normal(first, shape), noise, 0.5)[-1]
     latents = ungroup_latents(tokens, DenoiseObjective(config).window)
     np.testing.assert_allclose(pixels, decode_latents(config, model.params, latents), atol=1e-5)
-    other = sample_pixels(config, model.params, outputs[::-1], jax.random.key(5), process, temperature=0.5)
+    other = sample_pixels(config, model.params, outputs[::-1], jax.random.key(5), sampling)
     assert jnp.abs(pixels - other).max() > 1e-3  # the condition counts
 
 

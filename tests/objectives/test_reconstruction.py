@@ -12,7 +12,7 @@ from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from ross_jax.models.denoiser import Denoiser, DenoiserConfig, normalise_condition
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.models.vision import VisionConfig
-from ross_jax.objectives.diffusion import make_diffusion
+from ross_jax.objectives.diffusion import make_diffusion, sample_ancestral
 from ross_jax.objectives.reconstruction import (
     DenoiseObjective,
     group_latents,
@@ -293,8 +293,13 @@ def test_untrained_denoiser(setting):
     process = make_diffusion(respacing="6")
     initial = 1e-4 * jax.random.normal(jax.random.key(1), (2, GRID**2, 12))
     fresh = jnp.ones((6, *initial.shape))
-    sample = jax.jit(functools.partial(objective.reconstruct, process=process), static_argnames=("temperature", "clip"))
-    found = sample(params, outputs[0], initial, fresh, temperature=0.0)
+
+    @functools.partial(jax.jit, static_argnames=("temperature", "clip"))
+    def sample(initial, temperature: float, clip: bool = False):
+        predict = objective.predictor(params, outputs[0])
+        return sample_ancestral(process, predict, initial, fresh, temperature, clip)[-1]
+
+    found = sample(initial, temperature=0.0)
     np.testing.assert_allclose(found, initial / np.sqrt(process.alphas_cumprod[-1]), rtol=1e-4)
-    clipped = sample(params, outputs[0], 1e4 * initial, fresh, temperature=1.0, clip=True)
+    clipped = sample(1e4 * initial, temperature=1.0, clip=True)
     assert 0.9 < float(jnp.abs(clipped).max()) <= 1.0

@@ -13,6 +13,7 @@ from ross_jax.objectives.diffusion import (
     sample_ancestral,
     step_distribution,
 )
+from ross_jax.objectives.samplers import sample_ddim, sample_dpm
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
@@ -99,3 +100,35 @@ def test_sampling_loop(feed, respacing, clip):
         predicted = 0.6 * sample + 0.3 * torch.tanh(sample.flip(1)) + 1e-3 * time
         sample = theirs.step(predicted, time, sample).prev_sample
         assert_close(ours, sample.numpy())
+
+
+@pytest.mark.parametrize("count", [8, 20])
+@pytest.mark.parametrize("kind", ["ddim", "dpm"])
+def test_deterministic_samplers(kind, count):
+    """Whole loops against diffusers', with a network that depends on sample and timestep."""
+    process = make_diffusion(respacing=f"ddim{count}")
+    initial = normal(7, *SHAPE)
+    # A network that leaves the early steps alone: there a float32 sample of theirs and ours would part.
+    weight = np.sqrt(1.0 - make_diffusion().alphas_cumprod)
+    if kind == "ddim":
+        theirs = diffusers.DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", clip_sample=False)
+        theirs.set_timesteps(count)
+    else:
+        theirs = diffusers.DPMSolverMultistepScheduler(
+            1000, beta_schedule="squaredcos_cap_v2", lower_order_final=True, final_sigmas_type="zero"
+        )
+    theirs.alphas_cumprod = torch.tensor(make_diffusion().alphas_cumprod)
+
+    def predict(noised, timesteps):
+        return jnp.asarray(weight)[timesteps][:, None, None] * (0.9 * noised + 0.1 * jnp.tanh(noised[:, ::-1]))
+
+    sampler = {"ddim": sample_ddim, "dpm": sample_dpm}[kind]
+    found = jax.jit(lambda x: sampler(process, predict, x))(initial)
+    times, sample = process.timestep_map[::-1].tolist(), double(initial)
+    if kind == "dpm":
+        theirs.set_timesteps(timesteps=times)
+    assert theirs.timesteps.tolist() == times
+    for time in times:
+        predicted = weight[time] * (0.9 * sample + 0.1 * torch.tanh(sample.flip(1)))
+        sample = theirs.step(predicted, time, sample).prev_sample
+    assert_close(found, sample.numpy(), 1e-4)

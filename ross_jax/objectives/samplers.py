@@ -1,0 +1,64 @@
+"""Deterministic samplers: DDIM, and DPM-Solver++(2M) for few steps. Ancestral sampling is in `diffusion`.
+
+Both follow the probability flow from noise to data, so one x_T gives one picture. They take a respaced process, whose
+first step is the last that is executed, and end at x_0 itself.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ross_jax.objectives.diffusion import Diffusion, Predict
+
+
+def sample_ddim(process: Diffusion, predict: Predict, initial: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+    """DDIM without added noise (Song et al., 2021, equation 12 with sigma 0).
+
+    Args:
+      process: often respaced.
+      predict: the network's noise from x_t and the timestep of the training process.
+      initial: x_T.
+    """
+
+    def step(noised, index):
+        signal, signal_next, timestep = index
+        noise = predict(noised, jnp.full(len(noised), timestep))
+        start = (noised - jnp.sqrt(1.0 - signal) * noise) / jnp.sqrt(signal)
+        return jnp.sqrt(signal_next) * start + jnp.sqrt(1.0 - signal_next) * noise, None
+
+    return jax.lax.scan(step, initial, _descending(process))[0]
+
+
+def sample_dpm(process: Diffusion, predict: Predict, initial: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+    """DPM-Solver++(2M) (Lu et al., 2022, algorithm 2), its first and its last step of first order.
+
+    Arguments are those of `sample_ddim`.
+    """
+    signals, next_signals, timesteps = _descending(process)
+    # Half the logarithm of signal over noise; at x_0 itself it has no end.
+    lambdas = 0.5 * np.log(process.alphas_cumprod / (1.0 - process.alphas_cumprod))[::-1]
+    widths = np.append(np.diff(lambdas), np.inf)
+    ratios = np.append(np.inf, widths[:-1]) / widths
+    # What the difference to the previous x_0 counts for: nothing at the first step, which has none, nor at the last.
+    weights = np.nan_to_num(0.5 / ratios, posinf=0.0)
+    weights[[0, -1]] = 0.0
+
+    def step(carry, index):
+        noised, previous = carry
+        signal, signal_next, timestep, width, weight = index
+        noise = predict(noised, jnp.full(len(noised), timestep))
+        start = (noised - jnp.sqrt(1.0 - signal) * noise) / jnp.sqrt(signal)
+        aimed = start + weight * (start - previous)
+        shrink = jnp.sqrt((1.0 - signal_next) / (1.0 - signal))
+        return (shrink * noised - jnp.sqrt(signal_next) * jnp.expm1(-width) * aimed, start), None
+
+    table = (signals, next_signals, timesteps, jnp.asarray(widths, jnp.float32), jnp.asarray(weights, jnp.float32))
+    return jax.lax.scan(step, (initial, jnp.zeros_like(initial)), table)[0][0]
+
+
+def _descending(process: Diffusion) -> tuple[Array, Array, Array]:
+    """Share of signal at each step and after it, and the timestep that the network is told; most noised first."""
+    signals = jnp.asarray(process.alphas_cumprod[::-1], jnp.float32)
+    after = jnp.asarray(process.alphas_cumprod_prev[::-1], jnp.float32)
+    return signals, after, jnp.asarray(process.timestep_map[::-1])

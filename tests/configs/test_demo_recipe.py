@@ -1,0 +1,54 @@
+"""The demo's recipe: sizes, what trains, where runs start from, and its mistakes."""
+
+import json
+import math
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from configs import demo
+from ross_jax.config import ConfigError, freeze
+from ross_jax.demo.autoencoder import FitConfig, diffusers_settings
+from ross_jax.models.ross import abstract_params
+from ross_jax.sharding import AXES, parameter_shardings
+from ross_jax.training.recipe import RunConfig
+from ross_jax.tree import flatten
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "autoencoder").mkdir()
+    settings = diffusers_settings(FitConfig().architecture) | {"scaling_factor": 0.7, "shift_factor": 0.1}
+    (tmp_path / "autoencoder" / "config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", demo.CHOICES["kind"])
+@pytest.mark.parametrize("stage", demo.STAGES)
+def test_recipe(stage, kind, root):
+    config = freeze(RunConfig, demo.get_config(f"stage={stage},kind={kind},seed=3,root={root}").to_dict())
+    model = config.model
+    assert (model.vision.num_tokens, config.seed, config.data.seed) == (16, 3, 3)
+    assert ("denoiser" in abstract_params(model)) == (kind == "denoise") == (model.autoencoder is not None)
+    if kind == "denoise":
+        assert (model.target_size, model.autoencoder.scaling_factor, model.denoiser.grid) == (64, 0.7, 4)
+    flat = flatten(abstract_params(model))
+    assert {path.partition("/")[0] for path in flat if not config.freeze.trains(path)} <= {"autoencoder", "denoiser"}
+    assert 0.7e6 < sum(math.prod(leaf.shape) for path, leaf in flat.items() if path.startswith("language/")) < 1.2e6
+    before = [] if kind == "none" else [str(root / "model")]
+    after = [] if stage == "pretrain" else [str(root / kind / "seed3" / "pretrain")]
+    assert list(config.init) == before + after
+    mesh = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    jax.tree.map(lambda leaf, at: at.shard_shape(leaf.shape), flat, parameter_shardings(flat, mesh))
+
+
+def test_mistakes_are_named(tmp_path):
+    for arguments, message in [
+        ("kinds=none", r"no such part \(did you mean 'kind'"),
+        ("kind=denoize", "did you mean 'denoise'"),
+        ("seed=x", "a whole number"),
+        (f"root={tmp_path}", "demo.sh` fits it"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            demo.get_config(arguments)
