@@ -16,7 +16,7 @@ from ross_jax.demo.autoencoder import to_uint8
 from ross_jax.demo.scoring import Accuracy, is_nearest, psnr, score_answers
 from ross_jax.inference.answer import answer
 from ross_jax.inference.model import Model
-from ross_jax.inference.reconstruct import autoencode, outputs_of_pictures, sample_pixels
+from ross_jax.inference.reconstruct import autoencode, outputs_of_pictures, sample_pixels, target_pictures
 
 LONGEST_ANSWER = 6
 """Tokens; the longest right one has three, its stop token included."""
@@ -85,5 +85,6 @@ def reconstruct_heldout(model: Model, data: Path, count: int = PICTURES, seed: i
     sample = jax.jit(partial(sample_pixels, model.config))
     key = jax.random.key(seed)
     own, other = (sample(model.params, given, key) for given in (outputs, jnp.roll(outputs, 1, axis=0)))
-    originals, ceiling = jax.jit(partial(autoencode, model.config))(model.params, np.stack(pictures))
+    originals = target_pictures(model.config, np.stack(pictures))
+    ceiling = jax.jit(partial(autoencode, model.config))(model.params, np.stack(pictures))
     return Reconstructions(*(to_uint8(pixels) for pixels in (originals, ceiling, own, other)))

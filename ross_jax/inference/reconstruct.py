@@ -125,15 +125,27 @@ def decode_latents(
     return jnp.clip(pixels, -1.0, 1.0)
 
 
-def autoencode(
-    config: RossConfig, params: Any, images: UInt8[Array, "items height width 3"]
-) -> tuple[Float[Array, "items side side 3"], Float[Array, "items side side 3"]]:
-    """What a reconstruction is held against, in [-1, 1]: the pictures at the autoencoder's size, and what it makes of
-    them (the ceiling of any reconstruction), from the posterior's mean."""
-    pixels = target_pixels(config, normalise(config, images))
-    posterior = Autoencoder(config.autoencoder).apply({"params": params["autoencoder"]}, pixels, method="encode")
+def target_pictures(
+    config: RossConfig, images: UInt8[Array | np.ndarray, "items height width 3"]
+) -> Float[Array, "items side side 3"]:
+    """The pictures in [-1, 1] at the autoencoder's size: what a reconstruction is held against."""
+    return target_pixels(config, normalise(config, jnp.asarray(images)))
+
+
+def encode_latents(
+    config: RossConfig, params: Any, images: UInt8[Array | np.ndarray, "items height width 3"]
+) -> Float[Array, "items rows columns channels"]:
+    """The mean of each picture's posterior, on the denoiser's scale. `params` with `autoencoder`."""
     module = Autoencoder(config.autoencoder)
-    return pixels, decode_latents(config, params, module.normalise(posterior.mean))
+    pixels = target_pictures(config, images)
+    return module.normalise(module.apply({"params": params["autoencoder"]}, pixels, method="encode").mean)
+
+
+def autoencode(
+    config: RossConfig, params: Any, images: UInt8[Array | np.ndarray, "items height width 3"]
+) -> Float[Array, "items side side 3"]:
+    """The autoencoder's own reconstruction in [-1, 1], the ceiling of any other."""
+    return decode_latents(config, params, encode_latents(config, params, images))
 
 
 class PictureDrawer:
@@ -153,8 +165,9 @@ class PictureDrawer:
             chosen = {name: batch[name][rows] for name in _DRAWN}
             outputs = visual_outputs(config, tree, chosen, dtype)[jnp.arange(len(rows)), slots]
             made = sample_pixels(config, tree, outputs, key)
-            original, ceiling = autoencode(config, tree, chosen["images"][jnp.arange(len(rows)), slots])
-            pixels = rearrange(jnp.stack([original, made, ceiling]), "column row h w c -> (row h) (column w) c")
+            images = chosen["images"][jnp.arange(len(rows)), slots]
+            columns = [target_pictures(config, images), made, autoencode(config, tree, images)]
+            pixels = rearrange(jnp.stack(columns), "column row h w c -> (row h) (column w) c")
             return jnp.round((pixels + 1.0) * 127.5).astype(jnp.uint8)
 
         self._draw = jax.jit(draw, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -39,10 +39,9 @@ def sample_dpm(process: Diffusion, predict: Predict, initial: Float[Array, "batc
     # Half the logarithm of signal over noise; at x_0 itself it has no end.
     lambdas = 0.5 * np.log(process.alphas_cumprod / (1.0 - process.alphas_cumprod))[::-1]
     widths = np.append(np.diff(lambdas), np.inf)
-    ratios = np.append(np.inf, widths[:-1]) / widths
     # What the difference to the previous x_0 counts for: nothing at the first step, which has none, nor at the last.
-    weights = np.nan_to_num(0.5 / ratios, posinf=0.0)
-    weights[[0, -1]] = 0.0
+    weights = np.zeros_like(widths)
+    weights[1:-1] = 0.5 * widths[1:-1] / widths[:-2]
 
     def step(carry, index):
         noised, previous = carry

@@ -18,6 +18,7 @@ from ross_jax.inference.reconstruct import (
     decode_latents,
     outputs_of_pictures,
     sample_pixels,
+    target_pictures,
     visual_outputs,
 )
 from ross_jax.models.autoencoder import Autoencoder
@@ -88,7 +89,8 @@ def test_sampling_is_the_tested_process_under_this_condition(model, batch):
 
 
 def test_the_ceiling_is_the_autoencoder_itself(model, batch):
-    pixels, made = autoencode(model.config, model.params, batch["images"][:, 0])
+    images = batch["images"][:, 0]
+    pixels, made = target_pictures(model.config, images), autoencode(model.config, model.params, images)
     side = model.config.target_size
     assert pixels.shape == made.shape == (2, side, side, 3)
     whole = Autoencoder(model.config.autoencoder).apply({"params": model.params["autoencoder"]}, pixels)
@@ -117,7 +119,8 @@ def test_pictures_of_a_batch_for_tensorboard(model, batch, devices):
     side = model.config.target_size
     assert grid.shape == (2 * side, 3 * side, 3)
     first, second = wide["images"][1, 1], wide["images"][3, 0]
-    originals, ceilings = autoencode(model.config, model.params, jnp.stack([first, second]))
+    images = jnp.stack([first, second])
+    originals, ceilings = target_pictures(model.config, images), autoencode(model.config, model.params, images)
     for row, (original, ceiling) in enumerate(zip(originals, ceilings, strict=True)):
         cells = grid[row * side : (row + 1) * side].reshape(side, 3, side, 3).swapaxes(0, 1).astype(int)
         for cell, expected in ((cells[0], original), (cells[2], ceiling)):
