@@ -18,9 +18,7 @@ from PIL import Image
 
 from ross_jax.config import UserError
 from ross_jax.data.images import ImageError, decode, preprocess
-from ross_jax.demo.autoencoder import to_uint8
-from ross_jax.demo.figures import draw_grid
-from ross_jax.demo.scoring import psnr
+from ross_jax.evaluation.pictures import draw_grid, psnr, ssim, to_uint8
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, Model, load_model
 from ross_jax.inference.reconstruct import (
     Sampling,
@@ -52,20 +50,6 @@ def find_pictures(paths: list[Path]) -> list[Path]:
         else:
             raise ImageError(f"{path}: no such file or folder")
     return found
-
-
-def ssim(pictures: np.ndarray, originals: np.ndarray) -> np.ndarray:
-    """Structural similarity of each uint8 picture.
-
-    Raises:
-      UserError: scikit-image is not installed.
-    """
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError as error:
-        raise UserError("SSIM: scikit-image is not installed; run `pip install -e '.[demo]'`") from error
-    pairs = zip(pictures, originals, strict=True)
-    return np.array([structural_similarity(a, b, channel_axis=-1, data_range=255) for a, b in pairs])
 
 
 def reconstruct(model: Model, pictures: list[np.ndarray], sampling: Sampling, seed: int, rows: int):

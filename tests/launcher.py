@@ -1,18 +1,20 @@
-"""Runs of launch/train.py on a tiny model and a few pictures, for the tests of the launcher."""
+"""Scripts of launch/ as modules; runs of launch/train.py on a tiny model and a few pictures."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizer_fixtures import byte_level_tokenizer
 
 from ross_jax import checkpoints
 from ross_jax.tree import flatten
+from tokenizer_fixtures import byte_level_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -39,6 +41,14 @@ def get_config():
         "loop": {{"log": 1, "save": 2}},
     }})
 """
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of `launch/` as a module, which has its `main`."""
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", REPOSITORY / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_records(count: int = 24) -> list[dict[str, Any]]:

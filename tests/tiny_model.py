@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import CONFIG
-from tokenizer_fixtures import byte_level_tokenizer
 
 from ross_jax import checkpoints
 from ross_jax.config import thaw
 from ross_jax.models.ross import components
+from tiny import CONFIG
+from tokenizer_fixtures import byte_level_tokenizer
 
 SIZED = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=320))
 

@@ -24,6 +24,7 @@ from ross_jax.convert.importing import load, plan_import
 from ross_jax.convert.mapping import expand
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.demo.once import file_hash, make_once
+from ross_jax.evaluation.pictures import to_uint8
 from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from ross_jax.tree import flatten, unflatten
 
@@ -115,11 +116,6 @@ def load_pictures(paths: list[Path]) -> UInt8[np.ndarray, "items height width 3"
 def to_float(pictures: Array | np.ndarray) -> Float[Array, "items height width 3"]:
     """uint8 pictures to [-1, 1]."""
     return jnp.asarray(pictures, jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(pixels: Float[Array | np.ndarray, "items height width 3"]) -> UInt8[np.ndarray, "items height width 3"]:
-    """Pictures in [-1, 1], or beyond, to uint8."""
-    return np.asarray(jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)).astype(np.uint8)
 
 
 def fit(

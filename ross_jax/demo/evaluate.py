@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ross_jax.data.images import decode, preprocess
-from ross_jax.demo.autoencoder import to_uint8
-from ross_jax.demo.scoring import Accuracy, is_nearest, psnr, score_answers
+from ross_jax.demo.scoring import Accuracy, score_answers
+from ross_jax.evaluation.pictures import is_nearest, psnr, to_uint8
 from ross_jax.inference.answer import answer
 from ross_jax.inference.model import Model
 from ross_jax.inference.reconstruct import autoencode, outputs_of_pictures, sample_pixels, target_pictures

@@ -9,8 +9,9 @@ import numpy as np
 
 from ross_jax.config import thaw
 from ross_jax.demo.evaluate import Reconstructions, answer_heldout, reconstruct_heldout
-from ross_jax.demo.figures import draw_grid, plot_losses
+from ross_jax.demo.figures import plot_losses
 from ross_jax.demo.scoring import Accuracy, format_accuracies
+from ross_jax.evaluation.pictures import draw_grid
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
 
 STAGES = ("pretrain", "finetune")

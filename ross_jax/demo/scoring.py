@@ -1,4 +1,4 @@
-"""Scores of the demo: accuracy by question type, PSNR, and how often a reconstruction is nearest to its own picture."""
+"""Scores of the demo: accuracy by question type."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float
 
 from ross_jax.config import UserError
 from ross_jax.demo.questions import ANSWERS
@@ -104,29 +104,3 @@ def format_accuracies(results: Mapping[str, Sequence[Accuracy]]) -> str:
     chance, frequent = np.mean([r.chance for r in one]), np.mean([r.most_frequent for r in one])
     lines.append(f"{'mean':15}{sum(r.count for r in one):>6}{chance:>8.3f}{frequent:>9.3f}{means}".rstrip())
     return "\n".join(lines)
-
-
-def psnr(
-    pictures: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
-) -> Float[np.ndarray, " items"]:
-    """Peak signal-to-noise ratio of each picture in dB; both in units of 0 to 255. Infinite where they are equal."""
-    error = np.mean(np.square(pictures.astype(np.float64) - originals.astype(np.float64)), axis=(1, 2, 3))
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(255.0**2 / error)
-
-
-def nearest_originals(
-    pictures: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
-) -> Int[np.ndarray, " items"]:
-    """For each picture the index of the original with the smallest mean squared error."""
-    flat = pictures.reshape(len(pictures), -1).astype(np.float64)
-    others = originals.reshape(len(originals), -1).astype(np.float64)
-    distances = np.square(flat).sum(1)[:, None] - 2 * flat @ others.T + np.square(others).sum(1)
-    return np.argmin(distances, axis=1)
-
-
-def is_nearest(
-    pictures: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
-) -> Bool[np.ndarray, " items"]:
-    """Whether each picture is nearer to its own original than to every other. The mean is the retrieval accuracy."""
-    return nearest_originals(pictures, originals) == np.arange(len(pictures))

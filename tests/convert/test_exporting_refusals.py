@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from tiny_model import write_model
 
 from ross_jax import checkpoints
 from ross_jax.config import UserError
 from ross_jax.convert.exporting import export
+from tiny_model import write_model
 
 
 def test_another_prediction_than_the_references(tmp_path):

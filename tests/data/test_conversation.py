@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizer_fixtures import CHATML, TINY, byte_level_tokenizer, tokenizer_folder  # noqa: F401
 
 from ross_jax.config import UserError
 from ross_jax.data.conversation import (
@@ -22,6 +21,7 @@ from ross_jax.data.conversation import (
 )
 from ross_jax.data.encoders import build_encoder, build_prompt_encoder
 from ross_jax.data.tokenizer import TextEncoder, load_tokenizer
+from tokenizer_fixtures import CHATML, TINY, byte_level_tokenizer, tokenizer_folder  # noqa: F401
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenization"
 REAL = {"v1": "llama2", "qwen_2": "qwen2", "llama3": "llama3", "chatml": "qwen2", "plain": "llama2"}

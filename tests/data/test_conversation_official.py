@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizer_fixtures import byte_level_tokenizer, tokenizer_folder  # noqa: F401
 
 from ross_jax.config import UserError
 from ross_jax.data.conversation import IGNORE, ConversationError
 from ross_jax.data.conversation_official import collate
 from ross_jax.data.encoders import build_encoder, build_prompt_encoder
 from ross_jax.data.tokenizer import load_tokenizer
+from tokenizer_fixtures import byte_level_tokenizer, tokenizer_folder  # noqa: F401
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenization"
 BLOCKS = {name: json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("v1", "qwen_2", "llama3")}

@@ -5,12 +5,12 @@ import pickle
 import shutil
 
 import pytest
-from tokenizer_fixtures import TINY, byte_level_tokenizer, sentencepiece_tokenizer, tokenizer_folder  # noqa: F401
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ross_jax.config import UserError
 from ross_jax.data.tokenizer import TextEncoder, load_tokenizer
+from tokenizer_fixtures import TINY, byte_level_tokenizer, sentencepiece_tokenizer, tokenizer_folder  # noqa: F401
 
 # Ids that the slow tokenizers of transformers 4.43 gave the reference, special tokens and mid-sequence words included.
 REFERENCE_IDS = {

@@ -7,12 +7,9 @@ import pytest
 from PIL import Image
 
 from ross_jax.config import UserError
-from ross_jax.demo.figures import draw_grid, plot_losses
+from ross_jax.demo.figures import plot_losses
 from ross_jax.demo.scoring import (
     format_accuracies,
-    is_nearest,
-    nearest_originals,
-    psnr,
     score_answers,
     standard_error,
 )
@@ -66,26 +63,6 @@ def test_table():
     assert lines[-1].split() == ["mean", "2", "0.375", "1.000", "0.500", "0.500"]
 
 
-def test_psnr():
-    black = np.zeros((3, 4, 4, 3), np.uint8)
-    other = black.copy()
-    other[0] += 255
-    other[1] += 1
-    values = psnr(other, black)
-    assert values[:2] == pytest.approx([0.0, 20 * math.log10(255)])
-    assert values[2] == math.inf
-    assert psnr(black, other)[:2] == pytest.approx(values[:2])  # no wrap-around of uint8
-
-
-def test_retrieval():
-    originals = np.random.default_rng(0).integers(256, size=(8, 6, 6, 3)).astype(np.uint8)
-    noisy = np.clip(originals + np.random.default_rng(1).normal(0, 30, originals.shape), 0, 255)
-    assert is_nearest(noisy, originals).all()
-    swapped = noisy[[1, 0, 2, 3, 4, 5, 6, 7]]
-    np.testing.assert_array_equal(nearest_originals(swapped, originals), [1, 0, 2, 3, 4, 5, 6, 7])
-    assert is_nearest(swapped, originals).mean() == 0.75
-
-
 def test_loss_curves(tmp_path):
     pytest.importorskip("matplotlib", reason="the `demo` extra is not installed")
     curves = {
@@ -97,17 +74,3 @@ def test_loss_curves(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         assert image.width > 800 and np.asarray(image).std() > 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_grid(tmp_path):
-    red = np.zeros((2, 8, 8, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
-    blue = red[..., ::-1]
-    draw_grid(tmp_path / "grid.png", {"picture": red, "reconstruction": blue}, scale=3)
-    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
-    for colour in ((255, 0, 0), (0, 0, 255)):
-        assert (pixels == np.array(colour)).all(axis=-1).sum() == 2 * 24 * 24
-    first_red = np.argwhere((pixels == (255, 0, 0)).all(-1))[0]
-    first_blue = np.argwhere((pixels == (0, 0, 255)).all(-1))[0]
-    assert first_red[0] == first_blue[0] and first_red[1] + 24 <= first_blue[1]
-    with pytest.raises(UserError, match="one shape"):
-        draw_grid(tmp_path / "grid.png", {"a": red, "b": blue[:1]})

@@ -1,6 +1,7 @@
 """A tiny model directory."""
 
 import pytest
+
 from tiny_model import write_model
 
 

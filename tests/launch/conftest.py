@@ -1,6 +1,7 @@
 """A recipe of 24 steps, and what its runs compile; a tiny model directory."""
 
 import pytest
+
 from launcher import write_recipe
 from tiny_model import write_model
 

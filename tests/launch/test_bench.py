@@ -1,14 +1,12 @@
 """`launch/bench.py data` measures what training would read."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[2] / "launch" / "bench.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+from launcher import load_script
+
+bench = load_script("bench")
 
 SMALL = ["--samples", "40", "--batch", "8", "--image-size", "16", "--image-tokens", "4", "--length", "1300"]
 

@@ -1,6 +1,5 @@
 """`launch/convert.py`: what it prints and returns, and that nothing half-written is ever left under a model's name."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from convert.foreign import (
     CLIP,
     GOLDEN,
@@ -26,7 +26,7 @@ from convert.foreign import (
     save,
     state_of,
 )
-
+from launcher import load_script
 from ross_jax.checkpoints import MANIFEST
 from ross_jax.config import UserError
 from ross_jax.convert.exporting import export
@@ -45,9 +45,7 @@ def run(*arguments: str | Path, before: str = "", **options) -> subprocess.Compl
 @pytest.fixture
 def main(monkeypatch, capsys):
     """The script's main function in this process: (arguments) -> exit status, output, error output."""
-    spec = importlib.util.spec_from_file_location("launch_convert", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("convert")
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:

@@ -1,19 +1,14 @@
 """The generation launcher."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
+from launcher import load_script
 from ross_jax.inference.answer import answer
 from ross_jax.inference.model import load_model
 
-_PATH = Path(__file__).parents[2] / "launch" / "generate.py"
-_SPEC = importlib.util.spec_from_file_location("launch_generate", _PATH)
-launcher = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(launcher)
+launcher = load_script("generate")
 
 
 @pytest.fixture

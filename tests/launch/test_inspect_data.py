@@ -1,6 +1,5 @@
 """launch/inspect_data.py: what it prints, what it writes, how it fails."""
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -8,9 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from tokenizer_fixtures import ROOT, byte_level_tokenizer, tokenizer_folder  # noqa: F401
 
+from launcher import load_script
 from ross_jax.data.conversation import EncodedConversation
+from tokenizer_fixtures import ROOT, byte_level_tokenizer, tokenizer_folder  # noqa: F401
 
 SCRIPT = ROOT / "launch" / "inspect_data.py"
 GOLDEN = ROOT / "tests" / "golden" / "tokenization"
@@ -18,10 +18,7 @@ GOLDEN = ROOT / "tests" / "golden" / "tokenization"
 
 @pytest.fixture(scope="module")
 def inspect_data():
-    spec = importlib.util.spec_from_file_location("inspect_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("inspect_data")
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,15 @@
 """The reconstruction launcher."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from launcher import load_script
+
 pytest.importorskip("skimage", reason="the `demo` extra is not installed")
-_PATH = Path(__file__).parents[2] / "launch" / "reconstruct.py"
-_SPEC = importlib.util.spec_from_file_location("launch_reconstruct", _PATH)
-launcher = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(launcher)
+launcher = load_script("reconstruct")
 
 
 @pytest.fixture

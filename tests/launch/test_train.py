@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher import REPOSITORY, command, environment, make_records, step_lines, train
 
+from launcher import REPOSITORY, command, environment, make_records, step_lines, train
 from ross_jax.checkpoints import RunCheckpoints
 
 

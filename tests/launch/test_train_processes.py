@@ -9,8 +9,8 @@ import time
 
 import numpy as np
 import pytest
-from launcher import command, environment, losses, parameters, step_lines, train
 
+from launcher import command, environment, losses, parameters, step_lines, train
 from ross_jax.checkpoints import latest_step
 
 pytestmark = pytest.mark.slow

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity.helpers import assert_close, torch
 
+from parity.helpers import assert_close, torch
 from ross_jax.objectives.diffusion import (
     add_noise,
     make_diffusion,

@@ -7,7 +7,6 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import CONFIG, ONE_DEVICE, STAGE2, make_batch
 
 from ross_jax.sharding import batch_sharding, make_mesh
 from ross_jax.training import metrics
@@ -16,6 +15,7 @@ from ross_jax.training.metrics import Meter, RangeWatch, matrix_sizes, step_flop
 from ross_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ross_jax.training.state import FreezeConfig, abstract_tree, split
 from ross_jax.training.step import ReconstructionConfig, StepConfig, make_state, make_train_step
+from tiny import CONFIG, ONE_DEVICE, STAGE2, make_batch
 
 FREEZE = {
     "stage 1": FreezeConfig((r"projector/.*", r"denoiser/.*"), dtype="float32"),

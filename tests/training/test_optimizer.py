@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG
 
 from ross_jax.models.ross import abstract_params
 from ross_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ross_jax.tree import flatten, unflatten
+from tiny import CONFIG
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
-from tiny import CONFIG, STAGE2
-from tokenizer_fixtures import byte_level_tokenizer
 
 from configs import ross
 from ross_jax import checkpoints
@@ -33,6 +31,8 @@ from ross_jax.training.run import Run
 from ross_jax.training.state import FreezeConfig
 from ross_jax.training.step import StepConfig
 from ross_jax.tree import flatten, merge
+from tiny import CONFIG, STAGE2
+from tokenizer_fixtures import byte_level_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from tiny import STAGE2, Run, make_batch
 
 from ross_jax.sharding import MeshConfig
 from ross_jax.training.state import FreezeConfig
 from ross_jax.training.step import ReconstructionConfig
 from ross_jax.tree import flatten
+from tiny import STAGE2, Run, make_batch
 
 SLOW = [(2, 4, 1), (4, 2, 1), (1, 4, 2), (4, 1, 2), (2, 1, 4), (1, 1, 8)]
 MESHES = [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW)]
