@@ -40,10 +40,10 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*/layers/(mlp/)?(gate|up)/bias", (None, "mlp")),
     (r".*/layers/(mlp/)?down/kernel", (None, "mlp", "embed")),
     # In turn by columns and by rows: split by columns alone, XLA computed wrong gradients on a 2x2x2 mesh.
-    (r"projector/linear_\d*[02468]/kernel", ("embed", "mlp")),
-    (r"projector/linear_\d*[13579]/kernel", ("mlp", "embed")),
-    (r"vision/position_embedding", (None, "embed")),
-    (r"vision/patch_embedding/kernel", (None, None, None, "embed")),
+    (r"(projector|regressor)/linear_\d*[02468]/kernel", ("embed", "mlp")),
+    (r"(projector|regressor)/linear_\d*[13579]/kernel", ("mlp", "embed")),
+    (r"(vision|teacher)/position_embedding", (None, "embed")),
+    (r"(vision|teacher)/patch_embedding/kernel", (None, None, None, "embed")),
     # Every matrix of the denoiser runs on all tokens of a picture: split the rows only, and gather.
     (r"denoiser/blocks/.*/kernel", (None, "embed", None)),
     (r"denoiser/blocks/modulation/kernel", (None, "embed", None)),

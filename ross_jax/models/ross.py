@@ -18,6 +18,7 @@ from ross_jax.models.denoiser import Denoiser, DenoiserConfig
 from ross_jax.models.language import LanguageConfig, LanguageModel
 from ross_jax.models.layers import RematPolicy
 from ross_jax.models.projector import Projector, ProjectorConfig
+from ross_jax.models.regressor import Regressor, RegressorConfig
 from ross_jax.models.vision import VisionConfig, VisionEncoder
 
 TARGET_PIXELS = 16
@@ -26,10 +27,13 @@ TARGET_PIXELS = 16
 
 @dataclasses.dataclass(frozen=True)
 class RossConfig:
-    """The components of a model. One that is absent has no parameters: LLaVA has neither denoiser nor autoencoder.
+    """The components of a model. One that is absent has no parameters: LLaVA has nothing that reconstructs.
 
     Attributes:
+      denoiser, regressor: what reads the visual outputs; at most one of them.
+      autoencoder, teacher: frozen, of what the targets are made.
       image_mean, image_std: of the vision encoder's normalisation, in [0, 1] units.
+      teacher_mean, teacher_std: of the teacher's.
     """
 
     vision: VisionConfig | None = None
@@ -37,32 +41,70 @@ class RossConfig:
     language: LanguageConfig | None = None
     denoiser: DenoiserConfig | None = None
     autoencoder: AutoencoderConfig | None = None
+    regressor: RegressorConfig | None = None
+    teacher: VisionConfig | None = None
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    teacher_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    teacher_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
-        def same(name: str, left: int, other: str, right: int):
-            if left != right:
-                raise ValueError(f"{name} is {left} but {other} is {right}")
+        sizes = {
+            "projector.in_size": (self.projector and self.projector.in_size),
+            "vision.hidden_size": (self.vision and self.vision.hidden_size),
+            "projector.out_size": (self.projector and self.projector.out_size),
+            "language.hidden_size": (self.language and self.language.hidden_size),
+            "denoiser.condition_size": (self.denoiser and self.denoiser.condition_size),
+            "regressor.condition_size": (self.regressor and self.regressor.condition_size),
+            "denoiser.grid": (self.denoiser and self.denoiser.grid),
+            "vision.grid": (self.vision and self.vision.grid),
+            "denoiser.latent_size": (self.denoiser and self.denoiser.latent_size),
+            "regressor.out_size": (self.regressor and self.regressor.out_size),
+            "channels of the autoencoder's latents per picture token": self.latent_size,
+            "teacher.hidden_size": (self.teacher and self.teacher.hidden_size),
+            "channels of a token's pixels": 3 * TARGET_PIXELS**2,
+        }
 
-        if self.projector and self.vision:
-            same("projector.in_size", self.projector.in_size, "vision.hidden_size", self.vision.hidden_size)
-        if self.projector and self.language:
-            same(
-                "projector.out_size",
-                self.projector.out_size,
-                "language.hidden_size",
-                self.language.hidden_size,
+        def same(left: str, right: str):
+            if None not in (sizes[left], sizes[right]) and sizes[left] != sizes[right]:
+                raise ValueError(f"{left} is {sizes[left]} but {right} is {sizes[right]}")
+
+        same("projector.in_size", "vision.hidden_size")
+        same("projector.out_size", "language.hidden_size")
+        same("denoiser.condition_size", "language.hidden_size")
+        same("denoiser.grid", "vision.grid")
+        same("denoiser.latent_size", "channels of the autoencoder's latents per picture token")
+        if self.regressor:
+            same("regressor.condition_size", "language.hidden_size")
+            of_target = {
+                "pixels": "channels of a token's pixels",
+                "latents": "channels of the autoencoder's latents per picture token",
+                "features": "teacher.hidden_size",
+            }
+            same("regressor.out_size", of_target[self.regressor.target])
+        if self.denoiser and self.regressor:
+            raise ValueError("a model has a denoiser or a regressor, not both")
+
+    @property
+    def latent_window(self) -> int | None:
+        """Latents per picture token, along a side; None without an autoencoder.
+
+        Raises:
+          ValueError: a picture token is smaller than a latent.
+        """
+        if self.autoencoder is None:
+            return None
+        if TARGET_PIXELS % self.autoencoder.downsampling:
+            raise ValueError(
+                f"autoencoder.downsampling is {self.autoencoder.downsampling}, which does not divide the "
+                f"{TARGET_PIXELS} pixels of a picture token"
             )
-        if self.denoiser and self.language:
-            same(
-                "denoiser.condition_size",
-                self.denoiser.condition_size,
-                "language.hidden_size",
-                self.language.hidden_size,
-            )
-        if self.denoiser and self.vision:
-            same("denoiser.grid", self.denoiser.grid, "vision.grid", self.vision.grid)
+        return TARGET_PIXELS // self.autoencoder.downsampling
+
+    @property
+    def latent_size(self) -> int | None:
+        """Values of a latent token: those of a window, all channels; None without an autoencoder."""
+        return self.autoencoder and self.autoencoder.latent_channels * self.latent_window**2
 
     @property
     def target_size(self) -> int:
@@ -211,6 +253,8 @@ def components(config: RossConfig) -> dict[str, nn.Module]:
         "language": LanguageModel,
         "denoiser": Denoiser,
         "autoencoder": Autoencoder,
+        "regressor": Regressor,
+        "teacher": VisionEncoder,
     }
     return {name: cls(getattr(config, name)) for name, cls in classes.items() if getattr(config, name) is not None}
 

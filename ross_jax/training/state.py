@@ -56,8 +56,8 @@ class FreezeConfig:
         return wanted and not any(re.fullmatch(pattern, path) for pattern in self.fixed)
 
     def storage_dtype(self, path: str) -> jnp.dtype:
-        """float32 for what trains and for the position table, else the frozen dtype."""
-        if self.trains(path) or path.startswith("denoiser/"):
+        """float32 for what trains and for what reads the visual outputs, else the frozen dtype."""
+        if self.trains(path) or path.startswith(("denoiser/", "regressor/")):
             return jnp.dtype(jnp.float32)
         return jnp.dtype(self.autoencoder_dtype if path.startswith("autoencoder/") else self.dtype)
 

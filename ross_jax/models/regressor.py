@@ -1,0 +1,57 @@
+"""The regressor of Ross^R: an MLP from visual outputs straight to targets, token by token (paper section 3)."""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ross_jax.models.layers import activate
+
+Target = Literal["pixels", "latents", "features"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressorConfig:
+    """Sizes of a regressor.
+
+    Attributes:
+      target: what it says of each picture token: RGB pixels, the autoencoder's latents, or a teacher's features.
+      condition_size: width of the visual outputs.
+      out_size: values per token.
+      width: of the hidden layers.
+      depth: linear layers; 1 is a linear map.
+    """
+
+    target: Target
+    condition_size: int
+    out_size: int
+    width: int
+    depth: int = 2
+
+    def __post_init__(self):
+        if self.depth < 1:
+            raise ValueError(f"depth {self.depth} must be at least 1")
+
+
+class Regressor(nn.Module):
+    """Linear layers with exact GELU between."""
+
+    config: RegressorConfig
+    dtype: DTypeLike = jnp.float32
+
+    def input_spec(self, batch: int = 1, tokens: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the arguments of `__call__`."""
+        return (jax.ShapeDtypeStruct((batch, tokens, self.config.condition_size), jnp.float32),)
+
+    @nn.compact
+    def __call__(self, context: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens target"]:
+        """Targets of normalised visual outputs (see `normalise_condition`)."""
+        cfg = self.config
+        x = context
+        for i in range(cfg.depth - 1):
+            x = activate("gelu", nn.Dense(cfg.width, dtype=self.dtype, name=f"linear_{i}")(x))
+        return nn.Dense(cfg.out_size, dtype=self.dtype, name=f"linear_{cfg.depth - 1}")(x)
