@@ -3,7 +3,7 @@
   --config=configs/demo.py:stage=finetune,kind=denoise,seed=0,root=runs/demo
 
   stage   pretrain (everything learns, on captions) | finetune (all but the autoencoder, on questions)
-  kind    denoise (Ross) | none (the same without the reconstruction loss)
+  kind    of reconstruction: denoise (Ross) | pixel | latent | latent2pixel | none (LLaVA)
   seed    of parameters, order and noise
   root    where data, tokenizer, autoencoder and runs lie
 
@@ -21,12 +21,14 @@ from ross_jax.convert.autoencoder import autoencoder_config
 from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
-from ross_jax.models.ross import RossConfig
+from ross_jax.models.regressor import RegressorConfig
+from ross_jax.models.ross import TARGET_PIXELS, RossConfig
 from ross_jax.models.vision import VisionConfig
 from ross_jax.training.recipe import complete
 
 DEFAULTS = {"stage": "finetune", "kind": "denoise", "seed": "0", "root": "runs/demo"}
-CHOICES = {"stage": ("pretrain", "finetune"), "kind": ("denoise", "none")}
+CHOICES = {"stage": ("pretrain", "finetune"), "kind": ("denoise", "pixel", "latent", "latent2pixel", "none")}
+NEEDS_AUTOENCODER = ("denoise", "latent", "latent2pixel")
 STAGES = {
     "pretrain": {"template": "plain", "learning_rate": 3e-3, "epochs": 5, "length": 256, "images": 4},
     "finetune": {"template": "qwen_2", "learning_rate": 3e-3, "epochs": 6, "length": 66, "images": 1},
@@ -52,20 +54,25 @@ def parse(arguments: str | None) -> dict[str, str]:
     return chosen
 
 
-def model_config(autoencoder: Path, reconstruct: bool = True) -> RossConfig:
+def model_config(autoencoder: Path, kind: str = "denoise") -> RossConfig:
     """Sizes of the demo's model; those of the autoencoder come from its `config.json`."""
     config = {
         "vision": VisionConfig("siglip", 64, 16, 128, 384, 5, 4, "gelu_tanh", 1e-6),
         "projector": ProjectorConfig("mlp", 128, 128, 2),
         "language": LanguageConfig(512, 128, 384, 4, 4, 2, 32, 1e4, 1e-6, qkv_bias=True, tied_head=True),
     }
-    if reconstruct:
+    if kind in NEEDS_AUTOENCODER:
         try:
             settings = json.loads((autoencoder / "config.json").read_text())
         except FileNotFoundError as error:
             raise ConfigError(f"{autoencoder}: not there yet; `bash launch/demo.sh` fits it") from error
         config["autoencoder"] = autoencoder_config(settings, str(autoencoder))
+    if kind == "denoise":
         config["denoiser"] = DenoiserConfig(128, 64, 4, 128, 3, 4, prediction="v")
+    elif kind == "pixel":
+        config["regressor"] = RegressorConfig("pixels", 128, 3 * TARGET_PIXELS**2, 512)
+    elif kind != "none":
+        config["regressor"] = RegressorConfig("latents", 128, 64, 512)
     return RossConfig(**config)
 
 
@@ -73,12 +80,12 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     """The recipe as a ConfigDict that command-line flags can override."""
     parts = parse(arguments)
     root, stage, kind = Path(parts["root"]), STAGES[parts["stage"]], parts["kind"]
-    init = [] if kind == "none" else [str(root / "model")]
+    init = [str(root / "model")] if kind in NEEDS_AUTOENCODER else []
     if parts["stage"] == "finetune":
         init.append(str(root / kind / f"seed{parts['seed']}" / "pretrain"))
     return complete(
         {
-            "model": thaw(model_config(root / "autoencoder", kind != "none")),
+            "model": thaw(model_config(root / "autoencoder", kind)),
             "init": init,
             "text": {"template": stage["template"], "tokenizer": str(root / "tokenizer")},
             "image_mode": "square",
@@ -92,7 +99,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "seed": int(parts["seed"]),
                 "cache": str(root / "cache"),
             },
-            "freeze": {"trainable": ["(?!autoencoder/).*"], "dtype": "float32", "autoencoder_dtype": "float32"},
+            "freeze": {"trainable": [".*"], "dtype": "float32", "autoencoder_dtype": "float32"},
             "optimizer": {"algorithm": "muon", "learning_rate": stage["learning_rate"], "b2": 0.98},
             "reconstruction": {"kind": kind, "draws": 2},
             "step": {"dtype": "float32", "remat": "none"},

@@ -2,7 +2,7 @@
 
 `bash launch/demo.sh` sets everything up first.
 
-  python launch/demo.py [--baseline] [--seeds 0 1 2] [--quick] [--root runs/demo]
+  python launch/demo.py [--kind latent] [--baseline] [--seeds 0 1 2] [--quick] [--root runs/demo]
 
 Interrupted, the same command continues where it was.
 """
@@ -47,13 +47,15 @@ def train(root: Path, kind: str, seed: int, stage: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = {"choices": recipe.CHOICES["kind"], "default": ["denoise"], "metavar": "KIND"}
+    parser.add_argument("--kind", nargs="+", help=f"of reconstruction: {', '.join(kind['choices'])}", **kind)
     parser.add_argument("--baseline", action="store_true", help="also train without reconstruction, and compare")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the runs (default 0)")
     parser.add_argument("--quick", action="store_true", help="little data: to see that all runs; nothing is learned")
     parser.add_argument("--root", type=Path, metavar="DIR", help="of all that is written (default runs/demo)")
     args = parser.parse_args(argv)
     root = args.root or Path("runs/demo-quick" if args.quick else "runs/demo")
-    kinds = ["denoise", "none"] if args.baseline else ["denoise"]
+    kinds = list(dict.fromkeys([*args.kind, *(["none"] if args.baseline else [])]))
     started = time.perf_counter()
     try:
         dataset = DatasetConfig(pretrain=64, finetune=64, heldout_per_type=12) if args.quick else DatasetConfig()
@@ -78,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     (root / "summary.json").write_text(json.dumps({"scores": scores, **cost}, indent=1) + "\n")
     print(format_report(scores))
     print(f"{cost['seconds']:.0f} s, at most {cost['peak_memory_gb']} GB of memory")
-    for name in ("summary.json", "losses.png", f"denoise/seed{args.seeds[0]}/pictures.png"):
+    pictures = [f"{kind}/seed{args.seeds[0]}/pictures.png" for kind in kinds if kind != "none"]
+    for name in ("summary.json", "losses.png", *pictures):
         print(root / name)
     return 0
 

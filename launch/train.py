@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from ross_jax.config import ConfigError, UserError, freeze
 from ross_jax.inference.reconstruct import PictureDrawer
+from ross_jax.objectives.reconstruction import reconstructor
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run
 
@@ -52,8 +53,8 @@ def main(argv: list[str]) -> int:
             join()
         config = freeze(RunConfig, _CONFIG.value.to_dict())
         run = Run(config, Path(_WORKDIR.value))
-        reconstructs = config.reconstruction.kind == "denoise"
-        done = run.train(draw=PictureDrawer(config.model, run.mesh, config.step.dtype) if reconstructs else None)
+        draws = config.reconstruction.kind != "none" and reconstructor(config.model) is not None
+        done = run.train(draw=PictureDrawer(config.model, run.mesh, config.step.dtype) if draws else None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if _DISTRIBUTED.value:

@@ -10,6 +10,7 @@ from ross_jax.models.language import LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import RossConfig
 from ross_jax.models.vision import VisionConfig
+from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from ross_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ross_jax.training.state import (
@@ -19,7 +20,7 @@ from ross_jax.training.state import (
     split,
     state_shardings,
 )
-from ross_jax.training.step import ReconstructionConfig, StepConfig, compile_step, make_state, make_train_step
+from ross_jax.training.step import StepConfig, compile_step, make_state, make_train_step
 
 CONFIG = RossConfig(
     vision=VisionConfig("siglip", 28, 14, 32, 48, 2, 4, "gelu_tanh", 1e-6),

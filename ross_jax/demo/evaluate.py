@@ -16,7 +16,8 @@ from ross_jax.demo.scoring import Accuracy, score_answers
 from ross_jax.evaluation.pictures import is_nearest, psnr, to_uint8
 from ross_jax.inference.answer import answer
 from ross_jax.inference.model import Model
-from ross_jax.inference.reconstruct import autoencode, outputs_of_pictures, sample_pixels, target_pictures
+from ross_jax.inference.reconstruct import autoencode, outputs_of_pictures, target_pictures
+from ross_jax.objectives.reconstruction import reconstructor
 
 LONGEST_ANSWER = 6
 """Tokens; the longest right one has three, its stop token included."""
@@ -54,20 +55,21 @@ class Reconstructions:
 
     Attributes:
       originals: at the autoencoder's size.
-      autoencoder: its own reconstruction, the ceiling.
+      autoencoder: its own reconstruction, the ceiling; None for a model without one.
       own: from the picture's visual outputs.
       other: from those of the picture before it in the list.
     """
 
     originals: UInt8[np.ndarray, "items side side 3"]
-    autoencoder: UInt8[np.ndarray, "items side side 3"]
+    autoencoder: UInt8[np.ndarray, "items side side 3"] | None
     own: UInt8[np.ndarray, "items side side 3"]
     other: UInt8[np.ndarray, "items side side 3"]
 
     def scores(self) -> dict[str, float]:
         """Mean PSNR of each in dB, and how often a reconstruction is nearest to its own picture."""
         kinds = {"autoencoder": self.autoencoder, "own": self.own, "other": self.other}
-        values = {f"psnr_{name}": float(psnr(made, self.originals).mean()) for name, made in kinds.items()}
+        made = {name: pictures for name, pictures in kinds.items() if pictures is not None}
+        values = {f"psnr_{name}": float(psnr(pictures, self.originals).mean()) for name, pictures in made.items()}
         return {**values, "nearest": float(is_nearest(self.own, self.originals).mean())}
 
 
@@ -75,16 +77,19 @@ def reconstruct_heldout(model: Model, data: Path, count: int = PICTURES, seed: i
     """Reconstructs pictures spread evenly over the held-out ones.
 
     Args:
-      model: with all five components.
+      model: with all that its pictures are made by.
       seed: of the noise; each picture's noise is the same for its own and for the other's visual outputs.
     """
     records = list({record["image"]: record for record in read_heldout(data)}.values())
     records = [records[i * len(records) // count] for i in range(min(count, len(records)))]
     pictures = read_pictures(model, data, records)
     outputs = jnp.asarray(outputs_of_pictures(model, pictures, ROWS))
-    sample = jax.jit(partial(sample_pixels, model.config))
-    key = jax.random.key(seed)
-    own, other = (sample(model.params, given, key) for given in (outputs, jnp.roll(outputs, 1, axis=0)))
+    objective = reconstructor(model.config)
+    make = jax.jit(lambda params, given, keys: objective.reconstruct(params, params, given, keys).pixels)
+    keys = jax.random.split(jax.random.key(seed), len(pictures))
+    own, other = (make(model.params, given, keys) for given in (outputs, jnp.roll(outputs, 1, axis=0)))
     originals = target_pictures(model.config, np.stack(pictures))
-    ceiling = jax.jit(partial(autoencode, model.config))(model.params, np.stack(pictures))
-    return Reconstructions(*(to_uint8(pixels) for pixels in (originals, ceiling, own, other)))
+    ceiling = None
+    if model.config.autoencoder is not None:
+        ceiling = to_uint8(jax.jit(partial(autoencode, model.config))(model.params, np.stack(pictures)))
+    return Reconstructions(to_uint8(originals), ceiling, to_uint8(own), to_uint8(other))

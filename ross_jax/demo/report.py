@@ -15,7 +15,13 @@ from ross_jax.evaluation.pictures import draw_grid
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
 
 STAGES = ("pretrain", "finetune")
-NAMES = {"denoise": "Ross", "none": "baseline"}
+NAMES = {
+    "denoise": "Ross",
+    "pixel": "Ross-R-Pixel",
+    "latent": "Ross-R-Latent",
+    "latent2pixel": "Ross-R-Latent2Pixel",
+    "none": "baseline",
+}
 """What a kind of reconstruction is called in tables."""
 SHOWN = 8
 """Pictures in the grid."""
@@ -36,11 +42,10 @@ def score_run(root: Path, kind: str, seed: int) -> dict[str, Any]:
     path = root / kind / f"seed{seed}" / _SCORES
     if path.is_file():
         return json.loads(path.read_text())
-    components = TEXT_COMPONENTS + (RECONSTRUCTION_COMPONENTS if kind == "denoise" else ())
-    model = load_model(run_folder(root, kind, seed, STAGES[-1]), components)
+    model = load_model(run_folder(root, kind, seed, STAGES[-1]), TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
     scores: dict[str, Any] = {"answers": [thaw(each) for each in answer_heldout(model, root / "data")]}
     scores["reconstruction"] = None
-    if kind == "denoise":
+    if kind != "none":
         pictures = reconstruct_heldout(model, root / "data")
         scores["reconstruction"] = pictures.scores()
         draw_pictures(path.with_name("pictures.png"), pictures)
@@ -56,7 +61,7 @@ def draw_pictures(path: Path, pictures: Reconstructions) -> None:
         "from another's": pictures.other,
         "autoencoder": pictures.autoencoder,
     }
-    draw_grid(path, {name: shown[:SHOWN] for name, shown in columns.items()})
+    draw_grid(path, {name: shown[:SHOWN] for name, shown in columns.items() if shown is not None})
 
 
 def read_losses(run: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -102,8 +107,8 @@ def format_report(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _reconstruction_line(name: str, values: Mapping[str, float]) -> str:
+    ceiling = f", autoencoder {values['psnr_autoencoder']:.1f} dB" if "psnr_autoencoder" in values else ""
     return (
         f"{name}: held-out pictures from visual outputs {values['psnr_own']:.1f} dB PSNR, from another picture's "
-        f"{values['psnr_other']:.1f} dB, autoencoder {values['psnr_autoencoder']:.1f} dB; "
-        f"nearest to its own picture {values['nearest']:.0%}"
+        f"{values['psnr_other']:.1f} dB{ceiling}; nearest to its own picture {values['nearest']:.0%}"
     )

@@ -15,7 +15,8 @@ from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.tree import flatten, unflatten
 
 TEXT_COMPONENTS = ("vision", "projector", "language")
-RECONSTRUCTION_COMPONENTS = ("denoiser", "autoencoder")
+RECONSTRUCTION_COMPONENTS = ("denoiser", "regressor", "autoencoder")
+"""What pictures are made by; which of them a model has depends on its kind of reconstruction."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Model:
       params: those that were asked for.
       template: of its conversations; None if the directory does not say.
       images: how pictures are resized.
+      condition_dropout: with which the denoiser was trained, as far as the directory says.
     """
 
     folder: Path
@@ -34,6 +36,7 @@ class Model:
     params: dict[str, Any]
     template: str | None
     images: ImageConfig
+    condition_dropout: float = 0.0
 
     def choose_template(self, template: str | None = None) -> str:
         """`template`, or else the model's own.
@@ -55,12 +58,18 @@ class Model:
         return load_tokenizer(self.folder / "files" / "language")
 
 
-def load_model(folder: str | Path, components: tuple[str, ...] = TEXT_COMPONENTS, dtype: str | None = None) -> Model:
+def load_model(
+    folder: str | Path,
+    components: tuple[str, ...] = TEXT_COMPONENTS,
+    optional: tuple[str, ...] = (),
+    dtype: str | None = None,
+) -> Model:
     """Restores a model on the default device.
 
     Args:
       folder: a model directory or a run's directory, whose latest step counts.
       components: whose parameters are restored; the others stay on disk.
+      optional: restored too, where the model has them.
       dtype: of the parameters; None: as they are stored.
 
     Raises:
@@ -77,11 +86,12 @@ def load_model(folder: str | Path, components: tuple[str, ...] = TEXT_COMPONENTS
     wanted = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or stored[path].dtype), sharding=device)
         for path, leaf in flatten(abstract_params(config)).items()
-        if path.split("/")[0] in components
+        if path.split("/")[0] in components + optional
     }
     params = checkpoints.restore_model(folder, unflatten(wanted))
     mode = manifest.get("image_mode", "pad")
     images = encoder_image_config(
         config.vision.kind, config.vision.image_size, config.image_mean, config.image_std, mode
     )
-    return Model(folder, config, params, manifest.get("template"), images)
+    dropout = manifest.get("reconstruction", {}).get("condition_dropout", 0.0)
+    return Model(folder, config, params, manifest.get("template"), images, dropout)

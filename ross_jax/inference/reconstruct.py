@@ -1,8 +1,7 @@
-"""Pictures from visual outputs: the denoiser samples latents, the autoencoder decodes them."""
+"""Visual outputs of pictures, and the bounds that a reconstruction from them lies between."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,9 @@ from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.data.encoders import build_prompt_encoder
 from ross_jax.inference.model import Model
 from ross_jax.inference.prompts import Pictures, expand_prompt, prompt_batches
-from ross_jax.models.autoencoder import Autoencoder
 from ross_jax.models.ross import Ross, RossConfig, normalise
-from ross_jax.objectives.diffusion import make_diffusion, sample_ancestral
-from ross_jax.objectives.reconstruction import DenoiseObjective, target_pixels, ungroup_latents
-from ross_jax.objectives.samplers import sample_ddim, sample_dpm
+from ross_jax.objectives.reconstruction import reconstructor
+from ross_jax.objectives.targets import decode, encode, normalised_latents, target_pixels
 from ross_jax.tree import merge
 
 _DRAWN = ("tokens", "positions", "segments", "images", "image_start")
@@ -64,67 +61,6 @@ def outputs_of_pictures(
     return np.concatenate([np.asarray(run(model.params, batch)) for batch in batches])[: len(pictures)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How latents are sampled.
-
-    Attributes:
-      sampler: `ddpm`, ancestral, as the reference; `ddim`; `dpm`, DPM-Solver++(2M).
-      steps: respaced from the process of training.
-      temperature: of the noise that `ddpm` adds at each step.
-    """
-
-    sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"
-    steps: int = 50
-    temperature: float = 1.0
-
-
-def sample_latents(
-    config: RossConfig, params: Any, outputs: Float[Array, "items tokens embed"], key: Array, sampling: Sampling
-) -> Float[Array, "items height width channels"]:
-    """Latents on the denoiser's scale, sampled given visual outputs. One scan.
-
-    Args:
-      params: with `denoiser`.
-      key: of all noise.
-
-    Raises:
-      ConfigError: a number of steps that the process cannot be respaced to.
-    """
-    process = make_diffusion(respacing=str(sampling.steps))
-    objective = DenoiseObjective(config)
-    predict = objective.predictor(params, outputs.astype(jnp.float32))
-    shape = (len(outputs), config.denoiser.num_tokens, config.denoiser.latent_size)
-    first, rest = jax.random.split(key)
-    initial = jax.random.normal(first, shape)
-    if sampling.sampler == "ddpm":
-        noise = jax.random.normal(rest, (process.steps, *shape))
-        tokens = sample_ancestral(process, predict, initial, noise, sampling.temperature)[-1]
-    else:
-        tokens = {"ddim": sample_ddim, "dpm": sample_dpm}[sampling.sampler](process, predict, initial)
-    return ungroup_latents(tokens, objective.window)
-
-
-def sample_pixels(
-    config: RossConfig,
-    params: Any,
-    outputs: Float[Array, "items tokens embed"],
-    key: Array,
-    sampling: Sampling = Sampling(),
-) -> Float[Array, "items side side 3"]:
-    """Pictures in [-1, 1]: `sample_latents`, decoded. `params` with `denoiser` and `autoencoder`."""
-    return decode_latents(config, params, sample_latents(config, params, outputs, key, sampling))
-
-
-def decode_latents(
-    config: RossConfig, params: Any, latents: Float[Array, "items height width channels"]
-) -> Float[Array, "items side side 3"]:
-    """Pictures in [-1, 1] of latents on the denoiser's scale."""
-    module = Autoencoder(config.autoencoder)
-    pixels = module.apply({"params": params["autoencoder"]}, module.denormalise(latents), method="decode")
-    return jnp.clip(pixels, -1.0, 1.0)
-
-
 def target_pictures(
     config: RossConfig, images: UInt8[Array | np.ndarray, "items height width 3"]
 ) -> Float[Array, "items side side 3"]:
@@ -135,38 +71,40 @@ def target_pictures(
 def encode_latents(
     config: RossConfig, params: Any, images: UInt8[Array | np.ndarray, "items height width 3"]
 ) -> Float[Array, "items rows columns channels"]:
-    """The mean of each picture's posterior, on the denoiser's scale. `params` with `autoencoder`."""
-    module = Autoencoder(config.autoencoder)
-    pixels = target_pictures(config, images)
-    return module.normalise(module.apply({"params": params["autoencoder"]}, pixels, method="encode").mean)
+    """The mean of each picture's posterior, on the scale that models see. `params` with `autoencoder`."""
+    return normalised_latents(config, encode(config, params, normalise(config, jnp.asarray(images))).mean)
 
 
 def autoencode(
     config: RossConfig, params: Any, images: UInt8[Array | np.ndarray, "items height width 3"]
 ) -> Float[Array, "items side side 3"]:
-    """The autoencoder's own reconstruction in [-1, 1], the ceiling of any other."""
-    return decode_latents(config, params, encode_latents(config, params, images))
+    """The autoencoder's own reconstruction in [-1, 1], the ceiling of any other from latents."""
+    return jnp.clip(decode(config, params, encode_latents(config, params, images)), -1.0, 1.0)
 
 
 class PictureDrawer:
     """Draws some pictures of a training batch beside their reconstruction, for TensorBoard.
 
-    One row for each: picture, reconstruction from its visual outputs, the autoencoder's own. The arguments of a call
-    are those of the training loop's hooks: (step, state, batch), the state with `params` and `frozen`.
+    One row for each: picture, reconstruction from its visual outputs, the autoencoder's own if there is one. The
+    arguments of a call are those of the training loop's hooks: (step, state, batch), the state with `params` and
+    `frozen`.
     """
 
     def __init__(self, config: RossConfig, mesh: Mesh, dtype: str = "float32", count: int = 4, seed: int = 0):
         """Args: dtype of activations; at most `count` pictures; seed of the noise, the same at every step."""
-        key = jax.random.key(seed)
+        keys = jax.random.split(jax.random.key(seed), count)
+        objective = reconstructor(config)
 
         def draw(params: Any, frozen: Any, batch: dict[str, Array]) -> UInt8[Array, "height width 3"]:
             tree = merge(params, frozen)
             rows, slots = _first_pictures(batch, count)
             chosen = {name: batch[name][rows] for name in _DRAWN}
             outputs = visual_outputs(config, tree, chosen, dtype)[jnp.arange(len(rows)), slots]
-            made = sample_pixels(config, tree, outputs, key)
+            made = objective.reconstruct(tree, tree, outputs.astype(jnp.float32), keys[: len(rows)]).pixels
             images = chosen["images"][jnp.arange(len(rows)), slots]
-            columns = [target_pictures(config, images), made, autoencode(config, tree, images)]
+            columns = [target_pictures(config, images), made]
+            if config.autoencoder is not None:
+                columns.append(autoencode(config, tree, images))
             pixels = rearrange(jnp.stack(columns), "column row h w c -> (row h) (column w) c")
             return jnp.round((pixels + 1.0) * 127.5).astype(jnp.uint8)
 

@@ -125,6 +125,11 @@ class AttentionBlock(nn.Module):
         return x + nn.Dense(channels, dtype=self.dtype, name="out")(y).reshape(x.shape)
 
 
+def _blocks(remat: bool) -> tuple[type[nn.Module], type[nn.Module]]:
+    """Residual and attention blocks; with `remat` a backward pass keeps only their inputs."""
+    return (nn.remat(ResnetBlock), nn.remat(AttentionBlock)) if remat else (ResnetBlock, AttentionBlock)
+
+
 class Level(nn.Module):
     """The residual (and attention) blocks of one resolution."""
 
@@ -133,13 +138,15 @@ class Level(nn.Module):
     layers: int
     attends: bool
     dtype: DTypeLike
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]):
+        resnet, attention_block = _blocks(self.remat)
         for i in range(self.layers):
-            x = ResnetBlock(self.config, self.features, self.dtype, name=f"resnet_{i}")(x)
+            x = resnet(self.config, self.features, self.dtype, name=f"resnet_{i}")(x)
             if self.attends:
-                x = AttentionBlock(self.config, self.dtype, name=f"attention_{i}")(x)
+                x = attention_block(self.config, self.dtype, name=f"attention_{i}")(x)
         return x
 
 
@@ -148,13 +155,15 @@ class MidBlock(nn.Module):
 
     config: AutoencoderConfig
     dtype: DTypeLike
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]):
-        x = ResnetBlock(self.config, x.shape[-1], self.dtype, name="resnet_0")(x)
+        resnet, attention_block = _blocks(self.remat)
+        x = resnet(self.config, x.shape[-1], self.dtype, name="resnet_0")(x)
         if self.config.mid_attention:
-            x = AttentionBlock(self.config, self.dtype, name="attention_0")(x)
-        return ResnetBlock(self.config, x.shape[-1], self.dtype, name="resnet_1")(x)
+            x = attention_block(self.config, self.dtype, name="attention_0")(x)
+        return resnet(self.config, x.shape[-1], self.dtype, name="resnet_1")(x)
 
 
 class Encoder(nn.Module):
@@ -183,15 +192,16 @@ class Decoder(nn.Module):
 
     config: AutoencoderConfig
     dtype: DTypeLike
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch rows columns latent"]):
         cfg = self.config
         x = _conv(cfg.channels[-1], 3, self.dtype, "conv_in")(x)
-        x = MidBlock(cfg, self.dtype, name="mid")(x)
+        x = MidBlock(cfg, self.dtype, self.remat, name="mid")(x)
         for i, features in enumerate(reversed(cfg.channels)):
-            level = Level(cfg, features, cfg.layers_per_block + 1, cfg.up_attention[i], self.dtype, name=f"up_{i}")
-            x = level(x)
+            layers, attends = cfg.layers_per_block + 1, cfg.up_attention[i]
+            x = Level(cfg, features, layers, attends, self.dtype, self.remat, name=f"up_{i}")(x)
             if i < len(cfg.channels) - 1:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = _conv(features, 3, self.dtype, f"upsample_{i}")(x)
@@ -200,10 +210,15 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Pictures in [-1, 1] to latents and back."""
+    """Pictures in [-1, 1] to latents and back.
+
+    Attributes:
+      remat: the backward pass through the decoder keeps the inputs of its blocks only.
+    """
 
     config: AutoencoderConfig
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def input_spec(self, batch: int = 1, size: int | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of the arguments of `__call__`."""
@@ -212,7 +227,7 @@ class Autoencoder(nn.Module):
 
     def setup(self):
         cfg = self.config
-        self.encoder, self.decoder = Encoder(cfg, self.dtype), Decoder(cfg, self.dtype)
+        self.encoder, self.decoder = Encoder(cfg, self.dtype), Decoder(cfg, self.dtype, self.remat)
         if cfg.quant_conv:
             self.quant_conv = nn.Conv(2 * cfg.latent_channels, (1, 1), dtype=self.dtype)
         if cfg.post_quant_conv:

@@ -33,6 +33,8 @@ def default_width(depth: int) -> int:
 
 
 Prediction = Literal["epsilon", "v", "x0"]
+Schedule = Literal["cosine", "linear", "scaled_linear", "sigmoid"]
+Block = Literal["adaln", "mlp", "vit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,9 @@ class DenoiserConfig:
       latent_size: channels of a latent token.
       grid: latent tokens per side.
       prediction: what its output means; the reference predicts the noise, epsilon.
+      schedule: of the noise that it removes.
+      block: `adaln`, the reference's; of the paper's ablation `mlp`, the same without attention, and `vit`, plain
+        transformer blocks to whose input the condition is added.
     """
 
     condition_size: int
@@ -54,6 +59,8 @@ class DenoiserConfig:
     num_heads: int = NUM_HEADS
     mlp_ratio: float = 4.0
     prediction: Prediction = "epsilon"
+    schedule: Schedule = "cosine"
+    block: Block = "adaln"
 
     def __post_init__(self):
         if self.width % self.num_heads:
@@ -117,7 +124,7 @@ class SelfAttention(nn.Module):
 
 
 class DenoiserBlock(nn.Module):
-    """DiT block with per-token modulation; starts as the identity (zero gates)."""
+    """One of the blocks that `DenoiserConfig.block` names. Those with modulation start as the identity (zero gates)."""
 
     config: DenoiserConfig
     dtype: DTypeLike
@@ -127,15 +134,25 @@ class DenoiserBlock(nn.Module):
     def __call__(self, x: Float[Array, "batch tokens width"], condition: Float[Array, "batch tokens width"]):
         cfg = self.config
         x = constrain(x, "batch")
-        zeros = nn.initializers.zeros
-        modulation = nn.Dense(6 * cfg.width, dtype=self.dtype, kernel_init=zeros, name="modulation")(nn.silu(condition))
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+        xavier = nn.initializers.xavier_uniform()
+        attention = SelfAttention(cfg.num_heads, self.dtype, name="attention")
+        mlp = Mlp(int(cfg.width * cfg.mlp_ratio), "gelu_tanh", self.dtype, kernel_init=xavier, name="mlp")
+        if cfg.block == "vit":
+            attended = attention(layer_norm(NORM_EPS, self.dtype, name="norm1")(x))
+            x = x + attended
+            x = x + mlp(layer_norm(NORM_EPS, self.dtype, name="norm2")(x))
+            return x, ((attended, x) if self.collect else None)
+        branches = 1 if cfg.block == "mlp" else 2
+        modulation = nn.Dense(
+            3 * branches * cfg.width, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="modulation"
+        )(nn.silu(condition))
+        *first, shift, scale, gate = jnp.split(modulation, 3 * branches, axis=-1)
         norm = layer_norm(NORM_EPS, self.dtype, affine=False)
-        attended = SelfAttention(cfg.num_heads, self.dtype, name="attention")(modulate(norm(x), shift1, scale1))
-        x = x + gate1 * attended
-        hidden = int(cfg.width * cfg.mlp_ratio)
-        mlp = Mlp(hidden, "gelu_tanh", self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="mlp")
-        x = x + gate2 * mlp(modulate(norm(x), shift2, scale2))
+        attended = None
+        if first:
+            attended = attention(modulate(norm(x), first[0], first[1]))
+            x = x + first[2] * attended
+        x = x + gate * mlp(modulate(norm(x), shift, scale))
         return x, ((attended, x) if self.collect else None)
 
 
@@ -171,7 +188,11 @@ class Denoiser(nn.Module):
         self.latent_embedding = dense(cfg.width, xavier)
         self.condition_embedding = dense(cfg.width, xavier)
         self.timestep_in, self.timestep_out = dense(cfg.width, normal), dense(cfg.width, normal)
-        self.final_modulation, self.final = dense(2 * cfg.width, zeros), dense(cfg.latent_size, zeros)
+        self.final = dense(cfg.latent_size, zeros)
+        if cfg.block == "vit":
+            self.final_norm = layer_norm(NORM_EPS, self.dtype)
+        else:
+            self.final_modulation = dense(2 * cfg.width, zeros)
 
     def embed_condition(self, context: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens width"]:
         """Projects normalised visual outputs (see `normalise_condition`)."""
@@ -212,10 +233,15 @@ class Denoiser(nn.Module):
         time = self.timestep_out(nn.silu(self.timestep_in(features)))
         per_token = time[:, None] + condition
         x = embedded + self.position_embedding.astype(self.dtype)
+        if cfg.block == "vit":
+            x = x + per_token
         blocks = stack(DenoiserBlock, cfg.depth, self.remat, constant=1)
         x, outputs = blocks(cfg, self.dtype, internals, name="blocks")(x, per_token)
-        shift, scale = jnp.split(self.final_modulation(nn.silu(per_token)), 2, axis=-1)
-        x = self.final(modulate(layer_norm(NORM_EPS, self.dtype, affine=False)(x), shift, scale))
+        if cfg.block == "vit":
+            x = self.final(self.final_norm(x))
+        else:
+            shift, scale = jnp.split(self.final_modulation(nn.silu(per_token)), 2, axis=-1)
+            x = self.final(modulate(layer_norm(NORM_EPS, self.dtype, affine=False)(x), shift, scale))
         if not internals:
             return x
         return x, {

@@ -1,6 +1,7 @@
 """Gaussian diffusion: noise schedules, respacing, and ancestral sampling.
 
-Improved DDPM's process as DiT and the reference use it: cosine schedule, epsilon prediction, fixed large variance.
+Improved DDPM's process as DiT and the reference use it (cosine schedule, epsilon prediction, fixed large variance), and
+other schedules and predictions.
 Tables are float64 on the host and become float32 when a timestep is looked up.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ross_jax.config import ConfigError
-from ross_jax.models.denoiser import Prediction
+from ross_jax.models.denoiser import Prediction, Schedule
 
 Predict = Callable[[Float[Array, "batch ..."], Int[Array, " batch"]], Float[Array, "batch ..."]]
 """A network's noise, from x_t and the timestep of the training process."""
@@ -74,6 +75,30 @@ def cosine_betas(steps: int = 1000, max_beta: float = 0.999) -> np.ndarray:
         return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
     return np.array([min(1 - signal((i + 1) / steps) / signal(i / steps), max_beta) for i in range(steps)])
+
+
+def linear_betas(steps: int = 1000) -> np.ndarray:
+    """Betas of DDPM's schedule, rising evenly; their sum does not depend on the number of steps."""
+    return 1000 / steps * np.linspace(1e-4, 0.02, steps)
+
+
+def scaled_linear_betas(steps: int = 1000) -> np.ndarray:
+    """Betas of latent diffusion's schedule: their roots rise evenly."""
+    return 1000 / steps * np.square(np.linspace(math.sqrt(0.00085), math.sqrt(0.012), steps))
+
+
+def sigmoid_betas(steps: int = 1000) -> np.ndarray:
+    """Betas of GeoDiff's schedule: a sigmoid over [-6, 6]."""
+    return 1000 / steps * (1e-4 + (0.02 - 1e-4) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, steps))))
+
+
+SCHEDULES: dict[Schedule, Callable[[], np.ndarray]] = {
+    "cosine": cosine_betas,
+    "linear": linear_betas,
+    "scaled_linear": scaled_linear_betas,
+    "sigmoid": sigmoid_betas,
+}
+"""Betas of the 1000-step processes that a denoiser's config names."""
 
 
 def space_timesteps(steps: int, request: str | Sequence[int]) -> list[int]:

@@ -16,14 +16,10 @@ from ross_jax.models.autoencoder import Autoencoder
 from ross_jax.models.denoiser import Denoiser, normalise_condition
 from ross_jax.models.ross import Ross, RossConfig, RossOutput
 from ross_jax.models.vision import VisionEncoder
+from ross_jax.objectives.denoise import DenoiseObjective, Draw
 from ross_jax.objectives.diffusion import add_noise, make_diffusion, sample_ancestral, step_distribution
-from ross_jax.objectives.reconstruction import (
-    DenoiseObjective,
-    Draw,
-    group_latents,
-    official_mean,
-    target_pixels,
-)
+from ross_jax.objectives.reconstruction import official_mean
+from ross_jax.objectives.targets import group_latents, target_pixels
 from ross_jax.objectives.text import next_token_loss
 from ross_jax.parity.golden import IGNORE, Golden, Merged, merge
 from ross_jax.tree import flatten
@@ -184,7 +180,7 @@ def autoencoder(reference: Reference, golden: Golden) -> Group:
     """`vae/*`."""
     pictures = channels_last(golden.take("inputs/pixel_values"))
     module = Autoencoder(reference.config.autoencoder)
-    window = DenoiseObjective(reference.config).window
+    window = reference.config.latent_window
 
     def compute(params: Params) -> dict[str, Any]:
         variables = {"params": params["autoencoder"]}

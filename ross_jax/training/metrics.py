@@ -36,8 +36,8 @@ PEAK_FLOPS = {
 """Device kind -> dense bfloat16 FLOP/s, as its vendor states."""
 
 
-_ORDER = ("vision", "projector", "language", "denoiser")
-_FIRST = re.compile(r"(vision/patch_embedding|projector/linear_0)/kernel")
+_ORDER = ("teacher", "vision", "projector", "language", "denoiser", "regressor")
+_FIRST = re.compile(r"((vision|teacher)/patch_embedding|projector/linear_0)/kernel")
 _DATA = re.compile(r"denoiser/(latent_embedding|timestep_in)/kernel")
 """Matrices that are the first of their component, and those whose inputs are noise or a timestep."""
 
@@ -70,7 +70,7 @@ def step_flops(
     Args:
       sizes: of `matrix_sizes`.
       trained: components that learn; a frozen one passes gradients on to what learns before it.
-      draws: noise levels per picture; 0 without reconstruction.
+      draws: noise levels per picture; 0 without a denoiser that is used.
       tokens: of text and pictures, padding not counted.
       pictures: real ones.
     """
@@ -83,6 +83,8 @@ def step_flops(
         if path.startswith("denoiser/condition"):
             return picture_tokens * min(draws, 1)  # once for all draws
         component = path.partition("/")[0]
+        if component == "teacher":
+            return pictures * config.teacher.num_tokens
         return {"language": tokens, "denoiser": picture_tokens * draws}.get(component, picture_tokens)
 
     def passes(path: str) -> int:

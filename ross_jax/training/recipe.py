@@ -11,11 +11,12 @@ from ml_collections.config_dict import placeholder
 from ross_jax.config import freeze, thaw
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.models.ross import RossConfig
+from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import MeshConfig
 from ross_jax.training.loop import LoopConfig
 from ross_jax.training.optimizer import OptimizerConfig
 from ross_jax.training.state import FreezeConfig
-from ross_jax.training.step import ReconstructionConfig, StepConfig
+from ross_jax.training.step import StepConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +58,10 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self):
-        needed = ["vision", "projector", "language"]
-        needed += ["denoiser", "autoencoder"] if self.reconstruction.kind == "denoise" else []
-        missing = [name for name in needed if getattr(self.model, name) is None]
+        missing = [name for name in ("vision", "projector", "language") if getattr(self.model, name) is None]
         if missing:
-            kind = self.reconstruction.kind
-            raise ValueError(f"model has no {', '.join(missing)}, which reconstruction.kind {kind!r} needs")
+            raise ValueError(f"model has no {', '.join(missing)}, which every run needs")
+        self.reconstruction.check(self.model)
 
 
 def complete(values: Mapping[str, Any]) -> ConfigDict:

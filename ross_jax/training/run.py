@@ -203,7 +203,11 @@ class Run:
                 shutil.copytree(origin / "files", self.folder / "files", dirs_exist_ok=True)
         tokenizer = load_tokenizer(self.config.text.tokenizer)
         tokenizer.save_pretrained(self.folder / "files" / "language")
-        settings = {"template": self.config.text.template, "image_mode": self.config.image_mode}
+        settings = {
+            "template": self.config.text.template,
+            "image_mode": self.config.image_mode,
+            "reconstruction": thaw(self.config.reconstruction),
+        }
         checkpoints.write_manifest(self.folder, {"config": thaw(self.config.model), "foreign": foreign, **settings})
         record = {"config": self._record(), "rows_per_step": self.data.rows_per_step, "data": self.data.hash}
         partial = self.folder / "run.json.partial"
@@ -219,10 +223,11 @@ class Run:
         """Runs, or continues, until the end or a signal; returns the number of steps done."""
         config = self.config
         sizes = matrix_sizes(merge(self.state.params, self.state.frozen))
-        draws = config.reconstruction.draws if config.reconstruction.kind == "denoise" else 0
+        kind = config.reconstruction.kind
+        draws = config.reconstruction.draws if kind == "denoise" else 0
         meter = Meter(config.model, sizes, set(self.state.params), draws)
         expected, warmup = config.loop.expected_reconstruction, warmup_steps(self.steps, config.optimizer.warmup_ratio)
-        watch = RangeWatch(expected, warmup) if expected and draws else None
+        watch = RangeWatch(expected, warmup) if expected and kind != "none" else None
         writer = Writer(self.folder, self.step) if jax.process_index() == 0 else None
         share, shares = process_share(self.mesh)
         batches = self.data.batches(self.step, share, shares)

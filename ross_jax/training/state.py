@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FreezeConfig:
-    """Which parameters train.
+    """Which parameters train. Autoencoder and teacher, of which targets are made, never do.
 
     Attributes:
       trainable: patterns of paths that train.
@@ -52,6 +52,8 @@ class FreezeConfig:
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` trains."""
+        if path.startswith(("autoencoder/", "teacher/")):
+            return False
         wanted = any(re.fullmatch(pattern, path) for pattern in self.trainable)
         return wanted and not any(re.fullmatch(pattern, path) for pattern in self.fixed)
 

@@ -1,7 +1,7 @@
 """The training step: both losses, gradients of what trains, one optimizer update. Compiled once."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from ross_jax.models.layers import RematPolicy
 from ross_jax.models.ross import Ross, RossConfig, normalise
-from ross_jax.objectives.reconstruction import DenoiseObjective
+from ross_jax.objectives.reconstruction import ReconstructionConfig, make_objective
 from ross_jax.objectives.text import IGNORE, next_token_loss
 from ross_jax.sharding import constrain
 from ross_jax.training.optimizer import OptimizerConfig, schedule
@@ -19,23 +19,6 @@ from ross_jax.tree import merge
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class ReconstructionConfig:
-    """The second loss.
-
-    Attributes:
-      kind: `denoise` (Ross^D) or `none` (LLaVA).
-      weight: of the loss in the sum.
-      draws: (t, epsilon) draws per picture.
-      compat: `official` averages as the reference does, over text-only rows too.
-    """
-
-    kind: Literal["denoise", "none"] = "denoise"
-    weight: float = 1.0
-    draws: int = 4
-    compat: Literal["default", "official"] = "default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +69,7 @@ def make_train_step(
     """
     dtype = jnp.dtype(step_config.dtype)
     model = Ross(config, dtype, step_config.remat)
-    objective = DenoiseObjective(config, reconstruction.draws) if reconstruction.kind == "denoise" else None
+    objective = make_objective(config, reconstruction, dtype)
 
     def losses(params: Tree, frozen: Tree, batch: Batch, totals, step_key: Array):
         """Sums of one micro-batch, each divided by the count of the whole batch."""

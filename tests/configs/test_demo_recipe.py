@@ -30,13 +30,18 @@ def test_recipe(stage, kind, root):
     config = freeze(RunConfig, demo.get_config(f"stage={stage},kind={kind},seed=3,root={root}").to_dict())
     model = config.model
     assert (model.vision.num_tokens, config.seed, config.data.seed) == (16, 3, 3)
-    assert ("denoiser" in abstract_params(model)) == (kind == "denoise") == (model.autoencoder is not None)
+    reads = {"denoise": "denoiser", "none": None}.get(kind, "regressor")
+    assert [name for name in ("denoiser", "regressor") if getattr(model, name)] == ([reads] if reads else [])
+    assert (model.autoencoder is None) == (kind in ("pixel", "none"))
     if kind == "denoise":
         assert (model.target_size, model.autoencoder.scaling_factor, model.denoiser.grid) == (64, 0.7, 4)
+    targets = {"pixel": ("pixels", 768), "latent": ("latents", 64), "latent2pixel": ("latents", 64)}
+    if reads == "regressor":
+        assert (model.regressor.target, model.regressor.out_size) == targets[kind]
     flat = flatten(abstract_params(model))
     assert {path.partition("/")[0] for path in flat if not config.freeze.trains(path)} <= {"autoencoder", "denoiser"}
     assert 0.7e6 < sum(math.prod(leaf.shape) for path, leaf in flat.items() if path.startswith("language/")) < 1.2e6
-    before = [] if kind == "none" else [str(root / "model")]
+    before = [] if kind in ("pixel", "none") else [str(root / "model")]
     after = [] if stage == "pretrain" else [str(root / kind / "seed3" / "pretrain")]
     assert list(config.init) == before + after
     mesh = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)

@@ -1,5 +1,6 @@
 """Pictures from visual outputs."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -13,25 +14,24 @@ from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS,
 from ross_jax.inference.prompts import expand_prompt, prompt_batches
 from ross_jax.inference.reconstruct import (
     PictureDrawer,
-    Sampling,
     autoencode,
-    decode_latents,
     outputs_of_pictures,
-    sample_pixels,
     target_pictures,
     visual_outputs,
 )
 from ross_jax.models.autoencoder import Autoencoder
 from ross_jax.models.denoiser import Denoiser, normalise_condition
 from ross_jax.models.ross import Ross, normalise
+from ross_jax.objectives.denoise import DenoiseObjective
 from ross_jax.objectives.diffusion import make_diffusion, sample_ancestral
-from ross_jax.objectives.reconstruction import DenoiseObjective, ungroup_latents
+from ross_jax.objectives.objective import Sampling
+from ross_jax.objectives.targets import ungroup_latents
 from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
 
 @pytest.fixture(scope="module")
 def model(model_folder):
-    return load_model(model_folder, TEXT_COMPONENTS + RECONSTRUCTION_COMPONENTS)
+    return load_model(model_folder, TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +70,33 @@ def test_sampling_is_the_tested_process_under_this_condition(model, batch):
     """The composition, put together once more from parts that the goldens cover."""
     config, process = model.config, make_diffusion(respacing="7")
     outputs = visual_outputs(config, model.params, batch)[:, 0]
-    sampling = Sampling("ddpm", 7, temperature=0.5)
-    pixels = sample_pixels(config, model.params, outputs, jax.random.key(5), sampling)
+    keys, sampling = jax.random.split(jax.random.key(5), 2), Sampling("ddpm", 7, temperature=0.5)
+    reconstruct = partial(DenoiseObjective(config).reconstruct, model.params, model.params)
+    pixels, latents = reconstruct(outputs, keys, sampling)
     assert pixels.shape == (2, config.target_size, config.target_size, 3) and jnp.abs(pixels).max() <= 1.0
-    first, rest = jax.random.split(jax.random.key(5))
-    shape = (2, config.denoiser.num_tokens, config.denoiser.latent_size)
+    shape = (config.denoiser.num_tokens, config.denoiser.latent_size)
 
     def predict(noised, timesteps):
         condition = normalise_condition(outputs)
         return Denoiser(config.denoiser).apply({"params": model.params["denoiser"]}, noised, timesteps, condition)
 
-    noise = jax.random.normal(rest, (7, *shape))
-    tokens = sample_ancestral(process, predict, jax.random.normal(first, shape), noise, 0.5)[-1]
-    latents = ungroup_latents(tokens, DenoiseObjective(config).window)
-    np.testing.assert_allclose(pixels, decode_latents(config, model.params, latents), atol=1e-5)
-    other = sample_pixels(config, model.params, outputs[::-1], jax.random.key(5), sampling)
+    pairs = [jax.random.split(key) for key in keys]
+    noise = jnp.stack([jax.random.normal(rest, (7, *shape)) for _, rest in pairs], axis=1)
+    initial = jnp.stack([jax.random.normal(first, shape) for first, _ in pairs])
+    tokens = sample_ancestral(process, predict, initial, noise, 0.5)[-1]
+    expected = ungroup_latents(tokens, config.latent_window)
+    scale = float(jnp.abs(expected).max())  # a random denoiser's samples are large
+    np.testing.assert_allclose(latents, expected, atol=1e-4 * scale)
+    decoded = Autoencoder(config.autoencoder).apply(
+        {"params": model.params["autoencoder"]},
+        latents / config.autoencoder.scaling_factor + config.autoencoder.shift_factor,
+        method="decode",
+    )
+    np.testing.assert_allclose(pixels, jnp.clip(decoded, -1.0, 1.0), atol=1e-4)
+    other = reconstruct(outputs[::-1], keys, sampling).pixels
     assert jnp.abs(pixels - other).max() > 1e-3  # the condition counts
+    alone = reconstruct(outputs[1:], keys[1:], sampling).latents
+    np.testing.assert_allclose(alone, latents[1:], atol=1e-4 * scale)  # the neighbours do not
 
 
 def test_the_ceiling_is_the_autoencoder_itself(model, batch):

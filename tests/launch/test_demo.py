@@ -48,7 +48,7 @@ def test_interrupted_and_continued(tmp_path):
         assert [row["type"] for row in answers] == list(ANSWERS) and {row["count"] for row in answers} == {12}
         model = load_model(root / kind / "seed0" / "finetune")
         assert model.template == "qwen_2"
-    load_model(root / "denoise/seed0/finetune", TEXT_COMPONENTS + RECONSTRUCTION_COMPONENTS)
+    load_model(root / "denoise/seed0/finetune", TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
     scores = summary["scores"]["denoise"]["0"]["reconstruction"]
     assert 0 <= scores["nearest"] <= 1 and scores["psnr_autoencoder"] > scores["psnr_own"]
     assert summary["scores"]["none"]["0"]["reconstruction"] is None

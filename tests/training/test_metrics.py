@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import batch_sharding, make_mesh
 from ross_jax.training import metrics
 from ross_jax.training.loop import global_batches
 from ross_jax.training.metrics import Meter, RangeWatch, matrix_sizes, step_flops
 from ross_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ross_jax.training.state import FreezeConfig, abstract_tree, split
-from ross_jax.training.step import ReconstructionConfig, StepConfig, make_state, make_train_step
+from ross_jax.training.step import StepConfig, make_state, make_train_step
 from tiny import CONFIG, ONE_DEVICE, STAGE2, make_batch
 
 FREEZE = {

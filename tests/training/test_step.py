@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import MeshConfig
 from ross_jax.training.state import FreezeConfig
-from ross_jax.training.step import ReconstructionConfig
 from ross_jax.tree import flatten
 from tiny import STAGE2, Run, make_batch
 

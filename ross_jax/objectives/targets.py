@@ -1,0 +1,105 @@
+"""What reconstruction is held against: pixels, the autoencoder's latents, a teacher's features; token by token."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from ross_jax.models.autoencoder import Autoencoder, Posterior
+from ross_jax.models.layers import layer_norm
+from ross_jax.models.ross import TARGET_PIXELS, RossConfig
+from ross_jax.models.vision import VisionEncoder
+from ross_jax.objectives.objective import Params
+
+FEATURE_EPS = 1e-6
+"""Epsilon of the affine-free LayerNorm on a teacher's features."""
+
+
+def target_pixels(
+    config: RossConfig, images: Float[Array, "batch height width 3"]
+) -> Float[Array, "batch side side 3"]:
+    """Normalised pictures back to [-1, 1], resized bilinearly without antialiasing to 16 pixels per picture token."""
+    return _resize(_unit_pixels(config, images), config.target_size)
+
+
+def _unit_pixels(config: RossConfig, images: Float[Array, "batch height width 3"]):
+    mean, std = jnp.asarray(config.image_mean, jnp.float32), jnp.asarray(config.image_std, jnp.float32)
+    return jnp.clip((images.astype(jnp.float32) * std + mean) * 2.0 - 1.0, -1.0, 1.0)
+
+
+def _resize(images: Float[Array, "batch height width channels"], size: int):
+    shape = (images.shape[0], size, size, images.shape[-1])
+    return jax.image.resize(images, shape, "linear", antialias=False)
+
+
+def group_latents(
+    latents: Float[Array, "*batch height width channels"], size: int
+) -> Float[Array, "*batch tokens latent"]:
+    """Windows of `size` x `size` latents as tokens, row by row; channel index is `c * size^2 + row * size + column`."""
+    return rearrange(latents, "... (h i) (w j) c -> ... (h w) (c i j)", i=size, j=size)
+
+
+def ungroup_latents(
+    tokens: Float[Array, "*batch tokens latent"], size: int
+) -> Float[Array, "*batch height width channels"]:
+    """The inverse of `group_latents` for a square picture."""
+    side = round(tokens.shape[-2] ** 0.5)
+    return rearrange(tokens, "... (h w) (c i j) -> ... (h i) (w j) c", h=side, i=size, j=size)
+
+
+def pixel_tokens(pixels: Float[Array, "*batch side side 3"]) -> Float[Array, "*batch tokens values"]:
+    """Pictures as one token per 16 x 16 pixels, grouped as latents are."""
+    return group_latents(pixels, TARGET_PIXELS)
+
+
+def tokens_to_pixels(tokens: Float[Array, "*batch tokens values"]) -> Float[Array, "*batch side side 3"]:
+    """The inverse of `pixel_tokens`."""
+    return ungroup_latents(tokens, TARGET_PIXELS)
+
+
+def encode(config: RossConfig, params: Params, images: Float[Array, "batch height width 3"]) -> Posterior:
+    """The autoencoder's posterior of normalised pictures. `params` with `autoencoder`."""
+    pixels = target_pixels(config, images)
+    return Autoencoder(config.autoencoder).apply({"params": params["autoencoder"]}, pixels, method="encode")
+
+
+def normalised_latents(
+    config: RossConfig, latents: Float[Array, "*batch rows columns channels"]
+) -> Float[Array, "*batch rows columns channels"]:
+    """Raw latents on the scale that models see."""
+    return Autoencoder(config.autoencoder).normalise(latents)
+
+
+def decode(
+    config: RossConfig, params: Params, latents: Float[Array, "batch rows columns channels"], remat: bool = False
+) -> Float[Array, "batch side side 3"]:
+    """Pictures, about [-1, 1], of latents on the scale that models see. `params` with `autoencoder`."""
+    module = Autoencoder(config.autoencoder, remat=remat)
+    return module.apply({"params": params["autoencoder"]}, module.denormalise(latents), method="decode")
+
+
+def teacher_features(
+    config: RossConfig, params: Params, images: Float[Array, "batch height width 3"], dtype: Any = jnp.bfloat16
+) -> Float[Array, "batch tokens features"]:
+    """A teacher's features of normalised pictures, on the encoder's grid, float32 and layer-normalised.
+
+    The teacher sees the picture at its own size; where its grid is another one, features are resized bilinearly.
+
+    Args:
+      params: with `teacher`.
+      dtype: of the teacher's activations.
+    """
+    teacher, grid = config.teacher, config.vision.grid
+    mean, std = jnp.asarray(config.teacher_mean, jnp.float32), jnp.asarray(config.teacher_std, jnp.float32)
+    pixels = jax.image.resize(
+        (_unit_pixels(config, images) + 1.0) / 2.0,
+        (images.shape[0], teacher.image_size, teacher.image_size, 3),
+        "linear",
+    )
+    features = VisionEncoder(teacher, dtype).apply({"params": params["teacher"]}, (pixels - mean) / std)
+    features = rearrange(features.astype(jnp.float32), "b (h w) c -> b h w c", h=teacher.grid)
+    if teacher.grid != grid:
+        features = _resize(features, grid)
+    return layer_norm(FEATURE_EPS, jnp.float32, affine=False).apply({}, rearrange(features, "b h w c -> b (h w) c"))
