@@ -10,4 +10,4 @@ from configs import ross
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The recipe as a ConfigDict that command-line flags can override."""
-    return ross.get_config(arguments, reconstruct=False)
+    return ross.get_config(",".join(filter(None, [arguments, "kind=none"])))

@@ -6,12 +6,15 @@
   llm       qwen2_7b | vicuna_7b | vicuna_13b | llama3_8b
   stage     pretrain (projector and denoiser learn) | finetune (all but vision encoder and autoencoder)
   vision    frozen | trained (the vision encoder learns too)
+  kind      of reconstruction: denoise (Ross^D) | pixel | latent | latent2pixel (Ross^R) | none (LLaVA)
+  teacher   of kind=latent: autoencoder | siglip | clip | dinov2
 
 Hyper-parameters are those of the paper and the reference. Point `config.data.sources`, `config.text.tokenizer` and
 `config.init` at your files.
 """
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -19,10 +22,11 @@ from ross_jax.config import ConfigError, nearest, thaw
 from ross_jax.convert import known
 from ross_jax.convert.autoencoder import autoencoder_config
 from ross_jax.convert.language import language_config
-from ross_jax.convert.vision import NORMALISATION, vision_config
+from ross_jax.convert.vision import NORMALISATION, teacher_config, vision_config
 from ross_jax.models.denoiser import DenoiserConfig, default_width
 from ross_jax.models.projector import ProjectorConfig
-from ross_jax.models.ross import RossConfig
+from ross_jax.models.regressor import RegressorConfig
+from ross_jax.models.ross import TARGET_PIXELS, RossConfig
 from ross_jax.training.recipe import complete
 
 ENCODERS = {"siglip": "google/siglip-so400m-patch14-384", "clip": "openai/clip-vit-large-patch14-336"}
@@ -33,18 +37,20 @@ LLMS = {
     "llama3_8b": ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
 }
 """Name -> hub id and conversation template."""
+READERS = r"(denoiser|regressor)/.*"
+"""What reads the visual outputs, whatever the kind."""
 STAGES = {
     "pretrain": {
-        "trainable": (r"projector/.*", r"denoiser/.*"),
+        "trainable": (r"projector/.*", READERS),
         "learning_rate": 1e-3,
-        "groups": ((r"denoiser/.*", 1e-4),),
+        "groups": ((READERS, 1e-4),),
         "batch": 256,
         "data": ("blip_laion_cc_sbu_558k.json", "images"),
-        # Reported: from about 1 down to about 0.3.
+        # Reported of Ross^D: from about 1 down to about 0.3.
         "expected": (0.2, 1.1),
     },
     "finetune": {
-        "trainable": (r"language/.*", r"projector/.*", r"denoiser/.*"),
+        "trainable": (r"language/.*", r"projector/.*", READERS),
         "learning_rate": 2e-5,
         "groups": (),
         "batch": 128,
@@ -53,29 +59,53 @@ STAGES = {
     },
 }
 VISION = {"frozen": (), "trained": (r"vision/.*",)}
+KINDS = ("denoise", "pixel", "latent", "latent2pixel", "none")
+TEACHERS = {
+    "autoencoder": None,
+    "siglip": "google/siglip-so400m-patch14-384",
+    "clip": "openai/clip-vit-large-patch14-336",
+    "dinov2": "facebook/dinov2-large",
+}
+"""Name -> hub id of a vision encoder."""
 AUTOENCODER = "black-forest-labs/FLUX.1-dev/vae"
-DEFAULTS = {"encoder": "siglip", "llm": "qwen2_7b", "stage": "finetune", "vision": "frozen"}
+DEFAULTS = {
+    "encoder": "siglip",
+    "llm": "qwen2_7b",
+    "stage": "finetune",
+    "vision": "frozen",
+    "kind": "denoise",
+    "teacher": "autoencoder",
+}
+CHOICES = {
+    "encoder": ENCODERS,
+    "llm": LLMS,
+    "stage": STAGES,
+    "vision": VISION,
+    "kind": KINDS,
+    "teacher": TEACHERS,
+}
 
 
 def parse(arguments: str | None) -> dict[str, str]:
-    """`encoder=...,llm=...,stage=...,vision=...` over the defaults.
+    """`encoder=...,llm=...,stage=...,vision=...,kind=...,teacher=...` over the defaults.
 
     Raises:
-      ConfigError: an unknown part or value; names the nearest.
+      ConfigError: an unknown part or value, and names the nearest; a teacher for another kind than `latent`.
     """
     chosen = dict(DEFAULTS)
-    choices = {"encoder": ENCODERS, "llm": LLMS, "stage": STAGES, "vision": VISION}
     for item in filter(None, (arguments or "").split(",")):
         name, _, value = item.partition("=")
-        if name not in choices:
-            raise ConfigError(f"recipe part {name!r}: no such part{nearest(name, choices)}; there are {list(choices)}")
-        if value not in choices[name]:
-            raise ConfigError(f"{name}={value!r}: unknown{nearest(value, choices[name])}; one of {list(choices[name])}")
+        if name not in CHOICES:
+            raise ConfigError(f"recipe part {name!r}: no such part{nearest(name, CHOICES)}; there are {list(CHOICES)}")
+        if value not in CHOICES[name]:
+            raise ConfigError(f"{name}={value!r}: unknown{nearest(value, CHOICES[name])}; one of {list(CHOICES[name])}")
         chosen[name] = value
+    if chosen["teacher"] != DEFAULTS["teacher"] and chosen["kind"] != "latent":
+        raise ConfigError(f"teacher={chosen['teacher']!r} is of kind=latent, not kind={chosen['kind']}")
     return chosen
 
 
-def model_config(encoder: str, llm: str, reconstruct: bool = True) -> RossConfig:
+def model_config(encoder: str, llm: str, kind: str = "denoise", teacher: str = "autoencoder") -> RossConfig:
     """Sizes of the published components, put together."""
     vision = vision_config(known.VISION_TOWERS[ENCODERS[encoder]], encoder)
     settings = known.LANGUAGE_MODELS[LLMS[llm][0]]
@@ -88,24 +118,42 @@ def model_config(encoder: str, llm: str, reconstruct: bool = True) -> RossConfig
         image_mean=mean,
         image_std=std,
     )
-    if not reconstruct:
-        return config
-    denoiser = DenoiserConfig(language.hidden_size, 64, vision.grid, default_width(3), 3)
+    return dataclasses.replace(config, **reconstruction_parts(config, kind, teacher))
+
+
+def reconstruction_parts(config: RossConfig, kind: str, teacher: str) -> dict[str, Any]:
+    """The components that a kind of reconstruction adds to a model."""
+    width = config.language.hidden_size
+    if kind == "none":
+        return {}
+    if kind == "pixel":
+        return {"regressor": RegressorConfig("pixels", width, 3 * TARGET_PIXELS**2, width)}
+    if TEACHERS[teacher]:
+        tower = teacher_config(known.VISION_TOWERS[TEACHERS[teacher]], teacher)
+        mean, std = NORMALISATION[tower.kind]
+        regressor = RegressorConfig("features", width, tower.hidden_size, width)
+        return {"teacher": tower, "teacher_mean": mean, "teacher_std": std, "regressor": regressor}
     autoencoder = autoencoder_config(known.AUTOENCODERS[AUTOENCODER], AUTOENCODER)
-    return dataclasses.replace(config, denoiser=denoiser, autoencoder=autoencoder)
+    size = dataclasses.replace(config, autoencoder=autoencoder).latent_size
+    if kind == "denoise":
+        reader = {"denoiser": DenoiserConfig(width, size, config.vision.grid, default_width(3), 3)}
+    else:
+        reader = {"regressor": RegressorConfig("latents", width, size, width)}
+    return {"autoencoder": autoencoder, **reader}
 
 
-def get_config(arguments: str | None = None, reconstruct: bool = True) -> ConfigDict:
+def get_config(arguments: str | None = None) -> ConfigDict:
     """The recipe as a ConfigDict that command-line flags can override."""
     parts = parse(arguments)
+    kind = parts["kind"]
     stage = STAGES[parts["stage"]]
     _, template = LLMS[parts["llm"]]
     annotations, pictures = stage["data"]
-    # A recipe is LLaVA's where nothing is reconstructed: no rate for a denoiser that is not there.
-    groups = stage["groups"] if reconstruct else ()
+    # A recipe is LLaVA's where nothing is reconstructed: no rate for what is not there.
+    groups = () if kind == "none" else stage["groups"]
     return complete(
         {
-            "model": thaw(model_config(parts["encoder"], parts["llm"], reconstruct)),
+            "model": thaw(model_config(parts["encoder"], parts["llm"], kind, parts["teacher"])),
             "init": [],
             "text": {"template": "plain" if parts["stage"] == "pretrain" else template, "tokenizer": "tokenizer"},
             "image_mode": "pad",
@@ -125,9 +173,9 @@ def get_config(arguments: str | None = None, reconstruct: bool = True) -> Config
                 "warmup_ratio": 0.03,
                 "weight_decay": 0.0,
             },
-            "reconstruction": {"kind": "denoise" if reconstruct else "none"},
+            "reconstruction": {"kind": kind},
             "step": {"dtype": "bfloat16", "remat": "full"},
-            "loop": {"expected_reconstruction": stage["expected"] if reconstruct else None},
+            "loop": {"expected_reconstruction": stage["expected"] if kind == "denoise" else None},
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "seed": 0,
         }

@@ -1,5 +1,7 @@
 """A tiny model and batches for the tests of training."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from ross_jax.models.autoencoder import AutoencoderConfig
 from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
+from ross_jax.models.regressor import RegressorConfig
 from ross_jax.models.ross import RossConfig
 from ross_jax.models.vision import VisionConfig
 from ross_jax.objectives.reconstruction import ReconstructionConfig
@@ -29,9 +32,27 @@ CONFIG = RossConfig(
     denoiser=DenoiserConfig(64, 64, 2, 32, 2, num_heads=4),
     autoencoder=AutoencoderConfig((8, 8, 8), 1, 4, 4, 0.5, 0.1, (False,) * 3, (False,) * 3, False),
 )
+_TEACHER = VisionConfig("clip", 30, 15, 24, 40, 2, 2, "quick_gelu", 1e-5, -1)
+
+
+def _regressing(target: str, size: int, **parts) -> RossConfig:
+    return dataclasses.replace(CONFIG, denoiser=None, regressor=RegressorConfig(target, 64, size, 48), **parts)
+
+
+MODELS = {
+    "denoise": CONFIG,
+    "pixel": _regressing("pixels", 768, autoencoder=None),
+    "latent": _regressing("latents", 64),
+    "latent of a teacher": _regressing("features", 24, autoencoder=None, teacher=_TEACHER),
+    "latent2pixel": _regressing("latents", 64),
+    "none": CONFIG,
+}
+"""A model for each kind of reconstruction; its first word is the kind."""
 COUNT = CONFIG.vision.num_tokens
 ONE_DEVICE, DENOISE = MeshConfig(1, 1, 1), ReconstructionConfig()
-STAGE2 = FreezeConfig((r"language/.*", r"projector/.*", r"denoiser/.*"), dtype="float32", autoencoder_dtype="float32")
+STAGE2 = FreezeConfig(
+    (r"language/.*", r"projector/.*", r"(denoiser|regressor)/.*"), dtype="float32", autoencoder_dtype="float32"
+)
 
 
 def make_batch(rows: int = 8, length: int = 24, seed: int = 0) -> dict[str, np.ndarray]:
@@ -71,11 +92,12 @@ class Run:
         dtype: str = "float32",
         learning_rate: float = 1e-3,
         seed: int = 0,
+        config: RossConfig = CONFIG,
     ):
         self.mesh = make_mesh(mesh, jax.devices()[:devices])
         key = jax.random.key(seed)
-        self.tree = abstract_tree(CONFIG, freeze, self.mesh)
-        made = init_components(CONFIG, self.tree, self.tree, key)
+        self.tree = abstract_tree(config, freeze, self.mesh)
+        made = init_components(config, self.tree, self.tree, key)
         settings = OptimizerConfig(learning_rate, ((r"denoiser/.*", learning_rate / 10),))
         optimizer = make_optimizer(settings, steps=10)
         params, frozen = split(made, freeze)
@@ -83,7 +105,7 @@ class Run:
         self.shardings = state_shardings(shapes, self.tree, self.mesh)
         self.state = jax.jit(lambda p, f: make_state(p, f, optimizer), out_shardings=self.shardings)(params, frozen)
         step = make_train_step(
-            CONFIG,
+            config,
             StepConfig(accumulate, dtype, remat, text_chunk=32),
             reconstruction,
             optimizer,

@@ -14,7 +14,8 @@ from ross_jax.models.denoiser import Denoiser, DenoiserConfig, normalise_conditi
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.models.vision import VisionConfig
 from ross_jax.objectives.denoise import DenoiseObjective
-from ross_jax.objectives.diffusion import make_diffusion, sample_ancestral
+from ross_jax.objectives.diffusion import SCHEDULES, make_diffusion, sample_ancestral
+from ross_jax.objectives.objective import Sampling
 from ross_jax.objectives.reconstruction import official_mean, picture_mean
 from ross_jax.objectives.targets import group_latents, target_pixels, ungroup_latents
 
@@ -290,3 +291,58 @@ def test_untrained_denoiser(setting):
     np.testing.assert_allclose(found, initial / np.sqrt(process.alphas_cumprod[-1]), rtol=1e-4)
     clipped = sample(1e4 * initial, temperature=1.0, clip=True)
     assert 0.9 < float(jnp.abs(clipped).max()) <= 1.0
+
+
+def test_dropped_conditions(setting):
+    """That share of the draws sees zeros; what else is drawn stays."""
+    objective, params, outputs, targets, keys = setting
+    dropping = dataclasses.replace(objective, condition_dropout=0.25)
+    many = jax.random.split(jax.random.key(0), 4000)
+    draw, plain = jax.vmap(dropping.draw)(many), jax.vmap(objective.draw)(many)
+    assert abs(float(draw.dropped.mean()) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / draw.dropped.size)
+    assert plain.dropped is None
+    for name in ("timesteps", "noise", "posterior_noise"):
+        np.testing.assert_array_equal(getattr(draw, name), getattr(plain, name))
+    items = jax.vmap(objective.draw)(keys.reshape(-1))
+    flat = outputs.reshape(4, *outputs.shape[2:])
+    run = jax.jit(objective.draw_losses)
+    with_condition, without = run(params, flat, targets, items), run(params, 0 * flat, targets, items)
+    dropped = jnp.array([[True, False, False, True]] * 2 + [[False] * 4, [True] * 4])
+    found = run(params, flat, targets, items._replace(dropped=dropped))
+    np.testing.assert_allclose(found, jnp.where(dropped, without, with_condition), rtol=1e-5)
+    assert (jnp.abs(with_condition - without) > 1e-4).all()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_guidance(setting, prediction):
+    """1 is none, bit for bit; 0 ignores the visual outputs; beyond 1 it extrapolates from one to the other."""
+    objective, params, outputs, *_ = setting
+    denoiser = dataclasses.replace(objective.config.denoiser, prediction=prediction)
+    objective = dataclasses.replace(objective, config=dataclasses.replace(objective.config, denoiser=denoiser))
+    noised, timesteps = jax.random.normal(jax.random.key(3), (2, GRID**2, 12)), jnp.array([5, 800])
+
+    def noise(outputs, guidance):
+        return np.float64(jax.jit(objective.predictor(params, outputs, guidance))(noised, timesteps))
+
+    told, untold = noise(outputs[0], 1.0), noise(0 * outputs[0], 1.0)
+    np.testing.assert_array_equal(told, jax.jit(objective.predictor(params, outputs[0]))(noised, timesteps))
+    np.testing.assert_allclose(noise(outputs[0], 0.0), untold, rtol=1e-4, atol=1e-5)
+    expected = untold + 2.5 * (told - untold)
+    np.testing.assert_allclose(noise(outputs[0], 2.5), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(told - untold).max() > 1e-3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_schedule_is_that_of_the_denoiser(setting, schedule):
+    """It decides how much noise a timestep has, in the loss and in sampling."""
+    objective, params, outputs, targets, keys = setting
+    denoiser = dataclasses.replace(objective.config.denoiser, schedule=schedule)
+    other = dataclasses.replace(objective, config=dataclasses.replace(objective.config, denoiser=denoiser))
+    np.testing.assert_array_equal(other.process.betas, SCHEDULES[schedule]())
+    same = schedule == "cosine"
+    assert np.allclose(loss(other, params, outputs, targets, keys), loss(*setting), rtol=1e-6) == same
+    sampling = Sampling("ddim", 4)
+    found, usual = (
+        jax.jit(o.sample, static_argnums=3)(params, outputs[0], keys[0], sampling) for o in (other, objective)
+    )
+    assert np.allclose(found, usual, rtol=1e-6) == same

@@ -133,7 +133,8 @@ def test_the_decoder_is_recomputed():
     objective, params, outputs, images = setting("latent2pixel", "latents", "mse")
     targets, keys = objective.targets(params, images), jax.random.split(jax.random.key(0), (2, 2))
     grad = jax.grad(lambda outputs: objective.loss(params, params, outputs, targets, keys).sum())
-    assert str(jax.make_jaxpr(grad)(outputs)).count("remat") > 0 or "checkpoint" in str(jax.make_jaxpr(grad)(outputs))
+    # 4 levels of 2 blocks each, and 3 in the middle, of which one attends.
+    assert str(jax.make_jaxpr(grad)(outputs)).count("prevent_cse") == 11
 
 
 def test_pixel_tokens_and_back():
@@ -154,9 +155,8 @@ def test_teacher_features(size):
     assert found.shape == (2, GRID**2, 16)
     plain = np.clip(np.float64(images) * ross.image_std + ross.image_mean, 0, 1)
     shape = (2, size, size, 3)
-    seen = (
-        jax.image.resize(jnp.asarray(plain, jnp.float32), shape, "linear") - np.array([0.45, 0.5, 0.55])
-    ) / np.array([0.2, 0.25, 0.3])
+    seen = jax.image.resize(jnp.asarray(plain, jnp.float32), shape, "linear")
+    seen = (seen - np.array([0.45, 0.5, 0.55])) / np.array([0.2, 0.25, 0.3])
     features = VisionEncoder(teacher).apply({"params": params["teacher"]}, jnp.asarray(seen, jnp.float32))
     features = np.asarray(features).reshape(2, teacher.grid, teacher.grid, 16)
     if teacher.grid == 6:  # half-pixel bilinear without antialiasing: the mean of the four in the middle
@@ -248,7 +248,7 @@ def test_models_that_lack_something(kind, ross, message):
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(ValueError, match="regressor.out_size is 12 but channels of a token's pixels is 768"):
+    with pytest.raises(ValueError, match=r"regressor\.out_size is 12 but channels of a token's pixels is 768"):
         config("pixels", regressor=RegressorConfig("pixels", WIDTH, 12, 24))
     with pytest.raises(ValueError, match="depth 0 must be at least 1"):
         RegressorConfig("pixels", WIDTH, 12, 24, 0)

@@ -7,6 +7,7 @@ import pytest
 
 from parity.helpers import assert_close, torch
 from ross_jax.objectives.diffusion import (
+    SCHEDULES,
     add_noise,
     make_diffusion,
     prediction_target,
@@ -50,6 +51,19 @@ def feed(monkeypatch):
 
 def test_betas():
     assert_close(make_diffusion().betas, diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").betas.numpy(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("linear", {}),
+        ("scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}),  # as Stable Diffusion sets it
+        ("sigmoid", {}),
+    ],
+)
+def test_other_schedules(name, options):
+    theirs = diffusers.DDPMScheduler(beta_schedule=name, **options).betas.numpy()
+    assert_close(SCHEDULES[name](), theirs, 1e-6)
 
 
 def test_add_noise():

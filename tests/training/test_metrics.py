@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import batch_sharding, make_mesh
 from ross_jax.training import metrics
@@ -16,7 +17,7 @@ from ross_jax.training.metrics import Meter, RangeWatch, matrix_sizes, step_flop
 from ross_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ross_jax.training.state import FreezeConfig, abstract_tree, split
 from ross_jax.training.step import StepConfig, make_state, make_train_step
-from tiny import CONFIG, ONE_DEVICE, STAGE2, make_batch
+from tiny import CONFIG, MODELS, ONE_DEVICE, STAGE2, make_batch
 
 FREEZE = {
     "stage 1": FreezeConfig((r"projector/.*", r"denoiser/.*"), dtype="float32"),
@@ -47,35 +48,41 @@ def products(jaxpr, times: int = 1):
                     yield from products(inner, times * length)
 
 
-def program(freeze: FreezeConfig, reconstruction: ReconstructionConfig, batch: dict):
+def program(model: RossConfig, freeze: FreezeConfig, reconstruction: ReconstructionConfig, batch: dict):
     """The traced step, and the tree of its parameters; nothing is computed."""
     settings = OptimizerConfig(1e-3)
     optimizer = make_optimizer(settings, 10)
-    tree = abstract_tree(CONFIG, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]))
+    tree = abstract_tree(model, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]))
     state = jax.eval_shape(lambda p, f: make_state(p, f, optimizer), *split(tree, freeze))
     config = StepConfig(dtype="float32", remat="none", text_chunk=32)
-    step = make_train_step(CONFIG, config, reconstruction, optimizer, settings, 10, jax.random.key(0))
+    step = make_train_step(model, config, reconstruction, optimizer, settings, 10, jax.random.key(0))
     return jax.make_jaxpr(step)(state, batch).jaxpr, tree
 
 
-@pytest.mark.parametrize(("stage", "kind"), [*((stage, "denoise") for stage in FREEZE), ("stage 2", "none")])
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [*((stage, "denoise") for stage in FREEZE), *(("stage 2", kind) for kind in MODELS if kind != "denoise")],
+)
 def test_flops_are_those_of_the_program(stage, kind):
     """Of a batch without padding or empty slots: every product with a matrix in the traced step."""
     batch = make_batch()
     batch["segments"][:], batch["image_start"][:] = 1, (2, 11)
     freeze = FREEZE[stage]
-    jaxpr, tree = program(freeze, ReconstructionConfig(kind), batch)
+    model = MODELS[kind]
+    jaxpr, tree = program(model, freeze, ReconstructionConfig(kind.split()[0]), batch)
     tokens, pictures = float(batch["tokens"].size), float(batch["image_start"].size)
     found = 0
     for form, flops, sizes in products(jaxpr):
-        autoencoder = form == "window" and CONFIG.vision.patch_size not in sizes
-        resizing = form == "matrix" and {CONFIG.vision.image_size, CONFIG.target_size} <= sizes
+        patches = {CONFIG.vision.patch_size, model.teacher.patch_size if model.teacher else None}
+        autoencoder = form == "window" and not patches & sizes
+        seen = model.teacher.image_size if model.teacher else CONFIG.target_size
+        resizing = form == "matrix" and {CONFIG.vision.image_size, seen} <= sizes
         found += 0 if autoencoder or resizing else flops
     # Logits are computed again in the backward pass.
     found -= 2 * CONFIG.language.vocab_size * CONFIG.language.hidden_size * tokens
     draws = 4 if kind == "denoise" else 0
     trained = set(split(tree, freeze)[0]) - ({"denoiser"} if kind == "none" else set())
-    assert step_flops(CONFIG, matrix_sizes(tree), trained, draws, tokens, pictures) == pytest.approx(found, rel=1e-9)
+    assert step_flops(model, matrix_sizes(tree), trained, draws, tokens, pictures) == pytest.approx(found, rel=1e-9)
 
 
 def test_a_tied_head_counts_and_a_looked_up_table_does_not():

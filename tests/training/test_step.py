@@ -8,7 +8,7 @@ from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import MeshConfig
 from ross_jax.training.state import FreezeConfig
 from ross_jax.tree import flatten
-from tiny import STAGE2, Run, make_batch
+from tiny import MODELS, STAGE2, Run, make_batch
 
 SLOW = [(2, 4, 1), (4, 2, 1), (1, 4, 2), (4, 1, 2), (2, 1, 4), (1, 1, 8)]
 MESHES = [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW)]
@@ -46,6 +46,26 @@ def test_every_mesh_gives_the_losses_of_one_device(sizes, single):
     assert kernel.addressable_shards[0].data.nbytes * sizes[1] * sizes[2] == kernel.nbytes
     moments = run.state.opt_state[1].inner_states["rest"].inner_state[0].mu["language"]["layers"]["gate"]["kernel"]
     assert moments.sharding == kernel.sharding
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("denoise", "none")])
+def test_every_kind_learns_on_a_mesh_as_on_one_device(name):
+    """Losses and gradient norms of two steps; the second shows the update of the first."""
+    options = {"config": MODELS[name], "reconstruction": ReconstructionConfig(name.split()[0])}
+    one, mesh = Run(**options), Run(MeshConfig(2, 2, 2), devices=8, **options)
+    losses = []
+    for seed in (0, 1):
+        expected, found = one.run(make_batch(seed=seed)), mesh.run(make_batch(seed=seed))
+        for field in ("text_loss", "reconstruction_loss", "gradient_norm"):
+            assert found[field] == pytest.approx(expected[field], rel=1e-4), (seed, field)
+        losses.append(expected["reconstruction_loss"])
+    assert losses[0] > 0
+    assert "regressor" in one.state.params
+    before = losses[0]
+    assert Run(**options, learning_rate=0.0).run(make_batch(seed=0))["reconstruction_loss"] == before
+    for _ in range(3):
+        again = one.run(make_batch(seed=0))["reconstruction_loss"]
+    assert again < before
 
 
 @pytest.mark.parametrize("parts", [2, 4])
