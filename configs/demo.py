@@ -12,6 +12,7 @@ and Muon, which learns in a third of AdamW's steps at this size, takes its place
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -35,19 +36,23 @@ STAGES = {
 }
 
 
-def parse(arguments: str | None) -> dict[str, str]:
-    """`stage=...,kind=...,seed=...,root=...` over the defaults.
+def parse(
+    arguments: str | None,
+    defaults: Mapping[str, str] = DEFAULTS,
+    choices: Mapping[str, Sequence[str]] = CHOICES,
+) -> dict[str, str]:
+    """`name=value,...` over the defaults.
 
     Raises:
       ConfigError: an unknown part or value; names the nearest.
     """
-    chosen = dict(DEFAULTS)
+    chosen = dict(defaults)
     for item in filter(None, (arguments or "").split(",")):
         name, _, value = item.partition("=")
         if name not in chosen:
             raise ConfigError(f"recipe part {name!r}: no such part{nearest(name, chosen)}; there are {list(chosen)}")
-        if value not in CHOICES.get(name, (value,)):
-            raise ConfigError(f"{name}={value!r}: unknown{nearest(value, CHOICES[name])}; one of {list(CHOICES[name])}")
+        if value not in choices.get(name, (value,)):
+            raise ConfigError(f"{name}={value!r}: unknown{nearest(value, choices[name])}; one of {list(choices[name])}")
         chosen[name] = value
     if not chosen["seed"].isdecimal():
         raise ConfigError(f"seed={chosen['seed']!r}: a whole number, 0 or more")

@@ -4,6 +4,8 @@ images/*.png    64 x 64 scenes
 pretrain.json   a caption for each picture, for stage 1
 finetune.json   several questions about each picture, for stage 2
 heldout.json    one question a record, with its `type` and `answer`, about photographs that training never sees
+labels.json     the same about training photographs: a few, for learning from scarce answers
+unlabelled/     pictures without a word
 """
 
 import dataclasses
@@ -35,6 +37,8 @@ class DatasetConfig:
       questions_per_picture: most questions about one picture; a conversation in training, single records in the
         held-out part.
       heldout_per_type: held-out questions of each type, spread evenly over the answers that the type can have.
+      labels_per_type: the same of `labels.json`.
+      unlabelled: pictures in `unlabelled/`.
     """
 
     seed: int = 0
@@ -42,11 +46,16 @@ class DatasetConfig:
     finetune: int = 8000
     questions_per_picture: int = 4
     heldout_per_type: int = 360
+    labels_per_type: int = 0
+    unlabelled: int = 0
 
     def __post_init__(self):
         for name in ("pretrain", "finetune", "questions_per_picture", "heldout_per_type"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("labels_per_type", "unlabelled"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
 
 
 def write_dataset(folder: str | Path, config: DatasetConfig | None = None) -> bool:
@@ -67,13 +76,18 @@ def write_dataset(folder: str | Path, config: DatasetConfig | None = None) -> bo
 
 def _write(folder: Path, config: DatasetConfig) -> None:
     (folder / "images").mkdir()
-    streams = np.random.default_rng(config.seed).spawn(3)
+    (folder / "unlabelled").mkdir()
+    streams = np.random.default_rng(config.seed).spawn(5)
     train, heldout = _open("train"), _open("heldout")
     parts = {
         "pretrain": _pretrain(folder, config, train, streams[0]),
         "finetune": _finetune(folder, config, train, streams[1]),
-        "heldout": _heldout(folder, config, heldout, streams[2]),
+        "heldout": _balanced(folder, "heldout", config.heldout_per_type, config, heldout, streams[2]),
+        "labels": _balanced(folder, "labels", config.labels_per_type, config, train, streams[3]),
     }
+    for i in range(config.unlabelled):
+        scene = random_scene(train, streams[4])
+        Image.fromarray(scene.pixels).save(folder / "unlabelled" / f"{i:05d}.png", compress_level=1)
     for name, records in parts.items():
         (folder / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
 
@@ -104,9 +118,12 @@ def _finetune(folder: Path, config: DatasetConfig, photographs, rng: np.random.G
     return records
 
 
-def _heldout(folder: Path, config: DatasetConfig, photographs, rng: np.random.Generator) -> list[Record]:
+def _balanced(
+    folder: Path, name: str, per_type: int, config: DatasetConfig, photographs, rng: np.random.Generator
+) -> list[Record]:
+    """Single questions, as many of each type, spread evenly over its answers."""
     quotas = {
-        (kind, answer): -(-(config.heldout_per_type - i) // len(answers))
+        (kind, answer): -(-(per_type - i) // len(answers))
         for kind, answers in ANSWERS.items()
         for i, answer in enumerate(answers)
     }
@@ -118,12 +135,12 @@ def _heldout(folder: Path, config: DatasetConfig, photographs, rng: np.random.Ge
         wanted = [q for q in possible_questions(scene, rng) if asked[q.type, q.answer] < quotas[q.type, q.answer]]
         if not wanted:
             continue
-        image = _save(folder, f"heldout_{pictures:05d}", scene)
+        image = _save(folder, f"{name}_{pictures:05d}", scene)
         pictures += 1
         for question in _rarest(wanted, asked, config.questions_per_picture):
             asked[question.type, question.answer] += 1
             turns = _turns([(question.text, question.answer)])
-            record = _record(f"heldout_{len(records):05d}", image, scene, turns)
+            record = _record(f"{name}_{len(records):05d}", image, scene, turns)
             records.append({**record, "type": question.type, "answer": question.answer})
     return records
 

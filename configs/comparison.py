@@ -1,0 +1,78 @@
+"""The kinds of reconstruction side by side, where answers are scarce and pictures are many.
+
+  --config=configs/comparison.py:stage=arm,kind=denoise,seed=0,root=runs/comparison
+
+  stage   base (everything learns from captions; no reconstruction; all arms of a seed start from it)
+          | arm (language model, projector, and what reads the visual outputs learn from few labels and many pictures)
+  kind    of an arm: none (LLaVA) | pixel | latent | latent2pixel | denoise (Ross)
+  seed    of parameters, order and noise
+  root    where data, tokenizer, autoencoder and runs lie
+
+`python launch/compare.py` trains and scores all of it. The regime below was fixed before any arm was trained: from runs
+of the base and of the arm without reconstruction alone.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs import demo
+from ross_jax.config import thaw
+from ross_jax.demo.dataset import DatasetConfig
+from ross_jax.training.recipe import complete
+
+KINDS = ("none", "pixel", "latent", "latent2pixel", "denoise")
+SEEDS = (0, 1, 2)
+DATASET = DatasetConfig(pretrain=6000, finetune=1, heldout_per_type=360, labels_per_type=32, unlabelled=6000)
+"""Captions for the base; 32 labels for each of 9 types of question, 288 in all; pictures; held-out questions."""
+LABELS_REPEATED = 10
+"""How often a label comes in the time that each picture takes to come once."""
+STAGES = {
+    "base": {"template": "plain", "learning_rate": 3e-3, "epochs": 6, "length": 256, "images": 4},
+    "arm": {"template": "qwen_2", "learning_rate": 1e-3, "epochs": 3, "length": 66, "images": 2},
+}
+DEFAULTS = {"stage": "arm", "kind": "denoise", "seed": "0", "root": "runs/comparison"}
+CHOICES = {"stage": tuple(STAGES), "kind": KINDS}
+
+
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """The recipe as a ConfigDict that command-line flags can override."""
+    parts = demo.parse(arguments, DEFAULTS, CHOICES)
+    root, seed = Path(parts["root"]), int(parts["seed"])
+    base = parts["stage"] == "base"
+    kind, stage = "none" if base else parts["kind"], STAGES[parts["stage"]]
+    init = [str(root / "model")] if kind in demo.NEEDS_AUTOENCODER else []
+    images = [str(root / "data" / "images")]
+    if base:
+        sources = [{"path": str(root / "data" / "pretrain.json"), "images": images}]
+    else:
+        init.append(str(root / "base" / f"seed{seed}" / "pretrain"))
+        labels = {"path": str(root / "data" / "labels.json"), "images": images}
+        sources = [labels] * LABELS_REPEATED + [{"path": str(root / "data" / "unlabelled"), "kind": "pictures"}]
+    return complete(
+        {
+            "model": thaw(demo.model_config(root / "autoencoder", kind)),
+            "init": init,
+            "text": {"template": stage["template"], "tokenizer": str(root / "tokenizer")},
+            "image_mode": "square",
+            "data": {
+                "sources": sources,
+                "packing": {"length": stage["length"], "images": stage["images"]},
+                "batch": 32,
+                "epochs": stage["epochs"],
+                "seed": seed,
+                "cache": str(root / "cache"),
+            },
+            "freeze": {
+                "trainable": [".*"] if base else [r"(language|projector|denoiser|regressor)/.*"],
+                "dtype": "float32",
+                "autoencoder_dtype": "float32",
+            },
+            "optimizer": {"algorithm": "muon", "learning_rate": stage["learning_rate"], "b2": 0.98},
+            "reconstruction": {"kind": kind, "draws": 2},
+            "step": {"dtype": "float32", "remat": "none"},
+            "loop": {"log": 50, "save": 500, "keep": 1},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "seed": seed,
+        }
+    )

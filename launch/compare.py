@@ -1,0 +1,83 @@
+"""Compares the kinds of reconstruction where answers are scarce and pictures are many: the paper's table, in miniature.
+
+  python launch/compare.py [--kinds none denoise] [--seeds 0 1 2] [--quick] [--root runs/comparison]
+
+The regime is in configs/comparison.py. Writes table.md, table.png and scores.json. Interrupted, the same command
+continues where it was.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are imported as configs.NAME
+
+from configs import comparison as recipe
+from ross_jax.config import UserError, freeze
+from ross_jax.demo.autoencoder import FitConfig
+from ross_jax.demo.comparison import draw, markdown, rows
+from ross_jax.demo.prepare import prepare
+from ross_jax.demo.report import run_folder, summarise
+from ross_jax.training.recipe import RunConfig
+from ross_jax.training.run import Run
+
+
+class Interrupted(Exception):
+    """A signal ended a run early; what it saved is continued from."""
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr, so that stdout stays a result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def train(root: Path, stage: str, kind: str, seed: int) -> None:
+    """Trains the base of a seed or one arm, or continues it."""
+    folder = run_folder(root, "base", seed, "pretrain") if stage == "base" else run_folder(root, kind, seed, "finetune")
+    say(f"{folder}: training")
+    config = recipe.get_config(f"stage={stage},kind={kind},seed={seed},root={root}")
+    run = Run(freeze(RunConfig, config.to_dict()), folder)
+    if run.train() < run.steps:
+        raise Interrupted
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=recipe.KINDS, default=recipe.KINDS, metavar="KIND")
+    parser.add_argument("--seeds", type=int, nargs="+", default=recipe.SEEDS, metavar="SEED")
+    parser.add_argument("--quick", action="store_true", help="little data: to see that all runs; nothing is learned")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="of all that is written (default runs/comparison)")
+    args = parser.parse_args(argv)
+    root = args.root or Path("runs/comparison-quick" if args.quick else "runs/comparison")
+    dataset, fit = recipe.DATASET, FitConfig()
+    if args.quick:
+        little = {"pretrain": 64, "heldout_per_type": 12, "labels_per_type": 6, "unlabelled": 64}
+        dataset, fit = dataclasses.replace(dataset, **little), FitConfig(pictures=64, steps=20)
+    try:
+        prepare(root, dataset, fit, say)
+        for seed in args.seeds:
+            train(root, "base", "none", seed)
+            for kind in args.kinds:
+                train(root, "arm", kind, seed)
+        scores = summarise(root, args.kinds, args.seeds)
+        table = rows(scores)
+        (root / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+        (root / "table.md").write_text(markdown(table) + "\n")
+        labels = f"{dataset.labels_per_type} labels per type of question, {dataset.unlabelled} pictures"
+        draw(root / "table.png", table, f"{labels}, {len(args.seeds)} seeds")
+    except UserError as error:
+        say(f"error: {error}")
+        return 1
+    except Interrupted:
+        say("interrupted; the same command continues")
+        return 130
+    print(markdown(table))
+    for name in ("table.md", "table.png", "scores.json"):
+        print(root / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
