@@ -15,8 +15,7 @@ from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.data.encoders import build_prompt_encoder
 from ross_jax.inference.model import Model
 from ross_jax.inference.prompts import Pictures, expand_prompt, prompt_batches
-from ross_jax.models.autoencoder import Autoencoder
-from ross_jax.models.ross import Ross, RossConfig, normalise
+from ross_jax.models.ross import Ross, RossConfig, build_autoencoder, normalise
 from ross_jax.objectives.diffusion import make_diffusion, sample_ancestral
 from ross_jax.objectives.reconstruction import DenoiseObjective, target_pixels, ungroup_latents
 from ross_jax.objectives.samplers import sample_ddim, sample_dpm
@@ -120,7 +119,7 @@ def decode_latents(
     config: RossConfig, params: Any, latents: Float[Array, "items height width channels"]
 ) -> Float[Array, "items side side 3"]:
     """Pictures in [-1, 1] of latents on the denoiser's scale."""
-    module = Autoencoder(config.autoencoder)
+    module = build_autoencoder(config.autoencoder)
     pixels = module.apply({"params": params["autoencoder"]}, module.denormalise(latents), method="decode")
     return jnp.clip(pixels, -1.0, 1.0)
 
@@ -136,7 +135,7 @@ def encode_latents(
     config: RossConfig, params: Any, images: UInt8[Array | np.ndarray, "items height width 3"]
 ) -> Float[Array, "items rows columns channels"]:
     """The mean of each picture's posterior, on the denoiser's scale. `params` with `autoencoder`."""
-    module = Autoencoder(config.autoencoder)
+    module = build_autoencoder(config.autoencoder)
     pixels = target_pictures(config, images)
     return module.normalise(module.apply({"params": params["autoencoder"]}, pixels, method="encode").mean)
 

@@ -18,6 +18,7 @@ from ross_jax.models.denoiser import Denoiser, DenoiserConfig
 from ross_jax.models.language import LanguageConfig, LanguageModel
 from ross_jax.models.layers import RematPolicy
 from ross_jax.models.projector import Projector, ProjectorConfig
+from ross_jax.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from ross_jax.models.vision import VisionConfig, VisionEncoder
 
 TARGET_PIXELS = 16
@@ -36,7 +37,7 @@ class RossConfig:
     projector: ProjectorConfig | None = None
     language: LanguageConfig | None = None
     denoiser: DenoiserConfig | None = None
-    autoencoder: AutoencoderConfig | None = None
+    autoencoder: AutoencoderConfig | TinyAutoencoderConfig | None = None
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -203,16 +204,21 @@ class Ross(nn.Module):
         return RossOutput(output.hidden, visual_outputs, collected)
 
 
+def build_autoencoder(config: AutoencoderConfig | TinyAutoencoderConfig) -> Autoencoder | TinyAutoencoder:
+    """The module of either kind; their interface is the same."""
+    return {"kl": Autoencoder, "tiny": TinyAutoencoder}[config.kind](config)
+
+
 def components(config: RossConfig) -> dict[str, nn.Module]:
     """The module of every component that the config has, by its name in the parameter tree."""
-    classes = {
+    builders = {
         "vision": VisionEncoder,
         "projector": Projector,
         "language": LanguageModel,
         "denoiser": Denoiser,
-        "autoencoder": Autoencoder,
+        "autoencoder": build_autoencoder,
     }
-    return {name: cls(getattr(config, name)) for name, cls in classes.items() if getattr(config, name) is not None}
+    return {name: build(getattr(config, name)) for name, build in builders.items() if getattr(config, name) is not None}
 
 
 def abstract_params(config: RossConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from ross_jax.models.autoencoder import Autoencoder, Posterior
+from ross_jax.models.autoencoder import Posterior
 from ross_jax.models.denoiser import Denoiser, normalise_condition
-from ross_jax.models.ross import TARGET_PIXELS, RossConfig
+from ross_jax.models.ross import TARGET_PIXELS, RossConfig, build_autoencoder
 from ross_jax.objectives.diffusion import (
     Diffusion,
     Predict,
@@ -87,7 +87,7 @@ class DenoiseObjective:
 
     def targets(self, frozen: Params, images: Float[Array, "batch height width 3"]) -> Posterior:
         """The posterior of each normalised picture; deterministic, so it can be cached."""
-        module = Autoencoder(self.config.autoencoder)
+        module = build_autoencoder(self.config.autoencoder)
         pixels = target_pixels(self.config, images)
         return module.apply({"params": frozen["autoencoder"]}, pixels, method="encode")
 
@@ -95,7 +95,7 @@ class DenoiseObjective:
         self, targets: Posterior, posterior_noise: Float[Array, "*batch height width channels"]
     ) -> Float[Array, "*batch tokens latent"]:
         """Latent tokens, on the denoiser's scale, of one posterior draw."""
-        module = Autoencoder(self.config.autoencoder)
+        module = build_autoencoder(self.config.autoencoder)
         return group_latents(module.normalise(targets.sample(posterior_noise)), self.window)
 
     def draw(self, key: Array) -> Draw:
