@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         action="append",
         required=True,
         metavar="DIR_OR_ID",
-        help="a full Ross/LLaVA checkpoint, stage-1 adapters, or a SigLIP, CLIP, Qwen, Llama or AutoencoderKL folder "
-        "or hub id; repeat to compose a model of several",
+        help="a full Ross/LLaVA checkpoint, stage-1 adapters, or a SigLIP, CLIP, Qwen, Llama, AutoencoderKL or "
+        "AutoencoderTiny folder or hub id; repeat to compose a model of several",
     )
     importer.add_argument("--output", type=Path, required=True, metavar="DIR", help="the model directory to make")
     for flag in ("--vision-tower", "--autoencoder"):

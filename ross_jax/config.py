@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -61,6 +61,18 @@ def freeze(cls: type[T], values: Any, path: str = "config") -> T:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def variant(options: Sequence[type], values: Any, path: str) -> type:
+    """Which of a field's dataclasses a mapping describes: by the `kind` that each declares, without one the first.
+
+    Raises:
+      ConfigError: a `kind` of none of them.
+    """
+    if len(options) == 1 or not isinstance(values, Mapping) or "kind" not in values:
+        return options[0]
+    kinds = {kind: option for option in options for kind in typing.get_args(typing.get_type_hints(option)["kind"])}
+    return kinds[_convert(typing.Literal[tuple(kinds)], values["kind"], f"{path}.kind")]
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
@@ -70,6 +82,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         options = [option for option in options if option is not type(None)]
         if len(options) == 1:
             return _convert(options[0], value, path)
+        if all(map(dataclasses.is_dataclass, options)) and not isinstance(value, tuple(options)):
+            return freeze(variant(options, value, path), value, path)
         if any(isinstance(value, option) for option in options if isinstance(option, type)):
             return value
     elif origin is typing.Literal:

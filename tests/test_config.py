@@ -14,6 +14,7 @@ from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import LanguageConfig, RopeScaling
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import RossConfig
+from ross_jax.models.tiny_autoencoder import TinyAutoencoderConfig
 from ross_jax.models.vision import VisionConfig
 
 
@@ -186,6 +187,13 @@ def ross_configs(draw) -> dict:
             **{name: draw(FLAGS) for name in ("mid_attention", "quant_conv", "post_quant_conv")},
         },
     }
+    if draw(FLAGS):
+        choices["autoencoder"] = {
+            "kind": "tiny",
+            **{name: draw(SIZES) for name in ("encoder_channels", "decoder_channels", "latent_channels")},
+            **{f"{half}_blocks": [draw(SIZES) for _ in range(levels)] for half in ("encoder", "decoder")},
+            "scaling_factor": draw(FLOATS),
+        }
     chosen = {name: fields for name, fields in choices.items() if draw(FLAGS)}
     return chosen | {"image_mean": [draw(st.floats(0, 1)) for _ in range(3)]}
 
@@ -195,12 +203,14 @@ def ross_configs(draw) -> dict:
 def test_ross_config_survives_json(values):
     config = freeze(RossConfig, values)
     classes = [VisionConfig, ProjectorConfig, LanguageConfig, DenoiserConfig, AutoencoderConfig]
+    if values.get("autoencoder", {}).get("kind") == "tiny":
+        classes[-1] = TinyAutoencoderConfig
     for name, cls in zip(["vision", "projector", "language", "denoiser", "autoencoder"], classes, strict=True):
         assert isinstance(getattr(config, name), cls if name in values else type(None))
     plain = thaw(config)
     again = freeze(RossConfig, json.loads(json.dumps(plain)))
     assert again == config and hash(again) == hash(config) and thaw(again) == plain
-    for name in ("vision", "language", "denoiser"):
+    for name in ("vision", "language", "denoiser", "autoencoder"):
         if name in values:
             assert plain[name].items() >= values[name].items()
 
@@ -215,6 +225,18 @@ def test_ross_config_survives_json(values):
         ({"vision": {"num_heads": 3}}, r"config\.vision: hidden_size 8 is not a multiple of num_heads 3"),
         ({"vision": {"kind": "dino"}}, r"config\.vision\.kind: 'dino' is none of \['siglip', 'clip'\]"),
         ({"image_mean": [0.5, 0.5]}, r"config\.image_mean: expected 3 values, found 2"),
+        (
+            {"autoencoder": {"kind": "tny"}},
+            r"config\.autoencoder\.kind: 'tny' is none of \['kl', 'tiny'\] \(did you mean",
+        ),
+        ({"autoencoder": {"kind": ["kl"]}}, r"config\.autoencoder\.kind: \['kl'\] is none of \['kl', 'tiny'\]"),
+        ({"autoencoder": {"kind": "tiny", "channels": [8]}}, r"config\.autoencoder\.channels: no such field"),
+        ({"autoencoder": {"kind": "tiny"}}, r"config\.autoencoder\.encoder_channels: missing"),
+        (
+            {"autoencoder": {"encoder_channels": 8}},
+            r"config\.autoencoder\.encoder_channels: no such field.*; Autoencoder",
+        ),
+        ({"autoencoder": 3}, r"config\.autoencoder: expected a mapping for AutoencoderConfig, found int"),
     ],
 )
 def test_ross_configs_that_are_none(changes, message):

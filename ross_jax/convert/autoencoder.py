@@ -1,11 +1,13 @@
-"""diffusers' `AutoencoderKL`: config and keys."""
+"""diffusers' autoencoders: config and keys. `AutoencoderKL` is here, `AutoencoderTiny` in its own file."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from ross_jax.convert import tiny_autoencoder
 from ross_jax.convert.mapping import LINEAR, Row, Table, conv, norm
 from ross_jax.convert.settings import Settings
 from ross_jax.models.autoencoder import AutoencoderConfig
+from ross_jax.models.tiny_autoencoder import TinyAutoencoderConfig
 
 _DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 _UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
@@ -13,15 +15,17 @@ _MAX_LEVELS = 10
 """Each halves the picture."""
 
 
-def autoencoder_config(settings: Mapping[str, Any], where: str) -> AutoencoderConfig:
-    """Reads an AutoencoderKL config.json; diffusers' defaults fill what it leaves out.
+def autoencoder_config(settings: Mapping[str, Any], where: str) -> AutoencoderConfig | TinyAutoencoderConfig:
+    """Reads the config.json of an AutoencoderKL or AutoencoderTiny; diffusers' defaults fill what it leaves out.
 
     Raises:
       ConfigError: what is malformed or not computed by us, by name.
     """
+    if settings.get("_class_name") == "AutoencoderTiny":
+        return tiny_autoencoder.tiny_autoencoder_config(settings, where)
     read = Settings(settings, where)
     if settings.get("_class_name") != "AutoencoderKL":
-        read.refuse("_class_name", "'AutoencoderKL'")
+        read.refuse("_class_name", "'AutoencoderKL' or 'AutoencoderTiny'")
     for name, value in {"act_fn": "silu", "in_channels": 3, "out_channels": 3}.items():
         read.only(name, value)
     for name in ("latents_mean", "latents_std"):
@@ -90,8 +94,10 @@ def _half(theirs: str, channels: list[int], first: int, layers: int, attends: tu
     return [*rows, *conv(f"{theirs}.conv_out", f"{theirs}/conv_out")]
 
 
-def table(config: AutoencoderConfig) -> Table:
-    """Keys of diffusers' AutoencoderKL."""
+def table(config: AutoencoderConfig | TinyAutoencoderConfig) -> Table:
+    """Keys of diffusers' AutoencoderKL or AutoencoderTiny."""
+    if config.kind == "tiny":
+        return tiny_autoencoder.table(config)
     channels, layers = list(config.channels), config.layers_per_block
     mid = config.mid_attention
     rows = _half("encoder", channels, channels[0], layers, config.down_attention, False, mid)

@@ -209,6 +209,11 @@ def export(
             f"{model}: its denoiser predicts {config.denoiser.prediction}; foreign layouts know only epsilon prediction"
         )
     if layout == "ross":
+        if config.autoencoder is not None and config.autoencoder.kind != "kl":
+            raise UserError(
+                f"{model}: its autoencoder is an AutoencoderTiny; the reference loads only diffusers' AutoencoderKL, "
+                "so use --format components"
+            )
         if config.language is None:
             raise UserError(
                 f"{model}: has no language model, so it is no full Ross checkpoint; use --format components"

@@ -64,6 +64,24 @@ def _autoencoder(latent: int, quant: bool, scaling: float, shift: float | None =
     }
 
 
+def _tiny_autoencoder(latent: int) -> dict[str, Any]:
+    return {
+        "_class_name": "AutoencoderTiny",
+        "act_fn": "relu",
+        "encoder_block_out_channels": [64] * 4,
+        "decoder_block_out_channels": [64] * 4,
+        "num_encoder_blocks": [1, 3, 3, 3],
+        "num_decoder_blocks": [3, 3, 3, 1],
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": latent,
+        "latent_magnitude": 3,
+        "latent_shift": 0.5,
+        "scaling_factor": 1.0,
+        "upsampling_scaling_factor": 2,
+    }
+
+
 VISION_TOWERS: dict[str, dict[str, Any]] = {
     "google/siglip-so400m-patch14-384": _siglip_so400m(384, 14),
     "google/siglip-so400m-patch14-224": _siglip_so400m(224, 14),
@@ -94,6 +112,10 @@ AUTOENCODERS: dict[str, dict[str, Any]] = {
     "stabilityai/sd-vae-ft-mse": _autoencoder(4, True, 0.18215),
     "stabilityai/sd-vae-ft-ema": _autoencoder(4, True, 0.18215),
     "stabilityai/sdxl-vae": _autoencoder(4, True, 0.13025),
+    "madebyollin/taesd": _tiny_autoencoder(4),
+    "madebyollin/taesdxl": _tiny_autoencoder(4),
+    "madebyollin/taesd3": _tiny_autoencoder(16),
+    "madebyollin/taef1": _tiny_autoencoder(16),
 }
 """Hub id -> config.json of the autoencoder."""
 

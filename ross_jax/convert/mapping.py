@@ -105,9 +105,10 @@ def dense(theirs: str, ours: str, bias: bool = True) -> tuple[Row, ...]:
     return rows if bias else rows[:1]
 
 
-def conv(theirs: str, ours: str) -> tuple[Row, ...]:
-    """Rows of a biased convolution."""
-    return (Row(f"{theirs}.weight", f"{ours}/kernel", CONV), Row(f"{theirs}.bias", f"{ours}/bias"))
+def conv(theirs: str, ours: str, bias: bool = True) -> tuple[Row, ...]:
+    """Rows of a convolution: `weight` <-> `kernel` and, if it has one, `bias`."""
+    rows = (Row(f"{theirs}.weight", f"{ours}/kernel", CONV), Row(f"{theirs}.bias", f"{ours}/bias"))
+    return rows if bias else rows[:1]
 
 
 def norm(theirs: str, ours: str) -> tuple[Row, ...]:

@@ -4,7 +4,7 @@ Pictures and latents are channels-last. GroupNorm statistics are float32 whateve
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -39,6 +39,7 @@ class AutoencoderConfig:
     mid_attention: bool = True
     quant_conv: bool = False
     post_quant_conv: bool = False
+    kind: Literal["kl"] = "kl"
 
     def __post_init__(self):
         for name in ("down_attention", "up_attention"):

@@ -19,6 +19,7 @@ from ross_jax.models.language import LanguageConfig, LanguageModel
 from ross_jax.models.layers import RematPolicy
 from ross_jax.models.projector import Projector, ProjectorConfig
 from ross_jax.models.regressor import Regressor, RegressorConfig
+from ross_jax.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from ross_jax.models.vision import VisionConfig, VisionEncoder
 
 TARGET_PIXELS = 16
@@ -40,7 +41,7 @@ class RossConfig:
     projector: ProjectorConfig | None = None
     language: LanguageConfig | None = None
     denoiser: DenoiserConfig | None = None
-    autoencoder: AutoencoderConfig | None = None
+    autoencoder: AutoencoderConfig | TinyAutoencoderConfig | None = None
     regressor: RegressorConfig | None = None
     teacher: VisionConfig | None = None
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -245,18 +246,25 @@ class Ross(nn.Module):
         return RossOutput(output.hidden, visual_outputs, collected)
 
 
+def build_autoencoder(
+    config: AutoencoderConfig | TinyAutoencoderConfig, remat: bool = False
+) -> Autoencoder | TinyAutoencoder:
+    """The module of either kind; their interface is the same."""
+    return {"kl": Autoencoder, "tiny": TinyAutoencoder}[config.kind](config, remat=remat)
+
+
 def components(config: RossConfig) -> dict[str, nn.Module]:
     """The module of every component that the config has, by its name in the parameter tree."""
-    classes = {
+    builders = {
         "vision": VisionEncoder,
         "projector": Projector,
         "language": LanguageModel,
         "denoiser": Denoiser,
-        "autoencoder": Autoencoder,
+        "autoencoder": build_autoencoder,
         "regressor": Regressor,
         "teacher": VisionEncoder,
     }
-    return {name: cls(getattr(config, name)) for name, cls in classes.items() if getattr(config, name) is not None}
+    return {name: build(getattr(config, name)) for name, build in builders.items() if getattr(config, name) is not None}
 
 
 def abstract_params(config: RossConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from ross_jax.models.autoencoder import Autoencoder, Posterior
+from ross_jax.models.autoencoder import Posterior
 from ross_jax.models.layers import layer_norm
-from ross_jax.models.ross import TARGET_PIXELS, RossConfig
+from ross_jax.models.ross import TARGET_PIXELS, RossConfig, build_autoencoder
 from ross_jax.models.vision import VisionEncoder
 from ross_jax.objectives.objective import Params
 
@@ -62,21 +62,21 @@ def tokens_to_pixels(tokens: Float[Array, "*batch tokens values"]) -> Float[Arra
 def encode(config: RossConfig, params: Params, images: Float[Array, "batch height width 3"]) -> Posterior:
     """The autoencoder's posterior of normalised pictures. `params` with `autoencoder`."""
     pixels = target_pixels(config, images)
-    return Autoencoder(config.autoencoder).apply({"params": params["autoencoder"]}, pixels, method="encode")
+    return build_autoencoder(config.autoencoder).apply({"params": params["autoencoder"]}, pixels, method="encode")
 
 
 def normalised_latents(
     config: RossConfig, latents: Float[Array, "*batch rows columns channels"]
 ) -> Float[Array, "*batch rows columns channels"]:
     """Raw latents on the scale that models see."""
-    return Autoencoder(config.autoencoder).normalise(latents)
+    return build_autoencoder(config.autoencoder).normalise(latents)
 
 
 def decode(
     config: RossConfig, params: Params, latents: Float[Array, "batch rows columns channels"], remat: bool = False
 ) -> Float[Array, "batch side side 3"]:
     """Pictures, about [-1, 1], of latents on the scale that models see. `params` with `autoencoder`."""
-    module = Autoencoder(config.autoencoder, remat=remat)
+    module = build_autoencoder(config.autoencoder, remat=remat)
     return module.apply({"params": params["autoencoder"]}, module.denormalise(latents), method="decode")
 
 

@@ -12,9 +12,8 @@ from einops import rearrange
 from ross_jax.convert.importing import SCOPES, TABLES
 from ross_jax.convert.mapping import expand
 from ross_jax.inference.generate import generate
-from ross_jax.models.autoencoder import Autoencoder
 from ross_jax.models.denoiser import Denoiser, normalise_condition
-from ross_jax.models.ross import Ross, RossConfig, RossOutput
+from ross_jax.models.ross import Ross, RossConfig, RossOutput, build_autoencoder
 from ross_jax.models.vision import VisionEncoder
 from ross_jax.objectives.denoise import DenoiseObjective, Draw
 from ross_jax.objectives.diffusion import add_noise, make_diffusion, sample_ancestral, step_distribution
@@ -179,7 +178,7 @@ def merged_quantities(prefix: str, batch: Batch, embeddings: jax.Array) -> dict[
 def autoencoder(reference: Reference, golden: Golden) -> Group:
     """`vae/*`."""
     pictures = channels_last(golden.take("inputs/pixel_values"))
-    module = Autoencoder(reference.config.autoencoder)
+    module = build_autoencoder(reference.config.autoencoder)
     window = reference.config.latent_window
 
     def compute(params: Params) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from ross_jax.config import freeze, thaw
+from ross_jax.config import freeze, thaw, variant
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import ReconstructionConfig
@@ -86,7 +86,7 @@ def _with_types(cls: type, values: dict[str, Any]) -> dict[str, Any]:
         options = [option for option in typing.get_args(hints[name]) or (hints[name],) if option is not type(None)]
         kind = typing.get_origin(options[0]) or options[0]
         if isinstance(value, dict):
-            typed[name] = _with_types(kind, value)
+            typed[name] = _with_types(variant(options, value, name), value)
         elif value is None and kind in (bool, int, float, str, tuple):
             typed[name] = placeholder(kind)
     return typed

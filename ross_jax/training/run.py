@@ -83,10 +83,11 @@ def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, P
             if found is None:
                 continue
             if found != ours:
+                there, here = thaw(found), thaw(ours)
                 differences = [
-                    f"{field.name}: {getattr(found, field.name)} there, {getattr(ours, field.name)} in config.model"
-                    for field in dataclasses.fields(ours)
-                    if getattr(found, field.name) != getattr(ours, field.name)
+                    f"{field}: {there.get(field)} there, {value} in config.model"
+                    for field, value in here.items()
+                    if there.get(field) != value
                 ]
                 raise ConfigError(f"config.init: {folder}: its {name} differs: {'; '.join(differences)}")
             origins[name] = folder
@@ -173,7 +174,9 @@ class Run:
         path = self.folder / "run.json"
         if not path.is_file():
             return
-        theirs, ours = flatten_config(json.loads(path.read_text())["config"]), flatten_config(self._record())
+        # Frozen, so that a field younger than the run has its default.
+        recorded = freeze(RunConfig, json.loads(path.read_text())["config"], f"{path}: config")
+        theirs, ours = flatten_config(thaw(recorded)), flatten_config(thaw(self.config))
         free = ("loop.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
         differ = [
             f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now"

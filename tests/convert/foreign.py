@@ -57,6 +57,19 @@ VAE = {
     "layers_per_block": 1,
     "norm_num_groups": 2,
 }
+TINY = {
+    "_class_name": "AutoencoderTiny",
+    "_diffusers_version": "0.30.0",
+    "act_fn": "relu",
+    "encoder_block_out_channels": [2, 2, 2],
+    "decoder_block_out_channels": [3, 3, 3],
+    "num_encoder_blocks": [1, 2, 1],
+    "num_decoder_blocks": [2, 1, 1],
+    "latent_channels": 4,
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+    "force_upcast": False,
+}
 ROSS = LLAMA | {
     "architectures": ["RossLlamaForCausalLM"],
     "model_type": "ross_llama",

@@ -19,6 +19,7 @@ from convert.foreign import (
     CLIP,
     LLAMA,
     ROSS,
+    TINY,
     VAE,
     assert_says,
     component,
@@ -378,11 +379,12 @@ FUZZED = [
     LLAMA | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 5, "tie_word_embeddings": False},
     {"model_type": "clip", "vision_config": CLIP},
     VAE,
+    TINY,
     ROSS | {"image_embed_len": 4, "image_mean": [0.5] * 3, "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"},
 ]
 
 
-@pytest.mark.parametrize("settings", FUZZED, ids=["llama", "qwen2", "clip", "vae", "ross"])
+@pytest.mark.parametrize("settings", FUZZED, ids=["llama", "qwen2", "clip", "vae", "tiny", "ross"])
 def test_damaged_settings(settings, tmp_path):
     if "mm_projector_type" in settings:
         folder = full(tmp_path, settings)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.foreign import ABSENT, CLIP, LLAMA, VAE, assert_says, component, edit_json, refused, save
+from convert.foreign import ABSENT, CLIP, LLAMA, TINY, VAE, assert_says, component, edit_json, refused, save
 from ross_jax.convert.importing import load, plan_import
 
 # config.json.
@@ -133,7 +133,10 @@ def test_vision_settings(changes, patterns, tmp_path):
 @pytest.mark.parametrize(
     "changes, patterns",
     [
-        ({"_class_name": "VQModel"}, ["_class_name 'VQModel' is not supported; expected 'AutoencoderKL'"]),
+        (
+            {"_class_name": "VQModel"},
+            ["_class_name 'VQModel' is not supported; expected 'AutoencoderKL' or 'AutoencoderTiny'"],
+        ),
         ({"_class_name": ["AutoencoderKL"]}, ["_class_name .* is not supported"]),
         ({"act_fn": "relu"}, ["act_fn 'relu' is not supported; expected 'silu'"]),
         ({"in_channels": 4, "out_channels": 1}, ["in_channels 4 is not supported; expected 3", "out_channels 1"]),
@@ -158,6 +161,36 @@ def test_vision_settings(changes, patterns, tmp_path):
 )
 def test_autoencoder_settings(changes, patterns, tmp_path):
     theirs = save(tmp_path / "vae", {"x": np.zeros(1, np.float32)}, VAE, "diffusion_pytorch_model")
+    check_config(theirs / "config.json", changes, patterns, theirs)
+
+
+@pytest.mark.parametrize(
+    "changes, patterns",
+    [
+        ({"act_fn": "silu"}, ["act_fn 'silu' is not supported; expected 'relu'"]),
+        ({"upsample_fn": "bilinear"}, ["upsample_fn 'bilinear' is not supported; expected 'nearest'"]),
+        ({"upsampling_scaling_factor": 4}, ["upsampling_scaling_factor 4 is not supported; expected 2"]),
+        ({"in_channels": 4, "out_channels": 1}, ["in_channels 4 is not supported; expected 3", "out_channels 1"]),
+        ({"use_midblock_gn": True}, ["use_midblock_gn True is not supported; expected null"]),
+        (
+            {"encoder_block_out_channels": [2, 2, 4], "decoder_block_out_channels": [3, 4, 3]},
+            [r"encoder_block_out_channels \[2, 2, 4\] .*expected the same", "decoder_block_out_channels .* the same"],
+        ),
+        ({"decoder_block_out_channels": 3}, ["decoder_block_out_channels is 3, expected a list of 1 to 10 whole"]),
+        ({"num_encoder_blocks": [1, 2]}, [r"num_encoder_blocks \[1, 2\] .* one number for each of the 3 levels"]),
+        ({"num_encoder_blocks": [1, 0, 1]}, [r"num_encoder_blocks is \[1, 0, 1\], expected a list"]),
+        ({"num_decoder_blocks": [1, 17, 1]}, ["num_decoder_blocks .* at most 16 blocks per level"]),
+        (
+            {"num_encoder_blocks": [1, 1], "encoder_block_out_channels": [2, 2]},
+            ["encoder_blocks has 2 levels, decoder_blocks 3"],
+        ),
+        ({"latent_channels": 0}, [f"latent_channels is 0, {SIZE}"]),
+        ({"scaling_factor": -1}, ["scaling_factor is -1, expected a number above 0"]),
+        ({"shift_factor": [0]}, [r"shift_factor is \[0\], expected a number"]),
+    ],
+)
+def test_tiny_autoencoder_settings(changes, patterns, tmp_path):
+    theirs = save(tmp_path / "vae", {"x": np.zeros(1, np.float32)}, TINY, "diffusion_pytorch_model")
     check_config(theirs / "config.json", changes, patterns, theirs)
 
 

@@ -29,6 +29,7 @@ from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.models.tiny_autoencoder import TinyAutoencoderConfig
 from ross_jax.models.vision import VisionConfig
 from ross_jax.tree import flatten, unflatten
 
@@ -108,6 +109,13 @@ def autoencoders(draw) -> tuple:
     return tuple(channels), layers, latent, groups, 1.0, 0.0, *map(tuple, attention), *flags
 
 
+@st.composite
+def tiny_autoencoders(draw) -> tuple:
+    levels = draw(st.integers(1, 5))
+    blocks = [draw(st.lists(st.integers(0, 3), min_size=levels, max_size=levels)) for _ in range(2)]
+    return draw(SIZES), draw(SIZES), *map(tuple, blocks), draw(SIZES)
+
+
 def check_cover(component: str, config) -> None:
     """The table fills every leaf, exactly once, with tensors of distinct names."""
     leaves = flatten(abstract_params(RossConfig(**{component: config})).get(component, {}))
@@ -168,6 +176,12 @@ def test_denoiser_table(config):
 @given(autoencoders())
 def test_autoencoder_table(arguments):
     check_cover("autoencoder", AutoencoderConfig(*arguments))
+
+
+@settings(max_examples=12, deadline=None)
+@given(tiny_autoencoders())
+def test_tiny_autoencoder_table(arguments):
+    check_cover("autoencoder", TinyAutoencoderConfig(*arguments))
 
 
 def test_tables_that_do_not_cover_are_a_mistake():

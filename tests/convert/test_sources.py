@@ -8,7 +8,19 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-from convert.foreign import CLIP, LLAMA, QWEN3, ROSS, SIGLIP, VAE, component, component_state, projector_state, save
+from convert.foreign import (
+    CLIP,
+    LLAMA,
+    QWEN3,
+    ROSS,
+    SIGLIP,
+    TINY,
+    VAE,
+    component,
+    component_state,
+    projector_state,
+    save,
+)
 from ross_jax.convert import known, sources
 from ross_jax.convert.autoencoder import autoencoder_config
 from ross_jax.convert.language import language_config
@@ -29,6 +41,13 @@ WHOLE_CLIP = {"model_type": "clip", "vision_config": CLIP}
         (WHOLE_CLIP, ["model.safetensors"], "vision", ["model"]),
         (SIGLIP, ["model.safetensors"], "vision", ["model"]),
         (VAE, ["diffusion_pytorch_model.safetensors"], "autoencoder", ["diffusion_pytorch_model"]),
+        # TAESD's repository has its halves beside the whole.
+        (
+            TINY,
+            ["diffusion_pytorch_model.safetensors", "taesd_decoder.safetensors", "taesd_encoder.safetensors"],
+            "autoencoder",
+            ["diffusion_pytorch_model"],
+        ),
         (ROSS, ["model.safetensors"], "ross", ["model"]),
         (ROSS | {"model_type": "llava_llama"}, ["model.safetensors"], "ross", ["model"]),
         (ROSS | {"model_type": "llava"}, ["model.safetensors"], "ross", ["model"]),

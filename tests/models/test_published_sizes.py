@@ -48,6 +48,8 @@ VISION = {
 AUTOENCODER = {
     "black-forest-labs/FLUX.1-dev": 83_819_683,
     "stabilityai/sd-vae-ft-mse": 83_653_863,
+    "madebyollin/taesd": 2_445_063,
+    "madebyollin/taef1": 2_458_899,
 }
 
 
@@ -185,5 +187,6 @@ def test_torch_modules_have_these_sizes():
         module = getattr(transformers, f"{kind}VisionModel")
         assert parameters(lambda config=config, module=module: module(config)) == published
     for name, published in AUTOENCODER.items():
+        kind = getattr(diffusers, AUTOENCODERS[name]["_class_name"])
         settings = {key: value for key, value in AUTOENCODERS[name].items() if not key.startswith("_")}
-        assert parameters(lambda settings=settings: diffusers.AutoencoderKL(**settings)) == published
+        assert parameters(lambda settings=settings, kind=kind: kind(**settings)) == published

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,17 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from configs import ross
+from convert.foreign import TINY, component, import_model
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError
 from ross_jax.convert.exporting import export, read_config
-from ross_jax.convert.importing import plan_import, write
+from ross_jax.convert.importing import load, plan_import, write
 from ross_jax.convert.tensors import open_tensors
 from ross_jax.data.packing import PackingConfig
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
 from ross_jax.models.ross import abstract_params
+from ross_jax.models.tiny_autoencoder import TinyAutoencoderConfig
 from ross_jax.sharding import MeshConfig
 from ross_jax.training.loop import LoopConfig, check
 from ross_jax.training.optimizer import OptimizerConfig
@@ -151,6 +154,20 @@ def test_another_config_is_refused_with_what_differs(data, whole):
         Run(make_config(data, optimizer=OptimizerConfig(0.5, ((r"denoiser/.*", 1e-4),))), folder)
 
 
+def test_continues_a_run_older_than_a_field(data, whole, tmp_path):
+    """As of when there was one kind of autoencoder."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    file = tmp_path / "run" / "run.json"
+    recorded = json.loads(file.read_text())
+    assert recorded["config"]["model"]["autoencoder"].pop("kind") == "kl"
+    file.write_text(json.dumps(recorded))
+    assert Run(make_config(data), tmp_path / "run").step == whole[2]
+    recorded["config"]["model"]["autoencoder"]["layers_per_block"] = 2
+    file.write_text(json.dumps(recorded))
+    with pytest.raises(ConfigError, match=r"model.autoencoder.layers_per_block: 2 there, 1 now"):
+        Run(make_config(data), tmp_path / "run")
+
+
 def test_starts_from_a_model(data, whole, tmp_path):
     """The second stage begins with what the first one left."""
     folder, params, _ = whole
@@ -161,6 +178,25 @@ def test_starts_from_a_model(data, whole, tmp_path):
     model = dataclasses.replace(run.config.model, denoiser=smaller)
     with pytest.raises(ConfigError, match=r"its denoiser differs: depth: 2 there, 1 in config.model"):
         Run(make_config(data, init=(str(folder),), model=model), tmp_path / "third")
+    tiny = TinyAutoencoderConfig(8, 8, (1, 1, 1), (1, 1, 1), 4)
+    model = dataclasses.replace(run.config.model, autoencoder=tiny)
+    with pytest.raises(ConfigError, match=r"its autoencoder differs: .*; kind: kl there, tiny in config.model"):
+        Run(make_config(data, init=(str(folder),), model=model), tmp_path / "fourth")
+
+
+def test_trains_on_the_latents_of_a_tiny_autoencoder(data, tmp_path):
+    """Imported, frozen, and back as diffusers has it; the rest starts from nothing."""
+    tiny = component(tmp_path / "theirs", TINY)
+    model = import_model(tmp_path / "model", tiny)
+    sizes = dataclasses.replace(make_config(data).model, autoencoder=read_config(model).autoencoder)
+    run = Run(make_config(data, model=sizes, init=(str(model),)), tmp_path / "run")
+    run.train(stop_at=lambda step: step == 2)
+    losses = [line["reconstruction_loss"] for line in lines(tmp_path / "run")]
+    assert len(losses) == 2 and all(0.1 < loss < 10 for loss in losses)
+    plan = plan_import([str(tiny)])
+    for path, leaf in flatten(load(plan)).items():
+        np.testing.assert_array_equal(flatten(run.state.frozen)[path], leaf, err_msg=path)
+    plan.close()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,160 @@
+"""Tiny autoencoder: diffusers' `AutoencoderTiny`, the family of TAESD (4 channels), TAESD3 and TAEF1 (16 channels).
+
+Distilled from a KL autoencoder, in whose latent space it works: plain convolutions, no norm, no attention, and no
+randomness. Inside, pictures are in [0, 1].
+"""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ross_jax.models.autoencoder import Posterior
+
+CLAMP = 3.0
+"""The decoder bends latents into (-3, 3); a constant of the architecture, whatever config.json says."""
+NO_VARIANCE = -1000.0
+"""Log-variance whose deviation is 0 in float32, so that a sample is the mean; finite, so that no sum over it is NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyAutoencoderConfig:
+    """Sizes of a tiny autoencoder.
+
+    Attributes:
+      encoder_channels, decoder_channels: of every resolution level.
+      encoder_blocks, decoder_blocks: residual blocks of each level; finest-first for the encoder, coarsest-first for
+        the decoder.
+      scaling_factor, shift_factor: latents the denoiser sees are `(sample - shift) * scaling`; published ones are on
+        that scale already.
+    """
+
+    encoder_channels: int
+    decoder_channels: int
+    encoder_blocks: tuple[int, ...]
+    decoder_blocks: tuple[int, ...]
+    latent_channels: int
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    kind: Literal["tiny"] = "tiny"
+
+    def __post_init__(self):
+        encoder, decoder = len(self.encoder_blocks), len(self.decoder_blocks)
+        if not encoder or encoder != decoder:
+            raise ValueError(f"encoder_blocks has {encoder} levels, decoder_blocks {decoder}; must be as many, not 0")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.encoder_blocks) - 1)
+
+
+def _conv(features: int, dtype: DTypeLike, name: str, stride: int = 1, bias: bool = True) -> nn.Conv:
+    # Explicit, because "SAME" pads a strided convolution only behind.
+    return nn.Conv(features, (3, 3), stride, padding=1, use_bias=bias, dtype=dtype, name=name)
+
+
+class TinyBlock(nn.Module):
+    """Three convolutions with a skip; ReLU between them and after the sum."""
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]):
+        features = x.shape[-1]
+        y = nn.relu(_conv(features, self.dtype, "conv1")(x))
+        y = nn.relu(_conv(features, self.dtype, "conv2")(y))
+        return nn.relu(x + _conv(features, self.dtype, "conv3")(y))
+
+
+class TinyEncoder(nn.Module):
+    """Pictures in [0, 1] to latents."""
+
+    config: TinyAutoencoderConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width 3"]):
+        cfg = self.config
+        x = _conv(cfg.encoder_channels, self.dtype, "conv_in")(x)
+        for i, blocks in enumerate(cfg.encoder_blocks):
+            if i > 0:
+                x = _conv(cfg.encoder_channels, self.dtype, f"downsample_{i}", stride=2, bias=False)(x)
+            for j in range(blocks):
+                x = TinyBlock(self.dtype, name=f"block_{i}_{j}")(x)
+        return _conv(cfg.latent_channels, self.dtype, "conv_out")(x)
+
+
+class TinyDecoder(nn.Module):
+    """Bounded latents to pictures in [0, 1]."""
+
+    config: TinyAutoencoderConfig
+    dtype: DTypeLike
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch rows columns latent"]):
+        cfg = self.config
+        x = nn.relu(_conv(cfg.decoder_channels, self.dtype, "conv_in")(x))
+        block = nn.remat(TinyBlock) if self.remat else TinyBlock
+        for i, blocks in enumerate(cfg.decoder_blocks):
+            if i > 0:
+                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+                x = _conv(cfg.decoder_channels, self.dtype, f"upsample_{i}", bias=False)(x)
+            for j in range(blocks):
+                x = block(self.dtype, name=f"block_{i}_{j}")(x)
+        return _conv(3, self.dtype, "conv_out")(x)
+
+
+class TinyAutoencoder(nn.Module):
+    """Pictures in [-1, 1] to latents and back; the interface of `Autoencoder`, without randomness.
+
+    Attributes:
+      remat: the backward pass through the decoder keeps the inputs of its blocks only.
+    """
+
+    config: TinyAutoencoderConfig
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+
+    def input_spec(self, batch: int = 1, size: int | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the arguments of `__call__`."""
+        size = size or 2 * self.config.downsampling
+        return (jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32),)
+
+    def setup(self):
+        self.encoder = TinyEncoder(self.config, self.dtype)
+        self.decoder = TinyDecoder(self.config, self.dtype, self.remat)
+
+    def encode(self, images: Float[Array, "batch height width 3"]) -> Posterior:
+        """The latents as a posterior without variance, float32: every sample is its mean.
+
+        Raises:
+          ValueError: sides that are not multiples of the downsampling.
+        """
+        if images.shape[1] % self.config.downsampling or images.shape[2] % self.config.downsampling:
+            raise ValueError(f"sides of {images.shape} must be multiples of {self.config.downsampling}")
+        unit = (images.astype(jnp.float32) + 1.0) / 2.0
+        mean = self.encoder(unit.astype(self.dtype)).astype(jnp.float32)
+        return Posterior(mean, jnp.full_like(mean, NO_VARIANCE))
+
+    def decode(self, latents: Float[Array, "batch rows columns latent"]) -> Float[Array, "batch height width 3"]:
+        """The picture of raw latents (scaling already undone), float32; not clipped to [-1, 1]."""
+        bounded = CLAMP * jnp.tanh(latents.astype(jnp.float32) / CLAMP)
+        return 2.0 * self.decoder(bounded.astype(self.dtype)).astype(jnp.float32) - 1.0
+
+    def normalise(self, latents: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Raw latents to the scale that the denoiser sees."""
+        return (latents - self.config.shift_factor) * self.config.scaling_factor
+
+    def denormalise(self, latents: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The inverse of `normalise`."""
+        return latents / self.config.scaling_factor + self.config.shift_factor
+
+    def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch height width 3"]:
+        """Reconstructs pictures."""
+        return self.decode(self.encode(images).mean)
