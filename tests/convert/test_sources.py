@@ -8,7 +8,20 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-from convert.foreign import CLIP, LLAMA, QWEN3, ROSS, SIGLIP, VAE, component, component_state, projector_state, save
+from convert.foreign import (
+    CLIP,
+    DINOV2,
+    DINOV2_REGISTERS,
+    LLAMA,
+    QWEN3,
+    ROSS,
+    SIGLIP,
+    VAE,
+    component,
+    component_state,
+    projector_state,
+    save,
+)
 from ross_jax.convert import known, sources
 from ross_jax.convert.autoencoder import autoencoder_config
 from ross_jax.convert.language import language_config
@@ -28,6 +41,8 @@ WHOLE_CLIP = {"model_type": "clip", "vision_config": CLIP}
         (CLIP, ["model.safetensors"], "vision", ["model"]),
         (WHOLE_CLIP, ["model.safetensors"], "vision", ["model"]),
         (SIGLIP, ["model.safetensors"], "vision", ["model"]),
+        (DINOV2, ["model.safetensors"], "vision", ["model"]),
+        (DINOV2_REGISTERS, ["model.safetensors"], "vision", ["model"]),
         (VAE, ["diffusion_pytorch_model.safetensors"], "autoencoder", ["diffusion_pytorch_model"]),
         (ROSS, ["model.safetensors"], "ross", ["model"]),
         (ROSS | {"model_type": "llava_llama"}, ["model.safetensors"], "ross", ["model"]),
