@@ -12,7 +12,6 @@ from convert.foreign import (
     DINOV2,
     GOLDEN,
     LLAMA,
-    SCOPES,
     assert_same,
     component,
     files_of,
@@ -23,6 +22,7 @@ from convert.foreign import (
 from ross_jax import checkpoints
 from ross_jax.config import UserError, thaw
 from ross_jax.convert.exporting import export, read_config
+from ross_jax.convert.importing import SCOPES
 from ross_jax.models.regressor import RegressorConfig
 from ross_jax.models.ross import abstract_params
 from ross_jax.tree import flatten, unflatten

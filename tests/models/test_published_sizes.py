@@ -72,8 +72,8 @@ def language_of(name: str):
 def unused_by_vision(settings: dict, teacher: bool = False) -> int:
     """Parameters above the feature, and those that never run: SigLIP's pooling head, DINOv2's mask token.
 
-    Above the last layer but one are the last layer and the last norm. Above a teacher's features is nothing, only CLIP's
-    last norm is not for them.
+    Above the last layer but one are the last layer and the last norm. Above a teacher's features is nothing, but
+    CLIP's last norm is not for them.
     """
     width, kind = settings["hidden_size"], settings["model_type"].split("_")[0]
     attention = 4 * (width * width + width)
