@@ -196,7 +196,7 @@ def _leave_out(model: Path, config: RossConfig, without: Collection[str]) -> Ros
     if unknown:
         names = ", ".join(f"{name!r}{nearest(name, have)}" for name in unknown)
         raise UserError(f"--without: {model} has no component {names}; it has {', '.join(have)}")
-    if set(have) <= set(without):
+    if without and set(have) <= set(without):
         raise UserError(f"--without: nothing is left of {model}")
     return dataclasses.replace(config, **dict.fromkeys(without))
 
