@@ -1,7 +1,7 @@
 """Converts checkpoints: from Hugging Face, diffusers and the reference to a ross_jax model directory, and back.
 
-python launch/convert.py import --from DIR_OR_ID [--from ...] --output DIR
-python launch/convert.py export --from DIR --format ross|components --output DIR
+python launch/convert.py import --from DIR_OR_ID [--from ...] [--teacher DIR_OR_ID] --output DIR
+python launch/convert.py export --from DIR --format ross|components [--without NAME ...] --output DIR
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion is host work; accelerators stay free
 
 from ross_jax.config import UserError
-from ross_jax.convert.exporting import DTYPE_NAMES, export
+from ross_jax.convert.exporting import COMPONENTS, DTYPE_NAMES, export
 from ross_jax.convert.importing import plan_import, write
 
 
@@ -22,7 +22,7 @@ def say(text: str) -> None:
 
 
 def import_command(args: argparse.Namespace) -> None:
-    plan = plan_import(args.origins, args.vision_tower, args.autoencoder)
+    plan = plan_import(args.origins, args.vision_tower, args.autoencoder, teacher=args.teacher)
     try:
         write(plan, args.output, say)
     finally:
@@ -32,7 +32,7 @@ def import_command(args: argparse.Namespace) -> None:
 
 
 def export_command(args: argparse.Namespace) -> None:
-    export(args.model, args.output, args.format, args.dtype, say)
+    export(args.model, args.output, args.format, args.dtype, say, args.without)
     print(args.output)
 
 
@@ -44,10 +44,15 @@ def main(argv: list[str] | None = None) -> int:
         "--from",
         dest="origins",
         action="append",
-        required=True,
+        default=[],
         metavar="DIR_OR_ID",
-        help="a full Ross/LLaVA checkpoint, stage-1 adapters, or a SigLIP, CLIP, Qwen, Llama, AutoencoderKL or "
+        help="a full Ross/LLaVA checkpoint, stage-1 adapters, or a SigLIP, CLIP, DINOv2, Qwen, Llama, AutoencoderKL or "
         "AutoencoderTiny folder or hub id; repeat to compose a model of several",
+    )
+    importer.add_argument(
+        "--teacher",
+        metavar="DIR_OR_ID",
+        help="a SigLIP, CLIP or DINOv2 folder or hub id, whose last features visual outputs can be trained to regress",
     )
     importer.add_argument("--output", type=Path, required=True, metavar="DIR", help="the model directory to make")
     for flag in ("--vision-tower", "--autoencoder"):
@@ -57,9 +62,18 @@ def main(argv: list[str] | None = None) -> int:
     exporter.add_argument("--from", dest="model", type=Path, required=True, metavar="DIR", help="a model directory")
     exporter.add_argument("--format", choices=("ross", "components"), required=True)
     exporter.add_argument("--output", type=Path, required=True, metavar="DIR")
+    exporter.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"components to leave out, of {', '.join(COMPONENTS)}",
+    )
     exporter.add_argument("--dtype", choices=sorted(DTYPE_NAMES), help="default: as imported")
     exporter.set_defaults(run=export_command)
     args = parser.parse_args(argv)
+    if args.command == "import" and not (args.origins or args.teacher):
+        importer.error("the following arguments are required: --from or --teacher")
     # When one of tensorstore's reads fails, the others still in flight call back into a closed event loop, each with a
     # traceback on stderr.
     sys.unraisablehook = lambda _: None

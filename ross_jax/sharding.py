@@ -38,6 +38,8 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*/layers/(attention/)?out/kernel", (None, "heads", "embed")),
     (r".*/layers/(mlp/)?(gate|up)/kernel", (None, "embed", "mlp")),
     (r".*/layers/(mlp/)?(gate|up)/bias", (None, "mlp")),
+    (r".*/layers/mlp/gate_up/kernel", (None, "embed", None, "mlp")),
+    (r".*/layers/mlp/gate_up/bias", (None, None, "mlp")),
     (r".*/layers/(mlp/)?down/kernel", (None, "mlp", "embed")),
     # In turn by columns and by rows: split by columns alone, XLA computed wrong gradients on a 2x2x2 mesh.
     (r"(projector|regressor)/linear_\d*[02468]/kernel", ("embed", "mlp")),

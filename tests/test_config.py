@@ -223,7 +223,10 @@ def test_ross_config_survives_json(values):
             "config: projector.in_size is 3 but vision.hidden",
         ),
         ({"vision": {"num_heads": 3}}, r"config\.vision: hidden_size 8 is not a multiple of num_heads 3"),
-        ({"vision": {"kind": "dino"}}, r"config\.vision\.kind: 'dino' is none of \['siglip', 'clip'\]"),
+        ({"vision": {"kind": "dino"}}, r"config\.vision\.kind: 'dino' is none of \['siglip', 'clip', 'dinov2'\]"),
+        ({"vision": {"final_norm": True}}, r"config\.vision: final_norm: clip has no norm of its patch features"),
+        ({"vision": {"registers": 4}}, r"config\.vision: registers 4 and swiglu False are dinov2's; clip has neither"),
+        ({"vision": {"swiglu": True}}, r"config\.vision: registers 0 and swiglu True are dinov2's; clip has neither"),
         ({"image_mean": [0.5, 0.5]}, r"config\.image_mean: expected 3 values, found 2"),
         (
             {"autoencoder": {"kind": "tny"}},

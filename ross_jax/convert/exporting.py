@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 
 from ross_jax import checkpoints
-from ross_jax.config import UserError, freeze
+from ross_jax.config import UserError, freeze, nearest
 from ross_jax.convert import vision
 from ross_jax.convert.importing import SCOPES, TABLES, is_finite
-from ross_jax.convert.mapping import Piece, expand
+from ross_jax.convert.mapping import Piece, expand, raise_all
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.settings import Settings
 from ross_jax.convert.sources import ROSS_FAMILIES, read_json
@@ -28,7 +28,9 @@ from ross_jax.tree import flatten, unflatten
 Progress = Callable[[str], None]
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-FOLDERS = {"vision": "vision_tower", "language": "llm", "autoencoder": "vae"}
+COMPONENTS = (*SCOPES, "regressor", "teacher")
+"""All that a model may have, in the order of export."""
+FOLDERS = {"vision": "vision_tower", "language": "llm", "autoencoder": "vae", "teacher": "teacher"}
 """Folder of each component in the `components` layout; projector and denoiser are `adapters/`."""
 _STEMS = {"autoencoder": "diffusion_pytorch_model"}
 _ADAPTERS = {"projector": "mm_projector", "denoiser": "mm_inv_projector"}
@@ -70,7 +72,7 @@ def _read_foreign(model: Path) -> dict[str, Any]:
     """Component -> what import noted of its origin; empty for what was never imported."""
     read = Settings(checkpoints.read_manifest(model), str(model / checkpoints.MANIFEST))
     foreign = read.inner("foreign")
-    parts = {name: foreign.inner(name) for name in SCOPES}
+    parts = {name: foreign.inner(name) for name in COMPONENTS}
     for part in parts.values():
         for name in ("origin", "layout", "prefix"):
             part.text(name, "")
@@ -187,8 +189,55 @@ def _cast(values: np.ndarray, tag: str, key: str) -> np.ndarray:
     return cast
 
 
+def _leave_out(model: Path, config: RossConfig, without: Collection[str]) -> RossConfig:
+    """The config without the named components."""
+    have = [name for name in COMPONENTS if getattr(config, name) is not None]
+    unknown = [name for name in without if name not in have]
+    if unknown:
+        names = ", ".join(f"{name!r}{nearest(name, have)}" for name in unknown)
+        raise UserError(f"--without: {model} has no component {names}; it has {', '.join(have)}")
+    if without and set(have) <= set(without):
+        raise UserError(f"--without: nothing is left of {model}")
+    return dataclasses.replace(config, **dict.fromkeys(without))
+
+
+def _check_layout(model: Path, config: RossConfig, layout: str) -> None:
+    """Refuses components that the layout cannot hold."""
+    problems = []
+    if config.regressor is not None:
+        problems.append("foreign layouts have no place for its regressor; leave it out with --without regressor")
+    for name, known in {"prediction": "epsilon", "schedule": "cosine", "block": "adaln"}.items():
+        found = getattr(config.denoiser, name, known)
+        if found != known:
+            problems.append(
+                f"its denoiser has {name} {found!r}, foreign layouts know only {known!r}; leave it out with "
+                "--without denoiser"
+            )
+    if layout == "ross" and config.teacher is not None:
+        problems.append(
+            "a full checkpoint has no place for its teacher; use --format components, or leave it out with "
+            "--without teacher"
+        )
+    if layout == "ross" and config.vision is not None and (config.vision.kind == "dinov2" or config.vision.final_norm):
+        what = config.vision.kind + (" with final norm" if config.vision.final_norm else "")
+        problems.append(f"the reference has no vision tower {what}; use --format components")
+    if layout == "ross" and config.autoencoder is not None and config.autoencoder.kind != "kl":
+        problems.append(
+            "its autoencoder is an AutoencoderTiny; the reference loads only diffusers' AutoencoderKL, so use --format "
+            "components"
+        )
+    if layout == "ross" and config.language is None:
+        problems.append("has no language model, so it is no full Ross checkpoint; use --format components")
+    raise_all(str(model), [UserError(f"{model}: {problem}") for problem in problems])
+
+
 def export(
-    model: Path, output: Path, layout: str, dtype: str | None = None, progress: Progress = lambda _: None
+    model: Path,
+    output: Path,
+    layout: str,
+    dtype: str | None = None,
+    progress: Progress = lambda _: None,
+    without: Collection[str] = (),
 ) -> None:
     """Writes a model directory in a foreign layout; complete, or not at all.
 
@@ -197,28 +246,17 @@ def export(
       output: must not exist.
       layout: `ross`, one checkpoint as the reference saves it, or `components`, a folder for each.
       dtype: `float32`, `bfloat16` or `float16` for every floating tensor; default: as imported.
+      without: components to leave out, and whatever config.json would say of them.
 
     Raises:
-      UserError: nothing to export, or an output that cannot be written.
+      UserError: nothing to export, components that the layout cannot hold, or an output that cannot be written.
     """
-    foreign, config = _read_foreign(model), read_config(model)
+    foreign, config = _read_foreign(model), _leave_out(model, read_config(model), without)
     files = model / "files"
-    names = [name for name in SCOPES if getattr(config, name) is not None]
-    if config.denoiser is not None and config.denoiser.prediction != "epsilon":
-        raise UserError(
-            f"{model}: its denoiser predicts {config.denoiser.prediction}; foreign layouts know only epsilon prediction"
-        )
+    names = [name for name in COMPONENTS if getattr(config, name) is not None]
+    _check_layout(model, config, layout)
     if layout == "ross":
-        if config.autoencoder is not None and config.autoencoder.kind != "kl":
-            raise UserError(
-                f"{model}: its autoencoder is an AutoencoderTiny; the reference loads only diffusers' AutoencoderKL, "
-                "so use --format components"
-            )
-        if config.language is None:
-            raise UserError(
-                f"{model}: has no language model, so it is no full Ross checkpoint; use --format components"
-            )
-        configs = {"ross": ross_settings(files, config, foreign)}
+        configs = {"ross": settings_without(ross_settings(files, config, foreign), without)}
     else:
         configs = {name: component_settings(files, name) for name in names if name not in _ADAPTERS}
     saved = _saved_leaves(model, config, names)
@@ -244,6 +282,8 @@ def export(
             _write_weights(model, target, stem, {SCOPES[name] if adapter else "": component}, tag, progress)
             if adapter:
                 _copy_files([files / "adapters", files / "ross"], target, ["config.json"])
+                if without and (target / "config.json").is_file():
+                    _write_config(target, settings_without(read_json(target / "config.json"), without), None)
             else:
                 _copy_files([files / name, *([files / "ross"] if name == "language" else [])], target)
                 _write_config(target, configs[name], dtype)
@@ -333,6 +373,28 @@ def ross_settings(files: Path, config: RossConfig, foreign: Mapping[str, Any]) -
     if config.autoencoder:
         settings["mm_pixel_decoder"] = foreign["autoencoder"].get("origin")
     return settings
+
+
+_FIELDS = {
+    "vision": ("mm_vision_", "mm_hidden_size", "image_embed_len", "image_mean", "image_std", "decode_image_size"),
+    "projector": ("use_mm_proj", "mm_projector_"),
+    "denoiser": ("use_mm_inv_proj", "mm_inv_"),
+    "autoencoder": ("mm_pixel_decoder",),
+}
+"""How the fields of a full checkpoint's config.json begin that say something of each component."""
+
+
+def settings_without(settings: dict[str, Any], without: Collection[str]) -> dict[str, Any]:
+    """A full checkpoint's config.json that says nothing of the components left out.
+
+    A regressor stands in the denoiser's place, so a config.json from before the run that made it speaks of a denoiser
+    that is gone. The reference computes its reconstruction loss where `ross_enable` is true, and needs denoiser and
+    autoencoder for that.
+    """
+    names = {"denoiser" if name == "regressor" else name for name in without}
+    gone = tuple(begin for name in names for begin in _FIELDS.get(name, ()))
+    kept = {name: value for name, value in settings.items() if not name.startswith(gone)}
+    return kept | {"ross_enable": False} if names & {"denoiser", "autoencoder"} else kept
 
 
 def _projector_type(config: RossConfig, foreign: Mapping[str, Any]) -> str:

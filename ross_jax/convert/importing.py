@@ -17,7 +17,7 @@ from ross_jax.convert.mapping import ConversionError, Piece, Table, collecting, 
 from ross_jax.convert.parts import SCOPES as SCOPES
 from ross_jax.convert.parts import Part, read_configs, split
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
-from ross_jax.convert.sources import Source, open_source
+from ross_jax.convert.sources import Source, open_source, open_teacher
 from ross_jax.convert.tensors import TensorFiles
 from ross_jax.models.denoiser import NUM_HEADS
 from ross_jax.models.ross import RossConfig, abstract_params
@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[Any], Table]] = {
     "language": language.table,
     "denoiser": denoiser.table,
     "autoencoder": autoencoder.table,
+    "teacher": vision.table,
 }
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -67,6 +68,7 @@ def plan_import(
     autoencoder_folder: Path | None = None,
     whole_tower: bool = False,
     num_heads: int = NUM_HEADS,
+    teacher: str | None = None,
 ) -> Plan:
     """Opens foreign checkpoints and holds their keys against the tables.
 
@@ -75,16 +77,20 @@ def plan_import(
       vision_tower, autoencoder_folder: folders with the config.json of what a full checkpoint only points to.
       whole_tower: keep all layers of the vision tower, above the selected one too.
       num_heads: of the denoiser; no file records them.
+      teacher: folder or hub id of the vision encoder whose features are reconstruction targets.
 
     Raises:
       UserError: nothing that can be read, or settings that we do not compute.
     """
-    where = " + ".join(origins)
+    where = " + ".join([*origins, *([teacher] if teacher else [])])
     sources: list[Source] = []
     errors: list[UserError] = []
     for origin in origins:
         with collecting(errors):
             sources.append(open_source(origin))
+    if teacher:
+        with collecting(errors):
+            sources.append(open_teacher(teacher))
     raise_all(where, errors)
     parts = split(sources, errors)
     folders = {"vision": vision_tower, "autoencoder": autoencoder_folder}
@@ -107,7 +113,7 @@ def match_parts(config: RossConfig, sources: list[Source], parts: dict[str, Part
         table = TABLES[component](getattr(config, component))
         result = match(table, shapes, part.shapes())
         outside = [key for key in part.keys if not key.startswith(part.prefix)]
-        kept = {key for key in outside if component == "vision" and vision.is_outside(key)}
+        kept = {key for key in outside if component in ("vision", "teacher") and vision.is_outside(key)}
         plan.problems += [f"{part.source.origin}: {part.scope}{part.prefix}: {problem}" for problem in result.problems]
         plan.problems += [f"{part.source.origin}: unmapped: {part.scope}{key}" for key in outside if key not in kept]
         plan.unused[component] = [part.prefix + key for key in result.unused] + sorted(kept)

@@ -1,4 +1,4 @@
-"""Published vision towers and autoencoders by hub id, so that a checkpoint that names one converts offline.
+"""Published vision encoders and autoencoders by hub id, so that a checkpoint that names one converts offline.
 
 The settings are those of the published config.json files.
 """
@@ -42,6 +42,26 @@ def _clip(hidden: int, mlp: int, layers: int, heads: int, image_size: int, patch
         "patch_size": patch_size,
         "projection_dim": projection,
     }
+
+
+def _dinov2(hidden: int, layers: int, heads: int, registers: int = 0) -> dict[str, Any]:
+    settings = {
+        "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "mlp_ratio": 4,
+        "use_swiglu_ffn": hidden == 1536,
+        "layerscale_value": 1.0,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": 518,
+        "patch_size": 14,
+    }
+    return settings | ({"num_register_tokens": registers} if registers else {})
 
 
 def _autoencoder(latent: int, quant: bool, scaling: float, shift: float | None = None) -> dict[str, Any]:
@@ -100,8 +120,16 @@ VISION_TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14": _clip(1024, 4096, 24, 16, 224, 14, 768),
     "openai/clip-vit-base-patch16": _clip(768, 3072, 12, 12, 224, 16, 512),
     "openai/clip-vit-base-patch32": _clip(768, 3072, 12, 12, 224, 32, 512),
+    "facebook/dinov2-small": _dinov2(384, 12, 6),
+    "facebook/dinov2-base": _dinov2(768, 12, 12),
+    "facebook/dinov2-large": _dinov2(1024, 24, 16),
+    "facebook/dinov2-giant": _dinov2(1536, 40, 24),
+    "facebook/dinov2-with-registers-small": _dinov2(384, 12, 6, 4),
+    "facebook/dinov2-with-registers-base": _dinov2(768, 12, 12, 4),
+    "facebook/dinov2-with-registers-large": _dinov2(1024, 24, 16, 4),
+    "facebook/dinov2-with-registers-giant": _dinov2(1536, 40, 24, 4),
 }
-"""Hub id -> config.json of the vision tower alone."""
+"""Hub id -> config.json of the vision encoder alone."""
 
 _FLUX = _autoencoder(16, False, 0.3611, 0.1159)
 AUTOENCODERS: dict[str, dict[str, Any]] = {

@@ -78,7 +78,7 @@ def _place(part: Part) -> str:
 
 def _split(source: Source, files: TensorFiles, errors: list[UserError]) -> list[Part]:
     if source.kind not in ("ross", "adapters"):
-        prefix = _tower_prefix(files) if source.kind == "vision" else ""
+        prefix = _tower_prefix(files) if source.kind in ("vision", "teacher") else ""
         return [Part(source.kind, source, files, "", tuple(files), prefix, source.settings, source.folder)]
     parts, left = [], list(files)
     for component, scope in SCOPES.items():
@@ -93,7 +93,8 @@ def _split(source: Source, files: TensorFiles, errors: list[UserError]) -> list[
 
 
 def _tower_prefix(keys: Sequence[str] | TensorFiles) -> str:
-    return next((prefix for prefix in vision.PREFIXES if prefix + vision.ANCHOR in keys), vision.PREFIXES[0])
+    found = (prefix for prefix in vision.PREFIXES if any(prefix + anchor in keys for anchor in vision.ANCHORS))
+    return next(found, vision.PREFIXES[0])
 
 
 def read_configs(
@@ -112,6 +113,7 @@ def read_configs(
         "autoencoder": _read_autoencoder,
         "projector": _read_projector,
         "denoiser": functools.partial(_read_denoiser, num_heads=num_heads),
+        "teacher": _read_teacher,
     }
     errors: list[UserError] = []
     configs: dict[str, Any] = {}
@@ -169,20 +171,34 @@ def _read_tower(part: Part, about: Settings) -> dict[str, Any]:
         kind = part.settings.get("model_type")
         raise ConfigError(f"{where}: model_type {kind!r} is no vision tower; expected one of {vision.model_types()}")
     config = vision.vision_config(part.settings, where)
-    if config.kind == "clip":  # the reference ignores the setting for SigLIP
+    if config.kind != "siglip":  # for which the reference ignores the setting
         try:
             config = dataclasses.replace(config, select_layer=about.integer("mm_vision_select_layer", -2))
         except ValueError as error:
             raise ConfigError(f"{about.where}: mm_vision_{error}") from error
+    mean, std = _normalisation(part, config.kind, about)
+    return {"vision": config, "image_mean": mean, "image_std": std}
+
+
+def _read_teacher(part: Part, about: Settings) -> dict[str, Any]:
+    """A full checkpoint's settings, `about`, say nothing of it."""
+    where = _where(part, about)
+    config = vision.teacher_config(part.settings, where)
+    mean, std = _normalisation(part, config.kind, Settings({}, where))
+    return {"teacher": config, "teacher_mean": mean, "teacher_std": std}
+
+
+def _normalisation(part: Part, kind: str, about: Settings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pictures."""
     processor = part.folder / "preprocessor_config.json" if part.folder else None
     read = about
     if "image_mean" not in about.values and processor and processor.is_file():
         read = Settings(read_json(processor), str(processor))
-    mean, std = vision.NORMALISATION[config.kind]
-    normalisation = {"image_mean": read.numbers("image_mean", mean), "image_std": read.numbers("image_std", std)}
+    mean, std = vision.NORMALISATION[kind]
+    found = read.numbers("image_mean", mean), read.numbers("image_std", std)
     if read is not about:
         read.check()
-    return {"vision": config, **normalisation}
+    return found
 
 
 def _read_language(part: Part, about: Settings) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ross_jax.config import UserError, nearest
 from ross_jax.convert import language, vision
 from ross_jax.convert.tensors import TensorFiles, open_tensors
 
-Kind = Literal["ross", "adapters", "vision", "language", "autoencoder"]
+Kind = Literal["ross", "adapters", "vision", "language", "autoencoder", "teacher"]
 
 ADAPTERS = ("mm_projector", "mm_inv_projector")
 """File stems of what stage 1 saves."""
@@ -112,6 +112,18 @@ def _open_folder(origin: str, folder: Path) -> Source:
         kind = "adapters"
     files = [open_tensors(path) for path in adapters] if kind == "adapters" else [open_tensors(folder)]
     return Source(origin, folder, kind, settings, files)
+
+
+def open_teacher(origin: str) -> Source:
+    """Opens a vision encoder's folder or hub id as the teacher of reconstruction targets.
+
+    Raises:
+      SourceError: as `open_source`, or another kind of checkpoint.
+    """
+    source = open_source(origin)
+    if source.kind != "vision":
+        raise SourceError(f"--teacher {origin}: is a {source.kind} checkpoint; expected one of SigLIP, CLIP or DINOv2")
+    return dataclasses.replace(source, kind="teacher")
 
 
 def _adapter(folder: Path, stem: str) -> list[Path]:

@@ -1,20 +1,22 @@
-"""SigLIP and CLIP: configs and keys of transformers."""
+"""SigLIP, CLIP and DINOv2: configs and keys of transformers."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from ross_jax.convert.mapping import CONV, Row, Table, dense, norm
+from ross_jax.convert.mapping import BATCHED, CONV, Row, Table, Transform, conv, dense, norm
 from ross_jax.convert.settings import MAX_LAYERS, Settings
 from ross_jax.models.vision import VisionConfig
 
 PREFIXES = ("vision_model.", "")
-"""transformers 5 writes vision-only checkpoints without the prefix."""
-ANCHOR = "embeddings.position_embedding.weight"
-"""A key that every vision tower has, below its prefix."""
+"""transformers 5 writes vision-only checkpoints without the prefix; DINOv2 never had it."""
+ANCHORS = ("embeddings.position_embedding.weight", "embeddings.position_embeddings", "embeddings.cls_token")
+"""Keys of which every vision tower has one, below its prefix."""
 NORMALISATION = {
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 """Mean and standard deviation of the pictures that the published models were trained on."""
 _MODEL_TYPES = {
@@ -22,8 +24,25 @@ _MODEL_TYPES = {
     "clip_vision_model": "clip",
     "siglip": "siglip",
     "clip": "clip",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
 }
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh"}
+# What transformers assumes where a config is silent, by `model_type` without `_vision_model`: activation, patch size,
+# epsilon of the norms.
+_DEFAULTS = {
+    "siglip": ("gelu_pytorch_tanh", 16, 1e-6),
+    "clip": ("quick_gelu", 32, 1e-5),
+    "dinov2": ("gelu", 14, 1e-6),
+    "dinov2_with_registers": ("gelu", 16, 1e-6),
+}
+_CLASS_TOKEN = Transform(lambda x: x[0, 0], lambda x: x[None, None])
+_GATED_KERNEL = Transform(
+    lambda x: x.reshape(2, x.shape[0] // 2, x.shape[1]).transpose(2, 0, 1),
+    lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
+)
+"""torch Linear of gate and input, one after the other, [2 * out, in] <-> [in, 2, out]."""
+_GATED_BIAS = Transform(lambda x: x.reshape(2, -1), lambda x: x.reshape(-1))
 
 
 def model_types() -> list[str]:
@@ -32,7 +51,7 @@ def model_types() -> list[str]:
 
 
 def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
-    """Reads a SigLIP/CLIP config.json, of the whole model or of its vision tower.
+    """Reads a SigLIP/CLIP/DINOv2 config.json, of the whole model or of its vision tower.
 
     Args:
       settings: the parsed file; transformers' defaults, the base model's sizes, fill what it leaves out.
@@ -44,32 +63,57 @@ def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
     Raises:
       ConfigError: what is malformed or not computed by us, by name.
     """
-    kind = _MODEL_TYPES[settings["model_type"]]
+    model_type = settings["model_type"]
+    kind = _MODEL_TYPES[model_type]
     read = Settings(settings, where)
-    if settings["model_type"] in ("siglip", "clip"):
+    if model_type in ("siglip", "clip"):
         read = read.inner("vision_config")
     hidden = read.size("hidden_size", 768)
-    activation = read.text("hidden_act", "gelu_pytorch_tanh" if kind == "siglip" else "quick_gelu")
+    default_activation, default_patch, default_eps = _DEFAULTS[model_type.removesuffix("_vision_model")]
+    activation = read.text("hidden_act", default_activation)
     if activation not in _ACTIVATIONS:
         read.refuse("hidden_act", f"one of {', '.join(_ACTIVATIONS)}")
     read.only("num_channels", 3)
     fields = {
         "kind": kind,
         "image_size": read.size("image_size", 224, most=2**14),
-        "patch_size": read.size("patch_size", 16 if kind == "siglip" else 32),
+        "patch_size": read.size("patch_size", default_patch),
         "hidden_size": hidden,
-        "intermediate_size": read.size("intermediate_size", 3072),
         "num_layers": read.size("num_hidden_layers", 12, most=MAX_LAYERS),
         # No tensor tells the number of heads, so another width's is not guessed.
         "num_heads": read.size("num_attention_heads", 12 if hidden == 768 else None),
         "activation": _ACTIVATIONS.get(activation),
-        "norm_eps": read.number("layer_norm_eps", 1e-6 if kind == "siglip" else 1e-5),
+        "norm_eps": read.number("layer_norm_eps", default_eps),
     }
+    if kind == "dinov2":
+        read.only("qkv_bias", True)
+        swiglu = fields["swiglu"] = read.flag("use_swiglu_ffn")
+        wide = hidden * read.size("mlp_ratio", 4, most=64)
+        # Two thirds for a gated MLP, rounded up to a multiple of 8.
+        fields["intermediate_size"] = (int(wide * 2 / 3) + 7) // 8 * 8 if swiglu else wide
+        registered = model_type == "dinov2_with_registers"
+        fields["registers"] = read.size("num_register_tokens", 4, most=2**10) if registered else 0
+    else:
+        fields["intermediate_size"] = read.size("intermediate_size", 3072)
     return read.build(VisionConfig, **fields)
+
+
+def teacher_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
+    """As `vision_config`, but its features are transformers' `last_hidden_state`, as a teacher is used.
+
+    That is the last layer's output, after the final norm where the model has one for patches: SigLIP and DINOv2.
+    """
+    config = vision_config(settings, where)
+    return dataclasses.replace(config, select_layer=-1, final_norm=config.kind != "clip")
 
 
 def table(config: VisionConfig) -> Table:
     """Keys below the tower's prefix."""
+    return _dinov2_table(config) if config.kind == "dinov2" else _siglip_table(config)
+
+
+def _siglip_table(config: VisionConfig) -> Table:
+    """SigLIP and CLIP."""
     layer, clip = "encoder.layers.{}", config.kind == "clip"
     rows = [
         Row("embeddings.patch_embedding.weight", "patch_embedding/kernel", CONV),
@@ -85,14 +129,48 @@ def table(config: VisionConfig) -> Table:
         for theirs, ours in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}.items():
             rows += dense(f"{layer}.self_attn.{theirs}", f"layers/attention/{ours}")
         rows += dense(f"{layer}.mlp.fc1", "layers/mlp/up") + dense(f"{layer}.mlp.fc2", "layers/mlp/down")
-    above = "|".join(str(i) for i in range(config.layers_used, config.num_layers)) or "none"
+    if config.final_norm:
+        rows += norm("post_layernorm", "final_norm")
     unused = (
-        rf"encoder\.layers\.({above})\..*",
+        rf"encoder\.layers\.({_above(config)})\..*",
         r"post_layernorm\..*",
         r"head\..*",
         r"embeddings\.position_ids",
     )
     return Table(tuple(rows), unused)
+
+
+def _dinov2_table(config: VisionConfig) -> Table:
+    """DINOv2, with or without registers."""
+    layer = "encoder.layer.{}"
+    rows = [
+        *conv("embeddings.patch_embeddings.projection", "patch_embedding"),
+        Row("embeddings.cls_token", "class_embedding", _CLASS_TOKEN),
+        Row("embeddings.position_embeddings", "position_embedding", BATCHED),
+    ]
+    if config.registers:
+        rows.append(Row("embeddings.register_tokens", "registers", BATCHED))
+    if config.layers_used:
+        rows += norm(f"{layer}.norm1", "layers/norm1") + norm(f"{layer}.norm2", "layers/norm2")
+        for name in ("query", "key", "value"):
+            rows += dense(f"{layer}.attention.attention.{name}", f"layers/attention/{name}")
+        rows += dense(f"{layer}.attention.output.dense", "layers/attention/out")
+        rows += [Row(f"{layer}.layer_scale{i}.lambda1", f"layers/scale{i}") for i in (1, 2)]
+        if config.swiglu:
+            rows.append(Row(f"{layer}.mlp.weights_in.weight", "layers/mlp/gate_up/kernel", _GATED_KERNEL))
+            rows.append(Row(f"{layer}.mlp.weights_in.bias", "layers/mlp/gate_up/bias", _GATED_BIAS))
+            rows += dense(f"{layer}.mlp.weights_out", "layers/mlp/down")
+        else:
+            rows += dense(f"{layer}.mlp.fc1", "layers/mlp/up") + dense(f"{layer}.mlp.fc2", "layers/mlp/down")
+    if config.final_norm:
+        rows += norm("layernorm", "final_norm")
+    unused = (rf"encoder\.layer\.({_above(config)})\..*", r"layernorm\..*", r"embeddings\.mask_token")
+    return Table(tuple(rows), unused)
+
+
+def _above(config: VisionConfig) -> str:
+    """Pattern of the layers that never run."""
+    return "|".join(str(i) for i in range(config.layers_used, config.num_layers)) or "none"
 
 
 _OUTSIDE = (r"text_model\..*", r"text_projection\..*", r"visual_projection\..*", r"logit_scale", r"logit_bias")

@@ -1,7 +1,9 @@
-"""Vision encoders: SigLIP and CLIP, one ViT with two configs.
+"""Vision encoders: SigLIP, CLIP and DINOv2, one ViT with three configs.
 
-Matches transformers' `SiglipVisionModel` and `CLIPVisionModel` up to the selected hidden layer. The layers above it,
-the final norm and the pooling head are never computed, so they are not in the tree.
+Matches transformers' `SiglipVisionModel`, `CLIPVisionModel` and `Dinov2Model` (`Dinov2WithRegistersModel`) up to the
+selected hidden layer. The layers above it, a final norm that is not asked for, the pooling head and DINOv2's mask token
+are never computed, so they are not in the tree. Position tables are for `image_size` and never interpolated: pictures
+are always resized to it.
 """
 
 import dataclasses
@@ -23,13 +25,18 @@ class VisionConfig:
     """Sizes of a vision encoder.
 
     Attributes:
-      kind: `siglip` (biased patch embedding) or `clip` (class token, pre-layernorm).
+      kind: `siglip` (biased patch embedding), `clip` (class token, pre-layernorm) or `dinov2` (class token, biased
+        patch embedding, layer scale).
       num_layers: layers of the published model.
       select_layer: which hidden state is the feature, counted as in transformers' `hidden_states`: 0 is the embedding,
         -1 the last layer's output.
+      final_norm: whether the features are that hidden state after the model's last layernorm: with the last layer, what
+        transformers calls `last_hidden_state`. CLIP has none, as it normalises only the class token's output.
+      registers: DINOv2's register tokens, behind the class token.
+      swiglu: DINOv2's gated MLP, of the giant model.
     """
 
-    kind: Literal["siglip", "clip"]
+    kind: Literal["siglip", "clip", "dinov2"]
     image_size: int
     patch_size: int
     hidden_size: int
@@ -39,6 +46,9 @@ class VisionConfig:
     activation: Activation
     norm_eps: float
     select_layer: int = -2
+    final_norm: bool = False
+    registers: int = 0
+    swiglu: bool = False
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
@@ -47,6 +57,12 @@ class VisionConfig:
             raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
         if not -self.num_layers - 1 <= self.select_layer <= self.num_layers:
             raise ValueError(f"select_layer {self.select_layer} does not exist in {self.num_layers} layers")
+        if self.kind == "clip" and self.final_norm:
+            raise ValueError("final_norm: clip has no norm of its patch features")
+        if self.kind != "dinov2" and (self.registers or self.swiglu):
+            raise ValueError(
+                f"registers {self.registers} and swiglu {self.swiglu} are dinov2's; {self.kind} has neither"
+            )
 
     @property
     def grid(self) -> int:
@@ -55,8 +71,13 @@ class VisionConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Features per picture (N), the class token not counted."""
+        """Features per picture (N), class and register tokens not counted."""
         return self.grid**2
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens before those of the patches: class and registers."""
+        return 0 if self.kind == "siglip" else 1 + self.registers
 
     @property
     def layers_used(self) -> int:
@@ -76,10 +97,20 @@ class VisionBlock(nn.Module):
         cfg = self.config
         x = constrain(x, "batch")
         y = layer_norm(cfg.norm_eps, self.dtype, name="norm1")(x)
-        x = x + VisionAttention(cfg.num_heads, self.dtype, name="attention")(y)
+        x = x + self._scaled(VisionAttention(cfg.num_heads, self.dtype, name="attention")(y), "scale1")
         y = layer_norm(cfg.norm_eps, self.dtype, name="norm2")(x)
-        x = x + Mlp(cfg.intermediate_size, cfg.activation, self.dtype, name="mlp")(y)
+        if cfg.swiglu:
+            y = SwiGlu(cfg.intermediate_size, self.dtype, name="mlp")(y)
+        else:
+            y = Mlp(cfg.intermediate_size, cfg.activation, self.dtype, name="mlp")(y)
+        x = x + self._scaled(y, "scale2")
         return x, (x if self.collect else None)
+
+    def _scaled(self, x: Float[Array, "batch tokens embed"], name: str) -> Float[Array, "batch tokens embed"]:
+        """DINOv2's layer scale, channel by channel."""
+        if self.config.kind != "dinov2":
+            return x
+        return x * self.param(name, nn.initializers.ones, (x.shape[-1],)).astype(self.dtype)
 
 
 class VisionAttention(nn.Module):
@@ -96,6 +127,19 @@ class VisionAttention(nn.Module):
             nn.Dense(width, dtype=self.dtype, name=name)(x).reshape(split) for name in ("query", "key", "value")
         )
         return nn.Dense(width, dtype=self.dtype, name="out")(attention(query, key, value).reshape(x.shape))
+
+
+class SwiGlu(nn.Module):
+    """Gated MLP with biases: gate and input in one matrix, as DINOv2 stores them."""
+
+    features: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
+        both = nn.DenseGeneral((2, self.features), dtype=self.dtype, name="gate_up")(x)
+        y = nn.silu(both[..., 0, :]) * both[..., 1, :]
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(y)
 
 
 class VisionEncoder(nn.Module):
@@ -119,8 +163,9 @@ class VisionEncoder(nn.Module):
           hidden_states: also return every hidden state.
 
         Returns:
-          Features `[batch, num_tokens, hidden_size]` of the selected layer, without class token and final norm; with
-          `hidden_states` a pair of them and `[layers_used + 1, batch, tokens, hidden_size]` (class token included).
+          Features `[batch, num_tokens, hidden_size]` of the selected layer, without class and register tokens; with
+          `hidden_states` a pair of them and `[layers_used + 1, batch, tokens, hidden_size]`, all tokens included, none
+          of them after the final norm.
 
         Raises:
           ValueError: pictures of another size.
@@ -133,16 +178,20 @@ class VisionEncoder(nn.Module):
             (cfg.patch_size, cfg.patch_size),
             strides=cfg.patch_size,
             padding="VALID",
-            use_bias=cfg.kind == "siglip",
+            use_bias=cfg.kind != "clip",
             dtype=self.dtype,
             name="patch_embedding",
         )(images)
         x = patches.reshape(images.shape[0], cfg.num_tokens, cfg.hidden_size)
         init = nn.initializers.normal(0.02)
-        if cfg.kind == "clip":
+        if cfg.kind != "siglip":
             cls = self.param("class_embedding", init, (cfg.hidden_size,)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, cfg.hidden_size)), x], axis=1)
         x = x + self.param("position_embedding", init, (x.shape[1], cfg.hidden_size)).astype(self.dtype)
+        if cfg.registers:  # they have no position
+            registers = self.param("registers", init, (cfg.registers, cfg.hidden_size)).astype(self.dtype)
+            registers = jnp.broadcast_to(registers, (x.shape[0], *registers.shape))
+            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
         if cfg.kind == "clip":
             x = layer_norm(cfg.norm_eps, self.dtype, name="pre_norm")(x)
         states = x[None]
@@ -150,5 +199,7 @@ class VisionEncoder(nn.Module):
             layers = stack(VisionBlock, cfg.layers_used, self.remat)
             x, outputs = layers(cfg, self.dtype, hidden_states, name="layers")(x)
             states = jnp.concatenate([states, outputs]) if hidden_states else None
-        features = x[:, 1:] if cfg.kind == "clip" else x
+        features = x[:, cfg.extra_tokens :]
+        if cfg.final_norm:
+            features = layer_norm(cfg.norm_eps, self.dtype, name="final_norm")(features)
         return (features, states) if hidden_states else features

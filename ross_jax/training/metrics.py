@@ -83,8 +83,9 @@ def step_flops(
         if path.startswith("denoiser/condition"):
             return picture_tokens * min(draws, 1)  # once for all draws
         component = path.partition("/")[0]
-        if component == "teacher":
-            return pictures * config.teacher.num_tokens
+        if component in ("vision", "teacher"):
+            tower = getattr(config, component)
+            return pictures * (tower.num_tokens + (0 if "patch_embedding" in path else tower.extra_tokens))
         return {"language": tokens, "denoiser": picture_tokens * draws}.get(component, picture_tokens)
 
     def passes(path: str) -> int:

@@ -48,6 +48,17 @@ SIGLIP = {
     "patch_size": 4,
 }
 CLIP = SIGLIP | {"model_type": "clip_vision_model"}
+DINOV2 = {
+    "model_type": "dinov2",
+    "hidden_size": 8,
+    "mlp_ratio": 2,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 11,
+    "patch_size": 4,
+}
+DINOV2_GIANT = DINOV2 | {"use_swiglu_ffn": True, "mlp_ratio": 3}
+DINOV2_REGISTERS = DINOV2 | {"model_type": "dinov2_with_registers", "num_register_tokens": 3}
 VAE = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [2, 4],
@@ -92,7 +103,11 @@ def component_state(settings: dict[str, Any], dtype: Any = np.float32, seed: int
     if "image_size" not in settings:
         return random_arrays(_shapes("language", language_config(settings["model_type"], settings, "")), dtype, seed)
     config = dataclasses.replace(vision_config(settings, ""), select_layer=-1)
-    shapes = _shapes("vision", config) | {"post_layernorm.weight": (8,), "head.probe": (1, 1, 8)}
+    if config.kind == "dinov2":
+        shapes = _shapes("vision", dataclasses.replace(config, final_norm=True)) | {"embeddings.mask_token": (1, 8)}
+        return random_arrays(shapes, dtype, seed)
+    shapes = _shapes("vision", config) | {f"post_layernorm.{name}": (8,) for name in ("weight", "bias")}
+    shapes |= {"head.probe": (1, 1, 8)}
     return {f"vision_model.{key}": value for key, value in random_arrays(shapes, dtype, seed).items()}
 
 

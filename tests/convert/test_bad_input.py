@@ -244,9 +244,9 @@ def test_the_autoencoder_of_a_full_checkpoint(tmp_path):
     assert_says(refused(checkpoint), "mm_pixel_decoder is '/home/alice/FLUX/vae'.*pass --autoencoder DIR")
     vae = tmp_path / "clip_vicuna/vae"
     assert plan_import([str(checkpoint)], autoencoder_folder=vae).problems == []
-    edit_json(vae / "config.json", block_out_channels=[8, 16, 24, 32], latent_channels=4)
+    edit_json(vae / "config.json", block_out_channels=[8, 16, 24, 32])
     message = refused(checkpoint, autoencoder_folder=vae)
-    assert_says(message, r"wrong shape: encoder\.conv_out\.weight, expected \[8, 32, 3, 3\], found \[32, 24, 3, 3\]")
+    assert_says(message, r"wrong shape: encoder\.conv_out\.weight, expected \[32, 32, 3, 3\], found \[32, 24, 3, 3\]")
     assert message.count("wrong shape") > 10
 
 

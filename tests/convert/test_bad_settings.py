@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.foreign import ABSENT, CLIP, LLAMA, TINY, VAE, assert_says, component, edit_json, refused, save
+from convert.foreign import ABSENT, CLIP, DINOV2, LLAMA, TINY, VAE, assert_says, component, edit_json, refused, save
 from ross_jax.convert.importing import load, plan_import
 
 # config.json.
@@ -127,6 +127,25 @@ def test_windows_that_no_layer_uses_are_fine(tmp_path):
 )
 def test_vision_settings(changes, patterns, tmp_path):
     theirs = save(tmp_path / "clip", {"x": np.zeros(1, np.float32)}, CLIP)
+    check_config(theirs / "config.json", changes, patterns, theirs)
+
+
+@pytest.mark.parametrize(
+    "changes, patterns",
+    [
+        ({"qkv_bias": False}, ["qkv_bias False is not supported; expected True"]),
+        ({"mlp_ratio": 2.5}, [r"mlp_ratio is 2\.5, expected a whole number from 1 to 64"]),
+        ({"mlp_ratio": 10**30}, ["mlp_ratio is 1000000000000000000000000000000, expected a whole number"]),
+        ({"use_swiglu_ffn": "yes"}, ["use_swiglu_ffn is 'yes', expected true or false"]),
+        ({"image_size": [11, 11]}, [rf"image_size is \[11, 11\], {SIZE}"]),
+        (
+            {"model_type": "dinov2_with_registers", "num_register_tokens": -1},
+            [f"num_register_tokens is -1, {SIZE} 1024"],
+        ),
+    ],
+)
+def test_dinov2_settings(changes, patterns, tmp_path):
+    theirs = save(tmp_path / "dinov2", {"x": np.zeros(1, np.float32)}, DINOV2)
     check_config(theirs / "config.json", changes, patterns, theirs)
 
 

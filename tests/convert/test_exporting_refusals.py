@@ -10,14 +10,15 @@ from ross_jax.convert.exporting import export
 from tiny_model import write_model
 
 
-def test_another_prediction_than_the_references(tmp_path):
+@pytest.mark.parametrize(("field", "value"), [("prediction", "v"), ("schedule", "sigmoid"), ("block", "vit")])
+def test_another_denoiser_than_the_references(field, value, tmp_path):
     (tmp_path / "model").mkdir()
     folder = write_model(tmp_path / "model")
     manifest = checkpoints.read_manifest(folder)
     config = json.loads(json.dumps(manifest["config"]))
-    config["denoiser"]["prediction"] = "v"
+    config["denoiser"][field] = value
     checkpoints.write_manifest(folder, {**manifest, "config": config})
     for layout in ("ross", "components"):
-        with pytest.raises(UserError, match="denoiser predicts v; foreign layouts know only epsilon"):
+        with pytest.raises(UserError, match=rf"denoiser has {field} '{value}', .* know only .* --without denoiser"):
             export(folder, tmp_path / "out", layout)
     assert not (tmp_path / "out").exists()

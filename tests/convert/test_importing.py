@@ -12,6 +12,7 @@ import safetensors.numpy
 from convert import torch_zip
 from convert.foreign import (
     CLIP,
+    DINOV2_GIANT,
     GOLDEN,
     LLAMA,
     QWEN2,
@@ -209,9 +210,10 @@ def test_layers_of_different_dtypes_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_sharded_files(suffix, tmp_path):
-    state = component_state(QWEN2)
-    theirs = save(tmp_path / "theirs", {}, QWEN2)
+@pytest.mark.parametrize("settings, folder", [(QWEN2, "llm"), (DINOV2_GIANT, "vision_tower")])
+def test_sharded_files(settings, folder, suffix, tmp_path):
+    state = component_state(settings)
+    theirs = save(tmp_path / "theirs", {}, settings)
     (theirs / "model.safetensors").unlink()
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     weight_map = {}
@@ -225,8 +227,8 @@ def test_sharded_files(suffix, tmp_path):
         weight_map |= dict.fromkeys(part, name)
     (theirs / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     exported = round_trip(tmp_path, "components", theirs)
-    assert_same(state_of(exported / "llm"), state)
-    assert sorted(path.name for path in (exported / "llm").iterdir()) == ["config.json", "model.safetensors"]
+    assert_same(state_of(exported / folder), state)
+    assert sorted(path.name for path in (exported / folder).iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_full_checkpoint_as_torch_file(tmp_path):

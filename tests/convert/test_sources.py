@@ -10,6 +10,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from convert.foreign import (
     CLIP,
+    DINOV2,
+    DINOV2_REGISTERS,
     LLAMA,
     QWEN3,
     ROSS,
@@ -40,6 +42,8 @@ WHOLE_CLIP = {"model_type": "clip", "vision_config": CLIP}
         (CLIP, ["model.safetensors"], "vision", ["model"]),
         (WHOLE_CLIP, ["model.safetensors"], "vision", ["model"]),
         (SIGLIP, ["model.safetensors"], "vision", ["model"]),
+        (DINOV2, ["model.safetensors"], "vision", ["model"]),
+        (DINOV2_REGISTERS, ["model.safetensors"], "vision", ["model"]),
         (VAE, ["diffusion_pytorch_model.safetensors"], "autoencoder", ["diffusion_pytorch_model"]),
         # TAESD's repository has its halves beside the whole.
         (

@@ -94,6 +94,17 @@ def test_flags(main, tmp_path):
     assert main("export", "--from", tmp_path / "b", *options, "--output", tmp_path / "c")[0] == 0
     assert names(tmp_path / "c") == ["llm", "vision_tower"]
     assert {array.dtype.name for array in state_of(tmp_path / "c" / "llm").values()} == {"bfloat16"}
+    assert main("import", *parts, "--teacher", tower, "--output", tmp_path / "d")[:2] == (
+        0,
+        f"{tmp_path}/d: language, teacher\n",
+    )
+    without = ["--without", "language", "--format", "components"]
+    assert main("export", "--from", tmp_path / "d", *without, "--output", tmp_path / "e")[0] == 0
+    assert names(tmp_path / "e") == ["teacher"]
+    assert main("import", "--teacher", tmp_path / "e" / "teacher", "--output", tmp_path / "f")[:2] == (
+        0,
+        f"{tmp_path}/f: teacher\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,9 +112,10 @@ def test_flags(main, tmp_path):
     [
         ([], "the following arguments are required: command"),
         (["convert"], "invalid choice: 'convert'"),
-        (["import", "--output", "x"], "required: --from"),
+        (["import", "--output", "x"], "required: --from or --teacher"),
         (["import", "--from", "x"], "required: --output"),
         (["export", "--from", "x", "--output", "y"], "required: --format"),
+        (["export", "--from", "x", "--output", "y", "--format", "ross", "--without"], "expected at least one argument"),
         (["export", "--from", "x", "--output", "y", "--format", "onnx"], "invalid choice: 'onnx'"),
         (["export", "--from", "x", "--output", "y", "--format", "ross", "--dtype", "int8"], "invalid choice: 'int8'"),
     ],

@@ -10,7 +10,7 @@ from ross_jax.convert.autoencoder import autoencoder_config
 from ross_jax.convert.known import AUTOENCODERS, VISION_TOWERS
 from ross_jax.convert.language import language_config
 from ross_jax.convert.projector import projector_config
-from ross_jax.convert.vision import vision_config
+from ross_jax.convert.vision import teacher_config, vision_config
 from ross_jax.models.denoiser import DenoiserConfig, default_width
 from ross_jax.models.ross import Ross, RossConfig, abstract_params, components
 
@@ -44,6 +44,11 @@ VISION = {
     "google/siglip-base-patch16-224": 92_884_224,
     "openai/clip-vit-large-patch14-336": 303_507_456,
     "openai/clip-vit-large-patch14": 303_179_776,
+    "facebook/dinov2-small": 22_056_576,
+    "facebook/dinov2-base": 86_580_480,
+    "facebook/dinov2-large": 304_368_640,
+    "facebook/dinov2-giant": 1_136_480_768,
+    "facebook/dinov2-with-registers-base": 86_583_552,
 }
 AUTOENCODER = {
     "black-forest-labs/FLUX.1-dev": 83_819_683,
@@ -66,15 +71,25 @@ def language_of(name: str):
     return language_config(family, settings, name)
 
 
-def unused_by_vision(settings: dict) -> int:
-    """Parameters above the feature: the last layer, the last norm and, in SigLIP, the pooling head."""
-    width, mlp = settings["hidden_size"], settings["intermediate_size"]
+def unused_by_vision(settings: dict, teacher: bool = False) -> int:
+    """Parameters above the feature, and those that never run: SigLIP's pooling head, DINOv2's mask token.
+
+    Above the last layer but one are the last layer and the last norm. Above a teacher's features is nothing, but
+    CLIP's last norm is not for them.
+    """
+    width, kind = settings["hidden_size"], settings["model_type"].split("_")[0]
     attention = 4 * (width * width + width)
-    feed_forward = 2 * width * mlp + mlp + width
-    layer, final_norm = attention + feed_forward + 4 * width, 2 * width
-    # A learned query, attention, a norm and an MLP.
-    head = width + attention + 2 * width + feed_forward
-    return layer + final_norm + (head if settings["model_type"].startswith("siglip") else 0)
+    mlp, matrices = settings.get("intermediate_size", 4 * width), 2
+    if settings.get("use_swiglu_ffn"):
+        mlp, matrices = 4096, 3
+    feed_forward = matrices * width * mlp + (matrices - 1) * mlp + width
+    layer = attention + feed_forward + 4 * width + (2 * width if kind == "dinov2" else 0)
+    final_norm = 2 * width
+    # SigLIP's head: a learned query, attention, a norm and an MLP.
+    never = {"siglip": width + attention + 2 * width + feed_forward, "clip": 0, "dinov2": width}[kind]
+    if teacher:
+        return never + (final_norm if kind == "clip" else 0)
+    return never + layer + final_norm
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -88,6 +103,12 @@ def test_language(name):
 def test_vision(name):
     tree = abstract_params(RossConfig(vision=vision_of(name)))
     assert count(tree["vision"]) == VISION[name] - unused_by_vision(VISION_TOWERS[name])
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_teacher(name):
+    tree = abstract_params(RossConfig(teacher=teacher_config(VISION_TOWERS[name], name)))
+    assert count(tree["teacher"]) == VISION[name] - unused_by_vision(VISION_TOWERS[name], teacher=True)
 
 
 @pytest.mark.parametrize("name", AUTOENCODER)
@@ -182,9 +203,11 @@ def test_torch_modules_have_these_sizes():
         module = getattr(transformers, f"{families[family]}ForCausalLM")
         assert parameters(lambda config=config, module=module: module(config)) == published
     for name, published in VISION.items():
-        kind = "Siglip" if "siglip" in name else "CLIP"
-        config = getattr(transformers, f"{kind}VisionConfig")(**VISION_TOWERS[name])
-        module = getattr(transformers, f"{kind}VisionModel")
+        kind = {"siglip_vision_model": "SiglipVision", "clip_vision_model": "CLIPVision", "dinov2": "Dinov2"}.get(
+            VISION_TOWERS[name]["model_type"], "Dinov2WithRegisters"
+        )
+        config = getattr(transformers, f"{kind}Config")(**VISION_TOWERS[name])
+        module = getattr(transformers, f"{kind}Model")
         assert parameters(lambda config=config, module=module: module(config)) == published
     for name, published in AUTOENCODER.items():
         kind = getattr(diffusers, AUTOENCODERS[name]["_class_name"])

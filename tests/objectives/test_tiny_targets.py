@@ -10,8 +10,9 @@ from ross_jax.models.denoiser import Denoiser, DenoiserConfig, normalise_conditi
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from ross_jax.models.vision import VisionConfig
+from ross_jax.objectives.denoise import DenoiseObjective
 from ross_jax.objectives.diffusion import make_diffusion
-from ross_jax.objectives.reconstruction import DenoiseObjective, target_pixels
+from ross_jax.objectives.targets import target_pixels
 
 WIDTH, GRID, CHANNELS = 20, 3, 5
 CONFIG = RossConfig(

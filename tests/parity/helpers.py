@@ -24,13 +24,16 @@ BFLOAT16_RATIO = 1.5
 places (torch adds the bias of a linear layer before rounding, we after), so neither is the other's reference."""
 
 
+_TOKENS = ("cls_token", "register_tokens", "position_embeddings")
+
+
 def randomise(module: "torch.nn.Module", seed: int = 0) -> "torch.nn.Module":
     """Draws every parameter, those that start as ones and zeros too; outputs keep a size of about 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
-            table = name.endswith(("position_embedding.weight", "embed_tokens.weight", "pos_embed"))
+            table = name.endswith(("position_embedding.weight", "embed_tokens.weight", "pos_embed", *_TOKENS))
             if parameter.ndim >= 2 and not table:
                 draw = draw * (parameter[0].numel() ** -0.5)
             elif parameter.ndim == 1 and name.endswith("weight"):  # of a norm

@@ -1,4 +1,4 @@
-"""Vision encoders against transformers' `SiglipVisionModel` and `CLIPVisionModel`."""
+"""Vision encoders against transformers' `SiglipVisionModel`, `CLIPVisionModel` and `Dinov2Model`."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parity
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """Sizes of a torch tower."""
+    """Sizes of a torch tower; for DINOv2, `mlp` is the ratio."""
 
     kind: str
     image_size: int
@@ -30,11 +30,20 @@ class Tower:
     mlp: int
     activation: str
     eps: float
+    swiglu: bool = False
+    registers: int = 0
+
+    @property
+    def extra(self) -> int:
+        """Tokens before those of the patches."""
+        return {"siglip": 0, "clip": 1, "dinov2": 1 + self.registers}[self.kind]
 
     def settings(self) -> dict:
-        return {
+        mlp = {"intermediate_size": self.mlp}
+        if self.kind == "dinov2":
+            mlp = {"mlp_ratio": self.mlp, "use_swiglu_ffn": self.swiglu}
+        return mlp | {
             "hidden_size": self.width,
-            "intermediate_size": self.mlp,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "image_size": self.image_size,
@@ -46,7 +55,12 @@ class Tower:
     def module(self):
         if self.kind == "siglip":
             return randomise(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**self.settings())))
-        return randomise(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**self.settings())))
+        if self.kind == "clip":
+            return randomise(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**self.settings())))
+        if not self.registers:
+            return randomise(transformers.Dinov2Model(transformers.Dinov2Config(**self.settings())))
+        settings = self.settings() | {"num_register_tokens": self.registers}
+        return randomise(transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**settings)))
 
 
 TOWERS = {
@@ -56,6 +70,10 @@ TOWERS = {
     "clip_56_14": Tower("clip", 56, 14, 3, 4, 32, 64, "quick_gelu", 1e-5),
     "clip_50_16": Tower("clip", 50, 16, 2, 2, 40, 24, "gelu", 1e-2),
     "clip_tanh": Tower("clip", 20, 7, 2, 1, 16, 33, "gelu_new", 1e-5),
+    "dinov2_60_14": Tower("dinov2", 60, 14, 3, 4, 32, 4, "gelu", 1e-6),
+    "dinov2_swiglu_28_14": Tower("dinov2", 28, 14, 3, 2, 20, 3, "gelu", 1e-2, swiglu=True),
+    "dinov2_registers": Tower("dinov2", 50, 16, 2, 2, 24, 2, "gelu_new", 1e-6, registers=3),
+    "dinov2_registers_swiglu": Tower("dinov2", 33, 8, 2, 3, 24, 4, "gelu", 1e-6, True, 1),
 }
 SELECTED = [(name, select) for name in TOWERS for select in ((-1, -2, -3, 0, 1) if name.endswith("14") else (-2,))]
 
@@ -68,7 +86,7 @@ def pictures(tower: Tower, batch: int = 2) -> np.ndarray:
 def their_states(module, images: np.ndarray) -> list[np.ndarray]:
     """Input of the first block and output of every block, read off the modules themselves."""
     states = []
-    layers = module.encoder.layers
+    layers = module.encoder.layer if hasattr(module.encoder, "layer") else module.encoder.layers
     hooks = [layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
     hooks += [
         layer.register_forward_hook(lambda _, args, out: states.append(out[0] if isinstance(out, tuple) else out))
@@ -110,7 +128,7 @@ def test_features(saved, name, select):
     theirs = their_states(module, images)
     assert len(theirs) == sizes.layers + 1
     features, states = our_features(config, params, images, hidden_states=True)
-    assert_close(features, theirs[select][:, sizes.kind == "clip" :])
+    assert_close(features, theirs[select][:, sizes.extra :])
     assert_close(states, np.stack(theirs[: used + 1]))
     assert features.shape[1] == (sizes.image_size // sizes.patch_size) ** 2 == config.num_tokens
     if select == -2:
@@ -127,7 +145,24 @@ def test_hidden_states_are_those_of_transformers(saved, name):
     assert_close(np.stack([numpy(state) for state in named]), np.stack(their_states(module, pictures(sizes))), 0)
 
 
-@pytest.mark.parametrize("name", ["siglip_60_14", "clip_50_16"])
+@pytest.mark.parametrize("name", TOWERS)
+def test_teacher(saved, name):
+    """Features of a teacher are `last_hidden_state`, which for SigLIP and DINOv2 is after the last layernorm."""
+    sizes, module, folder = saved(name)
+    plan = importing.plan_import([], teacher=str(folder))
+    params = importing.load(plan)["teacher"]
+    plan.close()
+    config = plan.config.teacher
+    assert (config.select_layer, config.final_norm) == (-1, sizes.kind != "clip") == (-1, "final_norm" in params)
+    images = pictures(sizes)
+    with torch.no_grad():
+        theirs = numpy(module(torch.tensor(images).movedim(-1, 1)).last_hidden_state)
+    assert_close(our_features(config, params, images), theirs[:, sizes.extra :])
+    _, states = our_features(config, params, images, hidden_states=True)
+    assert_close(states, np.stack(their_states(module, images)))
+
+
+@pytest.mark.parametrize("name", ["siglip_60_14", "clip_50_16", "dinov2_60_14", "dinov2_registers_swiglu"])
 def test_last_pixels_are_not_seen(saved, name):
     """A remainder of the picture beyond the last whole patch changes nothing."""
     sizes, _, folder = saved(name)
@@ -182,10 +217,12 @@ def test_key_prefix(name, prefix, tmp_path):
     assert_close(our_features(config, params, pictures(sizes)), theirs[:, sizes.kind == "clip" :])
 
 
-@pytest.mark.parametrize("name", ["siglip_60_14", "clip_56_14"])
+@pytest.mark.parametrize(
+    "name", ["siglip_60_14", "clip_56_14", "dinov2_60_14", "dinov2_swiglu_28_14", "dinov2_registers"]
+)
 def test_bfloat16(name, tmp_path):
     """bfloat16 weights computed in float32 equal torch's, and in bfloat16 are as near as torch's."""
-    sizes, skip = TOWERS[name], TOWERS[name].kind == "clip"
+    sizes, skip = TOWERS[name], TOWERS[name].extra
     module = sizes.module().bfloat16()
     module.save_pretrained(tmp_path)
     config, params = imported(tmp_path)
