@@ -171,7 +171,6 @@ def ross_configs(draw) -> dict:
         },
         "denoiser": {
             "condition_size": width,
-            "latent_size": draw(SIZES),
             "grid": grid,
             "width": 16 * draw(SIZES),
             "mlp_ratio": draw(FLOATS),
@@ -194,6 +193,8 @@ def ross_configs(draw) -> dict:
             **{f"{half}_blocks": [draw(SIZES) for _ in range(levels)] for half in ("encoder", "decoder")},
             "scaling_factor": draw(FLOATS),
         }
+    window = 16 // 2 ** (levels - 1)
+    choices["denoiser"]["latent_size"] = choices["autoencoder"]["latent_channels"] * window**2
     chosen = {name: fields for name, fields in choices.items() if draw(FLAGS)}
     return chosen | {"image_mean": [draw(st.floats(0, 1)) for _ in range(3)]}
 
