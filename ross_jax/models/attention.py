@@ -1,8 +1,20 @@
-"""Attention: one entry point, whatever kernel runs behind it."""
+"""Attention: what models call, whatever kernel runs behind it.
+
+The platform of the ambient mesh chooses the kernel, not that of the host: Pallas' splash attention on TPU, cuDNN's on
+GPU, XLA's own elsewhere and without a mesh.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from ross_jax.models.layers import KEPT
+from ross_jax.sharding import partition
+
+SPLASH_BLOCKS = (512, 256, 128)
+"""Tile sizes along the sequence; the first that divides its length counts."""
 
 
 def segment_mask(
@@ -32,4 +44,90 @@ def attention(
 
     A query that may attend to nothing (padding) yields a finite value that means nothing.
     """
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=_implementation(query))
+
+
+def causal_attention(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim"],
+    segments: Int[Array, "batch seq"],
+    mask: Bool[Array, "batch 1 seq seq"] | None,
+) -> Float[Array, "batch seq heads dim"]:
+    """`attention` of packed rows to themselves.
+
+    Args:
+      segments: conversation number of each position; 0 = padding.
+      mask: their `segment_mask`, made once for all layers; None if `needs_mask` says that no kernel asks for it.
+    """
+    if mask is None:
+        return splash_attention(query, key, value, segments)
+    return attention(query, key, value, mask)
+
+
+def needs_mask(length: int) -> bool:
+    """Whether `causal_attention` over rows of `length` wants a mask: all kernels do but splash attention."""
+    return _platform() != "tpu" or _block(length) is None
+
+
+def splash_attention(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim"],
+    segments: Int[Array, "batch seq"],
+    interpret: bool = False,
+) -> Float[Array, "batch seq heads dim"]:
+    """Pallas' TPU kernel for causal attention inside segments; each device computes its rows and heads.
+
+    Args:
+      segments: as in `causal_attention`. Positions of segment 0 attend to each other here: finite, and without meaning.
+      interpret: runs on any platform, slowly.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    run = functools.partial(_splash, interpret=interpret)
+    if mesh.empty:
+        return run(query, key, value, segments)
+    queries = partition(query.shape, ("batch", None, "heads"), mesh)
+    if partition(key.shape, ("batch", None, "heads"), mesh) != queries:
+        # The tensor axis splits the queries' heads but not the fewer ones of the keys.
+        key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
+    specs = (queries, queries, queries, partition(segments.shape, ("batch",), mesh))
+    return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, segments)
+
+
+def _splash(query: Array, key: Array, value: Array, segments: Array, interpret: bool) -> Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, heads, dim = query.shape[1:]
+    block = _block(length)
+    sizes = dict.fromkeys(
+        ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), block
+    )
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+        block_sizes=splash.BlockSizes(**sizes, block_q_dq=block, block_kv_dq=block),
+        residual_checkpoint_name=KEPT,
+        interpret=interpret,
+    )
+
+    def row(query: Array, key: Array, value: Array, ids: Array) -> Array:
+        by_head = (x.swapaxes(0, 1) for x in (query * dim**-0.5, key, value))
+        return kernel(*by_head, segment_ids=splash.SegmentIds(ids, ids)).swapaxes(0, 1)
+
+    return jax.vmap(row)(query, key, value, segments)
+
+
+def _block(length: int) -> int | None:
+    return next((block for block in SPLASH_BLOCKS if length % block == 0), None)
+
+
+def _platform() -> str | None:
+    """Of the devices of the ambient mesh; None without one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.platform
+
+
+def _implementation(query: Array) -> str | None:
+    """cuDNN where it can: on GPU, in half precision, heads of at most 128 values."""
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
+    return "cudnn" if fits and _platform() in ("gpu", "cuda") else None

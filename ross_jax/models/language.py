@@ -14,8 +14,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ross_jax.models.attention import attention, segment_mask
-from ross_jax.models.layers import RematPolicy, stack
+from ross_jax.models.attention import attention, causal_attention, needs_mask, segment_mask
+from ross_jax.models.layers import RematPolicy, keep, stack
 from ross_jax.sharding import constrain
 
 
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
     collect: bool = False
 
     @nn.compact
-    def __call__(self, carry, layer, cos, sin, mask, length):
+    def __call__(self, carry, layer, cos, sin, segments, mask, length):
         """Carry: hidden states and, when decoding, the keys and values of all layers (updated in place)."""
         cfg = self.config
         x, keys, values = carry
@@ -143,14 +143,17 @@ class Decoder(nn.Module):
         if cfg.qk_norm:
             query = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="query_norm")(query)
             key = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="key_norm")(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = keep(rotate(query, cos, sin)), keep(rotate(key, cos, sin)), keep(value)
         if keys is not None:
             start = (layer, 0, length, 0, 0)
             keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), start)
             values = jax.lax.dynamic_update_slice(values, value[None].astype(values.dtype), start)
             key = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
-        y = attention(query, key, value, mask)
+        if keys is not None:
+            y = attention(query, key, value, mask)
+        else:
+            y = keep(causal_attention(query, key, value, segments, mask))
         x = x + self._dense(cfg.hidden_size, cfg.out_bias, "out")(y.reshape(*y.shape[:2], -1))
         y = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="mlp_norm")(x)
         y = nn.silu(self._dense(cfg.intermediate_size, cfg.mlp_bias, "gate")(y)) * self._dense(
@@ -220,15 +223,15 @@ class LanguageModel(nn.Module):
         keys = values = None
         length = jnp.zeros((), jnp.int32)
         if cache is None:
-            mask = segment_mask(segments, segments)
+            mask = segment_mask(segments, segments) if needs_mask(segments.shape[1]) else None
         else:
             keys, values, all_segments, length = cache
             all_segments = jax.lax.dynamic_update_slice(all_segments, segments, (0, length))
             mask = segment_mask(segments, all_segments, length)
         x = embeddings.astype(self.dtype)
-        layers = stack(Decoder, cfg.num_layers, self.remat, scanned=1, constant=4)
+        layers = stack(Decoder, cfg.num_layers, self.remat, scanned=1, constant=5)
         (x, keys, values), states = layers(cfg, self.dtype, hidden_states, name="layers")(
-            (x, keys, values), jnp.arange(cfg.num_layers), jnp.cos(angles), jnp.sin(angles), mask, length
+            (x, keys, values), jnp.arange(cfg.num_layers), jnp.cos(angles), jnp.sin(angles), segments, mask, length
         )
         hidden = self.final_norm(x)
         if cache is not None:

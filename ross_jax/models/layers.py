@@ -6,11 +6,14 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
-RematPolicy = Literal["none", "full", "dots"]
+RematPolicy = Literal["none", "full", "attention", "offload", "dots"]
+KEPT = "attention"
+"""Name of what the policies `attention` and `offload` keep: queries, keys, values, and what attention made of them."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -23,6 +26,11 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def activate(name: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The activation called `name` (`quick_gelu` is CLIP's)."""
     return _ACTIVATIONS[name](x)
+
+
+def keep(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Names an activation `KEPT`, for the policies that keep some."""
+    return checkpoint_name(x, KEPT)
 
 
 def layer_norm(eps: float, dtype: DTypeLike, *, affine: bool = True, name: str | None = None) -> nn.LayerNorm:
@@ -53,12 +61,25 @@ def stack(block: type[nn.Module], length: int, remat: RematPolicy = "none", scan
     (leading axis = layer).
 
     Args:
-      remat: what the backward pass recomputes: nothing (`none`), everything (`full`), all but matrix products (`dots`).
+      remat: what the backward pass recomputes: nothing (`none`); everything (`full`); all but what is named `KEPT`,
+        which stays on the device (`attention`) or goes to its host and back (`offload`); all but matrix products
+        (`dots`).
       scanned: how many of the arguments after the carry are split along their leading axis.
       constant: how many arguments follow that every layer sees whole.
     """
     if remat != "none":
-        policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[remat]
+        policies = jax.checkpoint_policies
+        policy = {
+            "full": None,
+            "attention": policies.save_only_these_names(KEPT),
+            "offload": policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=[KEPT],
+                offload_src="device",
+                offload_dst="pinned_host",
+            ),
+            "dots": policies.dots_with_no_batch_dims_saveable,
+        }[remat]
         block = nn.remat(block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,

@@ -1,0 +1,88 @@
+"""Attention: the TPU kernel, interpreted on CPU, against XLA's; and which kernel a mesh chooses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from ross_jax.models.attention import attention, causal_attention, needs_mask, segment_mask, splash_attention
+from ross_jax.sharding import AXES, MeshConfig, make_mesh
+
+
+def inputs(batch: int, length: int, heads: int, kv_heads: int, dim: int, seed: int = 0):
+    """Queries, keys, values, and segments: two conversations of odd lengths and padding, other ones in each row."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = [(batch, length, n, dim) for n in (heads, kv_heads, kv_heads)]
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    segments = np.zeros((batch, length), np.int32)
+    for row in range(batch):
+        first = 37 + 13 * row
+        segments[row, :first], segments[row, first : length - 29 * row] = 1, 2
+    return *arrays, jnp.asarray(segments)
+
+
+def xla(query, key, value, segments):
+    return attention(query, key, value, segment_mask(segments, segments))
+
+
+def interpreted(*arguments):
+    return splash_attention(*arguments, interpret=True)
+
+
+def real(function):
+    """Its output and the gradients of a function of it, where a position belongs to a conversation."""
+
+    def run(query, key, value, segments, weights):
+        def loss(*arrays):
+            output = function(*arrays, segments) * (segments != 0)[:, :, None, None]
+            return jnp.sum(output * weights), output
+
+        gradients, output = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+        return output, *gradients
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "kv_heads", "dim"),
+    [(2, 256, 4, 2, 64), (1, 128, 2, 2, 72), (3, 256, 4, 1, 128)],
+)
+def test_splash_is_attention(batch, length, heads, kv_heads, dim):
+    """Outputs and all gradients, grouped heads included, head sizes of Llama (128), CLIP (64) and SigLIP (72)."""
+    arguments = inputs(batch, length, heads, kv_heads, dim)
+    weights = jax.random.normal(jax.random.key(9), arguments[0].shape)
+    for found, expected in zip(real(interpreted)(*arguments, weights), real(xla)(*arguments, weights), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
+def test_splash_on_a_mesh(sizes):
+    """Rows and heads on their devices; with 4-fold tensor parallelism the 2 key heads are repeated."""
+    arguments = inputs(4, 128, 4, 2, 64)
+    weights = jax.random.normal(jax.random.key(9), arguments[0].shape)
+    expected = real(xla)(*arguments, weights)
+    with jax.set_mesh(make_mesh(MeshConfig(*sizes))):
+        found = real(interpreted)(*arguments, weights)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "wanted"),
+    [("tpu", 2048, False), ("tpu", 2000, True), ("cpu", 2048, True), ("gpu", 2048, True)],
+)
+def test_the_mesh_chooses(platform, length, wanted):
+    """Not the host, which is a CPU here."""
+    device = AbstractDevice("device", None, platform)
+    mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert needs_mask(length) == wanted
+    assert needs_mask(length)
+
+
+def test_without_a_kernel_the_mask_decides():
+    query, key, value, segments = inputs(2, 64, 4, 2, 8)
+    mask = segment_mask(segments, segments)
+    expected = attention(query, key, value, mask)
+    np.testing.assert_array_equal(causal_attention(query, key, value, segments, mask), expected)
