@@ -222,7 +222,7 @@ class Cost:
 
     def seconds(self, *kinds: str) -> float:
         """Of all events of these kinds."""
-        return sum(event.total for event in self.events if event.kind in kinds)
+        return sum((event.total for event in self.events if event.kind in kinds), 0.0)
 
 
 def estimate(module: Module, timing: Timing) -> Cost:
@@ -250,7 +250,8 @@ class _Walk:
                 now, events = now + elapsed, events + more
                 continue
             if instruction.opcode in ("call", "conditional"):
-                branches = [self.run(each, count, unknown, part) for each in self.module.called(instruction)]
+                inner = self._bind(computation, instruction, bindings) if instruction.opcode == "call" else unknown
+                branches = [self.run(each, count, inner, part) for each in self.module.called(instruction)]
                 elapsed, more = max(branches, key=lambda branch: branch[0], default=(0.0, []))
                 now, events = now + elapsed, events + more
                 continue
@@ -283,13 +284,14 @@ class _Walk:
             self.notes.add(f"loop {loop.op_name or loop.name}: its number of turns is not in the text; counted once")
             turns = 1
         body = self.module.computations[loop.attribute("body").lstrip("%")]
-        (start,) = loop.operands
-
-        def first(parameter: int, element: int | None):
-            return evaluate(self.module, computation, start, bindings, element)
-
-        elapsed, events = self.run(body, count * turns, first, self._part(loop, part))
+        elapsed, events = self.run(
+            body, count * turns, self._bind(computation, loop, bindings), self._part(loop, part)
+        )
         return elapsed * turns, events
+
+    def _bind(self, computation: Computation, caller: Instruction, bindings: Bindings) -> Bindings:
+        """What the parameters of the computation that `caller` runs are, at first."""
+        return lambda i, element: evaluate(self.module, computation, caller.operands[i], bindings, element)
 
     def _transfer(self, computation: Computation, instruction: Instruction):
         """The collective in an instruction, if there is one; whether it only starts there, and whether it ends."""

@@ -63,7 +63,7 @@ def plan(config: RunConfig, target: Target, options: Options) -> Report:
             raise ConfigError(f"--prompt={options.prompt}: a picture alone has {config.model.vision.num_tokens} tokens")
         lines = [f"{rows} prompts (--rows) of {options.prompt} tokens with a picture (--prompt)"]
         lines.append(f"{options.new_tokens} new tokens of each (--new_tokens)")
-        workload = Workload(rows, rows, rows * options.prompt, rows, None, lines)
+        workload = Workload(rows, float(rows), float(rows * options.prompt), float(rows), None, lines)
         program = generate_program(config, mesh, rows, options.prompt, options.new_tokens)
     known = describe(options.recipe, options.objective, config, target, mesh, workload, program)
     try:

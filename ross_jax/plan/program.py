@@ -43,10 +43,13 @@ class Program:
 
     Attributes:
       arguments: by the name that they go by in reports: path -> shape with sharding.
+      step, inputs: the jitted function and what it is called with.
       lowered: ready to be compiled.
     """
 
     arguments: dict[str, jax.ShapeDtypeStruct]
+    step: Any
+    inputs: tuple[Any, ...]
     lowered: Any
 
 
@@ -87,7 +90,7 @@ def train_program(config: RunConfig, mesh: Mesh, rows: int, steps: int) -> Progr
         **{f"optimizer{_moment(path)}": leaf for path, leaf in moments},
         **{f"batch/{name}": leaf for name, leaf in batch.items()},
     }
-    return Program(arguments, lowered)
+    return Program(arguments, built.train_step, (built.state, batch), lowered)
 
 
 def _moment(path: tuple[Any, ...]) -> str:
@@ -123,9 +126,10 @@ def generate_program(config: RunConfig, mesh: Mesh, rows: int, prompt: int, new_
 
     with jax.set_mesh(mesh):
         everywhere = NamedSharding(mesh, PartitionSpec())
-        lowered = jax.jit(run, out_shardings=everywhere).lower(unflatten(params), batch)
+        function, inputs = jax.jit(run, out_shardings=everywhere), (unflatten(params), batch)
+        lowered = function.lower(*inputs)
     arguments = {f"parameters/{path}": leaf for path, leaf in params.items()}
-    return Program(arguments | {f"batch/{name}": leaf for name, leaf in batch.items()}, lowered)
+    return Program(arguments | {f"batch/{name}": leaf for name, leaf in batch.items()}, function, inputs, lowered)
 
 
 def compile_program(program: Program, target: Target) -> Compiled:

@@ -12,7 +12,7 @@ from ross_jax.plan.hlo import Module
 from ross_jax.plan.program import Compiled, Program
 from ross_jax.plan.targets import GIB, GPU_UTILISATION, KERNEL_UTILISATION, Target, axes_of
 from ross_jax.plan.workload import Workload
-from ross_jax.sharding import why_whole
+from ross_jax.sharding import LARGE, why_whole
 from ross_jax.training.metrics import matrix_sizes, step_flops
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.state import abstract_tree
@@ -95,7 +95,7 @@ def describe(
         "rows": workload.rows,
         "assumptions": workload.assumptions,
         "parameters": dict(counts),
-        "capacity": int(target.chip.memory),
+        "capacity": target.chip.memory,
         "whole": sorted(whole, key=lambda each: -each["bytes"]),
         "largest": sorted(arrays, key=lambda each: -each["bytes"])[:ARRAYS],
         "needed": None,
@@ -144,7 +144,7 @@ def complete(
             "largest": known["largest"] + _made(cost, module),
         },
         memory=compiled.memory,
-        flops=sum(event.count * event.flops for event in cost.events),
+        flops=float(sum(event.count * event.flops for event in cost.events)),
         seconds={
             "compute": compute,
             "kernels": kernels,
@@ -240,7 +240,7 @@ def method(target: Target) -> str:
 # Text.
 
 
-def _count(number: float) -> str:
+def _count(number: float | int) -> str:
     for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
             return f"{number / limit:.2f} {unit}"
@@ -282,20 +282,26 @@ def text(report: Report) -> str:
     lines += [
         f"  {line['bytes'] / 2**20:9.1f}  {line['array']}  {line['name']}  {line['split']}" for line in report.largest
     ]
-    large = [line for line in report.whole if line["bytes"] >= 2**20]
-    small = [line for line in report.whole if line["bytes"] < 2**20]
     lines += ["", "parameters that every device holds in full, MiB"]
-    lines += [f"  {line['bytes'] / 2**20:9.1f}  {line['path']} {line['shape']}: {line['why']}" for line in large]
-    if small:
-        total = sum(line["bytes"] for line in small) / 2**20
-        lines.append(f"  {total:9.1f}  {len(small)} smaller than 1 MiB (norms, biases, autoencoder); in --json all of them")
-    if not report.whole:
-        lines.append("  none")
+    lines += _whole_lines(report) or ["  none"]
     lines += ["", "assumed", *(f"  {line}" for line in report.assumptions)]
     if report.method:
         lines += ["", "method", f"  {report.method}", *(f"  not counted: {note}" for note in report.notes)]
         lines.append(f"  compiled in {report.compile_seconds:.0f} s with {report.host_memory / 1e9:.1f} GB of this machine's memory")
     return "\n".join(lines)
+
+
+def _whole_lines(report: Report) -> list[str]:
+    """Large arrays each, the others by component and reason."""
+    lines, rest = [], collections.defaultdict(list)
+    for line in report.whole:
+        if math.prod(line["shape"]) >= LARGE:
+            lines.append(f"  {line['bytes'] / 2**20:9.1f}  {line['path']} {line['shape']}: {line['why']}")
+        else:
+            rest[line["path"].partition("/")[0], line["why"]].append(line["bytes"])
+    for (component, why), sizes in rest.items():
+        lines.append(f"  {sum(sizes) / 2**20:9.1f}  {component}: {len(sizes)} arrays of at most {max(sizes) / 2**20:.1f}: {why}")
+    return lines
 
 
 def _time_lines(report: Report) -> list[str]:

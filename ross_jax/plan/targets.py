@@ -37,8 +37,8 @@ class Chip:
     """
 
     kind: str
-    memory: float
-    installed: float
+    memory: int
+    installed: int
     link: float
     clock: float | None = None
     validated: bool = False
@@ -52,11 +52,11 @@ class Chip:
 # Usable memory is what libtpu 0.0.52 names when a program does not fit. Clocks are those with which its cycles met
 # published runs (v5e, v5p, v6e), the published one (v4), or follow from the peak at 4 matrix units of 256 x 256 (v7x).
 TPUS = {
-    "v4": Chip("TPU v4", 30.75 * GIB, 32 * GIB, 90e9, 1.05e9),
-    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 16 * GIB, 90e9, 1.503e9, validated=True),
-    "v5p": Chip("TPU v5", 95.73 * GIB, 96 * GIB, 180e9, 1.751e9, validated=True),
-    "v6e": Chip("TPU v6 lite", 31.24 * GIB, 32 * GIB, 180e9, 1.751e9, validated=True),
-    "v7x": Chip("TPU7x", 94.74 * GIB, 96 * GIB, 180e9, 2.2e9),
+    "v4": Chip("TPU v4", int(30.75 * GIB), 32 * GIB, 90e9, 1.05e9),
+    "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 16 * GIB, 90e9, 1.503e9, validated=True),
+    "v5p": Chip("TPU v5", int(95.73 * GIB), 96 * GIB, 180e9, 1.751e9, validated=True),
+    "v6e": Chip("TPU v6 lite", int(31.24 * GIB), 32 * GIB, 180e9, 1.751e9, validated=True),
+    "v7x": Chip("TPU7x", int(94.74 * GIB), 96 * GIB, 180e9, 2.2e9),
 }
 PREALLOCATED = 0.75
 """Share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
@@ -95,7 +95,7 @@ class Gpu(Chip):
   shared_memory_per_block_optin: {self.shared - 1024}
   core_count: {self.cores}  fpus_per_core: {self.units}  clock_rate_ghz: {self.ghz}
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: {int(self.bandwidth)}  l2_cache_size: {self.cache}  device_memory_size: {int(self.installed)}
+  memory_bandwidth: {int(self.bandwidth)}  l2_cache_size: {self.cache}  device_memory_size: {self.installed}
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
   cuda_compute_capability {{ major: {major} minor: {minor} }}
 }}
@@ -107,7 +107,7 @@ device_description_str: "{self.kind}"
 
 
 def _gpu(kind: str, installed: int, link: float, **rest) -> Gpu:
-    return Gpu(kind, PREALLOCATED * installed, installed, link, **rest)
+    return Gpu(kind, int(PREALLOCATED * installed), installed, link, **rest)
 
 
 GPUS = {
