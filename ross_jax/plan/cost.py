@@ -54,9 +54,7 @@ def flops(module: Module, computation: Computation, instruction: Instruction) ->
 def _flops(computation: Computation, instruction: Instruction) -> int:
     if instruction.opcode == "dot":
         return _dot(computation, instruction, _indices(instruction.attribute("lhs_contracting_dims")))
-    if instruction.opcode == "convolution" or (
-        instruction.opcode == "custom-call" and "__cudnn$convForward" in instruction.attributes
-    ):
+    if instruction.opcode == "convolution" or re.search(r"__cudnn\$conv\w*Forward", instruction.attributes):
         return _convolution(computation, instruction)
     if instruction.opcode == "custom-call":
         gemm = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
@@ -237,9 +235,7 @@ class _Walk:
         self.module, self.timing = module, timing
         self.notes: set[str] = set()
 
-    def run(
-        self, computation: Computation, count: int, bindings: Bindings, part: str
-    ) -> tuple[float, list[Event]]:
+    def run(self, computation: Computation, count: int, bindings: Bindings, part: str) -> tuple[float, list[Event]]:
         """Seconds of one run, and its events. The links work beside the compute units, one transfer after another."""
         now = link = 0.0
         events: list[Event] = []
@@ -284,9 +280,7 @@ class _Walk:
             self.notes.add(f"loop {loop.op_name or loop.name}: its number of turns is not in the text; counted once")
             turns = 1
         body = self.module.computations[loop.attribute("body").lstrip("%")]
-        elapsed, events = self.run(
-            body, count * turns, self._bind(computation, loop, bindings), self._part(loop, part)
-        )
+        elapsed, events = self.run(body, count * turns, self._bind(computation, loop, bindings), self._part(loop, part))
         return elapsed * turns, events
 
     def _bind(self, computation: Computation, caller: Instruction, bindings: Bindings) -> Bindings:
@@ -334,7 +328,9 @@ class _Walk:
         part = self._part(instruction, part)
         if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
             if not work:
-                self.notes.add(f"kernel {instruction.op_name or instruction.name}: states no FLOPs; it counts as nothing")
+                self.notes.add(
+                    f"kernel {instruction.op_name or instruction.name}: states no FLOPs; it counts as nothing"
+                )
             return Event(instruction, part, count, self.timing.kernel(work), "kernel", work)
         if cycles is None and not work:
             return None

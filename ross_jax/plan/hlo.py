@@ -241,9 +241,7 @@ def evaluate(
     return None
 
 
-def trip_count(
-    module: Module, computation: Computation, loop: Instruction, bindings: Bindings = unknown
-) -> int | None:
+def trip_count(module: Module, computation: Computation, loop: Instruction, bindings: Bindings = unknown) -> int | None:
     """How often the body of a `while` runs; None if the text does not tell. Of several conditions, the first to end it.
 
     XLA's own count is taken where it is printed; else it follows from condition, start and step.

@@ -74,7 +74,9 @@ def plan(config: RunConfig, target: Target, options: Options) -> Report:
     if options.dump is not None:
         options.dump.mkdir(parents=True, exist_ok=True)
         sizes = "x".join(str(size) for size in mesh.shape.values())
-        name = f"{options.objective}-{target.name.replace(':', '-')}-{sizes}-{config.step.remat}-{workload.rows}.hlo.txt"
+        name = (
+            f"{options.objective}-{target.name.replace(':', '-')}-{sizes}-{config.step.remat}-{workload.rows}.hlo.txt"
+        )
         (options.dump / name).write_text(compiled.text)
     module = parse(compiled.text)
     cost = estimate(module, target.timing(mesh))

@@ -24,6 +24,9 @@ from ross_jax.training.build import build_step
 from ross_jax.training.recipe import RunConfig
 from ross_jax.tree import flatten, unflatten
 
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""Without a device nothing can be timed: matrix products go to cuBLAS, as most do after tuning."""
+
 
 class DoesNotFit(Exception):
     """The compiler found no way to fit the program into a device's memory.
@@ -142,7 +145,9 @@ def compile_program(program: Program, target: Target) -> Compiled:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            compiled = program.lowered.compile(compiler_options={"xla_dump_to": folder} if target.is_tpu else None)
+            compiled = program.lowered.compile(
+                compiler_options={"xla_dump_to": folder} if target.is_tpu else GPU_OPTIONS
+            )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise DoesNotFit(needed_bytes(str(error)), str(error)) from error

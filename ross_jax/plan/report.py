@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ross_jax.plan.cost import COLLECTIVES, PARTS, Cost
 from ross_jax.plan.hlo import Module
 from ross_jax.plan.program import Compiled, Program
-from ross_jax.plan.targets import GIB, GPU_UTILISATION, KERNEL_UTILISATION, Target, axes_of
+from ross_jax.plan.targets import GIB, GPU_SHARE, GPU_UTILISATION, KERNEL_UTILISATION, Target, axes_of
 from ross_jax.plan.workload import Workload
 from ross_jax.sharding import LARGE, why_whole
 from ross_jax.training.metrics import matrix_sizes, step_flops
@@ -82,7 +82,12 @@ def describe(
         if why:
             whole.append({"path": path, "shape": list(leaf.shape), "bytes": size * leaf.dtype.itemsize, "why": why})
     arrays = [
-        {"name": name, "array": f"{leaf.dtype}{list(leaf.shape)}", "bytes": _held(leaf), "split": str(leaf.sharding.spec)}
+        {
+            "name": name,
+            "array": f"{leaf.dtype}{list(leaf.shape)}",
+            "bytes": _held(leaf),
+            "split": str(leaf.sharding.spec),
+        }
         for name, leaf in program.arguments.items()
     ]
     return {
@@ -166,10 +171,13 @@ def complete(
         return dataclasses.replace(
             report,
             seconds=report.seconds | {"prefill": step - decode, "decode": decode, "token": decode / new_tokens},
-            rates={"new tokens": workload.rows * new_tokens / decode if decode else 0.0, "answers": workload.rows / step},
+            rates={
+                "new tokens": workload.rows * new_tokens / decode if decode else 0.0,
+                "answers": workload.rows / step,
+            },
         )
     draws = config.reconstruction.draws if config.reconstruction.kind == "denoise" else 0
-    trained = {path.partition("/")[0] for path in flatten(abstract_tree(config.model, config.freeze, mesh)) if config.freeze.trains(path)}
+    trained = {name for name, counts in report.parameters.items() if counts["trainable"]}
     sizes = matrix_sizes(abstract_tree(config.model, config.freeze, mesh))
     useful = step_flops(config.model, sizes, trained, draws, workload.tokens, workload.pictures)
     steps = math.ceil(workload.epoch / workload.conversations) if workload.epoch else None
@@ -221,8 +229,9 @@ def method(target: Target) -> str:
     if not target.is_tpu:
         return (
             "An estimate. XLA for GPU states no cycles: compute is matrix products and convolutions at an assumed "
-            f"{GPU_UTILISATION:.0%} of the bfloat16 peak, nothing else counted; collectives are their bytes over NVLink "
-            "or the network at full rate. Use it to compare meshes; memory is the compiler's own."
+            f"{GPU_UTILISATION:.0%} of the bfloat16 peak, nothing else counted; collectives are their bytes over "
+            "NVLink or the network at full rate. Use it to compare meshes. Memory is the compiler's own, against what "
+            f"JAX has with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE:g} (its default is 0.75)."
         )
     error = (
         "On v5e, v5p and v6e this predicted four published training runs within +4% to +28%"
@@ -231,9 +240,9 @@ def method(target: Target) -> str:
     )
     return (
         "An estimate: the compiler's cycles per operation times trip counts over the clock "
-        f"({target.chip.clock / 1e9:g} GHz), kernels by their FLOPs at {KERNEL_UTILISATION:.0%} of the peak, collectives "
-        f"by their bytes over the links ({target.chip.link / 1e9:g} GB/s per axis, half where it is not closed), added "
-        f"up as if nothing overlapped. {error}."
+        f"({target.chip.clock / 1e9:g} GHz), kernels by their FLOPs at {KERNEL_UTILISATION:.0%} of the peak, "
+        f"collectives by their bytes over the links ({target.chip.link / 1e9:g} GB/s per axis, half where it is not "
+        f"closed), added up as if nothing overlapped. {error}."
     )
 
 
@@ -255,15 +264,17 @@ def summary(report: Report) -> str:
     """One line: does it fit, and how fast is it."""
     if report.needed is None:
         return f"does not fit: more than the {report.capacity / GIB:.2f} GiB of a device"
-    share = f"{report.needed / GIB:.2f} of {report.capacity / GIB:.2f} GiB per device, {report.needed / report.capacity:.0%}"
-    return f"fits, {share}" if report.fits else f"does not fit: needs {share}"
+    share = report.needed / report.capacity
+    sizes = f"{report.needed / GIB:.2f} of {report.capacity / GIB:.2f} GiB per device, {share:.0%}"
+    return f"fits, {sizes}" if report.fits else f"does not fit: needs {sizes}"
 
 
 def text(report: Report) -> str:
     """The report for a terminal."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items())
     lines = [
-        f"{report.recipe} on {report.topology}: {report.devices} devices, {mesh}, remat {report.remat}, {report.rows} rows",
+        f"{report.recipe} on {report.topology}: {report.devices} devices",
+        f"  {mesh}, remat {report.remat}, {report.rows} rows",
         f"  {summary(report)}",
         "",
         "parameters            trainable      frozen",
@@ -287,7 +298,10 @@ def text(report: Report) -> str:
     lines += ["", "assumed", *(f"  {line}" for line in report.assumptions)]
     if report.method:
         lines += ["", "method", f"  {report.method}", *(f"  not counted: {note}" for note in report.notes)]
-        lines.append(f"  compiled in {report.compile_seconds:.0f} s with {report.host_memory / 1e9:.1f} GB of this machine's memory")
+        memory = report.host_memory / 1e9
+        lines.append(
+            f"  compiled in {report.compile_seconds:.0f} s, with at most {memory:.1f} GB of this machine's memory"
+        )
     return "\n".join(lines)
 
 
@@ -300,7 +314,9 @@ def _whole_lines(report: Report) -> list[str]:
         else:
             rest[line["path"].partition("/")[0], line["why"]].append(line["bytes"])
     for (component, why), sizes in rest.items():
-        lines.append(f"  {sum(sizes) / 2**20:9.1f}  {component}: {len(sizes)} arrays of at most {max(sizes) / 2**20:.1f}: {why}")
+        lines.append(
+            f"  {sum(sizes) / 2**20:9.1f}  {component}: {len(sizes)} arrays of at most {max(sizes) / 2**20:.1f}: {why}"
+        )
     return lines
 
 
@@ -309,7 +325,9 @@ def _time_lines(report: Report) -> list[str]:
     what = "step" if training else "generation"
     lines = ["", f"one {what}, estimated"]
     lines += [f"  {kind:16} {_time(seconds[kind]):>12}" for kind in ("compute", "kernels", "collectives")]
-    lines.append(f"  {what:16} {_time(seconds['step']):>12}   {_time(seconds['overlapped'])} if all overlaps as scheduled")
+    lines.append(
+        f"  {what:16} {_time(seconds['step']):>12}   {_time(seconds['overlapped'])} if all overlaps as scheduled"
+    )
     if not training:
         lines += [f"  {kind:16} {_time(seconds[kind]):>12}" for kind in ("prefill", "decode", "token")]
     lines.append(f"  {'FLOPs':16} {_count(report.flops):>12}   per device, loops and recomputation counted")

@@ -11,7 +11,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ross_jax.plan import cost, hlo
 
-TIMING = cost.Timing(lambda cycles, flops: flops / 1e9, lambda flops: flops / 1e9, lambda kind, size, group: float(size), 8)
+TIMING = cost.Timing(
+    lambda cycles, flops: flops / 1e9, lambda flops: flops / 1e9, lambda kind, size, group: float(size), 8
+)
 
 
 def read(function, *arguments, printed=True):
@@ -169,7 +171,9 @@ ENTRY %main (x: f32[100], w: f32[4,5], v: f32[5,10]) -> f32[100] {
 @pytest.mark.parametrize(("rate", "expected"), [(1.0, 400 + 400), (1e-2, 40000 + 400)])
 def test_overlap(rate, expected):
     """400 bytes over the links beside 400 FLOPs, then 400 bytes that nothing hides: the longer, and the rest."""
-    timing = cost.Timing(lambda cycles, flops: flops / rate, lambda flops: 0.0, lambda kind, size, group: float(size), 2)
+    timing = cost.Timing(
+        lambda cycles, flops: flops / rate, lambda flops: 0.0, lambda kind, size, group: float(size), 2
+    )
     found = cost.estimate(hlo.parse(ASYNCHRONOUS), timing)
     assert found.seconds(*cost.COLLECTIVES) == 800
     assert found.scheduled == expected

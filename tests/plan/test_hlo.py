@@ -47,7 +47,8 @@ def loops(text):
 
 
 @pytest.mark.parametrize(
-    ("direction", "limit", "turns"), [("LT", 8, 4), ("LT", 9, 5), ("LE", 8, 5), ("LE", 9, 5), ("NE", 8, 4), ("LT", 0, 0)]
+    ("direction", "limit", "turns"),
+    [("LT", 8, 4), ("LT", 9, 5), ("LE", 8, 5), ("LE", 9, 5), ("NE", 8, 4), ("LT", 0, 0)],
 )
 def test_windowed_loop(direction, limit, turns):
     text = WINDOWED.replace("DIRECTION", direction).replace("LIMIT", str(limit))
@@ -77,4 +78,3 @@ def test_fields():
 def test_no_program():
     with pytest.raises(ValueError, match="no HLO text"):
         parse("HloModule empty")
-

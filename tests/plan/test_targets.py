@@ -67,7 +67,9 @@ def test_other_patterns():
     assert torus_seconds("all-to-all", 1_000_000, line(16), ring) == pytest.approx(16e6 / 4 / (90 * GB))
     assert torus_seconds("all-to-all", 1_000_000, grid(16, 16), ring) == pytest.approx(256e6 / 4 / (16 * 90 * GB))
     assert torus_seconds("all-reduce", 1_000_000, line(1), ring) == 0
-    assert torus_seconds("all-reduce", 1_000_000, [[0, 0, 0], [0, 0, 0]], slice_of("v7x", 2, 2, 1)) == 0  # cores of a chip
+    assert (
+        torus_seconds("all-reduce", 1_000_000, [[0, 0, 0], [0, 0, 0]], slice_of("v7x", 2, 2, 1)) == 0
+    )  # cores of a chip
     assert sent_bytes("all-gather", 10, 8) == 70 and sent_bytes("all-reduce", 8, 4) == 12
     assert sent_bytes("collective-permute", 10, 2) == 10
 
@@ -78,7 +80,9 @@ def test_every_chip_is_described():
         assert 0.7 < chip.memory / chip.installed < 1
     for chip in TPUS.values():
         # Matrix units do a whole number of 128 x 128 products each cycle.
-        assert chip.peak / chip.clock / (2 * 128**2) == pytest.approx(round(chip.peak / chip.clock / (2 * 128**2)), 3e-3)
+        assert chip.peak / chip.clock / (2 * 128**2) == pytest.approx(
+            round(chip.peak / chip.clock / (2 * 128**2)), 3e-3
+        )
 
 
 @pytest.mark.parametrize(
@@ -110,8 +114,7 @@ def test_real_slices():
         target = open_target(text)
         assert len(target.devices) == count
         assert {device.device_kind for device in target.devices} == {target.chip.kind}
-        assert [1 + max(place) for place in zip(*(device.coords for device in target.devices))][
-            : len(target.sizes)
-        ] == list(target.sizes)
-    with pytest.raises(ConfigError, match="knows no such slice.*3x3"):
+        sizes = [1 + max(place) for place in zip(*(device.coords for device in target.devices), strict=True)]
+        assert sizes[: len(target.sizes)] == list(target.sizes)
+    with pytest.raises(ConfigError, match=r"knows no such slice.*3x3"):
         open_target("v5e:3x3")
