@@ -158,6 +158,12 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
+def replicas() -> int:
+    """How many shares the rows of a batch are split into on the ambient mesh; 1 outside one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks the compiler to split an activation along logical axes; does nothing outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
