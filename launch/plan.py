@@ -13,6 +13,7 @@ Exit status: 0 it fits, 1 it does not, or an error; of --search, 0 if anything f
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ _DUMP = flags.DEFINE_string("dump-hlo", None, "Keep the optimised HLO in this fo
 
 
 def main(argv: list[str]) -> int:
+    logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)  # the report says it, once
     if len(argv) > 1:
         print(f"error: unexpected arguments {argv[1:]}", file=sys.stderr)
         return 1

@@ -57,12 +57,41 @@ def _flops(computation: Computation, instruction: Instruction) -> int:
     if instruction.opcode == "convolution" or re.search(r"__cudnn\$conv\w*Forward", instruction.attributes):
         return _convolution(computation, instruction)
     if instruction.opcode == "custom-call":
-        gemm = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-        if gemm:  # cuBLAS
-            return _dot(computation, instruction, _indices(gemm[1]))
-        estimate = re.search(r'"?flops"?\s*:\s*"?(\d+)', instruction.attributes)
-        return int(estimate[1]) if estimate else 0
+        if is_kernel(instruction):
+            estimate = re.search(r'"flops":\s*"?(\d+)', instruction.attributes)
+            return int(estimate[1]) if estimate else _attention(computation, instruction)
+        gemm = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', instruction.attributes)
+        return _dot(computation, instruction, _indices(gemm[1])) if gemm else 0  # cuBLAS
     return 0
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether it is a kernel that XLA did not write: of Pallas, or cuDNN's attention."""
+    return instruction.opcode == "custom-call" and bool(
+        re.search(r'"tpu_custom_call"|__cudnn\$fmha', instruction.attributes)
+    )
+
+
+ATTENTION = {"fwd": 2, "dkv": 4, "dq": 3, "fmhaSoftmax": 2, "fmhaSoftmaxBackward": 5}
+"""Products of queries by keys in kernels of attention, by a part of their name: splash attention's and cuDNN's."""
+
+
+def _attention(computation: Computation, instruction: Instruction) -> int:
+    """Of an attention kernel that does not state its own; half of the square, as kernels skip what is not causal."""
+    name = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", instruction.name + instruction.op_name)
+    name = name or re.search(r"__cudnn\$(fmhaSoftmaxBackward|fmhaSoftmax)", instruction.attributes)
+    arrays = [each.shape for each in computation.operands(instruction)]
+    arrays = [shape.sizes for shape in arrays if len(shape.sizes) > 2 and shape.dtype in ("bf16", "f16", "f32")]
+    if name is None or len(arrays) < 2:
+        return 0
+    query, key = arrays[:2]
+    if name[1].startswith("fmha"):
+        scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)
+        square = math.prod(_indices(scores[1])) if scores else 0
+        factor = 1 if '"CAUSAL"' in instruction.attributes or '"PADDING_CAUSAL"' in instruction.attributes else 2
+    else:
+        square, factor = math.prod(query[:-1]) * key[-2], 1
+    return ATTENTION[name[1]] * factor * square * query[-1]
 
 
 def _indices(text: str | None) -> list[int]:
@@ -326,7 +355,7 @@ class _Walk:
         cycles = int(found[1]) if found else None
         work = flops(self.module, computation, instruction)
         part = self._part(instruction, part)
-        if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
+        if is_kernel(instruction):
             if not work:
                 self.notes.add(
                     f"kernel {instruction.op_name or instruction.name}: states no FLOPs; it counts as nothing"

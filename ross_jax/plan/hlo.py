@@ -134,12 +134,11 @@ def parse(text: str) -> Module:
       ValueError: there is no entry computation in it.
     """
     computations, current, entry = {}, None, None
-    for line in text.splitlines():
-        if not line.startswith(" "):
-            found = _COMPUTATION.match(line)
-            if found:
-                current = computations[found[2]] = Computation(found[2], {})
-                entry = current if found[1] else entry
+    for line in _whole_lines(text):
+        found = _COMPUTATION.match(line)
+        if found:
+            current = computations[found[2]] = Computation(found[2], {})
+            entry = current if found[1] else entry
             continue
         found = _INSTRUCTION.match(line)
         if found and current is not None:
@@ -148,6 +147,18 @@ def parse(text: str) -> Module:
     if entry is None:
         raise ValueError("no ENTRY computation: this is no HLO text")
     return Module(computations, entry)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines, those that attributes of a kernel break put together again."""
+    whole = ""
+    for line in text.splitlines():
+        if whole.startswith(" ") and line not in ("", "}") and not _INSTRUCTION.match(line):
+            whole += " " + line.strip()
+            continue
+        yield whole
+        whole = line
+    yield whole
 
 
 def _parse_instruction(line: str, found: re.Match) -> Instruction:

@@ -1,16 +1,19 @@
 """The real programs, compiled ahead of time: a recipe's train step, or prefill and decoding, on devices not at hand."""
 
+import contextlib
 import dataclasses
 import re
 import resource
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ross_jax.config import UserError
@@ -84,7 +87,7 @@ def train_program(config: RunConfig, mesh: Mesh, rows: int, steps: int) -> Progr
     """A run's train step, lowered as the run lowers it."""
     built = build_step(config, mesh, steps)
     batch = abstract_batch(config, mesh, rows)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), answering_for(mesh.devices.flat[0]):
         lowered = built.train_step.lower(built.state, batch)
     moments = jax.tree_util.tree_flatten_with_path(built.state.opt_state)[0]
     arguments = {
@@ -94,6 +97,31 @@ def train_program(config: RunConfig, mesh: Mesh, rows: int, steps: int) -> Progr
         **{f"batch/{name}": leaf for name, leaf in batch.items()},
     }
     return Program(arguments, built.train_step, (built.state, batch), lowered)
+
+
+@contextlib.contextmanager
+def answering_for(device: Any) -> Iterator[None]:
+    """While JAX lowers cuDNN's attention it asks this machine's GPU for its compute capability: `device` answers."""
+    if device.platform != "gpu":
+        yield
+        return
+    own = tuple(int(number) for number in device.compute_capability.split("."))
+
+    def asked(capability: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in capability.split("."))
+
+    answers = {
+        "check_compute_capability": lambda capability: own >= asked(capability),
+        "is_cuda_compute_capability_equal": lambda capability: own == asked(capability),
+    }
+    before = {name: getattr(fused_attention_stablehlo, name) for name in answers}
+    try:
+        for name, answer in answers.items():
+            setattr(fused_attention_stablehlo, name, answer)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(fused_attention_stablehlo, name, function)
 
 
 def _moment(path: tuple[Any, ...]) -> str:
@@ -127,7 +155,7 @@ def generate_program(config: RunConfig, mesh: Mesh, rows: int, prompt: int, new_
         result = extend(model, params, batch["tokens"], batch["segments"], images, batch["image_start"])
         return result.tokens, result.lengths
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), answering_for(mesh.devices.flat[0]):
         everywhere = NamedSharding(mesh, PartitionSpec())
         function, inputs = jax.jit(run, out_shardings=everywhere), (unflatten(params), batch)
         lowered = function.lower(*inputs)

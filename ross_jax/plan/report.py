@@ -74,8 +74,11 @@ def describe(
     """The fields of a report that are known without compiling."""
     counts: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"trainable": 0, "frozen": 0})
     whole = []
+    used = {name.split("/")[1] for name in program.arguments if name.startswith(("parameters/", "frozen/"))}
     for path, leaf in flatten(abstract_tree(config.model, config.freeze, mesh)).items():
-        kind = "trainable" if config.freeze.trains(path) else "frozen"
+        if path.partition("/")[0] not in used:
+            continue
+        kind = "trainable" if objective == "train" and config.freeze.trains(path) else "frozen"
         size = math.prod(leaf.shape)
         counts[path.partition("/")[0]][kind] += size
         why = why_whole(path, leaf.shape, mesh) if mesh.size > 1 else None

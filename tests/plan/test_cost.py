@@ -11,16 +11,19 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ross_jax.plan import cost, hlo
 
-TIMING = cost.Timing(
-    lambda cycles, flops: flops / 1e9, lambda flops: flops / 1e9, lambda kind, size, group: float(size), 8
-)
+
+def timing(rate=1e9, devices=8):
+    """So many FLOP/s, and a second for each byte that a device puts into a collective."""
+    return cost.Timing(
+        lambda cycles, flops: flops / rate, lambda flops: flops / rate, lambda kind, size, group: float(size), devices
+    )
 
 
 def read(function, *arguments, printed=True):
     """The cost of a program compiled for 8 CPU devices; without the trip counts that XLA prints, on request."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
     stripped = re.sub(r'"known_trip_count":\{"n":"\d+"\}', "", text)
-    return cost.estimate(hlo.parse(text if printed else stripped), TIMING)
+    return cost.estimate(hlo.parse(text if printed else stripped), timing())
 
 
 def flops(found):
@@ -171,12 +174,42 @@ ENTRY %main (x: f32[100], w: f32[4,5], v: f32[5,10]) -> f32[100] {
 @pytest.mark.parametrize(("rate", "expected"), [(1.0, 400 + 400), (1e-2, 40000 + 400)])
 def test_overlap(rate, expected):
     """400 bytes over the links beside 400 FLOPs, then 400 bytes that nothing hides: the longer, and the rest."""
-    timing = cost.Timing(
-        lambda cycles, flops: flops / rate, lambda flops: 0.0, lambda kind, size, group: float(size), 2
-    )
-    found = cost.estimate(hlo.parse(ASYNCHRONOUS), timing)
+    found = cost.estimate(hlo.parse(ASYNCHRONOUS), timing(rate, 2))
     assert found.seconds(*cost.COLLECTIVES) == 800
     assert found.scheduled == expected
+
+
+KERNEL = """ENTRY %main (q: bf16[2,8,256,64], k: bf16[2,4,256,64]) -> bf16[2,8,256,64] {{
+  %mask = s8[1,2,2] parameter(0)
+  %q = bf16[2,8,256,64] parameter(1)
+  %k = bf16[2,4,256,64] parameter(2)
+  ROOT %NAME.1 = bf16[2,8,256,64] custom-call(%mask, %q, %k), custom_call_target="TARGET", backend_config={{CONFIG}}
+}}
+""".replace("{{", "{").replace("}}", "}")
+SQUARE = 2 * 8 * 256 * 256 * 64
+INTERMEDIATE = '"intermediate_tensor_shape": {"dimensions": ["2", "8", "256", "256"]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "config", "expected"),
+    [
+        ("mine", "tpu_custom_call", '"cost_estimate":{"flops":"12345"}', 12345),
+        ("mine", "tpu_custom_call", "", 0),
+        ("splash_mha_fwd_residuals", "tpu_custom_call", "", 2 * 2 * SQUARE // 2),
+        ("splash_mqa_dkv_no_residuals", "tpu_custom_call", "", 4 * 2 * SQUARE // 2),
+        ("splash_mha_dq_no_residuals", "tpu_custom_call", "", 3 * 2 * SQUARE // 2),
+        ("a", "__cudnn$fmhaSoftmax", INTERMEDIATE, 2 * 2 * SQUARE),
+        ("a", "__cudnn$fmhaSoftmaxBackward", INTERMEDIATE + ', "mask_type": "CAUSAL"', 5 * 2 * SQUARE // 2),
+    ],
+)
+def test_kernels(name, target, config, expected):
+    """By what they state, else by the products that attention is made of, of which a causal mask leaves half."""
+    text = KERNEL.replace("NAME", name).replace("TARGET", target).replace("CONFIG", config)
+    found = cost.estimate(hlo.parse(text), timing())
+    [event] = found.events
+    assert (event.kind, event.flops) == ("kernel", expected)
+    assert found.seconds("kernel") == expected / 1e9
+    assert [("states no FLOPs" in note) for note in found.notes] == ([] if expected else [True])
 
 
 def test_parts():

@@ -75,6 +75,21 @@ def test_fields():
     assert Shape("bf16", (3, 5)).bytes == 30 and Shape("pred", (7,)).bytes == 7 and Shape("s4", (8,)).bytes == 4
 
 
+def test_attributes_over_several_lines():
+    """As XLA prints the metadata of splash attention's kernels."""
+    text = """ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2] parameter(0)
+  %k = f32[2] custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof":"{\\"a\\": 1}"
+}}, metadata={op_name="jit(f)/kernel"}
+  ROOT %y = f32[2] add(%k, %x)
+}
+"""
+    entry = parse(text).entry
+    assert list(entry.instructions) == ["x", "k", "y"]
+    assert entry.instructions["k"].op_name == "jit(f)/kernel"
+
+
 def test_no_program():
     with pytest.raises(ValueError, match="no HLO text"):
         parse("HloModule empty")
