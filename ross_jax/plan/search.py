@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ross_jax.config import ConfigError
 from ross_jax.models.layers import RematPolicy
@@ -74,7 +74,7 @@ def speed(report: Report) -> float:
     return report.rates.get("conversations", report.rates.get("answers", 0.0))
 
 
-def rank(reports: typing.Iterable[Report]) -> list[Report]:
+def rank(reports: Iterable[Report]) -> list[Report]:
     """Those that fit first, the faster first."""
     return sorted(reports, key=lambda report: (report.fits, speed(report)), reverse=True)
 

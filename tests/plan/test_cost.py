@@ -166,14 +166,17 @@ ENTRY %main (x: f32[100], w: f32[4,5], v: f32[5,10]) -> f32[100] {
   %start = f32[100] all-reduce-start(%x), channel_id=1, replica_groups={{0,1}}, to_apply=%add
   %product = f32[4,10] dot(%w, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %done = f32[100] all-reduce-done(%start)
+  %late = f32[4,10] dot(%w, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   ROOT %again = f32[100] all-reduce(%done), channel_id=2, replica_groups={{0,1}}, to_apply=%add
 }
 """
 
 
-@pytest.mark.parametrize(("rate", "expected"), [(1.0, 400 + 400), (1e-2, 40000 + 400)])
+@pytest.mark.parametrize(
+    ("rate", "expected"), [(1.0, 400 + 400 + 400), (100.0, 400 + 4 + 400), (0.01, 40000 + 40000 + 400)]
+)
 def test_overlap(rate, expected):
-    """400 bytes over the links beside 400 FLOPs, then 400 bytes that nothing hides: the longer, and the rest."""
+    """400 bytes over the links beside 400 FLOPs, 400 FLOPs once both are done, and 400 bytes that nothing hides."""
     found = cost.estimate(hlo.parse(ASYNCHRONOUS), timing(rate, 2))
     assert found.seconds(*cost.COLLECTIVES) == 800
     assert found.scheduled == expected

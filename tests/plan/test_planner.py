@@ -11,7 +11,7 @@ from ross_jax.config import ConfigError, freeze, thaw
 from ross_jax.plan import cost, hlo
 from ross_jax.plan.figure import draw
 from ross_jax.plan.planner import Options, plan
-from ross_jax.plan.program import needed_bytes, train_program
+from ross_jax.plan.program import answering_for, needed_bytes, train_program
 from ross_jax.plan.report import text
 from ross_jax.plan.search import rank, search, table
 from ross_jax.plan.targets import open_target
@@ -166,6 +166,33 @@ def test_plan(topology, tmp_path):
     json.dumps(dataclasses.asdict(found))
     draw(found, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_plan_for_gpus():
+    """As on TPU the products are those of the traced step, which cuBLAS and cuDNN compute there; no GPU is at hand."""
+    pytest.importorskip("jax_cuda12_plugin", reason="needs the CUDA plugin: bash launch/setup.sh cuda")
+    config, target = recipe(), open_target("h100:1x1x1")
+    found = plan(config, target, OPTIONS)
+    mesh = make_mesh(config.mesh, target.devices)
+    program = train_program(config, mesh, found.rows, 100)
+    with jax.set_mesh(mesh):
+        traced = products(jax.make_jaxpr(program.step)(*program.inputs).jaxpr)
+    assert 0.85 * traced < found.flops <= traced
+    assert found.fits and found.memory["temporaries"] > 0
+    assert "no cycles" in found.method and "MEM_FRACTION" in text(found)
+
+
+def test_cudnn_attention_lowers_for_another_gpu():
+    """Where packed rows make JAX ask for the device's compute capability, the target's counts."""
+    pytest.importorskip("jax_cuda12_plugin", reason="needs the CUDA plugin: bash launch/setup.sh cuda")
+    from jax._src.cudnn import fused_attention_stablehlo as asked
+
+    [device, *_] = open_target("h100:1x1x8").devices
+    with answering_for(device):
+        assert asked.check_compute_capability("9.0") and not asked.check_compute_capability("10.0")
+        assert asked.is_cuda_compute_capability_equal("9.0")
+    assert not asked.is_cuda_compute_capability_equal("9.0")
 
 
 @pytest.mark.slow
