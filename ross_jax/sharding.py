@@ -109,17 +109,28 @@ def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh |
     return PartitionSpec(*spec)
 
 
+def logical_axes(path: str) -> tuple[str | None, ...]:
+    """The logical axis of each dimension of the parameter at `path`."""
+    return next(axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path))
+
+
+def why_whole(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> str | None:
+    """Why a parameter stays whole on every device; None if it is split."""
+    axes = logical_axes(path)
+    if any(partition(shape, axes, mesh)):
+        return None
+    wanted = [axis for axis in axes if axis]
+    return f"no dimension of {wanted} divides its mesh axes" if wanted else "the table keeps it whole"
+
+
 def parameter_shardings(shapes: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """A sharding for each leaf (path -> anything with a shape); logs large leaves that stay whole, and why."""
     shardings = {}
     for path, leaf in shapes.items():
-        axes = next(axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path))
-        spec = partition(leaf.shape, axes, mesh)
-        if mesh.size > 1 and math.prod(leaf.shape) >= LARGE and not any(spec):
-            wanted = [axis for axis in axes if axis]
-            why = f"no dimension of {wanted} divides its mesh axes" if wanted else "the table keeps it whole"
+        why = why_whole(path, leaf.shape, mesh)
+        if why and mesh.size > 1 and math.prod(leaf.shape) >= LARGE:
             logger.info("%s %s stays on every device: %s", path, leaf.shape, why)
-        shardings[path] = NamedSharding(mesh, spec)
+        shardings[path] = NamedSharding(mesh, partition(leaf.shape, logical_axes(path), mesh))
     return shardings
 
 
@@ -147,6 +158,12 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
             f"batch do not divide among {len(rows)} processes; let tensor divide the devices of a process, or they it"
         )
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
+def replicas() -> int:
+    """How many shares the rows of a batch are split into on the ambient mesh; 1 outside one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -91,5 +91,6 @@ def generate(
         new_tokens,
         kept,
     )
-    *_, lengths, new_tokens, kept = jax.lax.while_loop(unfinished, extend, state)
+    with jax.named_scope("decode"):
+        *_, lengths, new_tokens, kept = jax.lax.while_loop(unfinished, extend, state)
     return Generation(new_tokens, lengths, kept)

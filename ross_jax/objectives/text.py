@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ross_jax.sharding import constrain, replicas
+
 IGNORE = -100
 """Target of a position where nothing is to be predicted."""
 
@@ -13,31 +15,31 @@ IGNORE = -100
 def next_token_loss(
     hidden: Float[Array, "batch seq embed"],
     targets: Int[Array, "batch seq"],
-    logits: Callable[[Float[Array, "tokens embed"]], Float[Array, "tokens vocab"]],
+    logits: Callable[[Float[Array, "batch some embed"]], Float[Array, "batch some vocab"]],
     chunk: int = 1024,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of cross entropies over supervised positions, and their number.
 
-    Logits exist for `chunk` positions at a time, forward and backward: the whole `[batch, seq, vocab]` never does.
+    Logits exist for `chunk` positions of a device at a time, forward and backward: the whole `[batch, seq, vocab]`
+    never does. A chunk is a stretch of every row, so that each device works on its own rows and none waits for another.
 
     Args:
       hidden: final hidden states.
       targets: the id to predict at each position (already shifted), `IGNORE` where none.
       logits: the head, float32 out.
-      chunk: positions per step of the scan.
+      chunk: positions per step of the scan, on each device; at least one of every row.
     """
-    width = hidden.shape[-1]
-    count = targets.size
-    chunk = min(chunk, count)
-    padding = -count % chunk
-    hidden = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0))).reshape(-1, chunk, width)
-    targets = jnp.pad(targets.reshape(count), (0, padding), constant_values=IGNORE).reshape(-1, chunk)
+    rows, length, width = hidden.shape
+    stretch = max(1, min(length, chunk * replicas() // rows))
+    padding = -length % stretch
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, -1, stretch, width).swapaxes(0, 1)
+    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORE).reshape(rows, -1, stretch).swapaxes(0, 1)
 
     @jax.checkpoint
     def step(total: Float[Array, ""], part: tuple[Array, Array]):
         states, ids = part
-        scores = logits(states)
-        picked = jnp.take_along_axis(scores, jnp.maximum(ids, 0)[:, None], axis=-1)[:, 0]
+        scores = constrain(logits(constrain(states, "batch")), "batch", None, "vocab")
+        picked = jnp.take_along_axis(scores, jnp.maximum(ids, 0)[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(scores, axis=-1) - picked
         return total + jnp.sum(jnp.where(ids != IGNORE, losses, 0.0)), None
 

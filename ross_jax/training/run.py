@@ -19,19 +19,13 @@ from ross_jax.data.pipeline import Pipeline, open_pipeline
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.sharding import batch_sharding, make_mesh, process_share
+from ross_jax.training.build import build_step
 from ross_jax.training.loop import Draw, Hook, Stop, global_batches, run_loop
 from ross_jax.training.metrics import Meter, RangeWatch, Writer, matrix_sizes
-from ross_jax.training.optimizer import make_optimizer, warmup_steps
+from ross_jax.training.optimizer import warmup_steps
 from ross_jax.training.recipe import RunConfig
-from ross_jax.training.state import (
-    TrainState,
-    Tree,
-    abstract_tree,
-    init_components,
-    split,
-    state_shardings,
-)
-from ross_jax.training.step import compile_step, make_state, make_train_step
+from ross_jax.training.state import TrainState, Tree, init_components, split
+from ross_jax.training.step import make_state
 from ross_jax.tree import merge
 
 
@@ -121,25 +115,13 @@ class Run:
                 "Restore the data, or start a new run in another directory"
             )
         self.steps = self.data.steps
-        tree = abstract_tree(config.model, config.freeze, self.mesh)
-        key = jax.random.key(config.seed)
-        self._optimizer = make_optimizer(config.optimizer, self.steps)
-        abstract = self._abstract_state(tree)
-        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        built = build_step(config, self.mesh, self.steps)
+        self._optimizer, self.train_step = built.optimizer, built.train_step
+        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
         if self.step:
-            self.state = self._checkpoints.restore(self.step, abstract)
+            self.state = self._checkpoints.restore(self.step, built.state)
         else:
-            self.state = self._first_state(tree)
-        step = make_train_step(
-            config.model,
-            config.step,
-            config.reconstruction,
-            self._optimizer,
-            config.optimizer,
-            self.steps,
-            jax.random.fold_in(key, 1),
-        )
-        self.train_step = compile_step(step, self.shardings, batch_sharding(self.mesh))
+            self.state = self._first_state(built.tree)
 
     def _with_cache(self) -> RunConfig:
         """Several processes share the packing plan: if no cache is set, in the run's directory."""
@@ -147,12 +129,6 @@ class Run:
             return self.config
         data = dataclasses.replace(self.config.data, cache=str(self.folder / "cache"))
         return dataclasses.replace(self.config, data=data)
-
-    def _abstract_state(self, tree: Tree) -> TrainState:
-        params, frozen = split(tree, self.config.freeze)
-        shapes = jax.eval_shape(lambda p, f: make_state(p, f, self._optimizer), params, frozen)
-        shardings = state_shardings(shapes, tree, self.mesh)
-        return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
 
     def _first_state(self, tree: Tree) -> TrainState:
         made, origins = initial_parameters(self.config, tree)

@@ -79,17 +79,20 @@ def make_train_step(
         text = (batch[name] for name in ("tokens", "positions", "segments"))
         output = model.apply(variables, *text, images, batch["image_start"])
         hidden = constrain(output.hidden, "batch")
-        total, _ = next_token_loss(
-            hidden, batch["targets"], lambda x: model.apply(variables, x, method="logits"), step_config.text_chunk
-        )
+        with jax.named_scope("text_loss"):
+            total, _ = next_token_loss(
+                hidden, batch["targets"], lambda x: model.apply(variables, x, method="logits"), step_config.text_chunk
+            )
         text_loss = total / jnp.maximum(totals[0], 1)
         if objective is None:
             return text_loss, (text_loss, jnp.zeros(()))
         pictures = images.reshape(-1, *images.shape[2:])
-        targets = objective.targets(frozen, pictures)
+        with jax.named_scope("targets"):
+            targets = objective.targets(frozen, pictures)
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(batch["image_ids"].reshape(-1))
         keys = keys.reshape(batch["image_ids"].shape)
-        items = objective.loss(tree, frozen, output.visual_outputs, targets, keys)
+        with jax.named_scope("reconstruction"):
+            items = objective.loss(tree, frozen, output.visual_outputs, targets, keys)
         weights = real_pictures(batch) if reconstruction.compat == "default" else jnp.ones_like(items)
         reconstruction_loss = jnp.sum(items * weights) / totals[2]
         return text_loss + reconstruction.weight * reconstruction_loss, (text_loss, reconstruction_loss)
@@ -116,8 +119,9 @@ def make_train_step(
         step_key = jax.random.fold_in(key, state.step)
         totals = counts(batch, reconstruction.compat)
         (text_loss, reconstruction_loss), grads = gradients(state, batch, totals, step_key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": text_loss + reconstruction.weight * reconstruction_loss,
             "text_loss": text_loss,

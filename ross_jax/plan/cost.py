@@ -1,0 +1,377 @@
+"""What a program costs: floating-point operations, cycles and collectives of its optimised HLO, loops counted.
+
+`cost_analysis()` counts the body of a loop once, so everything here is walked and multiplied by trip counts.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ross_jax.plan.hlo import Bindings, Computation, Instruction, Module, evaluate, trip_count, unknown
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+PARTS: tuple[tuple[str, str], ...] = (
+    ("decode", r"\bdecode\b"),
+    ("decode", r"\bdecode\b"),
+    ("optimizer", r"\boptimizer\b"),
+    ("text loss", r"\btext_loss\b"),
+    ("autoencoder", r"\bAutoencoder\b|\btargets\b"),
+    ("denoiser", r"\bDenoiser\b|\breconstruction\b"),
+    ("encoder", r"/vision\b"),
+    ("projector", r"/projector\b"),
+    ("language model", r"/language\b|\bRoss\b|\bLanguageModel\b"),
+)
+"""Part of a step -> pattern of the names that its operations have; the first match counts."""
+OTHER = "other"
+
+
+def part_of(op_name: str) -> str:
+    """The part of a step that an operation belongs to."""
+    return next((part for part, pattern in PARTS if re.search(pattern, op_name)), OTHER)
+
+
+# Floating-point operations.
+
+
+def flops(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Of the matrix products and convolutions in an instruction: 2 for each multiplication that meets data."""
+    if instruction.opcode in ("fusion", "call", "async-start"):
+        return sum(_flops(inside, each) for inside, each in module.inside(instruction))
+    return _flops(computation, instruction)
+
+
+def _flops(computation: Computation, instruction: Instruction) -> int:
+    if instruction.opcode == "dot":
+        return _dot(computation, instruction, _indices(instruction.attribute("lhs_contracting_dims")))
+    if instruction.opcode == "convolution" or re.search(r"__cudnn\$conv\w*Forward", instruction.attributes):
+        return _convolution(computation, instruction)
+    if instruction.opcode == "custom-call":
+        if is_kernel(instruction):
+            estimate = re.search(r'"flops":\s*"?(\d+)', instruction.attributes)
+            return int(estimate[1]) if estimate else _attention(computation, instruction)
+        gemm = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', instruction.attributes)
+        return _dot(computation, instruction, _indices(gemm[1])) if gemm else 0  # cuBLAS
+    return 0
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether it is a kernel that XLA did not write: of Pallas, or cuDNN's attention."""
+    return instruction.opcode == "custom-call" and bool(
+        re.search(r'"tpu_custom_call"|__cudnn\$fmha', instruction.attributes)
+    )
+
+
+ATTENTION = {"fwd": 2, "dkv": 4, "dq": 3, "fmhaSoftmax": 2, "fmhaSoftmaxBackward": 5}
+"""Products of queries by keys in kernels of attention, by a part of their name: splash attention's and cuDNN's."""
+
+
+def _attention(computation: Computation, instruction: Instruction) -> int:
+    """Of an attention kernel that does not state its own; half of the square, as kernels skip what is not causal."""
+    name = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", instruction.name + instruction.op_name)
+    name = name or re.search(r"__cudnn\$(fmhaSoftmaxBackward|fmhaSoftmax)", instruction.attributes)
+    arrays = [each.shape for each in computation.operands(instruction)]
+    arrays = [shape.sizes for shape in arrays if len(shape.sizes) > 2 and shape.dtype in ("bf16", "f16", "f32")]
+    if name is None or len(arrays) < 2:
+        return 0
+    query, key = arrays[:2]
+    if name[1].startswith("fmha"):
+        scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)
+        square = math.prod(_indices(scores[1])) if scores else 0
+        factor = 1 if '"CAUSAL"' in instruction.attributes or '"PADDING_CAUSAL"' in instruction.attributes else 2
+    else:
+        square, factor = math.prod(query[:-1]) * key[-2], 1
+    return ATTENTION[name[1]] * factor * square * query[-1]
+
+
+def _indices(text: str | None) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text or "")]
+
+
+def _dot(computation: Computation, instruction: Instruction, contracted: Sequence[int]) -> int:
+    left = computation.instructions[instruction.operands[0]].shape
+    return 2 * instruction.shape.elements * math.prod(left.sizes[i] for i in contracted)
+
+
+def _convolution(computation: Computation, instruction: Instruction) -> int:
+    left, right = (computation.instructions[name].shape.sizes for name in instruction.operands[:2])
+    labels = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels"))
+    inputs, kernel, outputs = labels[1], labels[2], labels[3]
+    result = instruction.shape.sizes
+    window = dict(
+        field.split("=") for field in (instruction.attribute("window") or "{}").strip("{}").split() if "=" in field
+    )
+    products = result[outputs.index("b")] * result[outputs.index("f")] * right[kernel.index("i")]
+    for dimension in sorted(set(inputs) - {"b", "f"}):
+        number = int(dimension)
+        settings = {name: value.split("x")[number] for name, value in window.items()}
+        products *= _meetings(
+            left[inputs.index(dimension)],
+            right[kernel.index(dimension)],
+            result[outputs.index(dimension)],
+            int(settings.get("stride", 1)),
+            int(settings.get("pad", "0_0").split("_")[0]),
+            int(settings.get("lhs_dilate", 1)),
+            int(settings.get("rhs_dilate", 1)),
+        )
+    return 2 * products
+
+
+def _meetings(size: int, kernel: int, outputs: int, stride: int, pad: int, dilate: int, kernel_dilate: int) -> int:
+    """How many pairs of output and kernel positions fall on an element, not on padding or between dilated ones.
+
+    XLA for TPU writes batched products as convolutions whose padding or dilation hides all but the diagonal.
+    """
+    position = np.arange(outputs)[:, None] * stride + np.arange(kernel) * kernel_dilate - pad
+    inside = (position >= 0) & (position <= (size - 1) * dilate) & (position % dilate == 0)
+    return int(inside.sum())
+
+
+# Collectives.
+
+
+def collective_kind(instruction: Instruction) -> str | None:
+    """`all-gather` for `all-gather` and `all-gather-start`; None for everything that is no collective."""
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else None
+
+
+def replica_group(instruction: Instruction, devices: int) -> list[int]:
+    """Devices, by their place in the mesh, of the first group that talks among itself; of a permutation, a pair."""
+    text = instruction.attributes
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text)
+    if pairs:
+        return [int(pairs[1]), int(pairs[2])]
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+    if listed:
+        return _indices(listed[1])
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
+        ids = np.arange(math.prod(_indices(iota[2]))).reshape(_indices(iota[2]))
+        ids = ids.transpose(_indices(iota[3])) if iota[3] else ids
+        return ids.reshape(_indices(iota[1]))[0].tolist()
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{,]*)\{([^}]*)\}", text)
+    if mesh:
+        return _mesh_group(mesh[1], mesh[2])
+    return list(range(devices))
+
+
+def _mesh_group(axes: str, chosen: str) -> list[int]:
+    """Of `'a'=4,'b'=2` and `'b'`, or `'a':(2)2` for the part of size 2 of axis a that has 2 outside it."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    strides = dict(zip(sizes, np.cumprod([1, *reversed(sizes.values())])[:-1][::-1], strict=True))
+    ids = np.zeros(1, int)
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen):
+        size = int(part) if part else sizes[name]
+        stride = strides[name] * (sizes[name] // (int(before) * size) if part else 1)
+        ids = (ids[:, None] + np.arange(size) * stride).reshape(-1)
+    return sorted(ids.tolist())
+
+
+def operand_bytes(computation: Computation, instruction: Instruction) -> int:
+    """Bytes that a device puts into a collective."""
+    return sum(shape.bytes for each in computation.operands(instruction) for shape in each.shapes)
+
+
+# The walk.
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """An instruction and how it runs.
+
+    Attributes:
+      count: how often, in one step.
+      flops: of one run.
+      cycles: the compiler's estimate for one run; None where it gives none.
+      seconds: of one run.
+      kind: `compute`, `kernel` or the collective's.
+      group: devices of a collective.
+      bytes: that a device puts into a collective.
+    """
+
+    instruction: Instruction
+    part: str
+    count: int
+    seconds: float
+    kind: str = "compute"
+    flops: int = 0
+    cycles: int | None = None
+    group: tuple[int, ...] = ()
+    bytes: int = 0
+
+    @property
+    def total(self) -> float:
+        """Seconds in one step."""
+        return self.count * self.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What turns costs into seconds.
+
+    Attributes:
+      compute: (cycles or None, FLOPs) -> seconds.
+      kernel: FLOPs of a hand-written kernel -> seconds.
+      collective: (kind, bytes that a device puts in, group) -> seconds.
+      devices: of the mesh.
+    """
+
+    compute: Callable[[int | None, int], float]
+    kernel: Callable[[int], float]
+    collective: Callable[[str, int, Sequence[int]], float]
+    devices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A program's cost.
+
+    Attributes:
+      events: everything that runs and costs anything.
+      scheduled: seconds if collectives overlap with what XLA scheduled between their start and their end.
+      notes: what could not be read.
+    """
+
+    events: list[Event]
+    scheduled: float
+    notes: list[str]
+
+    def seconds(self, *kinds: str) -> float:
+        """Of all events of these kinds."""
+        return sum((event.total for event in self.events if event.kind in kinds), 0.0)
+
+
+def estimate(module: Module, timing: Timing) -> Cost:
+    """Walks a program as it runs."""
+    walk = _Walk(module, timing)
+    scheduled, events = walk.run(module.entry, 1, unknown, OTHER)
+    return Cost(events, scheduled, sorted(walk.notes))
+
+
+class _Walk:
+    def __init__(self, module: Module, timing: Timing):
+        self.module, self.timing = module, timing
+        self.notes: set[str] = set()
+
+    def run(self, computation: Computation, count: int, bindings: Bindings, part: str) -> tuple[float, list[Event]]:
+        """Seconds of one run, and its events. The links work beside the compute units, one transfer after another."""
+        now = link = 0.0
+        events: list[Event] = []
+        ends: dict[str, float] = {}  # of transfers under way, by channel or name
+        for instruction in computation:
+            if instruction.opcode == "while":
+                elapsed, more = self._loop(computation, instruction, count, bindings, part)
+                now, events = now + elapsed, events + more
+                continue
+            if instruction.opcode in ("call", "conditional"):
+                inner = self._bind(computation, instruction, bindings) if instruction.opcode == "call" else unknown
+                branches = [self.run(each, count, inner, part) for each in self.module.called(instruction)]
+                elapsed, more = max(branches, key=lambda branch: branch[0], default=(0.0, []))
+                now, events = now + elapsed, events + more
+                continue
+            transfer, start, end = self._transfer(computation, instruction)
+            event = self._event(computation, instruction, count, part)
+            if event is not None:
+                events.append(event)
+                now += event.seconds
+            if transfer is not None:
+                inside, collective = transfer
+                key = self._channel(collective)
+                if key not in ends:
+                    sent = self._collective(inside, collective, instruction, count, part)
+                    events.append(sent)
+                    link = max(link, now) + sent.seconds
+                    ends[key] = link
+                if end or not start:
+                    now = max(now, ends[key])
+            elif end:
+                now = max([now, *(ends[name] for name in instruction.operands if name in ends)])
+            if start and transfer is not None:
+                ends[instruction.name] = ends[self._channel(transfer[1])]
+        return max(now, link), events
+
+    def _loop(
+        self, computation: Computation, loop: Instruction, count: int, bindings: Bindings, part: str
+    ) -> tuple[float, list[Event]]:
+        turns = trip_count(self.module, computation, loop, bindings)
+        if turns is None:
+            self.notes.add(f"loop {loop.op_name or loop.name}: its number of turns is not in the text; counted once")
+            turns = 1
+        body = self.module.computations[loop.attribute("body").lstrip("%")]
+        elapsed, events = self.run(body, count * turns, self._bind(computation, loop, bindings), self._part(loop, part))
+        return elapsed * turns, events
+
+    def _bind(self, computation: Computation, caller: Instruction, bindings: Bindings) -> Bindings:
+        """What the parameters of the computation that `caller` runs are, at first."""
+        return lambda i, element: evaluate(self.module, computation, caller.operands[i], bindings, element)
+
+    def _transfer(self, computation: Computation, instruction: Instruction):
+        """The collective in an instruction, if there is one; whether it only starts there, and whether it ends."""
+        if collective_kind(instruction):
+            start = instruction.opcode.endswith("-start")
+            return (computation, instruction), start, False
+        if instruction.opcode.endswith("-done"):
+            return None, False, True
+        if instruction.opcode not in ("fusion", "async-start"):
+            return None, False, False
+        found, targets = None, ""
+        for inside, each in self.module.inside(instruction):
+            found = (inside, each) if collective_kind(each) else found
+            targets += each.attributes if each.opcode == "custom-call" else ""
+        if found is None:
+            return None, False, False
+        # On TPU the start, the work between, and the end are fusions that all hold the collective.
+        ends = "AsyncCollectiveDone" in targets
+        asynchronous = instruction.opcode == "async-start" or "async_collective" in instruction.attributes + targets
+        starts = "AsyncCollectiveStart" in targets or (asynchronous and not ends)
+        return found, starts, ends
+
+    def _channel(self, collective: Instruction) -> str:
+        return collective.attribute("channel_id") or collective.name
+
+    def _part(self, instruction: Instruction, default: str) -> str:
+        names = [instruction.op_name]
+        if instruction.opcode == "fusion":
+            inner = sorted(
+                (each for _, each in self.module.inside(instruction)),
+                key=lambda each: (each.opcode not in ("convolution", "dot"), not each.root),
+            )
+            names += [each.op_name for each in inner]
+        return next((part for part in map(part_of, names) if part != OTHER), default)
+
+    def _event(self, computation: Computation, instruction: Instruction, count: int, part: str) -> Event | None:
+        found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+        cycles = int(found[1]) if found else None
+        work = flops(self.module, computation, instruction)
+        part = self._part(instruction, part)
+        if is_kernel(instruction):
+            if not work:
+                self.notes.add(
+                    f"kernel {instruction.op_name or instruction.name}: states no FLOPs; it counts as nothing"
+                )
+            return Event(instruction, part, count, self.timing.kernel(work), "kernel", work)
+        if cycles is None and not work:
+            return None
+        return Event(instruction, part, count, self.timing.compute(cycles, work), "compute", work, cycles)
+
+    def _collective(
+        self, inside: Computation, collective: Instruction, outer: Instruction, count: int, part: str
+    ) -> Event:
+        kind, size = collective_kind(collective), operand_bytes(inside, collective)
+        if kind == "all-reduce" and outer.opcode == "fusion" and "all-reduce-scatter" in outer.attributes + outer.name:
+            kind = "reduce-scatter"  # XLA for TPU writes one as an all-reduce whose result is sliced
+        group = tuple(replica_group(collective, self.timing.devices))
+        seconds = self.timing.collective(kind, size, group)
+        part = self._part(collective, self._part(outer, part))
+        return Event(collective, part, count, seconds, kind, group=group, bytes=size)

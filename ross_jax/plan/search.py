@@ -1,0 +1,103 @@
+"""Which mesh, remat policy and batch size is fastest on a topology: plans of each, ranked."""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Iterable, Iterator
+
+from ross_jax.config import ConfigError
+from ross_jax.models.layers import RematPolicy
+from ross_jax.plan.planner import Options, plan
+from ross_jax.plan.report import Report, summary
+from ross_jax.plan.targets import Target
+from ross_jax.sharding import MeshConfig
+from ross_jax.training.recipe import RunConfig
+
+MOST_TENSOR = 8
+"""Devices along `tensor`, at most: beyond, its transfers dominate."""
+
+
+def meshes(devices: int) -> list[MeshConfig]:
+    """Fully sharded; with 2, 4 and 8 devices along `tensor`; and with replicas of 8, 16 and 32 devices."""
+    sizes = [size for size in (1, 2, 4, MOST_TENSOR) if devices % size == 0]
+    found = [MeshConfig(1, devices // size, size) for size in sizes]
+    found += [MeshConfig(devices // size, size, 1) for size in (8, 16, 32) if devices % size == 0 and size < devices]
+    return found
+
+
+def search(config: RunConfig, target: Target, options: Options, tell: Callable[[str], None]) -> list[Report]:
+    """Plans, best first: those that fit by conversations (or answers) per second, then those that do not fit.
+
+    Meshes are compared first, then, on the fastest, remat policies, then batch sizes: a compilation of a 7B model takes
+    minutes, so not every combination is tried.
+
+    Args:
+      tell: is called with a line for each plan.
+    """
+    done: dict[tuple, Report] = {}
+
+    def consider(mesh: MeshConfig, remat: RematPolicy, rows: int | None) -> None:
+        changed = dataclasses.replace(config, mesh=mesh, step=dataclasses.replace(config.step, remat=remat))
+        try:
+            report = plan(changed, target, dataclasses.replace(options, rows=rows))
+        except ConfigError as error:  # rows that do not divide: this mesh is out of the question
+            tell(f"{_mesh(mesh)}: {error}")
+            return
+        done[(mesh, report.remat, report.rows)] = report
+        tell(row(report))
+
+    remat = config.step.remat
+    for mesh in meshes(len(target.devices)):
+        consider(mesh, remat, options.rows)
+    if not done:
+        raise ConfigError(f"--search: no mesh of {len(target.devices)} devices takes these rows")
+    best = rank(done.values())[0]
+    if options.objective == "train":
+        mesh = MeshConfig(**best.mesh)
+        for policy in typing.get_args(RematPolicy):
+            if policy != remat:
+                consider(mesh, policy, best.rows)
+        best = rank(done.values())[0]
+        for rows in _batches(best):
+            consider(MeshConfig(**best.mesh), typing.cast(RematPolicy, best.remat), rows)
+    return rank(done.values())
+
+
+def _batches(report: Report) -> Iterator[int]:
+    multiple = report.mesh["data"] * report.mesh["fsdp"]
+    yield 2 * report.rows
+    if report.rows % (2 * multiple) == 0:
+        yield report.rows // 2
+
+
+def speed(report: Report) -> float:
+    """What plans are ranked by: conversations, or answers, per second."""
+    return report.rates.get("conversations", report.rates.get("answers", 0.0))
+
+
+def rank(reports: Iterable[Report]) -> list[Report]:
+    """Those that fit first, the faster first."""
+    return sorted(reports, key=lambda report: (report.fits, speed(report)), reverse=True)
+
+
+def _mesh(mesh: MeshConfig) -> str:
+    return f"data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor}"
+
+
+HEADER = f"{'mesh':28} {'remat':6} {'rows':>5} {'step':>9} {'overlapped':>11} {'per s':>8}  memory"
+
+
+def row(report: Report) -> str:
+    """A line of the table."""
+    mesh = _mesh(MeshConfig(**report.mesh))
+    step, overlapped = report.seconds.get("step", 0.0), report.seconds.get("overlapped", 0.0)
+    return (
+        f"{mesh:28} {report.remat:6} {report.rows:5d} {step:7.3f} s {overlapped:9.3f} s {speed(report):8.2f}  "
+        f"{summary(report)}"
+    )
+
+
+def table(reports: list[Report]) -> str:
+    """All plans, best first."""
+    what = "conversations" if reports[0].objective == "train" else "answers"
+    lines = [f"{reports[0].recipe} on {reports[0].topology}, by {what} per second", HEADER, *map(row, reports)]
+    return "\n".join([*lines, "", reports[0].method])

@@ -1,0 +1,67 @@
+"""The planning launcher: what it prints and writes, and what it says when it cannot."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from launcher import REPOSITORY
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: bash launch/setup.sh tpu"
+)
+
+
+def run_plan(recipe, *arguments: str, topology: str = "v5e:2x2"):
+    given = [f"--config={recipe}", f"--topology={topology}", *arguments]
+    script = str(REPOSITORY / "launch" / "plan.py")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, script, *given], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_plan(recipe, tmp_path):
+    written = [f"--json={tmp_path / 'plan.json'}", f"--png={tmp_path / 'plan.png'}", f"--dump-hlo={tmp_path / 'hlo'}"]
+    done = run_plan(recipe, "--epoch=1000", "--config.step.dtype=bfloat16", *written)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        rf"{recipe} on v5e:2x2: 4 devices\n  data=1 fsdp=4 tensor=1, remat none, 4 rows\n  fits, ", done.stdout
+    )
+    for line in ("one step, estimated", "hours per epoch", "An estimate", "largest arrays", "assumed", "compiled in"):
+        assert line in done.stdout
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert figures["fits"] and figures["needed"] < figures["capacity"] == int(15.75 * 2**30)
+    assert f"{figures['mfu']:.1%}" in done.stdout
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    [dumped] = (tmp_path / "hlo").iterdir()
+    assert dumped.read_text().startswith("HloModule jit_train_step")
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_generation(recipe):
+    done = run_plan(recipe, "--objective=generate", "--prompt=64", "--new_tokens=4")
+    assert done.returncode == 0, done.stderr
+    for line in ("one generation, estimated", "prefill", "decode", "new tokens/s"):
+        assert line in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("topology", "arguments", "message"),
+    [
+        ("v9:2x2", [], r"error: --topology=v9:2x2: no chip 'v9'.*; known are v4, v5e"),
+        ("v5e:2x2", ["--config.step.rematt=full"], "error: .*rematt"),
+        pytest.param("v5e:2x2", ["--config.mesh.data=3"], "error: mesh data=3.*divide 4 devices", marks=needs_libtpu),
+    ],
+)
+def test_errors(recipe, topology, arguments, message):
+    done = run_plan(recipe, *arguments, topology=topology)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(message, last), done.stderr
+    assert "Traceback" not in done.stderr

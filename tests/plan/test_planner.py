@@ -1,0 +1,241 @@
+"""Whole plans of a tiny recipe, compiled for TPU: against counts that do not come from the compiler."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ross_jax.config import ConfigError, freeze, thaw
+from ross_jax.plan import cost, hlo
+from ross_jax.plan.figure import draw
+from ross_jax.plan.planner import Options, plan
+from ross_jax.plan.program import answering_for, needed_bytes, train_program
+from ross_jax.plan.report import text
+from ross_jax.plan.search import rank, search, table
+from ross_jax.plan.targets import open_target
+from ross_jax.plan.workload import abstract_batch, assume
+from ross_jax.sharding import MeshConfig, make_mesh
+from ross_jax.training.recipe import RunConfig, complete
+from ross_jax.tree import flatten
+from tiny import CONFIG
+
+
+def recipe(**changes) -> RunConfig:
+    values = {
+        "model": thaw(CONFIG),
+        "text": {"template": "qwen_2", "tokenizer": "none"},
+        "data": {"sources": [{"path": "none.json"}], "packing": {"length": 64, "images": 2}, "batch": 8},
+        "freeze": {"trainable": ["language/.*", "projector/.*", "denoiser/.*"]},
+        "optimizer": {"learning_rate": 1e-3},
+        "step": {"dtype": "bfloat16", "remat": "full", "text_chunk": 32},
+    }
+    return freeze(RunConfig, complete(values | changes).to_dict())
+
+
+OPTIONS = Options("tiny", tokens=20.0, pictures=1.0, epoch=1000)
+
+
+@pytest.fixture(scope="module")
+def target():
+    pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
+    return open_target("v5e:2x2")
+
+
+# What needs no compiler.
+
+
+def test_workload():
+    config = recipe()
+    # 2 slots at one picture each hold fewer conversations than 64 * 0.95 / 20 tokens do.
+    found = assume(config, 4, tokens=20.0, pictures=1.0, epoch=1000)
+    assert (found.rows, found.conversations, found.tokens, found.pictures) == (4, 8, 160, 8)
+    found = assume(config, 1, tokens=40.0, pictures=1.0)
+    assert found.rows == round(8 / (64 * 0.95 / 40)) and found.epoch is None
+    assert any("--epoch" in line for line in found.assumptions)
+    assert assume(config, 4, rows=12).rows == 12
+    with pytest.raises(ConfigError, match="--rows=6: must be a multiple of 4"):
+        assume(config, 4, rows=6)
+
+
+def test_batch_is_what_the_step_takes():
+    config = recipe()
+    mesh = make_mesh(MeshConfig(), jax.devices()[:4])
+    batch = abstract_batch(config, mesh, 8)
+    assert batch["images"].shape == (8, 2, 28, 28, 3) and batch["tokens"].shape == (8, 64)
+    program = train_program(config, mesh, 8, 10)
+    held = {name: leaf for name, leaf in program.arguments.items() if name.startswith("optimizer/mu/language")}
+    assert held["optimizer/mu/language/head"].sharding.shard_shape((64, 96)) == (16, 96)
+
+
+def test_messages_of_exhausted_memory():
+    said = "the total memory required for HLO temporaries (800.00G) exceeds available HBM (30.75G)"
+    assert needed_bytes(said) == 800 * 2**30
+    assert needed_bytes("Ran out of memory in memory space hbm. Used 20.50M of 15.75G hbm.") == 20.5 * 2**20
+    assert needed_bytes("something else") is None
+
+
+# What needs one.
+
+
+def products(jaxpr, times=1):
+    """FLOPs of matrix products and convolutions in a program as it was traced, loops counted: an upper bound."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            size = 1
+            for i in contracted:
+                size *= left[i]
+            total += 2 * times * equation.outvars[0].aval.size * size
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            features = equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * times * equation.outvars[0].aval.size * kernel.size // kernel.shape[features]
+        turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (list, tuple)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if isinstance(inner, jax.extend.core.Jaxpr):
+                    total += products(inner, times * turns)
+    return total
+
+
+@pytest.mark.slow
+def test_products_on_tpu():
+    """Batched products become convolutions with dilation there; the count from the text stays that of the product."""
+    pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
+    target = open_target("v5e:1x1")
+    at = jax.sharding.SingleDeviceSharding(target.devices[0])
+
+    def program(q, k, v):
+        def layer(q, _):
+            scores = jax.nn.softmax(jnp.einsum("bshd,bthd->bhst", q, k))
+            return jnp.einsum("bhst,bthd->bshd", scores, v), None
+
+        return jax.lax.scan(layer, q, length=6)[0]
+
+    shape = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16, sharding=at)
+    compiled = jax.jit(program).lower(shape, shape, shape).compile()
+    timing = target.timing(make_mesh(MeshConfig(), target.devices))
+    found = cost.estimate(hlo.parse(compiled.as_text()), timing)
+    assert sum(event.count * event.flops for event in found.events) == 6 * 2 * 2 * (2 * 4 * 256 * 256) * 128
+    assert found.seconds("compute") > 6 * 2 * 2 * (2 * 4 * 256 * 256) * 128 / target.chip.peak
+
+
+@pytest.mark.slow
+def test_plan_on_one_chip():
+    """FLOPs are close to those of the traced step, memory to the size of its arguments."""
+    pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
+    config, target = recipe(), open_target("v5e:1x1")
+    found = plan(config, target, OPTIONS)
+    mesh = make_mesh(config.mesh, target.devices)
+    program = train_program(config, mesh, found.rows, 100)
+    with jax.set_mesh(mesh):
+        traced = products(jax.make_jaxpr(program.step)(*program.inputs).jaxpr)
+    assert 0.85 * traced < found.flops <= traced
+    assert found.memory["arguments"] >= sum(leaf.size * leaf.dtype.itemsize for leaf in program.arguments.values())
+    assert found.needed < 1.05 * sum(found.memory.values()) and found.fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_plan(topology, tmp_path):
+    pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
+    found = plan(recipe(), open_target(topology), dataclasses.replace(OPTIONS, dump=tmp_path / "dump"))
+    assert (found.devices, found.mesh, found.rows) == (4, {"data": 1, "fsdp": 4, "tensor": 1}, 4)
+    seconds = found.seconds
+    assert seconds["step"] == pytest.approx(seconds["compute"] + seconds["kernels"] + seconds["collectives"])
+    assert 0 < seconds["overlapped"] <= seconds["step"] * 1.0001 and seconds["collectives"] > 0
+    assert sum(part["share"] for part in found.parts.values()) == pytest.approx(1)
+    assert {"encoder", "language model", "text loss", "autoencoder", "denoiser", "optimizer"} <= set(found.parts)
+    assert found.parts.get("other", {"share": 0})["share"] < 0.1
+    assert found.rates["conversations"] * seconds["step"] == pytest.approx(8)
+    assert found.steps_per_epoch == 125 and found.hours_per_epoch == pytest.approx(125 * seconds["step"] / 3600)
+    assert found.parameters["autoencoder"]["trainable"] == 0 < found.parameters["language"]["trainable"]
+    whole = {line["path"]: line["why"] for line in found.whole}
+    assert whole["language/final_norm/scale"] == "the table keeps it whole" and "language/head" not in whole
+    assert found.notes == []
+    [dump] = (tmp_path / "dump").iterdir()
+    assert "ENTRY" in dump.read_text()
+    printed = text(found)
+    for word in ("fits, ", "An estimate", "hours per epoch", "text loss", "that every device holds in full", "assumed"):
+        assert word in printed
+    json.dumps(dataclasses.asdict(found))
+    draw(found, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_plan_for_gpus():
+    """As on TPU the products are those of the traced step, which cuBLAS and cuDNN compute there; no GPU is at hand."""
+    pytest.importorskip("jax_cuda12_plugin", reason="needs the CUDA plugin: bash launch/setup.sh cuda")
+    config, target = recipe(), open_target("h100:1x1x1")
+    found = plan(config, target, OPTIONS)
+    mesh = make_mesh(config.mesh, target.devices)
+    program = train_program(config, mesh, found.rows, 100)
+    with jax.set_mesh(mesh):
+        traced = products(jax.make_jaxpr(program.step)(*program.inputs).jaxpr)
+    assert 0.85 * traced < found.flops <= traced
+    assert found.fits and found.memory["temporaries"] > 0
+    assert "no cycles" in found.method and "MEM_FRACTION" in text(found)
+
+
+def test_cudnn_attention_lowers_for_another_gpu():
+    """Where packed rows make JAX ask for the device's compute capability, the target's counts."""
+    pytest.importorskip("jax_cuda12_plugin", reason="needs the CUDA plugin: bash launch/setup.sh cuda")
+    from jax._src.cudnn import fused_attention_stablehlo as asked
+
+    [device, *_] = open_target("h100:1x1x8").devices
+    with answering_for(device):
+        assert asked.check_compute_capability("9.0") and not asked.check_compute_capability("10.0")
+        assert asked.is_cuda_compute_capability_equal("9.0")
+    assert not asked.is_cuda_compute_capability_equal("9.0")
+
+
+@pytest.mark.slow
+def test_generation(target):
+    options = dataclasses.replace(OPTIONS, objective="generate", prompt=32, new_tokens=8)
+    found = plan(recipe(), target, options)
+    assert found.seconds["step"] == pytest.approx(found.seconds["prefill"] + found.seconds["decode"])
+    assert found.seconds["token"] * 8 == pytest.approx(found.seconds["decode"]) and found.seconds["decode"] > 0
+    assert found.rows == 4 and found.mfu is None
+    with pytest.raises(ConfigError, match="--prompt=3: a picture alone has 4 tokens"):
+        plan(recipe(), target, dataclasses.replace(options, prompt=3))
+
+
+@pytest.mark.slow
+def test_what_does_not_fit():
+    """Head and embedding of 4 GiB each, with two moments, on a chip that has 15.75."""
+    pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
+    model = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=2**24))
+    found = plan(recipe(model=thaw(model)), open_target("v5e:1x1"), OPTIONS)
+    assert not found.fits and "does not fit" in text(found)
+    assert found.needed is None or found.needed > found.capacity
+
+
+@pytest.mark.slow
+def test_search(target):
+    lines = []
+    found = search(recipe(), target, OPTIONS, lines.append)
+    assert len(found) == len(lines) >= 6
+    assert found == rank(found)
+    assert {report.mesh["tensor"] for report in found} == {1, 2, 4}
+    assert {report.remat for report in found} >= {"none", "full", "dots"}
+    assert len({report.rows for report in found}) > 1
+    assert table(found).count("fits") == len(found)
+
+
+def test_a_mesh_that_does_not_divide(target):
+    with pytest.raises(ConfigError, match="does not divide 4 devices"):
+        plan(recipe(mesh={"data": 3}), target, OPTIONS)
+
+
+def test_flat_arguments_have_every_leaf(target):
+    config = recipe()
+    program = train_program(config, make_mesh(config.mesh, target.devices), 4, 10)
+    kinds = {name.partition("/")[0] for name in program.arguments}
+    assert kinds == {"parameters", "frozen", "optimizer", "batch"}
+    assert flatten({"a": program.arguments})["a/batch/tokens"].shape == (4, 64)
