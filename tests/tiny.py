@@ -93,6 +93,7 @@ class Run:
         learning_rate: float = 1e-3,
         seed: int = 0,
         config: RossConfig = CONFIG,
+        supervised: int | None = None,
     ):
         self.mesh = make_mesh(mesh, jax.devices()[:devices])
         key = jax.random.key(seed)
@@ -112,6 +113,7 @@ class Run:
             settings,
             10,
             jax.random.fold_in(key, 1),
+            supervised,
         )
         self.step = compile_step(step, self.shardings, batch_sharding(self.mesh))
 

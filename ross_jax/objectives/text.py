@@ -12,6 +12,20 @@ IGNORE = -100
 """Target of a position where nothing is to be predicted."""
 
 
+def gather_supervised(
+    hidden: Float[Array, "batch seq embed"], targets: Int[Array, "batch seq"], capacity: int
+) -> tuple[Float[Array, "batch places embed"], Int[Array, "batch places"]]:
+    """The supervised positions of each row and their targets, in order; places that stay empty are `IGNORE`.
+
+    Args:
+      capacity: most supervised positions that a row has; any beyond would be lost, so the packing plan must see to it.
+    """
+    order = jnp.argsort(targets == IGNORE, axis=1, stable=True)[:, :capacity]
+    # Row by row: each row only touches itself, so that sharding the batch needs no communication.
+    gathered = jax.vmap(lambda row, index: row.at[index].get(unique_indices=True, mode="promise_in_bounds"))
+    return gathered(hidden, order), jnp.take_along_axis(targets, order, axis=1)
+
+
 def next_token_loss(
     hidden: Float[Array, "batch seq embed"],
     targets: Int[Array, "batch seq"],

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from ross_jax.models.layers import RematPolicy
 from ross_jax.models.ross import Ross, RossConfig, normalise
 from ross_jax.objectives.reconstruction import ReconstructionConfig, make_objective
-from ross_jax.objectives.text import IGNORE, next_token_loss
+from ross_jax.objectives.text import IGNORE, gather_supervised, next_token_loss
 from ross_jax.sharding import constrain
 from ross_jax.training.optimizer import OptimizerConfig, schedule
 from ross_jax.training.state import TrainState, Tree
@@ -28,7 +28,7 @@ class StepConfig:
     Attributes:
       accumulate: micro-batches per step; rows of a batch must be a multiple of it.
       dtype: of activations in encoder and language model; the denoiser's are float32.
-      text_chunk: positions whose logits exist at once.
+      text_chunk: positions whose logits exist at once, on each device.
     """
 
     accumulate: int = 1
@@ -60,12 +60,14 @@ def make_train_step(
     optimizer_config: OptimizerConfig,
     steps: int,
     key: Array,
+    supervised: int | None = None,
 ):
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     Args:
       optimizer_config, steps: only to report learning rates.
       key: of the run; noise comes from it, the step number and the picture's identity.
+      supervised: most supervised positions of a row, if the packing plan has such a limit: no logits beyond it.
     """
     dtype = jnp.dtype(step_config.dtype)
     model = Ross(config, dtype, step_config.remat)
@@ -80,8 +82,11 @@ def make_train_step(
         output = model.apply(variables, *text, images, batch["image_start"])
         hidden = constrain(output.hidden, "batch")
         with jax.named_scope("text_loss"):
+            labels = batch["targets"]
+            if supervised is not None:
+                hidden, labels = gather_supervised(hidden, labels, supervised)
             total, _ = next_token_loss(
-                hidden, batch["targets"], lambda x: model.apply(variables, x, method="logits"), step_config.text_chunk
+                hidden, labels, lambda x: model.apply(variables, x, method="logits"), step_config.text_chunk
             )
         text_loss = total / jnp.maximum(totals[0], 1)
         if objective is None:

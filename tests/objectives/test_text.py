@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ross_jax.models.language import LanguageConfig, LanguageModel
-from ross_jax.objectives.text import IGNORE, next_token_loss
+from ross_jax.objectives.text import IGNORE, gather_supervised, next_token_loss
 
 WIDTH, VOCAB = 12, 37
 
@@ -49,6 +49,28 @@ def test_loss_and_gradient(rows, length, chunk):
     (found, count), gradients = run(hidden, targets, head)
     np.testing.assert_allclose(found, loss, rtol=1e-6)
     assert int(count) == int((np.asarray(targets) != IGNORE).sum())
+    np.testing.assert_allclose(gradients[0], to_hidden, atol=1e-5)
+    np.testing.assert_allclose(gradients[1], to_head, atol=2e-5)
+
+
+@pytest.mark.parametrize("capacity", [6, 9, 30])
+def test_gathered_positions_have_the_same_loss(capacity):
+    """The fullest row has 6 targets, another none; order and empty places do not matter."""
+    hidden, targets, head = batch(4, 21)
+    keep = np.zeros((4, 21), bool)
+    for row, count in enumerate((6, 0, 3, 1)):
+        keep[row, np.random.default_rng(row).permutation(21)[:count]] = True
+    targets = jnp.where(keep, jnp.maximum(targets, 0), IGNORE)
+
+    def gathered(hidden, head):
+        states, ids = gather_supervised(hidden, targets, capacity)
+        assert states.shape == (4, min(capacity, 21), WIDTH)
+        return chunked(states, ids, head, 8)
+
+    loss, to_hidden, to_head = direct(hidden, targets, head)
+    (found, count), gradients = jax.jit(jax.value_and_grad(gathered, argnums=(0, 1), has_aux=True))(hidden, head)
+    np.testing.assert_allclose(found, loss, rtol=1e-6)
+    assert int(count) == 10
     np.testing.assert_allclose(gradients[0], to_hidden, atol=1e-5)
     np.testing.assert_allclose(gradients[1], to_head, atol=2e-5)
 

@@ -79,6 +79,14 @@ def test_rematerialisation_changes_nothing(remat, single):
     agrees(Run(remat=remat), single)
 
 
+@pytest.mark.parametrize("places", [14, 24])
+def test_logits_of_supervised_positions_alone_change_nothing(places, single):
+    """With room for just the most that a row has, and for all."""
+    assert max((make_batch(seed=seed)["targets"] != -100).sum(1).max() for seed in (0, 1)) <= places
+    agrees(Run(supervised=places), single)
+    agrees(Run(MeshConfig(2, 2, 2), devices=8, supervised=places), single)
+
+
 def test_packing_changes_nothing():
     """The same conversations, two in a row or one: the same losses and gradient norm."""
     packed = make_batch(rows=3)
