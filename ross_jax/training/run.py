@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError, freeze, thaw
-from ross_jax.data.encoders import build_encoder
-from ross_jax.data.images import decode, decode_official, encoder_image_config
+from ross_jax.data.encoders import build_training_encoder
+from ross_jax.data.images import decode, decode_official
 from ross_jax.data.pipeline import Pipeline, open_pipeline
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.sharding import batch_sharding, make_mesh, process_share
-from ross_jax.training.loop import Draw, Hook, Stop, global_batches, run_loop
+from ross_jax.training.loop import Draw, Evaluate, Hook, Stop, global_batches, run_loop
 from ross_jax.training.metrics import Meter, RangeWatch, Writer, matrix_sizes
 from ross_jax.training.optimizer import make_optimizer, warmup_steps
 from ross_jax.training.recipe import RunConfig
@@ -37,26 +37,26 @@ from ross_jax.tree import merge
 
 def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -> Pipeline:
     """The run's batches. Of several processes the first measures and plans, the others read what it cached."""
-    model, vision = config.model, config.model.vision
-    tokenizer = load_tokenizer(config.text.tokenizer)
+    model, text = config.model, config.text
+    tokenizer = load_tokenizer(text.tokenizer)
     if len(tokenizer) > model.language.vocab_size:
         raise ConfigError(
             f"config.text.tokenizer: {len(tokenizer)} ids, but the language model embeds {model.language.vocab_size}"
         )
-    encode = build_encoder(config.text.template, tokenizer, config.text.compat)
+    encode = build_training_encoder(text.template, tokenizer, text.compat, text_loss=bool(text.weight))
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    key = json.dumps([thaw(config.text), len(tokenizer)])
+    key = json.dumps([thaw(text), len(tokenizer)])
 
     def build(writer: bool) -> Pipeline:
         return open_pipeline(
             config.data,
             encode,
-            encoder_image_config(vision.kind, vision.image_size, model.image_mean, model.image_std, config.image_mode),
-            vision.num_tokens,
+            config.images,
+            model.vision.num_tokens,
             encode_key=key,
             multiple=replicas * config.step.accumulate,
             rows_per_step=rows_per_step,
-            decode_image=decode_official if config.text.compat == "official" else decode,
+            decode_image=decode_official if text.compat == "official" else decode,
             writer=writer,
         )
 
@@ -137,6 +137,7 @@ class Run:
             config.optimizer,
             self.steps,
             jax.random.fold_in(key, 1),
+            config.text.weight,
         )
         self.train_step = compile_step(step, self.shardings, batch_sharding(self.mesh))
 
@@ -174,7 +175,7 @@ class Run:
         if not path.is_file():
             return
         theirs, ours = flatten_config(json.loads(path.read_text())["config"]), flatten_config(self._record())
-        free = ("loop.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
+        free = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
         differ = [
             f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now"
             for name in sorted(theirs.keys() | ours.keys())
@@ -219,10 +220,11 @@ class Run:
         hooks: tuple[Hook, ...] = (),
         draw: Draw | None = None,
         stop_at: Callable[[int], bool] | None = None,
+        evaluate: Evaluate | None = None,
     ) -> int:
         """Runs, or continues, until the end or a signal; returns the number of steps done."""
         config = self.config
-        sizes = matrix_sizes(merge(self.state.params, self.state.frozen))
+        sizes = matrix_sizes(merge(self.state.params, self.state.frozen), logits=bool(config.text.weight))
         kind = config.reconstruction.kind
         draws = config.reconstruction.draws if kind == "denoise" else 0
         meter = Meter(config.model, sizes, set(self.state.params), draws)
@@ -249,6 +251,7 @@ class Run:
                     hooks,
                     draw,
                     stop_at or self._checkpoints.stop_at(lambda: stop.requested),
+                    evaluate,
                 )
         finally:
             stop.restore()
