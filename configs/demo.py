@@ -40,11 +40,11 @@ STAGES = {
         "text_weight": 0.0,
         "trainable": "denoiser/.*",
         "draws": 8,
-        "learning_rate": 2e-3,
-        "epochs": 6,
+        "learning_rate": 1e-3,
+        "epochs": 2,
         "length": 19,
         "after": "finetune",
-        "evaluate": 500,
+        "evaluate": 150,
     },
 }
 EVERY_STAGE = {

@@ -71,6 +71,7 @@ class Run:
         dtype: str = "float32",
         learning_rate: float = 1e-3,
         seed: int = 0,
+        text_weight: float = 1.0,
     ):
         self.mesh = make_mesh(mesh, jax.devices()[:devices])
         key = jax.random.key(seed)
@@ -90,6 +91,7 @@ class Run:
             settings,
             10,
             jax.random.fold_in(key, 1),
+            text_weight,
         )
         self.step = compile_step(step, self.shardings, batch_sharding(self.mesh))
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
+from jaxtyping import Int32
 
 from ross_jax.config import UserError, nearest
 from ross_jax.data import conversation_official
@@ -87,22 +88,23 @@ def build_prompt_encoder(template: str, tokenizer: Any, compat: str = "default")
     return ConversationPromptEncoder(*_parts(template, tokenizer))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PictureEncoder:
     """Record -> ids of its pictures alone: an empty question that ends with its last picture. Nothing is supervised.
 
     What else the record says, its conversation included, stays out.
+
+    Attributes:
+      before: what the template says before a picture.
     """
 
-    encode: PromptEncoder
+    before: Int32[np.ndarray, "length"]
 
     def __call__(self, record: Record) -> EncodedConversation:
         count = count_images(record)
         if not count:
             raise ConversationError(f"{sample_name(record)}: no picture, and without a text loss no use; remove it")
-        question = {"from": "human", "value": IMAGE_MARKER * count}
-        ids = self.encode({"id": record.get("id", ""), "image": ["picture"] * count, "conversations": [question]})
-        ids = ids[: np.flatnonzero(ids == IMAGE_ID)[-1] + 1]
+        ids = np.append(self.before, np.full(count, IMAGE_ID, np.int32))
         return EncodedConversation(ids, np.full_like(ids, IGNORE))
 
 
@@ -119,7 +121,9 @@ class TrainingEncoder:
 
 def build_picture_encoder(template: str, tokenizer: Any, compat: str = "default") -> PictureEncoder:
     """The function that encodes a record's pictures alone. Arguments and errors are those of `build_encoder`."""
-    return PictureEncoder(build_prompt_encoder(template, tokenizer, compat))
+    question = {"from": "human", "value": IMAGE_MARKER}
+    ids = build_prompt_encoder(template, tokenizer, compat)({"image": "picture", "conversations": [question]})
+    return PictureEncoder(ids[: np.flatnonzero(ids == IMAGE_ID)[0]])
 
 
 def build_training_encoder(

@@ -37,7 +37,9 @@ PEAK_FLOPS = {
 
 
 _ORDER = ("teacher", "vision", "projector", "language", "denoiser", "regressor")
-_FIRST = re.compile(r"((vision|teacher)/patch_embedding|projector/linear_0)/kernel")
+_FIRST = re.compile(
+    r"((vision|teacher)/patch_embedding|projector/linear_0|denoiser/condition_embedding|regressor/linear_0)/kernel"
+)
 _DATA = re.compile(r"denoiser/(latent_embedding|timestep_in)/kernel")
 """Matrices that are the first of their component, and those whose inputs are noise or a timestep."""
 
