@@ -108,7 +108,7 @@ def test_two_processes_evaluate_as_one(mesh, recipe, cache, tmp_path):
     one, two = ([line for line in step_lines(tmp_path / name) if "evaluation/psnr" in line] for name in ("one", "two"))
     assert [line["step"] for line in one] == [0, 2, 4]
     for expected, found in zip(one, two, strict=True):
-        assert found == pytest.approx(expected, rel=1e-4)
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_signal_to_one_ends_both(recipe, alone, cache, tmp_path):
