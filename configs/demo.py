@@ -2,7 +2,8 @@
 
   --config=configs/demo.py:stage=finetune,kind=denoise,seed=0,root=runs/demo
 
-  stage   pretrain (everything learns, on captions) | finetune (all but the autoencoder, on questions)
+  stage   pretrain (everything learns, on captions) | finetune (all but the autoencoder, on questions) |
+          denoiser (after both, the denoiser alone, on pictures alone: `configs/imagenet_denoiser.py` in small)
   kind    of reconstruction: denoise (Ross) | pixel | latent | latent2pixel | none (LLaVA)
   seed    of parameters, order and noise
   root    where data, tokenizer, autoencoder and runs lie
@@ -28,12 +29,36 @@ from ross_jax.models.vision import VisionConfig
 from ross_jax.training.recipe import complete
 
 DEFAULTS = {"stage": "finetune", "kind": "denoise", "seed": "0", "root": "runs/demo"}
-CHOICES = {"stage": ("pretrain", "finetune"), "kind": ("denoise", "pixel", "latent", "latent2pixel", "none")}
+PARTS = ("pretrain", "finetune", "heldout")
+"""Of the data set."""
 NEEDS_AUTOENCODER = ("denoise", "latent", "latent2pixel")
 STAGES = {
-    "pretrain": {"template": "plain", "learning_rate": 3e-3, "epochs": 5, "length": 256, "images": 4},
-    "finetune": {"template": "qwen_2", "learning_rate": 3e-3, "epochs": 6, "length": 66, "images": 1},
+    "pretrain": {"data": ("pretrain",), "template": "plain", "epochs": 5, "length": 256, "images": 4},
+    "finetune": {"data": ("finetune",), "template": "qwen_2", "epochs": 6, "length": 66, "after": "pretrain"},
+    "denoiser": {
+        "data": ("pretrain", "finetune"),
+        "template": "qwen_2",
+        "text_weight": 0.0,
+        "trainable": "denoiser/.*",
+        "draws": 8,
+        "learning_rate": 1e-3,
+        "epochs": 2,
+        "length": 19,
+        "after": "finetune",
+        "evaluate": 150,
+    },
 }
+EVERY_STAGE = {
+    "text_weight": 1.0,
+    "trainable": ".*",
+    "draws": 2,
+    "learning_rate": 3e-3,
+    "images": 1,
+    "after": None,
+    "evaluate": 0,
+}
+"""Unless the stage says otherwise. `after` is the stage whose model it begins with."""
+CHOICES = {"stage": tuple(STAGES), "kind": ("denoise", "pixel", "latent", "latent2pixel", "none")}
 
 
 def parse(
@@ -56,6 +81,8 @@ def parse(
         chosen[name] = value
     if not chosen["seed"].isdecimal():
         raise ConfigError(f"seed={chosen['seed']!r}: a whole number, 0 or more")
+    if chosen["stage"] == "denoiser" and chosen["kind"] != "denoise":
+        raise ConfigError(f"stage=denoiser: kind={chosen['kind']} has no denoiser")
     return chosen
 
 
@@ -84,31 +111,37 @@ def model_config(autoencoder: Path, kind: str = "denoise") -> RossConfig:
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The recipe as a ConfigDict that command-line flags can override."""
     parts = parse(arguments)
-    root, stage, kind = Path(parts["root"]), STAGES[parts["stage"]], parts["kind"]
+    root, kind = Path(parts["root"]), parts["kind"]
+    stage = EVERY_STAGE | STAGES[parts["stage"]]
     init = [str(root / "model")] if kind in NEEDS_AUTOENCODER else []
-    if parts["stage"] == "finetune":
-        init.append(str(root / kind / f"seed{parts['seed']}" / "pretrain"))
+    if stage["after"]:
+        init.append(str(root / kind / f"seed{parts['seed']}" / stage["after"]))
+    images = [str(root / "data" / "images")]
+    sources = {part: {"path": str(root / "data" / f"{part}.json"), "images": images} for part in PARTS}
     return complete(
         {
             "model": thaw(model_config(root / "autoencoder", kind)),
             "init": init,
-            "text": {"template": stage["template"], "tokenizer": str(root / "tokenizer")},
+            "text": {
+                "template": stage["template"],
+                "tokenizer": str(root / "tokenizer"),
+                "weight": stage["text_weight"],
+            },
             "image_mode": "square",
             "data": {
-                "sources": [
-                    {"path": str(root / "data" / f"{parts['stage']}.json"), "images": [str(root / "data" / "images")]}
-                ],
+                "sources": [sources[part] for part in stage["data"]],
                 "packing": {"length": stage["length"], "images": stage["images"]},
                 "batch": 32,
                 "epochs": stage["epochs"],
                 "seed": int(parts["seed"]),
                 "cache": str(root / "cache"),
             },
-            "freeze": {"trainable": [".*"], "dtype": "float32", "autoencoder_dtype": "float32"},
+            "freeze": {"trainable": [stage["trainable"]], "dtype": "float32", "autoencoder_dtype": "float32"},
             "optimizer": {"algorithm": "muon", "learning_rate": stage["learning_rate"], "b2": 0.98},
-            "reconstruction": {"kind": kind, "draws": 2},
+            "reconstruction": {"kind": kind, "draws": stage["draws"]},
             "step": {"dtype": "float32", "remat": "none"},
-            "loop": {"log": 50, "save": 500, "keep": 1},
+            "loop": {"log": 50, "save": 500, "keep": 1, "evaluate": stage["evaluate"]},
+            "evaluation": {"sources": [sources["heldout"]], "count": 32, "rows": 32},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "seed": int(parts["seed"]),
         }

@@ -2,7 +2,7 @@
 
 `bash launch/demo.sh` sets everything up first.
 
-  python launch/demo.py [--kind latent] [--baseline] [--seeds 0 1 2] [--quick] [--root runs/demo]
+  python launch/demo.py [--kind latent] [--baseline] [--denoiser] [--seeds 0 1 2] [--quick] [--root runs/demo]
 
 Interrupted, the same command continues where it was.
 """
@@ -21,7 +21,17 @@ from ross_jax.config import UserError, freeze
 from ross_jax.demo.autoencoder import FitConfig
 from ross_jax.demo.dataset import DatasetConfig
 from ross_jax.demo.prepare import prepare
-from ross_jax.demo.report import STAGES, draw_losses, format_report, run_folder, summarise
+from ross_jax.demo.report import (
+    DENOISER,
+    STAGES,
+    draw_losses,
+    format_denoisers,
+    format_report,
+    run_folder,
+    score_denoiser,
+    summarise,
+)
+from ross_jax.evaluation.reconstruction import make_evaluator
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run
 
@@ -41,7 +51,7 @@ def train(root: Path, kind: str, seed: int, stage: str) -> None:
     say(f"{folder}: training")
     config = recipe.get_config(f"stage={stage},kind={kind},seed={seed},root={root}")
     run = Run(freeze(RunConfig, config.to_dict()), folder)
-    if run.train() < run.steps:
+    if run.train(evaluate=make_evaluator(run.config, run.mesh)) < run.steps:
         raise Interrupted
 
 
@@ -50,12 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     kind = {"choices": recipe.CHOICES["kind"], "default": ["denoise"], "metavar": "KIND"}
     parser.add_argument("--kind", nargs="+", help=f"of reconstruction: {', '.join(kind['choices'])}", **kind)
     parser.add_argument("--baseline", action="store_true", help="also train without reconstruction, and compare")
+    parser.add_argument("--denoiser", action="store_true", help="then tune Ross's denoiser alone, on pictures alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the runs (default 0)")
     parser.add_argument("--quick", action="store_true", help="little data: to see that all runs; nothing is learned")
     parser.add_argument("--root", type=Path, metavar="DIR", help="of all that is written (default runs/demo)")
     args = parser.parse_args(argv)
     root = args.root or Path("runs/demo-quick" if args.quick else "runs/demo")
     kinds = list(dict.fromkeys([*args.kind, *(["none"] if args.baseline else [])]))
+    if args.denoiser and "denoise" not in kinds:
+        parser.error(f"--denoiser: of --kind {' '.join(kinds)} none has a denoiser")
     started = time.perf_counter()
     try:
         dataset = DatasetConfig(pretrain=64, finetune=64, heldout_per_type=12) if args.quick else DatasetConfig()
@@ -67,6 +80,10 @@ def main(argv: list[str] | None = None) -> int:
                     train(root, kind, seed, stage)
         scores = summarise(root, kinds, args.seeds)
         draw_losses(root / "losses.png", root, kinds, args.seeds[0])
+        denoisers = {}
+        for seed in args.seeds if args.denoiser else ():
+            train(root, "denoise", seed, DENOISER)
+            denoisers[str(seed)] = score_denoiser(root, seed)
     except UserError as error:
         say(f"error: {error}")
         return 1
@@ -77,10 +94,13 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }
-    (root / "summary.json").write_text(json.dumps({"scores": scores, **cost}, indent=1) + "\n")
-    print(format_report(scores))
+    summary = {"scores": scores, **({"denoisers": denoisers} if denoisers else {}), **cost}
+    (root / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print("\n".join([format_report(scores), *format_denoisers(denoisers)]))
     print(f"{cost['seconds']:.0f} s, at most {cost['peak_memory_gb']} GB of memory")
     pictures = [f"{kind}/seed{args.seeds[0]}/pictures.png" for kind in kinds if kind != "none"]
+    if denoisers:
+        pictures.append(f"denoise/seed{args.seeds[0]}/{DENOISER}.png")
     for name in ("summary.json", "losses.png", *pictures):
         print(root / name)
     return 0

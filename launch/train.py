@@ -16,6 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from ross_jax.config import ConfigError, UserError, freeze
+from ross_jax.evaluation.reconstruction import make_evaluator
 from ross_jax.inference.reconstruct import PictureDrawer
 from ross_jax.objectives.reconstruction import reconstructor
 from ross_jax.training.recipe import RunConfig
@@ -54,7 +55,8 @@ def main(argv: list[str]) -> int:
         config = freeze(RunConfig, _CONFIG.value.to_dict())
         run = Run(config, Path(_WORKDIR.value))
         draws = config.reconstruction.kind != "none" and reconstructor(config.model) is not None
-        done = run.train(draw=PictureDrawer(config.model, run.mesh, config.step.dtype) if draws else None)
+        draw = PictureDrawer(config.model, run.mesh, config.step.dtype) if draws else None
+        done = run.train(draw=draw, evaluate=make_evaluator(config, run.mesh))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if _DISTRIBUTED.value:

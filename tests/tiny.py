@@ -92,6 +92,7 @@ class Run:
         dtype: str = "float32",
         learning_rate: float = 1e-3,
         seed: int = 0,
+        text_weight: float = 1.0,
         config: RossConfig = CONFIG,
         supervised: int | None = None,
     ):
@@ -113,6 +114,7 @@ class Run:
             settings,
             10,
             jax.random.fold_in(key, 1),
+            text_weight,
             supervised,
         )
         self.step = compile_step(step, self.shardings, batch_sharding(self.mesh))

@@ -1,23 +1,35 @@
 """From a template's name to the function that encodes records: where template and `compat` are chosen, once."""
 
+from dataclasses import dataclass
 from typing import Any, get_args
+
+import numpy as np
+from jaxtyping import Int32
 
 from ross_jax.config import UserError, nearest
 from ross_jax.data import conversation_official
 from ross_jax.data.chat_template import ChatTemplate
 from ross_jax.data.conversation import (
+    IGNORE,
+    IMAGE_ID,
+    IMAGE_MARKER,
     QWEN_2_SYSTEM,
     V1_SYSTEM,
     Compat,
     ConversationEncoder,
+    ConversationError,
     ConversationPromptEncoder,
     Dialogue,
+    EncodedConversation,
     Encoder,
     Llama3,
     PromptEncoder,
+    Record,
     Renderer,
     Template,
+    count_images,
     render_plain,
+    sample_name,
 )
 from ross_jax.data.tokenizer import TextEncoder
 
@@ -74,6 +86,56 @@ def build_prompt_encoder(template: str, tokenizer: Any, compat: str = "default")
     if _is_official(compat):
         return conversation_official.build_prompt_encoder(template, tokenizer)
     return ConversationPromptEncoder(*_parts(template, tokenizer))
+
+
+@dataclass(frozen=True, eq=False)
+class PictureEncoder:
+    """Record -> ids of its pictures alone: an empty question that ends with its last picture. Nothing is supervised.
+
+    What else the record says, its conversation included, stays out.
+
+    Attributes:
+      before: what the template says before a picture.
+    """
+
+    before: Int32[np.ndarray, "length"]
+
+    def __call__(self, record: Record) -> EncodedConversation:
+        count = count_images(record)
+        if not count:
+            raise ConversationError(f"{sample_name(record)}: no picture, and without a text loss no use; remove it")
+        ids = np.append(self.before, np.full(count, IMAGE_ID, np.int32))
+        return EncodedConversation(ids, np.full_like(ids, IGNORE))
+
+
+@dataclass(frozen=True)
+class TrainingEncoder:
+    """Record -> ids and labels of its conversation, or of its pictures alone where it has none."""
+
+    conversation: Encoder
+    pictures: PictureEncoder
+
+    def __call__(self, record: Record) -> EncodedConversation:
+        return self.conversation(record) if "conversations" in record else self.pictures(record)
+
+
+def build_picture_encoder(template: str, tokenizer: Any, compat: str = "default") -> PictureEncoder:
+    """The function that encodes a record's pictures alone. Arguments and errors are those of `build_encoder`."""
+    question = {"from": "human", "value": IMAGE_MARKER}
+    ids = build_prompt_encoder(template, tokenizer, compat)({"image": "picture", "conversations": [question]})
+    return PictureEncoder(ids[: np.flatnonzero(ids == IMAGE_ID)[0]])
+
+
+def build_training_encoder(
+    template: str, tokenizer: Any, compat: str = "default", text_loss: bool = True
+) -> TrainingEncoder | PictureEncoder:
+    """The function that encodes whatever a source gives. Arguments and errors are those of `build_encoder`.
+
+    Args:
+      text_loss: whether there is one. Without it, every record is its pictures alone.
+    """
+    pictures = build_picture_encoder(template, tokenizer, compat)
+    return TrainingEncoder(build_encoder(template, tokenizer, compat), pictures) if text_loss else pictures
 
 
 def stop_id(template: str, tokenizer: Any) -> int:

@@ -23,7 +23,7 @@ from grain.sources import RandomAccessDataSource
 from ross_jax.config import UserError
 from ross_jax.data.batches import Batch, Encoded, Expanded, RowShape, empty_batch, expand, place
 from ross_jax.data.cache import load_arrays, save_arrays
-from ross_jax.data.conversation import IGNORE, IMAGE_ID
+from ross_jax.data.conversation import IMAGE_ID
 from ross_jax.data.images import ImageConfig, ImageError, decode, preprocess
 from ross_jax.data.packing import Lengths, PackingConfig, PackingPlan, cached_plan, make_plan
 from ross_jax.data.sources import BrokenSamples, Concatenated, Sample, SampleError, Source, SourceConfig, open_source
@@ -76,34 +76,16 @@ class DataConfig:
             raise ValueError(f"max_broken is {self.max_broken}; it is a share, from 0 to 1")
 
 
-@dataclass(frozen=True)
-class _BarePictures:
-    """Ids of a sample without text: its pictures, nothing supervised."""
-
-    count: int
-
-    @property
-    def input_ids(self) -> np.ndarray:
-        return np.full(self.count, IMAGE_ID, np.int32)
-
-    @property
-    def labels(self) -> np.ndarray:
-        return np.full(self.count, IGNORE, np.int32)
-
-
 def expand_sample(sample: Sample, encode: Encode, packing: PackingConfig, image_tokens: int) -> Expanded:
     """A sample's tokens and targets, cut to the row if `packing.too_long` says so.
 
     Raises:
       SampleError: the record cannot be encoded, or has another number of picture marks than of pictures.
     """
-    if "conversations" in sample.record:
-        try:
-            encoded = encode(sample.record)
-        except UserError as error:
-            raise SampleError(str(error)) from error
-    else:
-        encoded = _BarePictures(len(sample.images))
+    try:
+        encoded = encode(sample.record)
+    except UserError as error:
+        raise SampleError(str(error)) from error
     marks = np.count_nonzero(encoded.input_ids == IMAGE_ID)
     if marks != len(sample.images):
         raise SampleError(f"sample {sample.id!r}: {marks} picture marks in the text, {len(sample.images)} pictures")

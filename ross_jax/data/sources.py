@@ -284,12 +284,14 @@ class TfdsSource:
 
         try:
             decoders = {"image": tfds.decode.SkipDecoding()}
-            self._data = tfds.data_source(name, split=split, data_dir=data_dir, decoders=decoders)
+            self._data = tfds.data_source(name, split=split, data_dir=data_dir, decoders=decoders, download=False)
         except (ValueError, KeyError, AssertionError, FileNotFoundError, NotImplementedError) as error:
-            reason = str(error).split("\n")[0]
+            # A KeyError's text is its argument's repr.
+            reason = str(error.args[0] if isinstance(error, KeyError) else error).split("\n")[0]
+            folder = f" and `--data_dir={data_dir}`" if data_dir else ""
             raise UserError(
                 f"TFDS data set {name!r}, split {split!r}, in {data_dir or 'the default folder'}: {reason} "
-                "Prepare it with `tfds build --file_format=array_record`"
+                f"Prepare it with `tfds build {name} --file_format=array_record`{folder}"
             ) from error
         features = self._data.dataset_info.features
         for feature in filter(None, ("image", caption)):
@@ -304,13 +306,14 @@ class TfdsSource:
         return len(self._data)
 
     def __getitem__(self, index: int) -> Sample:
-        record = self._data[index]
         name = f"{self._prefix}/{index}"
         sample = {"id": name, "image": name}
-        if self._caption:
-            caption = record[self._caption]
-            caption = caption.decode() if isinstance(caption, bytes) else str(caption)
-            sample["conversations"] = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
+        if not self._caption:  # nothing is read before the picture is: measuring lengths takes no pass over the data
+            return Sample(name, sample, (Picture(name, lambda: self._data[index]["image"]),))
+        record = self._data[index]
+        caption = record[self._caption]
+        caption = caption.decode() if isinstance(caption, bytes) else str(caption)
+        sample["conversations"] = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
         return Sample(name, sample, (Picture(name, lambda: record["image"]),))
 
 

@@ -12,9 +12,11 @@ from ross_jax.demo.evaluate import Reconstructions, answer_heldout, reconstruct_
 from ross_jax.demo.figures import plot_losses
 from ross_jax.demo.scoring import Accuracy, format_accuracies
 from ross_jax.evaluation.pictures import draw_grid
-from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
+from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, Model, load_model
 
 STAGES = ("pretrain", "finetune")
+DENOISER = "denoiser"
+"""The stage after them, which is asked for apart."""
 NAMES = {
     "denoise": "Ross",
     "pixel": "Ross-R-Pixel",
@@ -42,7 +44,7 @@ def score_run(root: Path, kind: str, seed: int) -> dict[str, Any]:
     path = root / kind / f"seed{seed}" / _SCORES
     if path.is_file():
         return json.loads(path.read_text())
-    model = load_model(run_folder(root, kind, seed, STAGES[-1]), TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
+    model = _load(root, kind, seed, STAGES[-1])
     scores: dict[str, Any] = {"answers": [thaw(each) for each in answer_heldout(model, root / "data")]}
     scores["reconstruction"] = None
     if kind != "none":
@@ -51,6 +53,24 @@ def score_run(root: Path, kind: str, seed: int) -> dict[str, Any]:
         draw_pictures(path.with_name("pictures.png"), pictures)
     path.write_text(json.dumps(scores, indent=1) + "\n")
     return scores
+
+
+def score_denoiser(root: Path, seed: int) -> dict[str, float]:
+    """Scores of a model whose denoiser was tuned alone, as `Reconstructions.scores`; computed once, with a grid."""
+    path = root / "denoise" / f"seed{seed}" / f"{DENOISER}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    pictures = reconstruct_heldout(_load(root, "denoise", seed, DENOISER), root / "data")
+    columns = ("picture", "from visual outputs", "autoencoder")
+    shown = (pictures.originals, pictures.own, pictures.autoencoder)
+    draw_grid(path.with_suffix(".png"), {name: each[:SHOWN] for name, each in zip(columns, shown, strict=True)})
+    scores = pictures.scores()
+    path.write_text(json.dumps(scores, indent=1) + "\n")
+    return scores
+
+
+def _load(root: Path, kind: str, seed: int, stage: str) -> Model:
+    return load_model(run_folder(root, kind, seed, stage), TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
 
 
 def draw_pictures(path: Path, pictures: Reconstructions) -> None:
@@ -104,6 +124,11 @@ def format_report(scores: Mapping[str, Mapping[str, Any]]) -> str:
             if run["reconstruction"]:
                 parts.append(_reconstruction_line(f"{NAMES[kind]}, seed {seed}", run["reconstruction"]))
     return "\n".join(parts)
+
+
+def format_denoisers(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for each seed of `score_denoiser`."""
+    return [_reconstruction_line(f"Ross, seed {seed}, denoiser tuned alone", values) for seed, values in scores.items()]
 
 
 def _reconstruction_line(name: str, values: Mapping[str, float]) -> str:

@@ -10,10 +10,10 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from ross_jax.data.conversation import IMAGE_MARKER
-from ross_jax.data.encoders import build_prompt_encoder
+from ross_jax.data.batches import expand
+from ross_jax.data.encoders import build_picture_encoder
 from ross_jax.inference.model import Model
-from ross_jax.inference.prompts import Pictures, expand_prompt, prompt_batches
+from ross_jax.inference.prompts import Pictures, prompt_batches
 from ross_jax.models.ross import Ross, RossConfig, normalise
 from ross_jax.objectives.reconstruction import reconstructor
 from ross_jax.objectives.targets import decode, encode, normalised_latents, target_pixels
@@ -40,7 +40,7 @@ def visual_outputs(
 def outputs_of_pictures(
     model: Model, pictures: Pictures, rows: int = 8, template: str | None = None, dtype: str = "float32"
 ) -> Float[np.ndarray, "pictures tokens embed"]:
-    """Visual outputs of pictures on their own: an empty question, of which only what stands before the picture counts.
+    """Visual outputs of pictures on their own, each behind an empty question, as in training without a text loss.
 
     Args:
       model: with vision encoder, projector and language model.
@@ -52,10 +52,9 @@ def outputs_of_pictures(
     Raises:
       UserError: no template, a tokenizer that does not fit.
     """
-    encode = build_prompt_encoder(model.choose_template(template), model.tokenizer())
-    record = {"id": "picture", "image": "picture", "conversations": [{"from": "human", "value": IMAGE_MARKER}]}
-    prompts = [expand_prompt(model, encode, record, [picture]) for picture in pictures]
+    encode = build_picture_encoder(model.choose_template(template), model.tokenizer())
     vision = model.config.vision
+    prompts = [expand(encode({"id": "picture", "image": "picture"}), vision.num_tokens)] * len(pictures)
     run = jax.jit(lambda params, batch: visual_outputs(model.config, params, batch, dtype)[:, 0])
     batches = prompt_batches(prompts, [[each] for each in pictures], rows, vision.num_tokens, vision.image_size)
     return np.concatenate([np.asarray(run(model.params, batch)) for batch in batches])[: len(pictures)]

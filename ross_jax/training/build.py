@@ -44,6 +44,7 @@ def build_step(config: RunConfig, mesh: Mesh, steps: int) -> StepProgram:
         config.optimizer,
         steps,
         jax.random.fold_in(jax.random.key(config.seed), 1),
+        config.text.weight,
         config.data.packing.supervised,
     )
     return StepProgram(tree, state, optimizer, compile_step(step, shardings, batch_sharding(mesh)))

@@ -18,6 +18,7 @@ from ross_jax.training.state import TrainState
 
 Hook = Callable[[int, TrainState, Mapping[str, Any]], None]
 Draw = Callable[[int, TrainState, Mapping[str, Any]], np.ndarray]
+Evaluate = Callable[[TrainState], tuple[dict[str, float], np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class LoopConfig:
       save: a checkpoint is made; the last step always is one.
       keep: newest checkpoints that stay on disk.
       pictures: reconstructions are drawn for TensorBoard; 0 never.
+      evaluate: pictures that are not trained on are reconstructed and scored, before the first step and after the last
+        too; 0 never.
       expected_reconstruction: lowest and highest reconstruction loss after the warmup, averaged over ten logs; a
         warning is given outside. None: no opinion.
     """
@@ -37,11 +40,12 @@ class LoopConfig:
     save: int = 500
     keep: int = 2
     pictures: int = 0
+    evaluate: int = 0
     expected_reconstruction: tuple[float, float] | None = None
 
     def __post_init__(self):
-        if min(self.log, self.save, self.keep) < 1 or self.pictures < 0:
-            raise ValueError("log, save and keep must be at least 1, pictures at least 0")
+        if min(self.log, self.save, self.keep) < 1 or min(self.pictures, self.evaluate) < 0:
+            raise ValueError("log, save and keep must be at least 1, pictures and evaluate at least 0")
 
 
 class Stop:
@@ -88,17 +92,19 @@ def check(steps: list[dict[str, float]], first: int) -> None:
     """Looks at finished steps before anything is built on them.
 
     Raises:
-      UserError: a loss or gradient that is not finite, or a batch without any supervised token; names the step.
+      UserError: a loss or gradient that is not finite, or a batch without any supervised token (without a text loss:
+        any picture); names the step.
     """
     for step, values in enumerate(steps, start=first):
-        if values["supervised_tokens"] == 0:
+        if "text_loss" not in values and values["pictures"] == 0:
+            raise UserError(f"step {step}: the batch has no picture, and without a text loss nothing to learn from")
+        if "text_loss" in values and values["supervised_tokens"] == 0:
             raise UserError(
                 f"step {step}: the batch has no supervised token; check the data with launch/inspect_data.py "
                 "(template, answers, truncation)"
             )
-        bad = [
-            name for name in ("text_loss", "reconstruction_loss", "gradient_norm") if not math.isfinite(values[name])
-        ]
+        names = ("text_loss", "reconstruction_loss", "gradient_norm")
+        bad = [name for name in names if name in values and not math.isfinite(values[name])]
         if bad:
             raise UserError(
                 f"step {step}: {', '.join(bad)} is not finite; the run stops, its last checkpoint is from before. "
@@ -120,6 +126,7 @@ def run_loop(
     hooks: tuple[Hook, ...] = (),
     draw: Draw | None = None,
     stop_at: Callable[[int], bool] = lambda _: False,
+    evaluate: Evaluate | None = None,
 ) -> tuple[TrainState, int]:
     """Trains from step `start` to `steps`.
 
@@ -133,6 +140,8 @@ def run_loop(
       draw: called likewise as often as `config.pictures` says, by all processes; gives a uint8 [height, width, 3]
         picture for TensorBoard.
       stop_at: asked after every step, by all processes alike: whether to save and end here.
+      evaluate: called as (state,) as often as `config.evaluate` says, by all processes; gives scores by name, and a
+        picture as `draw` does.
 
     Returns:
       The last state, and the number of steps done.
@@ -160,13 +169,24 @@ def run_loop(
                 if warning:
                     writer.warn(warning)
 
+    def report_evaluation() -> None:
+        begun = time.perf_counter()
+        scores, grid = evaluate(state)
+        if writer is not None:
+            writer.write(step, {f"evaluation/{name}": score for name, score in scores.items()})
+            writer.picture("evaluation", step, grid)
+        meter.skip(time.perf_counter() - begun)
+
+    if evaluate is not None and config.evaluate and step == 0:
+        report_evaluation()
     for batch in batches:
         state, metrics = train_step(state, batch)
         step += 1
         pending.append(metrics)
         meter.running = metrics["loss"]
         stopping = stop_at(step)
-        if step % config.log == 0 or step % config.save == 0 or stopping or step == steps:
+        evaluating = evaluate is not None and config.evaluate and (step % config.evaluate == 0 or step == steps)
+        if step % config.log == 0 or step % config.save == 0 or stopping or evaluating or step == steps:
             settle()
         for hook in hooks:
             hook(step, state, batch)
@@ -174,6 +194,8 @@ def run_loop(
             grid = draw(step, state, batch)
             if writer is not None:
                 writer.picture("reconstruction", step, grid)
+        if evaluating:
+            report_evaluation()
         if step % config.save == 0 or stopping or step == steps:
             saver.save(step, state)
             saved = step

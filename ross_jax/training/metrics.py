@@ -39,25 +39,28 @@ PEAK_FLOPS = {
 
 
 _ORDER = ("teacher", "vision", "projector", "language", "denoiser", "regressor")
-_FIRST = re.compile(r"((vision|teacher)/patch_embedding|projector/linear_0)/kernel")
+_FIRST = re.compile(
+    r"((vision|teacher)/patch_embedding|projector/linear_0|denoiser/condition_embedding|regressor/linear_0)/kernel"
+)
 _DATA = re.compile(r"denoiser/(latent_embedding|timestep_in)/kernel")
 """Matrices that are the first of their component, and those whose inputs are noise or a timestep."""
 
 
-def matrix_sizes(params: Mapping[str, Any]) -> dict[str, int]:
+def matrix_sizes(params: Mapping[str, Any], logits: bool = True) -> dict[str, int]:
     """Elements of every matrix that activations are multiplied with, by path.
 
     A table that is only looked up is none. The autoencoder, all convolutions, is left out.
 
     Args:
       params: the whole tree, or its shapes.
+      logits: whether they are computed, which takes the language model's head.
     """
     flat = flatten(params)
     head = "language/head" if "language/head" in flat else "language/embedding"
     return {
         path: math.prod(leaf.shape)
         for path, leaf in flat.items()
-        if path == head or (path.endswith("/kernel") and path.partition("/")[0] in _ORDER)
+        if (path == head and logits) or (path.endswith("/kernel") and path.partition("/")[0] in _ORDER)
     }
 
 
@@ -123,6 +126,10 @@ class Meter:
         """Notes that the next batch took that long to come. While a step still runs, nobody waits for it."""
         if self.running is None or self.running.is_ready():
             self.waited += seconds
+
+    def skip(self, seconds: float) -> None:
+        """Leaves time since the last reading that no step took out of the rates."""
+        self._last += seconds
 
     def read(self, steps: list[dict[str, float]]) -> dict[str, float]:
         """Rates over the steps since the last reading."""
@@ -221,7 +228,8 @@ class Writer:
         self._stream = stream or sys.stderr
         with writing(self._path, self._folder):
             folder.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in _complete_lines(self._path) if json.loads(line)["step"] <= start]
+            # A run that starts anew writes what it has to say of step 0 again.
+            kept = [line for line in _complete_lines(self._path) if start and json.loads(line)["step"] <= start]
             partial = self._path.with_name("metrics.jsonl.partial")
             partial.write_text("".join(line + "\n" for line in kept))
             partial.replace(self._path)
@@ -252,8 +260,9 @@ class Writer:
     def progress(self, step: int, steps: int, values: dict[str, Any]) -> None:
         """One line on the terminal."""
         rest = (steps - step) * values["seconds_per_step"]
+        text_loss = f"  text {values['text_loss']:.4f}" if "text_loss" in values else ""
         text = (
-            f"step {step}/{steps}  text {values['text_loss']:.4f}  reconstruction {values['reconstruction_loss']:.4f}  "
+            f"step {step}/{steps}{text_loss}  reconstruction {values['reconstruction_loss']:.4f}  "
             f"gradient {values['gradient_norm']:.2f}  {values['seconds_per_step']:.2f} s/step  "
             f"{_duration(rest)} left"
         )

@@ -9,9 +9,12 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from ross_jax.config import freeze, thaw, variant
+from ross_jax.data.images import ImageConfig, encoder_image_config
 from ross_jax.data.pipeline import DataConfig
+from ross_jax.data.sources import SourceConfig
 from ross_jax.models.ross import RossConfig
-from ross_jax.objectives.reconstruction import ReconstructionConfig
+from ross_jax.objectives.objective import Sampling
+from ross_jax.objectives.reconstruction import ReconstructionConfig, reconstructor
 from ross_jax.sharding import MeshConfig
 from ross_jax.training.loop import LoopConfig
 from ross_jax.training.optimizer import OptimizerConfig
@@ -21,17 +24,48 @@ from ross_jax.training.step import StepConfig
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """How conversations become ids.
+    """How conversations become ids, and how much they count.
 
     Attributes:
       template: `plain`, `v1`, `qwen_2`, `llama3` or `chatml`.
       tokenizer: folder (or hub id) of the tokenizer.
       compat: `official` for the reference's labels, its losses of labels included.
+      weight: of the text loss in the sum. 0: there is none, and samples are their pictures alone, each behind an
+        empty question.
     """
 
     template: str
     tokenizer: str
     compat: Literal["default", "official"] = "default"
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"weight {self.weight} cannot be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Reconstruction of pictures that a run does not learn from, as often as `loop.evaluate` says.
+
+    Attributes:
+      sources: of the pictures, as those of the data; what else they hold is ignored.
+      count: of pictures, spread evenly over the sources.
+      rows: pictures that are computed at once; rounded up to a multiple of the mesh's replicas.
+      shown: of them in TensorBoard.
+      sampling: of a denoiser.
+    """
+
+    sources: tuple[SourceConfig, ...] = ()
+    count: int = 64
+    rows: int = 16
+    shown: int = 8
+    sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling("dpm", 20))
+
+    def __post_init__(self):
+        for name in ("count", "rows", "shown"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +89,7 @@ class RunConfig:
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     seed: int = 0
 
     def __post_init__(self):
@@ -62,6 +97,18 @@ class RunConfig:
         if missing:
             raise ValueError(f"model has no {', '.join(missing)}, which every run needs")
         self.reconstruction.check(self.model)
+        if not self.text.weight and self.reconstruction.kind == "none":
+            raise ValueError("text.weight is 0 and reconstruction.kind 'none': there is no loss; set one of them")
+        if self.loop.evaluate and not self.evaluation.sources:
+            raise ValueError("loop.evaluate is set, but evaluation.sources is empty; name pictures, or set it to 0")
+        if self.loop.evaluate and reconstructor(self.model) is None:
+            raise ValueError("loop.evaluate is set, but the model makes no pictures; set it to 0")
+
+    @property
+    def images(self) -> ImageConfig:
+        """How pictures are resized for the vision encoder."""
+        vision, mean, std = self.model.vision, self.model.image_mean, self.model.image_std
+        return encoder_image_config(vision.kind, vision.image_size, mean, std, self.image_mode)
 
 
 def complete(values: Mapping[str, Any]) -> ConfigDict:

@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError, freeze, thaw
-from ross_jax.data.encoders import build_encoder
-from ross_jax.data.images import decode, decode_official, encoder_image_config
+from ross_jax.data.encoders import build_training_encoder
+from ross_jax.data.images import decode, decode_official
 from ross_jax.data.pipeline import Pipeline, open_pipeline
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.sharding import batch_sharding, make_mesh, process_share
 from ross_jax.training.build import build_step
-from ross_jax.training.loop import Draw, Hook, Stop, global_batches, run_loop
+from ross_jax.training.loop import Draw, Evaluate, Hook, Stop, global_batches, run_loop
 from ross_jax.training.metrics import Meter, RangeWatch, Writer, matrix_sizes
 from ross_jax.training.optimizer import warmup_steps
 from ross_jax.training.recipe import RunConfig
@@ -31,26 +31,26 @@ from ross_jax.tree import merge
 
 def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -> Pipeline:
     """The run's batches. Of several processes the first measures and plans, the others read what it cached."""
-    model, vision = config.model, config.model.vision
-    tokenizer = load_tokenizer(config.text.tokenizer)
+    model, text = config.model, config.text
+    tokenizer = load_tokenizer(text.tokenizer)
     if len(tokenizer) > model.language.vocab_size:
         raise ConfigError(
             f"config.text.tokenizer: {len(tokenizer)} ids, but the language model embeds {model.language.vocab_size}"
         )
-    encode = build_encoder(config.text.template, tokenizer, config.text.compat)
+    encode = build_training_encoder(text.template, tokenizer, text.compat, text_loss=bool(text.weight))
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    key = json.dumps([thaw(config.text), len(tokenizer)])
+    key = json.dumps([thaw(text), len(tokenizer)])
 
     def build(writer: bool) -> Pipeline:
         return open_pipeline(
             config.data,
             encode,
-            encoder_image_config(vision.kind, vision.image_size, model.image_mean, model.image_std, config.image_mode),
-            vision.num_tokens,
+            config.images,
+            model.vision.num_tokens,
             encode_key=key,
             multiple=replicas * config.step.accumulate,
             rows_per_step=rows_per_step,
-            decode_image=decode_official if config.text.compat == "official" else decode,
+            decode_image=decode_official if text.compat == "official" else decode,
             writer=writer,
         )
 
@@ -153,7 +153,7 @@ class Run:
         # Frozen, so that a field younger than the run has its default.
         recorded = freeze(RunConfig, json.loads(path.read_text())["config"], f"{path}: config")
         theirs, ours = flatten_config(thaw(recorded)), flatten_config(thaw(self.config))
-        free = ("loop.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
+        free = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
         differ = [
             f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now"
             for name in sorted(theirs.keys() | ours.keys())
@@ -198,10 +198,11 @@ class Run:
         hooks: tuple[Hook, ...] = (),
         draw: Draw | None = None,
         stop_at: Callable[[int], bool] | None = None,
+        evaluate: Evaluate | None = None,
     ) -> int:
         """Runs, or continues, until the end or a signal; returns the number of steps done."""
         config = self.config
-        sizes = matrix_sizes(merge(self.state.params, self.state.frozen))
+        sizes = matrix_sizes(merge(self.state.params, self.state.frozen), logits=bool(config.text.weight))
         kind = config.reconstruction.kind
         draws = config.reconstruction.draws if kind == "denoise" else 0
         meter = Meter(config.model, sizes, set(self.state.params), draws)
@@ -228,6 +229,7 @@ class Run:
                     hooks,
                     draw,
                     stop_at or self._checkpoints.stop_at(lambda: stop.requested),
+                    evaluate,
                 )
         finally:
             stop.restore()

@@ -60,6 +60,7 @@ def make_train_step(
     optimizer_config: OptimizerConfig,
     steps: int,
     key: Array,
+    text_weight: float = 1.0,
     supervised: int | None = None,
 ):
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
@@ -67,6 +68,7 @@ def make_train_step(
     Args:
       optimizer_config, steps: only to report learning rates.
       key: of the run; noise comes from it, the step number and the picture's identity.
+      text_weight: of the text loss in the sum. 0: there is none; no logits are computed, and nothing is reported of it.
       supervised: most supervised positions of a row, if the packing plan has such a limit: no logits beyond it.
     """
     dtype = jnp.dtype(step_config.dtype)
@@ -80,17 +82,18 @@ def make_train_step(
         images = normalise(config, batch["images"], jnp.float32)
         text = (batch[name] for name in ("tokens", "positions", "segments"))
         output = model.apply(variables, *text, images, batch["image_start"])
-        hidden = constrain(output.hidden, "batch")
-        with jax.named_scope("text_loss"):
-            labels = batch["targets"]
-            if supervised is not None:
-                hidden, labels = gather_supervised(hidden, labels, supervised)
-            total, _ = next_token_loss(
-                hidden, labels, lambda x: model.apply(variables, x, method="logits"), step_config.text_chunk
-            )
-        text_loss = total / jnp.maximum(totals[0], 1)
+        text_loss = jnp.zeros(())
+        if text_weight:
+            hidden, labels = constrain(output.hidden, "batch"), batch["targets"]
+            with jax.named_scope("text_loss"):
+                if supervised is not None:
+                    hidden, labels = gather_supervised(hidden, labels, supervised)
+                total, _ = next_token_loss(
+                    hidden, labels, lambda x: model.apply(variables, x, method="logits"), step_config.text_chunk
+                )
+            text_loss = total / jnp.maximum(totals[0], 1)
         if objective is None:
-            return text_loss, (text_loss, jnp.zeros(()))
+            return text_weight * text_loss, (text_loss, jnp.zeros(()))
         pictures = images.reshape(-1, *images.shape[2:])
         with jax.named_scope("targets"):
             targets = objective.targets(frozen, pictures)
@@ -100,7 +103,8 @@ def make_train_step(
             items = objective.loss(tree, frozen, output.visual_outputs, targets, keys)
         weights = real_pictures(batch) if reconstruction.compat == "default" else jnp.ones_like(items)
         reconstruction_loss = jnp.sum(items * weights) / totals[2]
-        return text_loss + reconstruction.weight * reconstruction_loss, (text_loss, reconstruction_loss)
+        loss = text_weight * text_loss + reconstruction.weight * reconstruction_loss
+        return loss, (text_loss, reconstruction_loss)
 
     def gradients(state: TrainState, batch: Batch, totals, step_key: Array):
         function = jax.value_and_grad(losses, has_aux=True)
@@ -128,11 +132,9 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": text_loss + reconstruction.weight * reconstruction_loss,
-            "text_loss": text_loss,
+            "loss": text_weight * text_loss + reconstruction.weight * reconstruction_loss,
             "reconstruction_loss": reconstruction_loss,
             "gradient_norm": optax.tree.norm(grads),
-            "supervised_tokens": totals[0],
             "pictures": totals[1],
             "tokens": jnp.sum(batch["segments"] != 0),
             **{
@@ -140,6 +142,8 @@ def make_train_step(
                 for name, peak in optimizer_config.rates().items()
             },
         }
+        if text_weight:
+            metrics |= {"text_loss": text_loss, "supervised_tokens": totals[0]}
         return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     return train_step

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import pytest
@@ -25,7 +26,7 @@ def root(tmp_path):
 
 
 @pytest.mark.parametrize("kind", demo.CHOICES["kind"])
-@pytest.mark.parametrize("stage", demo.STAGES)
+@pytest.mark.parametrize("stage", ("pretrain", "finetune"))
 def test_recipe(stage, kind, root):
     config = freeze(RunConfig, demo.get_config(f"stage={stage},kind={kind},seed=3,root={root}").to_dict())
     model = config.model
@@ -48,11 +49,22 @@ def test_recipe(stage, kind, root):
     jax.tree.map(lambda leaf, at: at.shard_shape(leaf.shape), flat, parameter_shardings(flat, mesh))
 
 
+def test_the_denoiser_alone(root):
+    """After stage 2, on all training pictures, evaluated on held-out ones."""
+    config = freeze(RunConfig, demo.get_config(f"stage=denoiser,seed=3,root={root}").to_dict())
+    trained = {path.partition("/")[0] for path in flatten(abstract_params(config.model)) if config.freeze.trains(path)}
+    assert trained == {"denoiser"} and config.text.weight == 0 and config.loop.evaluate
+    assert list(config.init) == [str(root / "model"), str(root / "denoise" / "seed3" / "finetune")]
+    names = [[Path(source.path).stem for source in of.sources] for of in (config.data, config.evaluation)]
+    assert names == [["pretrain", "finetune"], ["heldout"]]
+
+
 def test_mistakes_are_named(tmp_path):
     for arguments, message in [
         ("kinds=none", r"no such part \(did you mean 'kind'"),
         ("kind=denoize", "did you mean 'denoise'"),
         ("seed=x", "a whole number"),
+        ("stage=denoiser,kind=latent", "kind=latent has no denoiser"),
         (f"root={tmp_path}", "demo.sh` fits it"),
     ]:
         with pytest.raises(ConfigError, match=message):

@@ -22,13 +22,13 @@ COUNT = 60
 
 @dataclass(frozen=True)
 class WordEncoder:
-    """Stands in for a tokenizer: a word is its length, answers are supervised."""
+    """Stands in for a tokenizer: a word is its length, answers are supervised. A bare picture is its mark."""
 
     longer: int = 0
 
     def __call__(self, record):
         ids, labels = [], []
-        for message in record["conversations"]:
+        for message in record.get("conversations", [{"from": "human", "value": "<image>"}]):
             if message["value"] == "refuse":
                 raise UserError(f"sample {record['id']!r}: refused")
             words = message["value"].split() + ["x"] * self.longer

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tensorflow_datasets.core.features import image_feature
 
 from ross_jax.config import UserError, freeze
 from ross_jax.data.archives import open_store
@@ -327,6 +329,52 @@ def test_tfds(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             open_source(SourceConfig(**{**config.__dict__, **change}))
+
+
+@pytest.fixture
+def pillow_encodes(monkeypatch):
+    """TFDS's mock data encodes its random pictures with TensorFlow, which is not needed here; so Pillow does."""
+
+    def encode(self, pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, self.encoding_format)
+        return buffer.getvalue()
+
+    monkeypatch.setattr(image_feature._ImageEncoder, "_encode_image", encode)
+
+
+def test_imagenet_from_mock_data(pillow_encodes):
+    """Pictures come one by one, when they are asked for; labels and file names stay out."""
+    config = SourceConfig("imagenet2012", "tfds", split="validation")
+    with tfds.testing.mock_data(num_examples=5):
+        source = pickle.loads(pickle.dumps(open_source(config)))
+        assert len(source) == 5
+        pictures = set()
+        for i in range(5):
+            sample = source[i]
+            assert sample.record == {"id": f"imagenet2012/validation/{i}", "image": f"imagenet2012/validation/{i}"}
+            pictures.add(np.asarray(decode(sample.images[0].read(), sample.id)).tobytes())
+        assert len(pictures) == 5
+
+
+def test_bare_pictures_of_tfds_are_not_read_before_they_are_asked_for(pillow_encodes, monkeypatch):
+    """So that measuring lengths takes no pass over ImageNet."""
+    with tfds.testing.mock_data(num_examples=3):
+        source = open_source(SourceConfig("imagenet2012", "tfds"))
+        read = []
+        monkeypatch.setattr(type(source._data), "__getitem__", lambda self, i: read.append(i) or {"image": b"x"})
+        samples = [source[i] for i in range(3)]
+        assert not read
+        assert samples[1].images[0].read() == b"x" and read == [1]
+
+
+def test_unprepared_imagenet_is_not_downloaded(tmp_path, monkeypatch):
+    """Nothing is fetched or written; the error says how to prepare it."""
+    folder = tmp_path / "data"
+    with pytest.raises(UserError) as error:
+        open_source(SourceConfig("imagenet2012", "tfds", data_dir=str(folder)))
+    assert f"`tfds build imagenet2012 --file_format=array_record` and `--data_dir={folder}`" in str(error.value)
+    assert not folder.exists()
 
 
 # Broken samples

@@ -38,7 +38,7 @@ def test_interrupted_and_continued(tmp_path):
     assert process.returncode and not (root / "summary.json").exists()
     first = (root / "denoise/seed0/pretrain/metrics.jsonl").read_bytes()
 
-    process = start(root, "--baseline")
+    process = start(root, "--baseline", "--denoiser")
     output, log = process.communicate(timeout=900)
     assert process.returncode == 0, log
     assert (root / "denoise/seed0/pretrain/metrics.jsonl").read_bytes() == first  # not trained again
@@ -53,7 +53,9 @@ def test_interrupted_and_continued(tmp_path):
     assert 0 <= scores["nearest"] <= 1 and scores["psnr_autoencoder"] > scores["psnr_own"]
     assert summary["scores"]["none"]["0"]["reconstruction"] is None
     assert "Ross" in output and "baseline" in output and "brighter_end" in output
-    for name in ("losses.png", "denoise/seed0/pictures.png"):
+    assert set(summary["denoisers"]) == {"0"} and "seed 0, denoiser tuned alone" in output
+    assert summary["denoisers"]["0"]["psnr_autoencoder"] == scores["psnr_autoencoder"]
+    for name in ("losses.png", "denoise/seed0/pictures.png", "denoise/seed0/denoiser.png"):
         assert str(root / name) in output
         assert np.asarray(Image.open(root / name)).std() > 10
 

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from launcher import command, environment, losses, parameters, step_lines, train
 from ross_jax.checkpoints import latest_step
@@ -81,6 +82,33 @@ def test_two_processes_are_as_one(mesh, recipe, alone, cache, tmp_path):
         ends(*started)
     assert len(losses(tmp_path / "run")) == 24
     agree(tmp_path / "run", alone(mesh))
+
+
+@pytest.mark.parametrize("mesh", [SPREAD, ACROSS], ids=["spread", "across"])
+def test_two_processes_evaluate_as_one(mesh, recipe, cache, tmp_path):
+    """The denoiser alone, on pictures alone, with reconstructions of three pictures that do not fill their rows."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    source = f"({ {'path': str(folder), 'kind': 'pictures'}!r},)"
+    flags = (
+        "--config.text.weight=0.0",
+        "--config.freeze.trainable=('denoiser/.*',)",
+        f"--config.data.sources={source}",
+        f"--config.evaluation.sources={source}",
+        "--config.evaluation.sampling.steps=3",
+        "--config.loop.evaluate=2",
+        *mesh,
+    )
+    done = train(recipe, tmp_path / "one", *flags, cache=cache, devices=4)
+    assert done.returncode == 0, done.stderr
+    with two_processes(recipe, tmp_path / "two", cache, *flags) as started:
+        ends(*started)
+    one, two = ([line for line in step_lines(tmp_path / name) if "evaluation/psnr" in line] for name in ("one", "two"))
+    assert [line["step"] for line in one] == [0, 2, 4]
+    for expected, found in zip(one, two, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_signal_to_one_ends_both(recipe, alone, cache, tmp_path):

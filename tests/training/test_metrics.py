@@ -23,6 +23,7 @@ FREEZE = {
     "stage 1": FreezeConfig((r"projector/.*", r"denoiser/.*"), dtype="float32"),
     "stage 2": STAGE2,
     "encoder too": FreezeConfig((r"(?!autoencoder/).*",), dtype="float32"),
+    "denoiser alone": FreezeConfig((r"denoiser/.*",), dtype="float32"),
 }
 
 
@@ -48,28 +49,38 @@ def products(jaxpr, times: int = 1):
                     yield from products(inner, times * length)
 
 
-def program(model: RossConfig, freeze: FreezeConfig, reconstruction: ReconstructionConfig, batch: dict):
+def program(
+    model: RossConfig, freeze: FreezeConfig, reconstruction: ReconstructionConfig, batch: dict, text_weight: float = 1.0
+):
     """The traced step, and the tree of its parameters; nothing is computed."""
     settings = OptimizerConfig(1e-3)
     optimizer = make_optimizer(settings, 10)
     tree = abstract_tree(model, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]))
     state = jax.eval_shape(lambda p, f: make_state(p, f, optimizer), *split(tree, freeze))
     config = StepConfig(dtype="float32", remat="none", text_chunk=32)
-    step = make_train_step(model, config, reconstruction, optimizer, settings, 10, jax.random.key(0))
+    key = jax.random.key(0)
+    step = make_train_step(model, config, reconstruction, optimizer, settings, 10, key, text_weight)
     return jax.make_jaxpr(step)(state, batch).jaxpr, tree
 
 
 @pytest.mark.parametrize(
-    ("stage", "kind"),
-    [*((stage, "denoise") for stage in FREEZE), *(("stage 2", kind) for kind in MODELS if kind != "denoise")],
+    ("stage", "kind", "text"),
+    [
+        *((stage, "denoise", 1.0) for stage in ("stage 1", "stage 2", "encoder too")),
+        *(("stage 2", kind, 1.0) for kind in MODELS if kind != "denoise"),
+        ("stage 2", "denoise", 0.0),
+        ("denoiser alone", "denoise", 0.0),
+    ],
 )
-def test_flops_are_those_of_the_program(stage, kind):
-    """Of a batch without padding or empty slots: every product with a matrix in the traced step."""
+def test_flops_are_those_of_the_program(stage, kind, text):
+    """Of a batch without padding or empty slots: every product with a matrix in the traced step.
+
+    So where the denoiser alone learns there is no logit, and no backward pass beyond the denoiser.
+    """
     batch = make_batch()
     batch["segments"][:], batch["image_start"][:] = 1, (2, 11)
-    freeze = FREEZE[stage]
-    model = MODELS[kind]
-    jaxpr, tree = program(model, freeze, ReconstructionConfig(kind.split()[0]), batch)
+    freeze, model = FREEZE[stage], MODELS[kind]
+    jaxpr, tree = program(model, freeze, ReconstructionConfig(kind.split()[0]), batch, text)
     tokens, pictures = float(batch["tokens"].size), float(batch["image_start"].size)
     found = 0
     for form, flops, sizes in products(jaxpr):
@@ -79,10 +90,11 @@ def test_flops_are_those_of_the_program(stage, kind):
         resizing = form == "matrix" and {CONFIG.vision.image_size, seen} <= sizes
         found += 0 if autoencoder or resizing else flops
     # Logits are computed again in the backward pass.
-    found -= 2 * CONFIG.language.vocab_size * CONFIG.language.hidden_size * tokens
+    found -= 2 * CONFIG.language.vocab_size * CONFIG.language.hidden_size * tokens * bool(text)
     draws = 4 if kind == "denoise" else 0
     trained = set(split(tree, freeze)[0]) - ({"denoiser"} if kind == "none" else set())
-    assert step_flops(model, matrix_sizes(tree), trained, draws, tokens, pictures) == pytest.approx(found, rel=1e-9)
+    sizes = matrix_sizes(tree, logits=bool(text))
+    assert step_flops(model, sizes, trained, draws, tokens, pictures) == pytest.approx(found, rel=1e-9)
 
 
 def test_a_tied_head_counts_and_a_looked_up_table_does_not():

@@ -159,3 +159,24 @@ def test_losses_fall():
     run = Run(learning_rate=3e-3)
     first, *_, last = [run.run(make_batch()) for _ in range(8)]
     assert last["text_loss"] < 0.9 * first["text_loss"]
+
+
+def test_text_loss_counts_by_its_weight():
+    """Half as much in the sum; at 0 it is not there, and the other loss is what it was."""
+    whole, half, none = (Run(text_weight=weight).run(make_batch()) for weight in (1.0, 0.5, 0.0))
+    assert half["text_loss"] == pytest.approx(whole["text_loss"], rel=1e-6)
+    assert half["loss"] == pytest.approx(0.5 * whole["text_loss"] + whole["reconstruction_loss"], rel=1e-6)
+    assert none["loss"] == none["reconstruction_loss"] == pytest.approx(whole["reconstruction_loss"], rel=1e-6)
+    assert set(whole) - set(none) == {"text_loss", "supervised_tokens"}
+
+
+def test_without_text_loss_targets_do_not_matter():
+    freeze = FreezeConfig((r"denoiser/.*",), dtype="float32", autoencoder_dtype="float32")
+    bare = make_batch()
+    bare["targets"][:] = -100
+    one = Run(text_weight=0.0, freeze=freeze).run(make_batch())
+    assert one == Run(text_weight=0.0, freeze=freeze).run(bare)
+    assert one["gradient_norm"] > 0
+    split = Run(MeshConfig(2, 2, 2), devices=8, accumulate=2, text_weight=0.0, freeze=freeze).run(bare)
+    for name, value in one.items():
+        assert split[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name

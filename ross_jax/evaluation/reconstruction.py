@@ -1,0 +1,140 @@
+"""Reconstruction of pictures that a run does not learn from, scored while the run goes on."""
+
+import importlib.util
+import logging
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt8
+
+from ross_jax.config import ConfigError
+from ross_jax.data.batches import Batch, expand
+from ross_jax.data.encoders import build_picture_encoder
+from ross_jax.data.images import decode, decode_official, preprocess
+from ross_jax.data.sources import Concatenated, open_source
+from ross_jax.data.tokenizer import load_tokenizer
+from ross_jax.evaluation.pictures import psnr, ssim, to_uint8
+from ross_jax.inference.prompts import prompt_batches
+from ross_jax.inference.reconstruct import autoencode, encode_latents, target_pictures, visual_outputs
+from ross_jax.objectives.reconstruction import reconstructor
+from ross_jax.sharding import batch_sharding
+from ross_jax.training.recipe import RunConfig
+from ross_jax.tree import merge
+
+logger = logging.getLogger(__name__)
+
+_INPUTS = ("tokens", "positions", "segments", "images", "image_start")
+
+
+def read_pictures(config: RunConfig) -> list[UInt8[np.ndarray, "side side 3"]]:
+    """The pictures of `config.evaluation`, resized for the vision encoder: the first of each sample that has one.
+
+    Raises:
+      ConfigError: there is none.
+      UserError: a source or a picture that cannot be read.
+    """
+    source = Concatenated([open_source(each) for each in config.evaluation.sources])
+    read = decode_official if config.text.compat == "official" else decode
+    count = min(config.evaluation.count, len(source))
+    found = [picture for i in range(count) for picture in source[i * len(source) // count].images[:1]]
+    if not found:
+        raise ConfigError("config.evaluation.sources: none of the samples that were looked at has a picture")
+    return [preprocess(read(picture.read(), picture.name), config.images, picture.name) for picture in found]
+
+
+def _batches(config: RunConfig, pictures: list[np.ndarray], rows: int) -> list[Batch]:
+    """Each picture behind the empty question that it has in training."""
+    text, tokens = config.text, config.model.vision.num_tokens
+    encode = build_picture_encoder(text.template, load_tokenizer(text.tokenizer), text.compat)
+    prompt = expand(encode({"id": "picture", "image": "picture"}), tokens)
+    own = [(picture,) for picture in pictures]
+    return list(prompt_batches([prompt] * len(own), own, rows, tokens, config.images.size))
+
+
+class ReconstructionEvaluator:
+    """Reconstructs the same pictures from the same noise at every call, and scores them.
+
+    All processes call it alike: each has read all pictures, and the mesh's replicas share the work.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh, seed: int = 0):
+        """Reads the pictures; errors are those of `read_pictures`. `seed` is of the noise."""
+        settings, model = config.evaluation, config.model
+        objective, key = reconstructor(model), jax.random.key(seed)
+        replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows = -(-settings.rows // replicas) * replicas
+        pictures = read_pictures(config)
+        split = batch_sharding(mesh)
+
+        def place(values: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(values.shape, split, lambda index: values[index])
+
+        self._batches = [
+            {name: place(batch[name]) for name in _INPUTS} | {"number": place(np.arange(rows) + rows * i)}
+            for i, batch in enumerate(_batches(config, pictures, rows))
+        ]
+        self._count, self._shown = len(pictures), settings.shown
+        self._bounds: dict[str, np.ndarray] | None = None
+        self._has_ssim = importlib.util.find_spec("skimage") is not None
+        if not self._has_ssim:
+            logger.info("evaluation: no SSIM, scikit-image is not installed; `pip install -e '.[demo]'`")
+
+        def bounds(params: Any, frozen: Any, batch: dict[str, Array]) -> dict[str, Array]:
+            tree, images = merge(params, frozen), batch["images"][:, 0]
+            found = {"pictures": target_pictures(model, images)}
+            if model.autoencoder is not None:
+                found["latents"] = encode_latents(model, tree, images)
+                found["autoencoder"] = autoencode(model, tree, images)
+            return found
+
+        def reconstruct(params: Any, frozen: Any, batch: dict[str, Array]) -> dict[str, Array]:
+            tree = merge(params, frozen)
+            outputs = visual_outputs(model, tree, batch, config.step.dtype)[:, 0].astype(jnp.float32)
+            keys = jax.vmap(partial(jax.random.fold_in, key))(batch["number"])
+            made = objective.reconstruct(tree, tree, outputs, keys, settings.sampling)
+            return {"pixels": made.pixels} | ({} if made.latents is None else {"latents": made.latents})
+
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._compute_bounds = jax.jit(bounds, out_shardings=everywhere)
+        self._reconstruct = jax.jit(reconstruct, out_shardings=everywhere)
+
+    def _run(self, function: Any, state: Any) -> dict[str, Float[np.ndarray, "pictures ..."]]:
+        parts = [jax.device_get(function(state.params, state.frozen, batch)) for batch in self._batches]
+        return {name: np.concatenate([part[name] for part in parts])[: self._count] for name in parts[0]}
+
+    def __call__(self, state: Any) -> tuple[dict[str, float], UInt8[np.ndarray, "height width 3"]]:
+        """Mean scores, and a grid of picture, reconstruction and, if there is one, the autoencoder's own.
+
+        Args:
+          state: with `params` and `frozen`.
+
+        Returns:
+          `psnr` in dB, with scikit-image `ssim`, both also of the autoencoder, which is the ceiling; `latent_error`,
+          the mean squared error of the latents.
+        """
+        if self._bounds is None:  # no run changes its autoencoder
+            self._bounds = self._run(self._compute_bounds, state)
+        made = self._run(self._reconstruct, state)
+        originals = to_uint8(self._bounds["pictures"])
+        columns = {"": to_uint8(made["pixels"])}
+        scores = {}
+        if "autoencoder" in self._bounds:
+            columns["_autoencoder"] = to_uint8(self._bounds["autoencoder"])
+        if "latents" in made:
+            scores["latent_error"] = float(np.square(made["latents"] - self._bounds["latents"]).mean())
+        for name, pixels in columns.items():
+            scores[f"psnr{name}"] = float(psnr(pixels, originals).mean())
+            if self._has_ssim:
+                scores[f"ssim{name}"] = float(ssim(pixels, originals).mean())
+        shown = [pixels[: self._shown] for pixels in (originals, *columns.values())]
+        return scores, rearrange(np.stack(shown), "column row h w c -> (row h) (column w) c")
+
+
+def make_evaluator(config: RunConfig, mesh: Mesh) -> ReconstructionEvaluator | None:
+    """What `config.loop.evaluate` asks for; None if that is 0."""
+    return ReconstructionEvaluator(config, mesh) if config.loop.evaluate else None
