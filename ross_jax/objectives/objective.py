@@ -65,8 +65,8 @@ class Objective(abc.ABC):
     def targets(self, frozen: Params, images: Float[Array, "batch height width 3"]) -> Any:
         """What normalised pictures are to be reconstructed to: deterministic, so it can be cached."""
 
-    def pack(self, targets: Any) -> dict[str, Array]:
-        """Targets by the fields of a batch that they are put in when they are computed beforehand."""
+    def pack(self, targets: Any) -> dict[str, Any]:
+        """Targets, or their shapes, by the fields of a batch that they are put in when they are computed beforehand."""
         leaves = jax.tree_util.tree_leaves_with_path(targets)
         return {_FIELD + "".join(f"_{part.name}" for part in path): leaf for path, leaf in leaves}
 
