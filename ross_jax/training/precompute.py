@@ -93,7 +93,7 @@ def precompute(config: RunConfig, folder: Path, settings: CacheConfig, report: R
 
     Args:
       report: gets what will be made, and what was.
-      progress: gets lines in between.
+      progress: gets warnings, and lines in between.
 
     Raises:
       UserError: a part that the run has no use for; a model or data set that cannot be read; a folder with another
@@ -122,7 +122,7 @@ def precompute(config: RunConfig, folder: Path, settings: CacheConfig, report: R
         for part, values in shapes.items()
     }
     layout = plan_layout(1 + int(pipeline.lengths.images.sum()), arrays, settings.shard_bytes)
-    report(_estimate(folder, layout))
+    _estimate(folder, layout, report, progress)
     params, _ = initial_parameters(config, tree)
     made_of = describe(config, parts, pipeline)
     for name in parts:
@@ -151,19 +151,19 @@ def precompute(config: RunConfig, folder: Path, settings: CacheConfig, report: R
     return dataclasses.replace(made, missing=missing)
 
 
-def _estimate(folder: Path, layout: Layout) -> str:
-    """What the cache will hold, and a warning if there is no room for it."""
-    lines, total = [f"{layout.records - 1} pictures"], 0
+def _estimate(folder: Path, layout: Layout, report: Report, progress: Report) -> None:
+    """Says what the cache will hold, and warns if there is no room for it."""
+    report(f"{layout.records - 1} pictures")
+    total = 0
     for part in layout.parts:
         size = layout.records * layout.record_bytes(part)
         held = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in layout.parts[part].items())
-        lines.append(f"{part}: {size / 1e9:.3g} GB in {layout.shards} shards of {held}")
+        report(f"{part}: {size / 1e9:.3g} GB in {layout.shards} shards of {held}")
         total += size
     existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < total:
-        lines.append(f"warning: {free / 1e9:.3g} GB are free in {existing}, and {total / 1e9:.3g} GB are to be written")
-    return "\n".join(lines)
+        progress(f"warning: {free / 1e9:.3g} GB are free in {existing}, and {total / 1e9:.3g} GB are to be written")
 
 
 def _begin(folder: Path, manifest: dict[str, Any]) -> None:
@@ -208,12 +208,12 @@ class _Maker:
         def counted(records: Iterator[dict[str, bytes]]) -> Iterator[dict[str, bytes]]:
             nonlocal done, told
             for record in records:
-                yield record
                 done += 1
                 now = time.perf_counter()
                 if now - told > _SECONDS or done == total:
                     rate, told = done / (now - started), now
                     self._progress(f"{done}/{total} pictures  {rate:.1f}/s  {(total - done) / rate / 60:.1f} min left")
+                yield record
 
         records = counted(self._records(chunks))
         for shard in shards:

@@ -45,13 +45,13 @@ def test_a_full_disk(recipe, cache, tmp_path):
     """Said in one line; the same command goes on once there is room."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64K", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40K", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
         done = cache_pictures(recipe, disk / "cache", cache=cache)
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-        assert re.search(r"^warning: \S+ GB are free in", done.stdout, re.MULTILINE)
+        assert re.search(r"^warning: \S+ GB are free in", done.stderr, re.MULTILINE)
         said = r"^error: \S+-00000-of-00001.arrayrecord.partial: cannot be written \(.*No space left on device"
         assert re.search(said, done.stderr, re.MULTILINE), done.stderr
         assert [path.name for path in (disk / "cache").iterdir()] == ["cache.json.partial"]
