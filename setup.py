@@ -13,6 +13,7 @@ RUNTIME = [
     "safetensors>=0.8",  # the file format of foreign checkpoints
     "huggingface-hub>=1.0",  # downloads, only when the user names a hub id
     "grain>=0.2.12",  # data loading, shuffling, packing algorithm
+    "array-record>=0.8.1",  # random-access files of precomputed arrays (grain reads them)
     "tensorflow-datasets>=4.9.9",  # random-access data sources such as ImageNet (no TensorFlow needed)
     "ml-collections>=1.1",  # ConfigDict: recipes and command-line overrides
     "einops>=0.8",  # readable reshapes

@@ -208,7 +208,7 @@ def complete_directory(target: Path) -> Iterator[Path]:
         _check_free(target)
         partial = target.with_name(f".{target.name}.incomplete")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target):
+        with lock(target):
             _check_free(target)  # another may just have finished
             shutil.rmtree(partial, ignore_errors=True)
             try:
@@ -227,13 +227,17 @@ def _check_free(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """Held by one process at a time; a killed one lets go of it."""
+def lock(target: Path) -> Iterator[None]:
+    """Held by one process at a time; a killed one lets go of it.
+
+    Raises:
+      CheckpointError: another process has it.
+    """
     path = target.with_name(f".{target.name}.lock")
-    with path.open("w") as lock:
+    with path.open("w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(lock.fileno()), path.stat())  # not one that its holder removed meanwhile
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(file.fileno()), path.stat())  # not one that its holder removed meanwhile
         except (BlockingIOError, FileNotFoundError):
             mine = False
         if not mine:

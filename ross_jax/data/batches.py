@@ -14,9 +14,12 @@ A batch is a dictionary with the arrays of `BATCH_FIELDS`; B = rows, S = tokens 
     images       uint8 [B, I, H, W, 3]    resized pictures, not normalised; 0 where the slot is empty
     image_start  int32 [B, I]             where each picture's N tokens begin; S where the slot is empty
     image_ids    uint32 [B, I]            the picture's identity, from 1; 0 where the slot is empty
+
+Where something was computed of the pictures before (`ross_jax.data.precomputed`), its arrays [B, I, ...] are there too,
+and `images` only if something else still needs it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -129,6 +132,7 @@ def place(
     slot: int,
     segment: int,
     first_image_id: int,
+    precomputed: Sequence[Mapping[str, np.ndarray]] = (),
 ) -> None:
     """Writes one conversation into a row of `batch`, in place.
 
@@ -141,6 +145,7 @@ def place(
       slot: its first picture slot.
       segment: its number in the row, from 1.
       first_image_id: identity of its first picture; the others count on.
+      precomputed: of each picture, by the batch's field.
     """
     length, count = len(conversation.tokens), len(conversation.image_start)
     span, slots = np.s_[row, start : start + length], np.s_[row, slot : slot + count]
@@ -152,3 +157,6 @@ def place(
     batch["image_ids"][slots] = first_image_id + np.arange(count)
     for offset, picture in enumerate(pictures[:count]):
         batch["images"][row, slot + offset] = picture
+    for offset, values in enumerate(precomputed[:count]):
+        for name, value in values.items():
+            batch[name][row, slot + offset] = value

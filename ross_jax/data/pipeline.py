@@ -20,12 +20,13 @@ from absl import flags
 from grain.experimental import DatasetOptions, WithOptionsIterDataset
 from grain.sources import RandomAccessDataSource
 
-from ross_jax.config import UserError
+from ross_jax.config import UserError, thaw
 from ross_jax.data.batches import Batch, Encoded, Expanded, RowShape, empty_batch, expand, place
-from ross_jax.data.cache import load_arrays, save_arrays
+from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
 from ross_jax.data.conversation import IMAGE_ID
 from ross_jax.data.images import ImageConfig, ImageError, decode, preprocess
 from ross_jax.data.packing import Lengths, PackingConfig, PackingPlan, cached_plan, make_plan
+from ross_jax.data.precomputed import Precomputed
 from ross_jax.data.sources import BrokenSamples, Concatenated, Sample, SampleError, Source, SourceConfig, open_source
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class DataConfig:
       threads: that read, each a batch of its own, if there are no workers.
       prefetch: batches that each worker, or the threads together, hold ready.
       cache: folder for lengths and plans, shared by all processes; None: they are made anew at every start.
+      precomputed: folder of `launch/cache.py` with what frozen components make of the pictures, read in their stead;
+        pixels are decoded only if something still needs them.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -62,6 +65,7 @@ class DataConfig:
     threads: int = 4
     prefetch: int = 2
     cache: str | None = None
+    precomputed: str | None = None
 
     def __post_init__(self):
         if not self.sources:
@@ -190,22 +194,45 @@ class _Steps:
         pipeline = self._pipeline
         lengths = pipeline.lengths
         plan, first_row = pipeline.locate(step)
-        batch, seen, broken = empty_batch(self._rows, pipeline.shape), 0, []
+        batch, seen, broken = pipeline.empty_batch(self._rows), 0, []
         for row in range(self._rows):
             start = slot = 0
             for segment, index in enumerate(plan.row(first_row + self._offset + row).tolist(), start=1):
                 try:
-                    conversation, pictures = pipeline.read(index)
+                    conversation, pictures, precomputed = pipeline.read(index)
                 except (SampleError, ImageError) as error:
                     broken.append((index, str(error)))
                 else:
                     image_id = int(pipeline.first_image_ids[index])
                     where = dict(start=start, slot=slot, segment=segment, first_image_id=image_id)
-                    place(batch, row, conversation, pictures, **where)
+                    place(batch, row, conversation, pictures, **where, precomputed=precomputed)
                 seen += 1
                 start += int(lengths.tokens[index])
                 slot += int(lengths.images[index])
         return batch, seen, broken
+
+
+class _Pictures:
+    """Pictures by their identities, chunk by chunk; see `Pipeline.pictures`."""
+
+    def __init__(self, pipeline: "Pipeline", chunks: Sequence[range]):
+        self._pipeline, self._chunks = pipeline, chunks
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, chunk: int) -> tuple[np.ndarray, dict[int, tuple[int, str]]]:
+        identities, size = self._chunks[chunk], self._pipeline.shape.image_size
+        pictures, broken = np.zeros((len(identities), size, size, 3), np.uint8), {}
+        for place_in_chunk, image_id in enumerate(identities):
+            if not image_id:
+                continue
+            index = self._pipeline.sample_of(image_id)
+            try:
+                pictures[place_in_chunk] = self._pipeline.picture(index, image_id)
+            except (SampleError, ImageError) as error:
+                broken[image_id] = index, str(error)
+        return pictures, broken
 
 
 class Pipeline:
@@ -220,6 +247,8 @@ class Pipeline:
       image_config: how pictures are resized.
       image_tokens: N.
       decode_image: bytes and name -> RGB picture: `images.decode` or `images.decode_official`.
+      precomputed: read with every picture.
+      pixels: whether the pictures themselves are read.
 
     Attributes:
       steps: of the whole run.
@@ -239,8 +268,11 @@ class Pipeline:
         image_config: ImageConfig,
         image_tokens: int,
         decode_image: Callable = decode,
+        precomputed: Precomputed | None = None,
+        pixels: bool = True,
     ):
         self.lengths, self.plans, self.config = lengths, list(plans), config
+        self.precomputed, self._pixels = precomputed, pixels
         self.first_image_ids = lengths.first_image_ids()
         self.rows_per_step = plans[0].rows_per_step
         self.shape = RowShape(config.packing.length, config.packing.images, image_tokens, image_config.size)
@@ -256,8 +288,48 @@ class Pipeline:
         epoch = int(np.searchsorted(self._first_steps, step, side="right")) - 1
         return self.plans[epoch], (step - int(self._first_steps[epoch])) * self.rows_per_step
 
-    def read(self, index: int) -> tuple[Expanded, list[np.ndarray]]:
-        """One sample: its tokens and its pictures, uint8 [H, W, 3].
+    @property
+    def described(self) -> dict[str, Any]:
+        """All that identities and pixels of the pictures depend on, their files' content apart."""
+        return {
+            "count": int(self.lengths.images.sum()),
+            "source_hash": self._source.fingerprint,
+            "counts_hash": hash_arrays(self.lengths.images),
+            "image": thaw(self._image_config),
+            "decoded_by": self._decode.__name__,
+        }
+
+    def sample_of(self, image_id: int) -> int:
+        """The sample that a picture belongs to."""
+        return int(np.searchsorted(self.first_image_ids, image_id, side="right")) - 1
+
+    def picture(self, index: int, image_id: int) -> np.ndarray:
+        """One picture of sample `index`, uint8 [H, W, 3].
+
+        Raises:
+          SampleError, ImageError: it is broken.
+        """
+        return self._picture(self._source[index], image_id - int(self.first_image_ids[index]))
+
+    def pictures(self, chunks: Sequence[range]) -> Iterator[tuple[np.ndarray, dict[int, tuple[int, str]]]]:
+        """Pictures by their identities, of which 0 is a black one: in order, read ahead.
+
+        Returns:
+          For each chunk: uint8 [chunk, H, W, 3], black where one is broken; identity -> its sample, and why, of those.
+        """
+        return _read_in_order(_Pictures(self, chunks), 0, self.config)
+
+    def empty_batch(self, rows: int) -> Batch:
+        """A batch of padding."""
+        batch = empty_batch(rows, self.shape)
+        if not self._pixels:
+            del batch["images"]
+        if self.precomputed is not None:
+            batch |= self.precomputed.empty(rows, self.shape.images)
+        return batch
+
+    def read(self, index: int) -> tuple[Expanded, list[np.ndarray], list[dict[str, np.ndarray]]]:
+        """One sample: its tokens, its pictures, uint8 [H, W, 3], and what was precomputed of each.
 
         Raises:
           SampleError, ImageError: it is broken.
@@ -271,8 +343,12 @@ class Pipeline:
                 f"sample {sample.id!r} now has {len(expanded.tokens)} tokens and {len(expanded.image_start)} pictures, "
                 f"planned were {planned}: data or tokenizer changed; remove the cache {self.config.cache}"
             )
-        pictures = [self._picture(sample, k) for k in range(len(expanded.image_start))]
-        return expanded, pictures
+        numbers = range(len(expanded.image_start))
+        pictures = [self._picture(sample, k) for k in numbers] if self._pixels else []
+        if self.precomputed is None:
+            return expanded, pictures, []
+        first = int(self.first_image_ids[index])
+        return expanded, pictures, [self.precomputed.read(first + k) for k in numbers]
 
     def _picture(self, sample: Sample, number: int) -> np.ndarray:
         picture = sample.images[number]
@@ -320,6 +396,8 @@ def open_pipeline(
     multiple: int = 1,
     rows_per_step: int | None = None,
     decode_image: Callable = decode,
+    precomputed: Precomputed | None = None,
+    pixels: bool = True,
     writer: bool = True,
 ) -> Pipeline:
     """Opens the sources, measures them, and plans every epoch.
@@ -330,6 +408,7 @@ def open_pipeline(
       encode_key: as in `cached_lengths`; None: lengths are not cached.
       multiple: what the rows of a step must be a multiple of.
       rows_per_step: of the run that is continued; None in a new run.
+      precomputed, pixels: as in `Pipeline`.
 
     Raises:
       UserError: a source is missing, empty or corrupt; too many samples are broken; nothing fits a row.
@@ -352,4 +431,6 @@ def open_pipeline(
         rows_per_step = plans[0].rows_per_step
     for name, value in plans[0].statistics(lengths, config.packing).items():
         logger.info("packing plan: %s %s", name, f"{value:.3f}" if isinstance(value, float) else value)
-    return Pipeline(source, encode, lengths, plans, config, image_config, image_tokens, decode_image)
+    return Pipeline(
+        source, encode, lengths, plans, config, image_config, image_tokens, decode_image, precomputed, pixels
+    )

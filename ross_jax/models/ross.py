@@ -194,6 +194,10 @@ class Ross(nn.Module):
         features = self.vision(images.reshape(-1, *images.shape[2:]))
         return self._by_row(self.projector(features), images)
 
+    def project(self, features: Float[Array, "batch images tokens width"]) -> Float[Array, "batch images tokens embed"]:
+        """The same of features that the vision encoder has computed before."""
+        return self._by_row(self.projector(features.reshape(-1, *features.shape[2:])), features)
+
     def _by_row(self, projected: Float[Array, "pictures tokens embed"], images: Array):
         # No -1 for the tokens: a batch without pictures would leave it undecided.
         return projected.reshape(*images.shape[:2], *projected.shape[1:])
@@ -216,9 +220,10 @@ class Ross(nn.Module):
         tokens: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
         segments: Int[Array, "batch seq"],
-        images: Float[Array, "batch images height width 3"],
+        images: Float[Array, "batch images height width 3"] | None,
         image_start: Int[Array, "batch images"],
         internals: bool = False,
+        features: Float[Array, "batch images tokens width"] | None = None,
     ) -> RossOutput:
         """Runs the model on a batch as design and `ross_jax.data` lay it out.
 
@@ -228,10 +233,13 @@ class Ross(nn.Module):
           images: normalised pictures; what an empty slot holds is ignored.
           image_start: where each picture's tokens begin; the row's length where the slot is empty.
           internals: also return what the components computed.
+          features: of the vision encoder, which is then not run, and `images` not looked at.
         """
         count = self.config.vision.num_tokens
         collected = {}
-        if internals:
+        if features is not None:
+            projected = self.project(features)
+        elif internals:
             features, states = self.vision(images.reshape(-1, *images.shape[2:]), hidden_states=True)
             projected = self._by_row(self.projector(features), images)
             collected = {"vision_hidden_states": states, "features": features, "projected": projected}

@@ -59,6 +59,7 @@ class DenoiseObjective(Objective):
       condition_dropout: share of draws in which zeros take the place of the normalised visual outputs.
     """
 
+    made_by = "autoencoder"
     draws: int = 4
     condition_dropout: float = 0.0
 

@@ -2,13 +2,18 @@
 
 import abc
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ross_jax.models.ross import RossConfig
 
 Params = Any
+
+_FIELD = "picture_targets"
 
 
 class Reconstruction(NamedTuple):
@@ -48,13 +53,37 @@ class Objective(abc.ABC):
     """A reconstruction objective.
 
     Keys come per picture, so that no picture's loss depends on its neighbours, on packing or on devices.
+
+    Attributes:
+      made_by: the frozen component that the targets cost; None: they are the picture itself.
     """
 
+    made_by: ClassVar[Literal["autoencoder", "teacher"] | None] = None
     config: RossConfig
 
     @abc.abstractmethod
     def targets(self, frozen: Params, images: Float[Array, "batch height width 3"]) -> Any:
         """What normalised pictures are to be reconstructed to: deterministic, so it can be cached."""
+
+    def pack(self, targets: Any) -> dict[str, Any]:
+        """Targets, or their shapes, by the fields of a batch that they are put in when they are computed beforehand."""
+        leaves = jax.tree_util.tree_leaves_with_path(targets)
+        return {_FIELD + "".join(f"_{part.name}" for part in path): leaf for path, leaf in leaves}
+
+    def unpack(self, frozen: Params, batch: Mapping[str, Array]) -> Any | None:
+        """The inverse, for a batch `[rows, images, ...]` that has these fields; None for another.
+
+        Args:
+          frozen: as for `targets`; only its shapes are looked at.
+        """
+        if not any(name.startswith(_FIELD) for name in batch):
+            return None
+        side = self.config.vision.image_size
+        shapes = jax.eval_shape(self.targets, frozen, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+        fields = [
+            batch[name].astype(leaf.dtype).reshape(-1, *leaf.shape[1:]) for name, leaf in self.pack(shapes).items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(shapes), fields)
 
     @abc.abstractmethod
     def loss(

@@ -90,6 +90,8 @@ class PixelObjective(_Regress):
 class LatentObjective(_Regress):
     """Ross^R-Latent with a KL autoencoder: the mean of its posterior, on the denoiser's scale."""
 
+    made_by = "autoencoder"
+
     def targets(self, frozen: Params, images: Float[Array, "batch height width 3"]) -> Posterior:
         """The posterior of each normalised picture."""
         return encode(self.config, frozen, images)
@@ -116,6 +118,8 @@ class LatentObjective(_Regress):
 class Latent2PixelObjective(LatentObjective):
     """Ross^R-Latent2Pixel: regressed latents go through the frozen decoder, and its pixels are compared."""
 
+    made_by = None
+
     def targets(
         self, frozen: Params, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch side side 3"]:
@@ -131,6 +135,8 @@ class Latent2PixelObjective(LatentObjective):
 
 class FeatureObjective(_Regress):
     """Ross^R-Latent with a vision encoder: its layer-normalised features. They cannot be made into a picture."""
+
+    made_by = "teacher"
 
     def targets(self, frozen: Params, images: Float[Array, "batch height width 3"]) -> Array:
         """The teacher's features of each normalised picture."""

@@ -20,6 +20,7 @@ from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.sharding import batch_sharding, make_mesh, process_share
 from ross_jax.training.build import build_step
+from ross_jax.training.cached import check_parameters, check_settings, needs_pixels, open_cached, spared_components
 from ross_jax.training.loop import Draw, Evaluate, Hook, Stop, global_batches, run_loop
 from ross_jax.training.metrics import Meter, RangeWatch, Writer, matrix_sizes
 from ross_jax.training.optimizer import warmup_steps
@@ -30,7 +31,11 @@ from ross_jax.tree import merge
 
 
 def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -> Pipeline:
-    """The run's batches. Of several processes the first measures and plans, the others read what it cached."""
+    """The run's batches. Of several processes the first measures and plans, the others read what it cached.
+
+    Raises:
+      UserError: data, tokenizer or `config.data.precomputed` that cannot be used.
+    """
     model, text = config.model, config.text
     tokenizer = load_tokenizer(text.tokenizer)
     if len(tokenizer) > model.language.vocab_size:
@@ -40,6 +45,7 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -
     encode = build_training_encoder(text.template, tokenizer, text.compat, text_loss=bool(text.weight))
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     key = json.dumps([thaw(text), len(tokenizer)])
+    cached = open_cached(config)
 
     def build(writer: bool) -> Pipeline:
         return open_pipeline(
@@ -51,14 +57,18 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -
             multiple=replicas * config.step.accumulate,
             rows_per_step=rows_per_step,
             decode_image=decode_official if text.compat == "official" else decode,
+            precomputed=cached,
+            pixels=needs_pixels(config, cached),
             writer=writer,
         )
 
-    if jax.process_count() == 1:
-        return build(True)
     pipeline = build(True) if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("packing plan")
-    return pipeline or build(False)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("packing plan")
+    pipeline = pipeline or build(False)
+    if cached is not None:
+        check_settings(config, cached, pipeline)
+    return pipeline
 
 
 def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, Path]]:
@@ -120,6 +130,7 @@ class Run:
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
         if self.step:
             self.state = self._checkpoints.restore(self.step, built.state)
+            check_parameters(config, self.data.precomputed, self.state.frozen)
         else:
             self.state = self._first_state(built.tree)
 
@@ -132,6 +143,7 @@ class Run:
 
     def _first_state(self, tree: Tree) -> TrainState:
         made, origins = initial_parameters(self.config, tree)
+        check_parameters(self.config, self.data.precomputed, made)
         params, frozen = split(made, self.config.freeze)
         make = jax.jit(lambda p, f: make_state(p, f, self._optimizer), out_shardings=self.shardings)
         with jax.set_mesh(self.mesh):
@@ -154,6 +166,7 @@ class Run:
         recorded = freeze(RunConfig, json.loads(path.read_text())["config"], f"{path}: config")
         theirs, ours = flatten_config(thaw(recorded)), flatten_config(thaw(self.config))
         free = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
+        free += ("data.precomputed",)
         differ = [
             f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now"
             for name in sorted(theirs.keys() | ours.keys())
@@ -203,6 +216,8 @@ class Run:
         """Runs, or continues, until the end or a signal; returns the number of steps done."""
         config = self.config
         sizes = matrix_sizes(merge(self.state.params, self.state.frozen), logits=bool(config.text.weight))
+        spared = spared_components(config, self.data.precomputed)
+        sizes = {path: size for path, size in sizes.items() if path.partition("/")[0] not in spared}
         kind = config.reconstruction.kind
         draws = config.reconstruction.draws if kind == "denoise" else 0
         meter = Meter(config.model, sizes, set(self.state.params), draws)

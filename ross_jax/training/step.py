@@ -79,9 +79,9 @@ def make_train_step(
         """Sums of one micro-batch, each divided by the count of the whole batch."""
         tree = merge(params, frozen)
         variables = {"params": tree}
-        images = normalise(config, batch["images"], jnp.float32)
+        images = normalise(config, batch["images"], jnp.float32) if "images" in batch else None
         text = (batch[name] for name in ("tokens", "positions", "segments"))
-        output = model.apply(variables, *text, images, batch["image_start"])
+        output = model.apply(variables, *text, images, batch["image_start"], features=batch.get("picture_features"))
         text_loss = jnp.zeros(())
         if text_weight:
             hidden, labels = constrain(output.hidden, "batch"), batch["targets"]
@@ -94,9 +94,10 @@ def make_train_step(
             text_loss = total / jnp.maximum(totals[0], 1)
         if objective is None:
             return text_weight * text_loss, (text_loss, jnp.zeros(()))
-        pictures = images.reshape(-1, *images.shape[2:])
-        with jax.named_scope("targets"):
-            targets = objective.targets(frozen, pictures)
+        targets = objective.unpack(frozen, batch)
+        if targets is None:
+            with jax.named_scope("targets"):
+                targets = objective.targets(frozen, images.reshape(-1, *images.shape[2:]))
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(batch["image_ids"].reshape(-1))
         keys = keys.reshape(batch["image_ids"].shape)
         with jax.named_scope("reconstruction"):

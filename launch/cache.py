@@ -1,0 +1,81 @@
+"""Computes once what frozen components make of a recipe's pictures, to be read by its runs instead.
+
+  python launch/cache.py --config=configs/ross.py:encoder=siglip,llm=qwen2_7b,stage=pretrain --output=cache/pretrain \
+      --config.init="('models/start',)" --what=targets
+  python launch/train.py --config=... --workdir=... --config.data.precomputed=cache/pretrain
+
+--what=targets: posteriors of the autoencoder, or features of the teacher; features: of the vision encoder; or both.
+The same command goes on where it was cut off. Where one host is not enough, start it on each of N with --processes=N
+--process=I, another I on each, and the same folder: each computes its share of the shards on its own devices.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from ross_jax.config import UserError, freeze
+from ross_jax.training.precompute import CacheConfig, precompute, sizes
+from ross_jax.training.recipe import RunConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes import one another as configs.NAME
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe of configs/.", lock_config=True)
+_OUTPUT = flags.DEFINE_string("output", None, "The cache's folder.")
+_WHAT = flags.DEFINE_list("what", ["targets"], "What is computed: targets, features, or both with a comma.")
+_ROWS = flags.DEFINE_integer("rows", 64, "Pictures that are computed at once.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Of stored targets; bfloat16 halves them.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "Processes that make the cache together.")
+_PROCESS = flags.DEFINE_integer("process", 0, "Number of this one, from 0.")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        print(f"error: unexpected arguments {argv[1:]}", file=sys.stderr)
+        return 1
+    sys.unraisablehook = lambda _: None
+    # On virtual CPU devices, steps that overlap may wait for one another's threads for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    folder = Path(_OUTPUT.value)
+    try:
+        config = freeze(RunConfig, _CONFIG.value.to_dict())
+        given = {"what": _WHAT, "rows": _ROWS, "dtype": _DTYPE, "processes": _PROCESSES, "process": _PROCESS}
+        settings = freeze(CacheConfig, {name: flag.value for name, flag in given.items()}, "flags")
+        made = precompute(config, folder, settings, report, progress)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    rate = f", {made.pictures / made.seconds:.1f} pictures/s" if made.pictures else ""
+    broken = f", {made.broken} samples broken" if made.broken else ""
+    report(f"{made.pictures} pictures in {made.seconds:.0f} s{rate}{broken}")
+    if made.missing:
+        report(f"{folder}: {made.missing} shards are left to the other processes")
+    else:
+        report(
+            f"{folder}: complete, " + ", ".join(f"{part} {size / 1e9:.3g} GB" for part, size in sizes(folder).items())
+        )
+    return 0
+
+
+def report(text: str) -> None:
+    print(text, flush=True)
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags, which runs the recipe's file too; whatever is wrong with either ends in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(map(str, error.args)) or error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "output"])
+    app.run(main, flags_parser=parse)
