@@ -329,9 +329,8 @@ def _time_lines(report: Report) -> list[str]:
     what = "step" if training else "generation"
     lines = ["", f"one {what}, estimated"]
     lines += [f"  {kind:16} {_time(seconds[kind]):>12}" for kind in ("compute", "kernels", "collectives")]
-    lines.append(
-        f"  {what:16} {_time(seconds['step']):>12}   {_time(seconds['overlapped'])} if all overlaps as scheduled"
-    )
+    overlapped = f"{_time(seconds['overlapped'])} if collectives overlap as scheduled"
+    lines.append(f"  {what:16} {_time(seconds['step']):>12}   {overlapped}")
     if not training:
         lines += [f"  {kind:16} {_time(seconds[kind]):>12}" for kind in ("prefill", "decode", "token")]
     lines.append(f"  {'FLOPs':16} {_count(report.flops):>12}   per device, loops and recomputation counted")
