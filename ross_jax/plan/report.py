@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import importlib.metadata
 import math
 from typing import Any
 
@@ -229,20 +230,20 @@ def _collectives(cost: Cost, mesh: Mesh) -> list[dict[str, Any]]:
 
 def method(target: Target) -> str:
     """How times were estimated, and how wrong that may be."""
+    compiler = "libtpu" if target.is_tpu else "jax-cuda12-plugin"
+    compiler = f"{compiler} {importlib.metadata.version(compiler)}"
     if not target.is_tpu:
         return (
-            "An estimate. XLA for GPU states no cycles: compute is matrix products and convolutions at an assumed "
-            f"{GPU_UTILISATION:.0%} of the bfloat16 peak, nothing else counted; collectives are their bytes over "
-            "NVLink or the network at full rate. Use it to compare meshes. Memory is the compiler's own, against what "
-            f"JAX has with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE:g} (its default is 0.75)."
+            f"An estimate ({compiler}). XLA for GPU states no cycles: compute is matrix products and convolutions at "
+            f"an assumed {GPU_UTILISATION:.0%} of the bfloat16 peak, nothing else counted; collectives are their "
+            "bytes over NVLink or the network at full rate. Use it to compare meshes. Memory is the compiler's own, "
+            f"against what JAX has with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE:g} (its default is 0.75)."
         )
-    error = (
-        "On v5e, v5p and v6e this predicted four published training runs within +4% to +28%"
-        if target.chip.validated
-        else "It was not held against published runs on this chip; on v5e, v5p and v6e it was within +4% to +28%"
-    )
+    error = "The method was reported to predict four published TPU runs within +4% to +28%"
+    if not target.chip.validated:
+        error += ", none of them on this chip"
     return (
-        "An estimate: the compiler's cycles per operation times trip counts over the clock "
+        f"An estimate ({compiler}): the compiler's cycles per operation times trip counts over the clock "
         f"({target.chip.clock / 1e9:g} GHz), kernels by their FLOPs at {KERNEL_UTILISATION:.0%} of the peak, "
         f"collectives by their bytes over the links ({target.chip.link / 1e9:g} GB/s per axis, half where it is not "
         f"closed), added up as if nothing overlapped. {error}."
@@ -328,9 +329,8 @@ def _time_lines(report: Report) -> list[str]:
     what = "step" if training else "generation"
     lines = ["", f"one {what}, estimated"]
     lines += [f"  {kind:16} {_time(seconds[kind]):>12}" for kind in ("compute", "kernels", "collectives")]
-    lines.append(
-        f"  {what:16} {_time(seconds['step']):>12}   {_time(seconds['overlapped'])} if all overlaps as scheduled"
-    )
+    overlapped = f"{_time(seconds['overlapped'])} if collectives overlap as scheduled"
+    lines.append(f"  {what:16} {_time(seconds['step']):>12}   {overlapped}")
     if not training:
         lines += [f"  {kind:16} {_time(seconds[kind]):>12}" for kind in ("prefill", "decode", "token")]
     lines.append(f"  {'FLOPs':16} {_count(report.flops):>12}   per device, loops and recomputation counted")

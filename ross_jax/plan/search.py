@@ -4,7 +4,9 @@ import dataclasses
 import typing
 from collections.abc import Callable, Iterable, Iterator
 
-from ross_jax.config import ConfigError
+import jax
+
+from ross_jax.config import ConfigError, UserError
 from ross_jax.models.layers import RematPolicy
 from ross_jax.plan.planner import Options, plan
 from ross_jax.plan.report import Report, summary
@@ -31,7 +33,7 @@ def search(config: RunConfig, target: Target, options: Options, tell: Callable[[
     minutes, so not every combination is tried.
 
     Args:
-      tell: is called with a line for each plan.
+      tell: is called with a heading and a line for each plan.
     """
     done: dict[tuple, Report] = {}
 
@@ -39,13 +41,15 @@ def search(config: RunConfig, target: Target, options: Options, tell: Callable[[
         changed = dataclasses.replace(config, mesh=mesh, step=dataclasses.replace(config.step, remat=remat))
         try:
             report = plan(changed, target, dataclasses.replace(options, rows=rows))
-        except ConfigError as error:  # rows that do not divide: this mesh is out of the question
+        except UserError as error:  # as rows that do not divide: this one is out of the question
             tell(f"{_mesh(mesh)}: {error}")
             return
+        jax.clear_caches()  # a program of a 7B model takes gigabytes
         done[(mesh, report.remat, report.rows)] = report
         tell(row(report))
 
     remat = config.step.remat
+    tell(HEADER)
     for mesh in meshes(len(target.devices)):
         consider(mesh, remat, options.rows)
     if not done:

@@ -33,7 +33,7 @@ class Chip:
       installed: bytes that it has.
       link: bytes per second along an axis of a TPU's torus, both directions together; between GPUs of a host, one way.
       clock: Hz of the cycles that the compiler estimates; None without such.
-      validated: the method was held against published runs on it.
+      validated: the method was reported with this clock.
     """
 
     kind: str
@@ -221,7 +221,7 @@ def torus_seconds(kind: str, size: int, places: Sequence[Sequence[int]], target:
     if all(len(values) == 1 for values in spread):
         return 0.0  # cores of one chip
     if kind in ("collective-permute", "collective-broadcast"):
-        return size / (target.chip.link / 2)  # one way, along one axis
+        return size / target.chip.link  # in windowed products they come in pairs, one each way
     rates = []
     for axis, values in enumerate(spread):
         if len(values) > 1:

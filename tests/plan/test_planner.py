@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ross_jax.config import ConfigError, freeze, thaw
 from ross_jax.plan import cost, hlo
@@ -126,6 +127,23 @@ def test_products_on_tpu():
 
 
 @pytest.mark.slow
+def test_windowed_product_on_tpu():
+    """A product beside the gathering of its operand: a loop of two turns at once. No FLOP is lost or doubled."""
+    pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
+    target, size = open_target("v5e:4x4"), 16384
+    mesh = make_mesh(MeshConfig(1, 1, 16), target.devices)
+    rows, columns = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("tensor", None), (None, "tensor")))
+    left, right = (jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=at) for at in (rows, columns))
+    compiled = jax.jit(jnp.matmul, out_shardings=columns).lower(left, right).compile()
+    found = cost.estimate(hlo.parse(compiled.as_text()), target.timing(mesh))
+    assert sum(event.count * event.flops for event in found.events) == 2 * size**3 // 16
+    permuted = [event.count for event in found.events if event.kind == "collective-permute"]
+    assert sum(permuted) >= 15 and max(permuted) == 4
+    whole = 15 * size * size * 2 / 16  # that a device must be sent
+    assert whole / 90e9 <= found.seconds("collective-permute") < 1.5 * whole / 90e9
+
+
+@pytest.mark.slow
 def test_plan_on_one_chip():
     """FLOPs are close to those of the traced step, memory to the size of its arguments."""
     pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
@@ -220,7 +238,7 @@ def test_what_does_not_fit():
 def test_search(target):
     lines = []
     found = search(recipe(), target, OPTIONS, lines.append)
-    assert len(found) == len(lines) >= 6
+    assert len(found) == len(lines) - 1 >= 6
     assert found == rank(found)
     assert {report.mesh["tensor"] for report in found} == {1, 2, 4}
     assert {report.remat for report in found} >= {"none", "full", "dots"}

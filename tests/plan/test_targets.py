@@ -62,7 +62,7 @@ def test_rings():
 
 def test_other_patterns():
     ring = slice_of("v5e", 16, 16)
-    assert torus_seconds("collective-permute", 45 * GB, line(2), ring) == pytest.approx(1)
+    assert torus_seconds("collective-permute", 90 * GB, line(2), ring) == pytest.approx(1)
     # All to all: a quarter of everything crosses the middle each way, over 16 rings; of one ring, over 1.
     assert torus_seconds("all-to-all", 1_000_000, line(16), ring) == pytest.approx(16e6 / 4 / (90 * GB))
     assert torus_seconds("all-to-all", 1_000_000, grid(16, 16), ring) == pytest.approx(256e6 / 4 / (16 * 90 * GB))
