@@ -1,6 +1,7 @@
 """A training run from its config: data, parameters, compiled step, checkpoints, loop. The same command continues it."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ross_jax import checkpoints
@@ -19,6 +19,7 @@ from ross_jax.data.pipeline import Pipeline, open_pipeline
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.sharding import batch_sharding, make_mesh, process_share
+from ross_jax.training import agreement
 from ross_jax.training.loop import Draw, Hook, Stop, global_batches, run_loop
 from ross_jax.training.metrics import Meter, RangeWatch, Writer, matrix_sizes
 from ross_jax.training.optimizer import make_optimizer, warmup_steps
@@ -35,8 +36,13 @@ from ross_jax.training.step import compile_step, make_state, make_train_step
 from ross_jax.tree import merge
 
 
-def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -> Pipeline:
-    """The run's batches. Of several processes the first measures and plans, the others read what it cached."""
+def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, timeout: float = 300) -> Pipeline:
+    """The run's batches. Of several processes the first measures and plans, the others read what it cached.
+
+    Raises:
+      UserError: as `open_pipeline`; on all processes, if their data or tokenizers differ or one did not open its data
+        within `timeout` seconds.
+    """
     model, vision = config.model, config.model.vision
     tokenizer = load_tokenizer(config.text.tokenizer)
     if len(tokenizer) > model.language.vocab_size:
@@ -47,24 +53,27 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     key = json.dumps([thaw(config.text), len(tokenizer)])
 
-    def build(writer: bool) -> Pipeline:
-        return open_pipeline(
-            config.data,
-            encode,
-            encoder_image_config(vision.kind, vision.image_size, model.image_mean, model.image_std, config.image_mode),
-            vision.num_tokens,
-            encode_key=key,
-            multiple=replicas * config.step.accumulate,
-            rows_per_step=rows_per_step,
-            decode_image=decode_official if config.text.compat == "official" else decode,
-            writer=writer,
-        )
+    plan = agreement.Turn()
 
-    if jax.process_count() == 1:
-        return build(True)
-    pipeline = build(True) if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("packing plan")
-    return pipeline or build(False)
+    def opened(fingerprint: str) -> None:
+        vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+        agreement.agree({"data": fingerprint[:12], "tokenizer": vocabulary[:12]}, timeout)
+        plan.wait()
+
+    pipeline = open_pipeline(
+        config.data,
+        encode,
+        encoder_image_config(vision.kind, vision.image_size, model.image_mean, model.image_std, config.image_mode),
+        vision.num_tokens,
+        encode_key=key,
+        multiple=replicas * config.step.accumulate,
+        rows_per_step=rows_per_step,
+        decode_image=decode_official if config.text.compat == "official" else decode,
+        writer=jax.process_index() == 0,
+        opened=opened,
+    )
+    plan.done()
+    return pipeline
 
 
 def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, Path]]:
@@ -102,19 +111,22 @@ def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, P
 class Run:
     """A run's directory and everything that its loop needs.
 
+    Args:
+      timeout: seconds that its processes wait for one another while it starts.
+
     Attributes:
       step: steps done.
       steps: of the whole run.
     """
 
-    def __init__(self, config: RunConfig, folder: Path):
+    def __init__(self, config: RunConfig, folder: Path, timeout: float = 300):
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
         self._check_directory()
         self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
         self.step = self._checkpoints.latest() or 0
         recorded = self._read_recorded()
-        self.data = open_data(self._with_cache(), self.mesh, recorded.get("rows_per_step"))
+        self.data = open_data(self._with_cache(), self.mesh, recorded.get("rows_per_step"), timeout)
         if recorded.get("data", self.data.hash) != self.data.hash:
             raise UserError(
                 f"{folder}: was trained on other data or another packing plan; a run continues only with its own. "
