@@ -27,7 +27,7 @@ from ross_jax.config import ConfigError, UserError
 
 _POLL = 2.0
 """Seconds between two looks at whether another process has failed."""
-_SHARED = 60.0
+_SHARED = 60
 """Seconds in which a new file must be seen everywhere; NFS caches directories for as long."""
 _LEAVE = 5.0
 """Seconds that the coordinator outlives a failure, so that the others can say what they know."""
@@ -93,7 +93,7 @@ def leave(error: UserError) -> None:
     os._exit(1)
 
 
-def agree(facts: Mapping[str, Any], timeout: float) -> None:
+def agree(facts: Mapping[str, Any], timeout: int) -> None:
     """Returns once all processes have come here with the same facts.
 
     Raises:
@@ -103,7 +103,7 @@ def agree(facts: Mapping[str, Any], timeout: float) -> None:
     _consult({name: str(value) for name, value in facts.items()}, _differences, timeout)
 
 
-def check_shared(folder: Path, timeout: float) -> None:
+def check_shared(folder: Path, timeout: int) -> None:
     """Returns once all processes have seen a file that the first made in `folder`, which is made if need be.
 
     Raises:
@@ -160,7 +160,7 @@ def code_version() -> dict[str, str]:
     return files | {f"version of {name}": version for name, version in versions.items()}
 
 
-def _consult(mine: dict[str, str], judge: Callable[[dict[int, dict[str, str]]], str], timeout: float) -> None:
+def _consult(mine: dict[str, str], judge: Callable[[dict[int, dict[str, str]]], str], timeout: int) -> None:
     """The first process collects and judges what all say; its verdict, if there is one, is everyone's PeerError."""
     if alone():
         return
@@ -176,9 +176,7 @@ def _consult(mine: dict[str, str], judge: Callable[[dict[int, dict[str, str]]], 
                 continue
         missing = [process for process in range(state.num_processes) if process not in said]
         if missing:
-            verdict = (
-                f"{_names(missing)} said nothing for {timeout:.0f} s while the run was starting; is it still there?"
-            )
+            verdict = f"{_names(missing)} said nothing for {timeout} s while the run was starting; look at its log"
         else:
             verdict = judge(said)
         state.client.key_value_set(f"{key}/verdict", verdict or "same")

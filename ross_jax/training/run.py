@@ -36,7 +36,7 @@ from ross_jax.training.step import compile_step, make_state, make_train_step
 from ross_jax.tree import merge
 
 
-def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, timeout: float = 300) -> Pipeline:
+def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, timeout: int = 300) -> Pipeline:
     """The run's batches. Of several processes the first measures and plans, the others read what it cached.
 
     Raises:
@@ -119,7 +119,7 @@ class Run:
       steps: of the whole run.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, timeout: float = 300):
+    def __init__(self, config: RunConfig, folder: Path, timeout: int = 300):
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
         self._check_directory()
