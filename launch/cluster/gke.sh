@@ -6,7 +6,8 @@
 #   IMAGE: of launch/cluster/Dockerfile.     CLAIM: a ReadWriteMany volume claim, mounted at /shared on all hosts
 #   HOSTS, CHIPS: hosts of a slice, and chips of a host.     KUBECTL=cat shows the manifest instead
 #
-# The cluster restarts the job where it was, up to 20 times. By hand: kubectl delete jobset NAME, and the same command.
+# The cluster restarts the job where it was, up to 20 times, except after an error that one must mend. By
+# hand: kubectl delete jobset NAME, and the same command.
 set -euo pipefail
 
 export NAME=${NAME:?} IMAGE=${IMAGE:?} CLAIM=${CLAIM:?} ACCELERATOR=${ACCELERATOR:?} TOPOLOGY=${TOPOLOGY:?}

@@ -23,19 +23,21 @@ coordinator=${hosts[0]#*@}:${PORT:-8476}
 alive=$(mktemp -u)
 mkfifo -m 600 "$alive"
 exec 9<>"$alive"
+exec 8<"$alive"
+rm "$alive"
 
 children=()
 for process in "${!hosts[@]}"; do
   command=("${PYTHON:-.venv/bin/python}" launch/train.py --distributed "--coordinator=$coordinator"
     "--processes=${#hosts[@]}" "--process=$process" "$@")
   # The shell on the host turns the end of its input into a SIGTERM for Python.
-  remote="cd $(printf %q "${DIR:-$PWD}") || exit; exec 3<&0; $(printf '%q ' "${command[@]}") </dev/null 3<&- & child=\$!
-    { cat <&3; kill -TERM \$child; } >/dev/null 2>&1 & exec 3<&-; wait \$child"
-  (ssh -o BatchMode=yes -o ServerAliveInterval=30 "${hosts[process]}" "bash -c $(printf %q "$remote")" \
-    <"$alive" 9>&- 2>&1 | sed -u "s/^/[${hosts[process]}] /" 9>&-) &
+  remote="cd $(printf %q "${DIR:-$PWD}") || exit; exec 3<&0; $(printf '%q ' "${command[@]}") </dev/null 3<&- & child=\$!;"
+  remote+=" { cat <&3; kill -TERM \$child; } >/dev/null 2>&1 & exec 3<&-; wait \$child"
+  (ssh -o BatchMode=yes -o ServerAliveInterval=30 "${hosts[process]}" "bash -c '${remote//\'/\'\\\'\'}'" \
+    <&8 2>&1 | sed -u "s/^/[${hosts[process]}] /") 9>&- &
   children+=($!)
 done
-rm "$alive"
+exec 8<&-
 trap 'exec 9>&-' TERM INT HUP
 
 status=0

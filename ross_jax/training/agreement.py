@@ -33,17 +33,23 @@ _LEAVE = 5.0
 """Seconds that the coordinator outlives a failure, so that the others can say what they know."""
 _FAILURES = "ross_jax/failures/"
 _SHOWN = 4
+_TRY_AGAIN = 75
+"""Exit status if a process is missing: EX_TEMPFAIL of sysexits.h."""
 _numbers = itertools.count()
 
 
 class PeerError(UserError):
-    """Another process is missing, has failed, or is not like this one."""
+    """Another process has failed, or is not like this one."""
+
+
+class MissingError(PeerError):
+    """Another process is not there, so that the same command may do better later."""
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> None:
     """Meets the other processes of the cluster; None: what JAX finds out itself.
 
-    If not all have come within `timeout` seconds, the process ends with status 1; JAX would abort it, with a stack
+    If not all have come within `timeout` seconds, the process ends with status 75; JAX would abort it, with a stack
     trace.
 
     Raises:
@@ -61,7 +67,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None, ti
                 file=sys.stderr,
                 flush=True,
             )
-            os._exit(1)
+            os._exit(_TRY_AGAIN)
 
     threading.Thread(target=give_up, daemon=True).start()
     where = f"process {'?' if process is None else process} on {socket.gethostname()}"
@@ -80,7 +86,7 @@ def alone() -> bool:
 
 
 def leave(error: UserError) -> None:
-    """Ends this process with status 1, once the others know why.
+    """Ends this process once the others know why: with status 1, or 75 if one of them is missing.
 
     At a usual exit JAX waits, for minutes, until the others leave too; they wait for this one.
     """
@@ -90,15 +96,15 @@ def leave(error: UserError) -> None:
             state.client.key_value_set(f"{_FAILURES}{state.process_id}", f"on {socket.gethostname()}: {error}")
         if state.process_id == 0:
             time.sleep(_LEAVE)
-    os._exit(1)
+    os._exit(_TRY_AGAIN if isinstance(error, MissingError) else 1)
 
 
 def agree(facts: Mapping[str, Any], timeout: int) -> None:
     """Returns once all processes have come here with the same facts.
 
     Raises:
-      PeerError: on all processes: facts that differ, each with who says what; processes that have not come within
-        `timeout` seconds; or another process's failure.
+      PeerError: on all processes: facts that differ, each with who says what; or another process's failure.
+      MissingError: on all others: processes that have not come within `timeout` seconds.
     """
     _consult({name: str(value) for name, value in facts.items()}, _differences, timeout)
 
@@ -175,23 +181,22 @@ def _consult(mine: dict[str, str], judge: Callable[[dict[int, dict[str, str]]], 
             except TimeoutError:
                 continue
         missing = [process for process in range(state.num_processes) if process not in said]
-        if missing:
-            verdict = f"{_names(missing)} said nothing for {timeout} s while the run was starting; look at its log"
-        else:
-            verdict = judge(said)
-        state.client.key_value_set(f"{key}/verdict", verdict or "same")
+        silent = f"{_names(missing)} said nothing for {timeout} s while the run was starting; look at its log"
+        verdict = {"missing": bool(missing), "text": silent if missing else judge(said)}
+        state.client.key_value_set(f"{key}/verdict", json.dumps(verdict))
     else:
-        verdict = _wait(f"{key}/verdict", deadline + _SHARED, "process 0")
-    if verdict not in ("", "same"):
-        raise PeerError(verdict)
+        verdict = json.loads(_wait(f"{key}/verdict", deadline + _SHARED, "process 0"))
+    if verdict["text"]:
+        raise (MissingError if verdict["missing"] else PeerError)(verdict["text"])
 
 
 def _wait(key: str, deadline: float | None, whom: str) -> str:
     """The value of a key, once it is there.
 
     Raises:
-      PeerError: a process has failed, or the coordinator is gone.
-      TimeoutError: on the first process, at the deadline; the others raise PeerError that names `whom`.
+      PeerError: a process has failed.
+      MissingError: the coordinator is gone; or, except on the first process, at the deadline, naming `whom`.
+      TimeoutError: on the first process, at the deadline.
     """
     client = distributed.global_state.client
     while True:
@@ -200,13 +205,13 @@ def _wait(key: str, deadline: float | None, whom: str) -> str:
             return client.blocking_key_value_get(key, int(left * 1000))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise PeerError(f"the coordinator does not answer any more: {error}") from error
+                raise MissingError(f"the coordinator does not answer any more: {error}") from error
         for path, failure in sorted(client.key_value_dir_get(_FAILURES)):
             raise PeerError(f"process {path.rpartition('/')[2]} {failure}")
         if deadline is not None and time.monotonic() >= deadline:
             if distributed.global_state.process_id == 0:
                 raise TimeoutError
-            raise PeerError(f"{whom} said nothing while the run was starting; look at its log")
+            raise MissingError(f"{whom} said nothing while the run was starting; look at its log")
 
 
 def _names(processes: list[int], said: Mapping[int, Mapping[str, str]] | None = None) -> str:
