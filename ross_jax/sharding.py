@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ross_jax.config import ConfigError
@@ -73,10 +75,11 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices.
+    """The mesh over all devices; of several slices the data axis crosses them.
 
     Raises:
-      ConfigError: sizes that do not multiply to the number of devices; says which would.
+      ConfigError: sizes that do not multiply to the number of devices, says which would; TPU slices that do not divide
+        the data axis.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -88,7 +91,20 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"devices; sizes among {divisors} whose product is {len(devices)} do, or -1 for what is left"
         )
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if devices[0].platform != "tpu":  # hosts of GPUs, which JAX calls slices too; in the order of their processes
+        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
+    if shape[0] % slices:
+        raise ConfigError(
+            f"mesh data={shape[0]} fsdp={shape[1]} tensor={shape[2]}: {slices} TPU slices need a data axis that is a "
+            f"multiple of {slices}, as only that axis crosses slices; --config.mesh.data={slices} is the least"
+        )
+    within = (shape[0] // slices, *shape[1:])
+    array = create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=types)
 
 
 def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:

@@ -399,22 +399,25 @@ def open_pipeline(
     precomputed: Precomputed | None = None,
     pixels: bool = True,
     writer: bool = True,
+    opened: Callable[[str], None] = lambda _: None,
 ) -> Pipeline:
     """Opens the sources, measures them, and plans every epoch.
 
-    Of several processes one calls first, with `writer=True`, and the others once it is done; they share `config.cache`.
+    Of several processes one is the writer, and the others wait in `opened` until it is done; they share `config.cache`.
 
     Args:
       encode_key: as in `cached_lengths`; None: lengths are not cached.
       multiple: what the rows of a step must be a multiple of.
       rows_per_step: of the run that is continued; None in a new run.
       precomputed, pixels: as in `Pipeline`.
+      opened: told the fingerprint of the sources before anything is measured.
 
     Raises:
       UserError: a source is missing, empty or corrupt; too many samples are broken; nothing fits a row.
     """
     sources = [open_source(source) for source in config.sources]
     source = sources[0] if len(sources) == 1 else Concatenated(sources)
+    opened(source.fingerprint)
     if config.cache and encode_key:
         lengths = cached_lengths(source, encode, image_tokens, config, encode_key, writer)
     else:

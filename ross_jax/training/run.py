@@ -1,6 +1,7 @@
 """A training run from its config: data, parameters, compiled step, checkpoints, loop. The same command continues it."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ross_jax import checkpoints
@@ -19,6 +19,7 @@ from ross_jax.data.pipeline import Pipeline, open_pipeline
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.sharding import batch_sharding, make_mesh, process_share
+from ross_jax.training import agreement
 from ross_jax.training.build import build_step
 from ross_jax.training.cached import check_parameters, check_settings, needs_pixels, open_cached, spared_components
 from ross_jax.training.loop import Draw, Evaluate, Hook, Stop, global_batches, run_loop
@@ -30,11 +31,12 @@ from ross_jax.training.step import make_state
 from ross_jax.tree import merge
 
 
-def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -> Pipeline:
+def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, timeout: int = 300) -> Pipeline:
     """The run's batches. Of several processes the first measures and plans, the others read what it cached.
 
     Raises:
-      UserError: data, tokenizer or `config.data.precomputed` that cannot be used.
+      UserError: data, tokenizer or `config.data.precomputed` that cannot be used; on all processes, if their data or
+        tokenizers differ or one did not open its data within `timeout` seconds.
     """
     model, text = config.model, config.text
     tokenizer = load_tokenizer(text.tokenizer)
@@ -47,25 +49,28 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None) -
     key = json.dumps([thaw(text), len(tokenizer)])
     cached = open_cached(config)
 
-    def build(writer: bool) -> Pipeline:
-        return open_pipeline(
-            config.data,
-            encode,
-            config.images,
-            model.vision.num_tokens,
-            encode_key=key,
-            multiple=replicas * config.step.accumulate,
-            rows_per_step=rows_per_step,
-            decode_image=decode_official if text.compat == "official" else decode,
-            precomputed=cached,
-            pixels=needs_pixels(config, cached),
-            writer=writer,
-        )
+    plan = agreement.Turn()
 
-    pipeline = build(True) if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("packing plan")
-    pipeline = pipeline or build(False)
+    def opened(fingerprint: str) -> None:
+        vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+        agreement.agree({"data": fingerprint[:12], "tokenizer": vocabulary[:12]}, timeout)
+        plan.wait()
+
+    pipeline = open_pipeline(
+        config.data,
+        encode,
+        config.images,
+        model.vision.num_tokens,
+        encode_key=key,
+        multiple=replicas * config.step.accumulate,
+        rows_per_step=rows_per_step,
+        decode_image=decode_official if text.compat == "official" else decode,
+        precomputed=cached,
+        pixels=needs_pixels(config, cached),
+        writer=jax.process_index() == 0,
+        opened=opened,
+    )
+    plan.done()
     if cached is not None:
         check_settings(config, cached, pipeline)
     return pipeline
@@ -106,19 +111,22 @@ def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, P
 class Run:
     """A run's directory and everything that its loop needs.
 
+    Args:
+      timeout: seconds that its processes wait for one another while it starts.
+
     Attributes:
       step: steps done.
       steps: of the whole run.
     """
 
-    def __init__(self, config: RunConfig, folder: Path):
+    def __init__(self, config: RunConfig, folder: Path, timeout: int = 300):
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
         self._check_directory()
         self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
         self.step = self._checkpoints.latest() or 0
         recorded = self._read_recorded()
-        self.data = open_data(self._with_cache(), self.mesh, recorded.get("rows_per_step"))
+        self.data = open_data(self._with_cache(), self.mesh, recorded.get("rows_per_step"), timeout)
         if recorded.get("data", self.data.hash) != self.data.hash:
             raise UserError(
                 f"{folder}: was trained on other data or another packing plan; a run continues only with its own. "

@@ -1,0 +1,53 @@
+"""The mesh over several slices."""
+
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from ross_jax.config import ConfigError
+from ross_jax.sharding import MeshConfig, make_mesh
+
+
+def devices(slices: int, platform: str = "tpu", kind: str = "TPU v4") -> list[jax.Device]:
+    """Slices of 2 x 2 chips, a host each, as JAX lists them: by process."""
+    return [
+        mock.Mock(
+            spec=jax.Device,
+            id=4 * number + chip,
+            slice_index=number,
+            process_index=number,
+            coords=(chip % 2, chip // 2, 0),
+            core_on_chip=0,
+            platform=platform,
+            device_kind=kind,
+        )
+        for number in range(slices)
+        for chip in range(4)
+    ]
+
+
+def mesh_slices(config: MeshConfig, found: list[jax.Device]) -> np.ndarray:
+    """Slice of each device of the mesh."""
+    return np.vectorize(lambda device: device.slice_index)(make_mesh(config, found).devices)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (4, 2, 1), (8, 1, 1)])
+def test_only_the_data_axis_crosses_tpu_slices(sizes):
+    array = mesh_slices(MeshConfig(*sizes), devices(2))
+    assert array.shape == sizes
+    assert all(len(np.unique(row)) == 1 for row in array)
+    assert (np.bincount(array.ravel()) == 4).all()
+
+
+def test_tpu_slices_must_divide_the_data_axis():
+    with pytest.raises(ConfigError, match=r"mesh data=1 fsdp=8 tensor=1: 2 TPU slices need .*--config.mesh.data=2"):
+        make_mesh(MeshConfig(), devices(2))
+
+
+def test_parameters_may_be_split_over_hosts_of_gpus():
+    found = devices(2, "gpu", "NVIDIA H100 80GB HBM3")
+    assert mesh_slices(MeshConfig(1, 8, 1), found).ravel().tolist() == [0] * 4 + [1] * 4
+    array = mesh_slices(MeshConfig(2, 2, 2), found)
+    assert (array[0] == 0).all() and (array[1] == 1).all()
