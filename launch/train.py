@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     # On virtual CPU devices, steps that overlap may wait for one another's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        traced = parse_steps(_PROFILE.value) if _PROFILE.value else None
+        traced = parse_steps(_PROFILE.value) if _PROFILE.value is not None else None
         if _DISTRIBUTED.value:
             agreement.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _START_TIMEOUT.value)
         config, folder = freeze(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value)
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         draw = PictureDrawer(config.model, run.mesh, config.step.dtype) if draws else None
         with contextlib.ExitStack() as stack:
             hooks = ()
-            if traced and jax.process_index() == 0:  # all do the same, and those of one host would write one file
+            if traced:
                 hooks = (stack.enter_context(tracing(folder / "profile", *traced, run.step, run.steps)),)
             done = run.train(hooks, draw, evaluate=make_evaluator(config, run.mesh))
     except UserError as error:

@@ -82,7 +82,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None, ti
 
 def alone() -> bool:
     """Whether this process trains by itself."""
-    return distributed.global_state.num_processes == 1
+    return distributed.global_state.client is None or distributed.global_state.num_processes == 1
 
 
 def leave(error: UserError) -> None:

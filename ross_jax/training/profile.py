@@ -29,7 +29,8 @@ def parse_steps(text: str) -> tuple[int, int]:
 def tracing(folder: Path, first: int, count: int, done: int, steps: int) -> Iterator[Hook]:
     """A hook that writes a trace of `count` steps from `first` on to `folder`, or of those that come before the end.
 
-    A run that is continued behind `first` is not traced, so that the same command continues it.
+    Of several processes the first writes: all do the same, and those of one host would write the same file. A run that
+    is continued behind `first` is not traced, so that the same command continues it.
 
     Args:
       done: steps before the run.
@@ -45,7 +46,7 @@ def tracing(folder: Path, first: int, count: int, done: int, steps: int) -> Iter
 
     def switch(step: int) -> None:
         nonlocal running
-        if step + 1 == first and not running:
+        if step + 1 == first and not running and jax.process_index() == 0:
             with writing(folder, folder.parent):
                 folder.mkdir(parents=True, exist_ok=True)
             jax.profiler.start_trace(folder)

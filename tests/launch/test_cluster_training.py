@@ -164,8 +164,8 @@ def test_other_data_at_the_same_place_ends_both(recipe, cache, tmp_path):
 
 
 @pytest.fixture
-def namespaces():
-    """Two network namespaces: how to run in each, the first one's address, and a command for the link between them."""
+def namespaces(tmp_path):
+    """Two hosts in network namespaces: how to run on each, the first one's address, a command for their link."""
     names = [f"ross{os.getpid()}{side}" for side in "ab"]
     ip = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if ip is None or subprocess.run([ip, "netns", "add", names[0]], capture_output=True, check=False).returncode:
@@ -179,11 +179,11 @@ def namespaces():
             steps += [f"{inside} link set {links[i]} up", f"{inside} link set lo up"]
         for step in steps:
             subprocess.run([ip, *step.split()], check=True, capture_output=True)
-        yield (
-            [(ip, "netns", "exec", name) for name in names],
-            "10.77.0.1",
-            (ip, "-n", names[1], "link", "set", links[1]),
-        )
+        # XLA's collectives on CPU look for the address of their host's name.
+        (tmp_path / "etc").write_text(f"127.0.0.1 localhost\n10.77.0.1 {names[0]}\n10.77.0.2 {names[1]}\n")
+        own = f'mount --bind {tmp_path}/etc /etc/hosts && hostname $0 && exec "$@"'
+        inside = [(ip, "netns", "exec", name, "unshare", "-u", "-m", "sh", "-c", own, name) for name in names]
+        yield inside, "10.77.0.1", (ip, "-n", names[1], "link", "set", links[1])
     finally:
         for name in names:
             subprocess.run([ip, "netns", "del", name], capture_output=True, check=False)
