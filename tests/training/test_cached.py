@@ -109,17 +109,27 @@ def convolutions(run: Run) -> int:
         return run.train_step.lower(run.state, batch).as_text().count("stablehlo.convolution")
 
 
-CASES = {
-    "denoise, targets": (make_config, {}, ("targets",), True, 1),
-    "denoise, official": (make_config, {"reconstruction": ReconstructionConfig(compat="official")}, BOTH, False, 0),
-    "latent, teacher": (make_config, {"model": WITH_TEACHER, "reconstruction": REGRESS}, BOTH, False, 0),
-}
+CASES = [
+    pytest.param({}, ("targets",), True, 1, id="denoise, targets", marks=pytest.mark.slow),
+    pytest.param(
+        {"reconstruction": ReconstructionConfig(compat="official")}, BOTH, False, 0, id="denoise, official, features"
+    ),
+    pytest.param(
+        {"model": WITH_TEACHER, "reconstruction": REGRESS},
+        BOTH,
+        False,
+        0,
+        id="latent, teacher, features",
+        marks=pytest.mark.slow,
+    ),
+]
+"""Of the config; what is cached; whether pixels are still read; convolutions that are left in the step."""
 
 
-@pytest.mark.parametrize(("make", "changes", "what", "pixels", "left"), CASES.values(), ids=CASES)
-def test_losses_are_those_of_the_pixels(data, tmp_path, make, changes, what, pixels, left):
+@pytest.mark.parametrize(("changes", "what", "pixels", "left"), CASES)
+def test_losses_are_those_of_the_pixels(data, tmp_path, changes, what, pixels, left):
     """And nothing of the components that made the cache is in the step. A run may be continued with or without it."""
-    config = make(data, **changes)
+    config = make_config(data, **changes)
     assert Run(config, tmp_path / "pixels").train() == 3
     made = make_cache(config, tmp_path / "cache", what)
     assert made.missing == 0 and made.broken == 1
