@@ -252,7 +252,24 @@ def test_sizes_must_be_positive():
 def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
     from ross_jax.demo import dataset as module
 
-    monkeypatch.setattr(module, "_heldout", lambda *_: 1 / 0)
+    monkeypatch.setattr(module, "_balanced", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_dataset(tmp_path / "data", DatasetConfig(pretrain=1, finetune=1, heldout_per_type=6))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_and_pictures_without_a_word(dataset, tmp_path):
+    """As many questions of each type, spread over its answers; the rest of the data set stays as it is."""
+    folder = tmp_path / "data"
+    assert write_dataset(folder, dataclasses.replace(SMALL, labels_per_type=8, unlabelled=3))
+    labels = read(folder, "labels")
+    assert Counter(record["type"] for record in labels) == dict.fromkeys(ANSWERS, 8)
+    for kind, answers in ANSWERS.items():
+        counts = Counter(record["answer"] for record in labels if record["type"] == kind)
+        assert set(counts) == set(answers[:8]) and max(counts.values()) - min(counts.values()) <= 1
+    photographs = {name: {record["photo"] for record in read(folder, name)} for name in ("labels", "heldout")}
+    assert not photographs["labels"] & photographs["heldout"]
+    assert len(list((folder / "unlabelled").iterdir())) == 3
+    for name in ("pretrain", "finetune", "heldout"):
+        assert read(folder, name) == read(dataset, name)
+    assert read(dataset, "labels") == [] and not list((dataset / "unlabelled").iterdir())
