@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets everything up, trains a tiny Ross on real pictures on the CPU, and shows what it learned, under runs/demo.
-# Usage: bash launch/demo.sh [--kind KIND ...] [--baseline] [--seeds 0 1 2] [--quick] [--root DIR]
+# Usage: bash launch/demo.sh [--kind KIND ...] [--denoiser] [--baseline] [--seeds 0 1 2] [--quick] [--root DIR]
 #   --kind: of reconstruction, denoise (default), pixel, latent, latent2pixel or none
-#   --baseline: also without reconstruction     --quick: little data, to see that all runs
+#   --denoiser: then the denoiser alone     --baseline: also without reconstruction     --quick: little data, to see that all runs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
