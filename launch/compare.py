@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     root = args.root or Path("runs/comparison-quick" if args.quick else "runs/comparison")
     dataset, fit = recipe.DATASET, FitConfig()
     if args.quick:
-        little = {"pretrain": 64, "heldout_per_type": 12, "labels_per_type": 6, "unlabelled": 64}
+        little = {"pretrain": 64, "heldout_per_type": 12, "labels_per_type": 1, "unlabelled": 64}
         dataset, fit = dataclasses.replace(dataset, **little), FitConfig(pictures=64, steps=20)
     try:
         prepare(root, dataset, fit, say)
