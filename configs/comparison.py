@@ -8,8 +8,9 @@
   seed    of parameters, order and noise
   root    where data, tokenizer, autoencoder and runs lie
 
-`python launch/compare.py` trains and scores all of it. The regime below was fixed before any arm was trained: from runs
-of the base and of the arm without reconstruction alone.
+`python launch/compare.py` trains and scores all of it. The regime below was fixed before any arm with reconstruction was
+trained, from a run of seed 0 without: its accuracy, 0.545, lies between chance, 0.352, and what the demo reaches with all
+labels, 0.839.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ from ross_jax.demo.dataset import DatasetConfig
 from ross_jax.training.recipe import complete
 
 KINDS = ("none", "pixel", "latent", "latent2pixel", "denoise")
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 DATASET = DatasetConfig(pretrain=6000, finetune=1, heldout_per_type=360, labels_per_type=32, unlabelled=6000)
 """Captions for the base; 32 labels for each of 9 types of question, 288 in all; pictures; held-out questions."""
 LABELS_REPEATED = 10

@@ -1,6 +1,6 @@
 """Compares the kinds of reconstruction where answers are scarce and pictures are many: the paper's table, in miniature.
 
-  python launch/compare.py [--kinds none denoise] [--seeds 0 1 2] [--quick] [--root runs/comparison]
+  python launch/compare.py [--kinds none denoise] [--seeds 0 1 2 3 4] [--quick] [--root runs/comparison]
 
 The regime is in configs/comparison.py. Writes table.md, table.png and scores.json. Interrupted, the same command
 continues where it was.
