@@ -8,9 +8,9 @@
   seed    of parameters, order and noise
   root    where data, tokenizer, autoencoder and runs lie
 
-`python launch/compare.py` trains and scores all of it. The regime below was fixed before any arm with reconstruction was
-trained, from a run of seed 0 without: its accuracy, 0.545, lies between chance, 0.352, and what the demo reaches with all
-labels, 0.839.
+`python launch/compare.py` trains and scores all of it. The regime below was fixed before any arm with reconstruction
+was trained, from a run of seed 0 without: its accuracy, 0.545, lies between chance, 0.352, and what the demo reaches
+with all its labels, 0.839.
 """
 
 from pathlib import Path

@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from ross_jax import command_line
 from ross_jax.config import UserError, freeze
 from ross_jax.training.precompute import CacheConfig, precompute, sizes
 from ross_jax.training.recipe import RunConfig
@@ -31,10 +32,7 @@ _PROCESSES = flags.DEFINE_integer("processes", 1, "Processes that make the cache
 _PROCESS = flags.DEFINE_integer("process", 0, "Number of this one, from 0.")
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}", file=sys.stderr)
-        return 1
+def main() -> int:
     sys.unraisablehook = lambda _: None
     # On virtual CPU devices, steps that overlap may wait for one another's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -67,15 +65,5 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Reads the flags, which runs the recipe's file too; whatever is wrong with either ends in one line."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(map(str, error.args)) or error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "output"])
-    app.run(main, flags_parser=parse)
+    command_line.run(main, ["config", "output"])

@@ -15,32 +15,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are imported as configs.NAME
 
 from configs import comparison as recipe
-from ross_jax.config import UserError, freeze
+from ross_jax.config import UserError
 from ross_jax.demo.autoencoder import FitConfig
 from ross_jax.demo.comparison import draw, markdown, rows
 from ross_jax.demo.prepare import prepare
 from ross_jax.demo.report import run_folder, summarise
-from ross_jax.training.recipe import RunConfig
-from ross_jax.training.run import Run
+from ross_jax.demo.running import Interrupted, say, train
 
 
-class Interrupted(Exception):
-    """A signal ended a run early; what it saved is continued from."""
-
-
-def say(text: str) -> None:
-    """Progress goes to stderr, so that stdout stays a result."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def train(root: Path, stage: str, kind: str, seed: int) -> None:
+def train_arm(root: Path, stage: str, kind: str, seed: int) -> None:
     """Trains the base of a seed or one arm, or continues it."""
     folder = run_folder(root, "base", seed, "pretrain") if stage == "base" else run_folder(root, kind, seed, "finetune")
-    say(f"{folder}: training")
-    config = recipe.get_config(f"stage={stage},kind={kind},seed={seed},root={root}")
-    run = Run(freeze(RunConfig, config.to_dict()), folder)
-    if run.train() < run.steps:
-        raise Interrupted
+    train(recipe.get_config(f"stage={stage},kind={kind},seed={seed},root={root}"), folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepare(root, dataset, fit, say)
         for seed in args.seeds:
-            train(root, "base", "none", seed)
+            train_arm(root, "base", "none", seed)
             for kind in args.kinds:
-                train(root, "arm", kind, seed)
+                train_arm(root, "arm", kind, seed)
         scores = summarise(root, args.kinds, args.seeds)
         table = rows(scores)
         (root / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are imported as configs.NAME
 
 from configs import demo as recipe
-from ross_jax.config import UserError, freeze
+from ross_jax.config import UserError
 from ross_jax.demo.autoencoder import FitConfig
 from ross_jax.demo.dataset import DatasetConfig
 from ross_jax.demo.prepare import prepare
@@ -31,28 +31,13 @@ from ross_jax.demo.report import (
     score_denoiser,
     summarise,
 )
-from ross_jax.evaluation.reconstruction import make_evaluator
-from ross_jax.training.recipe import RunConfig
-from ross_jax.training.run import Run
+from ross_jax.demo.running import Interrupted, say, train
 
 
-class Interrupted(Exception):
-    """A signal ended a run early; what it saved is continued from."""
-
-
-def say(text: str) -> None:
-    """Progress goes to stderr, so that stdout stays a result."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def train(root: Path, kind: str, seed: int, stage: str) -> None:
+def train_stage(root: Path, kind: str, seed: int, stage: str) -> None:
     """Trains one stage of one model, or continues it."""
-    folder = run_folder(root, kind, seed, stage)
-    say(f"{folder}: training")
     config = recipe.get_config(f"stage={stage},kind={kind},seed={seed},root={root}")
-    run = Run(freeze(RunConfig, config.to_dict()), folder)
-    if run.train(evaluate=make_evaluator(run.config, run.mesh)) < run.steps:
-        raise Interrupted
+    train(config, run_folder(root, kind, seed, stage))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         for seed in args.seeds:
             for kind in kinds:
                 for stage in STAGES:
-                    train(root, kind, seed, stage)
+                    train_stage(root, kind, seed, stage)
         scores = summarise(root, kinds, args.seeds)
         draw_losses(root / "losses.png", root, kinds, args.seeds[0])
         denoisers = {}
         for seed in args.seeds if args.denoiser else ():
-            train(root, "denoise", seed, DENOISER)
+            train_stage(root, "denoise", seed, DENOISER)
             denoisers[str(seed)] = score_denoiser(root, seed)
     except UserError as error:
         say(f"error: {error}")

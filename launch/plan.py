@@ -31,9 +31,10 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-from absl import app, flags  # noqa: E402
+from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from ross_jax import command_line  # noqa: E402
 from ross_jax.config import UserError, freeze  # noqa: E402
 from ross_jax.plan import search  # noqa: E402
 from ross_jax.plan.figure import draw  # noqa: E402
@@ -59,11 +60,8 @@ _PNG = flags.DEFINE_string("png", None, "Draw memory and time there.")
 _DUMP = flags.DEFINE_string("dump-hlo", None, "Keep the optimised HLO in this folder.")
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
     logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)  # the report says it, once
-    if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}", file=sys.stderr)
-        return 1
     try:
         config = freeze(RunConfig, _CONFIG.value.to_dict())
         target = open_target(_TOPOLOGY.value)
@@ -106,15 +104,5 @@ def _recipe() -> str:
     return next((arg.split("=", 1)[1] for arg in sys.argv if arg.lstrip("-").startswith("config=")), given)
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Reads the flags, which runs the recipe's file too; whatever is wrong with either ends in one line."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(map(str, error.args)) or error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main, flags_parser=parse)
+    command_line.run(main, ["config", "topology"])

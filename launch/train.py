@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from ross_jax import command_line
 from ross_jax.config import UserError, freeze, thaw
 from ross_jax.evaluation.reconstruction import make_evaluator
 from ross_jax.inference.reconstruct import PictureDrawer
@@ -53,10 +54,7 @@ def use_cache(folder: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}", file=sys.stderr)
-        return 1
+def main() -> int:
     # When one of tensorstore's writes fails, the others still in flight call back into a closed event loop, each with a
     # traceback on stderr.
     sys.unraisablehook = lambda _: None
@@ -88,15 +86,5 @@ def main(argv: list[str]) -> int:
     return 0 if done == run.steps else _STOPPED_STATUS.value
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Reads the flags, which runs the recipe's file too; whatever is wrong with either ends in one line."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(map(str, error.args)) or error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse)
+    command_line.run(main, ["config", "workdir"])

