@@ -81,7 +81,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "step": {"dtype": "bfloat16", "remat": "full"},
             "loop": {"log": 50, "save": 1000, "evaluate": 1000},
             "evaluation": {"sources": heldout},
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            "mesh": {"data": -1, "fsdp": -1, "tensor": 1},
             "seed": 0,
         }
     )

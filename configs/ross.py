@@ -176,7 +176,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "reconstruction": {"kind": kind},
             "step": {"dtype": "bfloat16", "remat": "full"},
             "loop": {"expected_reconstruction": stage["expected"] if kind == "denoise" else None},
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            "mesh": {"data": -1, "fsdp": -1, "tensor": 1},
             "seed": 0,
         }
     )

@@ -58,11 +58,17 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 """Path pattern -> logical axis of each dimension; the first match counts."""
 LARGE = 2**22
 """Elements from which an array that stays whole on every device is worth a line in the log."""
+FSDP_AT_MOST = 64
+"""Devices that share one copy of the parameters where the mesh is left to us: by then they take little of a device's
+memory, and a wider axis only makes each gather slower."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: all that are left."""
+    """Devices along each mesh axis; one of them may be -1: all that are left.
+
+    With both `data` and `fsdp` -1, fsdp takes what is left, at most 64 devices and a TPU slice, and data the rest.
+    """
 
     data: int = 1
     fsdp: int = -1
@@ -70,8 +76,9 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
-        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-            raise ValueError(f"mesh sizes {sizes} must be positive; at most one may be -1 (what is left)")
+        both = self.data == self.fsdp == -1 != self.tensor
+        if any(size < 1 and size != -1 for size in sizes) or (sizes.count(-1) > 1 and not both):
+            raise ValueError(f"mesh sizes {sizes} must be positive; -1 (what is left): one, or data and fsdp")
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -82,7 +89,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         the data axis.
     """
     devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes = {axis: getattr(config, axis) for axis in AXES}
+    if config.data == config.fsdp == -1:
+        left = len(devices) // config.tensor // (slices if devices[0].platform == "tpu" else 1)
+        sizes["fsdp"] = max((n for n in range(1, min(left, FSDP_AT_MOST) + 1) if left % n == 0), default=1)
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
         divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
@@ -92,7 +103,6 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         )
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
     types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     if devices[0].platform != "tpu":  # hosts of GPUs, which JAX calls slices too; in the order of their processes

@@ -46,6 +46,33 @@ def test_tpu_slices_must_divide_the_data_axis():
         make_mesh(MeshConfig(), devices(2))
 
 
+@pytest.mark.parametrize(
+    ("slices", "platform", "tensor", "expected"),
+    [
+        (1, "tpu", 1, (1, 4, 1)),
+        (1, "tpu", 2, (1, 2, 2)),
+        (2, "tpu", 1, (2, 4, 1)),
+        (2, "gpu", 1, (1, 8, 1)),
+        (16, "gpu", 1, (1, 64, 1)),
+        (32, "gpu", 1, (2, 64, 1)),
+        (32, "gpu", 4, (1, 32, 4)),
+        (24, "gpu", 1, (2, 48, 1)),
+        (17, "gpu", 1, (2, 34, 1)),
+    ],
+)
+def test_left_to_the_mesh_parameters_are_split_over_64_devices_of_a_slice(slices, platform, tensor, expected):
+    mesh = make_mesh(MeshConfig(-1, -1, tensor), devices(slices, platform))
+    assert mesh.devices.shape == expected
+
+
+def test_sizes_left_open_are_named():
+    with pytest.raises(ConfigError, match=r"mesh data=-1 fsdp=-1 tensor=3: does not divide 4 devices"):
+        make_mesh(MeshConfig(-1, -1, 3), devices(1))
+    for sizes in [(-1, 1, -1), (1, -1, -1), (-1, -1, -1), (0, 1, 1)]:
+        with pytest.raises(ValueError, match="must be positive; -1"):
+            MeshConfig(*sizes)
+
+
 def test_parameters_may_be_split_over_hosts_of_gpus():
     found = devices(2, "gpu", "NVIDIA H100 80GB HBM3")
     assert mesh_slices(MeshConfig(1, 8, 1), found).ravel().tolist() == [0] * 4 + [1] * 4

@@ -19,10 +19,11 @@ MOST_TENSOR = 8
 
 
 def meshes(devices: int) -> list[MeshConfig]:
-    """Fully sharded; with 2, 4 and 8 devices along `tensor`; and with replicas of 8, 16 and 32 devices."""
+    """Fully sharded; with 2, 4 and 8 devices along `tensor`; and with replicas of 8, 16, 32 and 64 devices."""
     sizes = [size for size in (1, 2, 4, MOST_TENSOR) if devices % size == 0]
     found = [MeshConfig(1, devices // size, size) for size in sizes]
-    found += [MeshConfig(devices // size, size, 1) for size in (8, 16, 32) if devices % size == 0 and size < devices]
+    replicas = [size for size in (8, 16, 32, 64) if devices % size == 0 and size < devices]
+    found += [MeshConfig(devices // size, size, 1) for size in replicas]
     return found
 
 
