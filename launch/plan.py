@@ -3,6 +3,7 @@
   python launch/plan.py --config=configs/ross.py:encoder=siglip,llm=qwen2_7b,stage=finetune --topology=v5e:8x8
   python launch/plan.py --config=configs/llava.py --topology=h100:1x1x8 --json=plan.json --png=plan.png
   python launch/plan.py --config=configs/ross.py --topology=v5p:4x4x4 --search
+  python launch/plan.py --config=configs/ross.py --topology=v5e:8x8 --cached=targets
 
 The config's own jitted step is compiled ahead of time for the topology, by XLA, on this machine's CPU: nothing runs and
 no array is made. TPU slices (v4, v5e, v5p, v6e, v7x: chips along each axis) need the extra `tpu`, GPUs (a100, h100,
@@ -53,6 +54,7 @@ _ROWS = flags.DEFINE_integer("rows", None, "Rows of a global batch; default: wha
 _TOKENS = flags.DEFINE_float("tokens", None, "Mean tokens of a conversation, pictures included.")
 _PICTURES = flags.DEFINE_float("pictures", None, "Mean pictures of a conversation.")
 _EPOCH = flags.DEFINE_integer("epoch", None, "Conversations of an epoch.")
+_CACHED = flags.DEFINE_list("cached", [], "What the run reads from a cache of launch/cache.py: targets, features.")
 _PROMPT = flags.DEFINE_integer("prompt", 1024, "Tokens of a prompt, its picture included, with --objective=generate.")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 256, "Tokens to generate, with --objective=generate.")
 _JSON = flags.DEFINE_string("json", None, "Write all figures there.")
@@ -72,6 +74,7 @@ def main() -> int:
             tokens=_TOKENS.value,
             pictures=_PICTURES.value,
             epoch=_EPOCH.value,
+            cached=tuple(_CACHED.value),
             prompt=_PROMPT.value,
             new_tokens=_NEW_TOKENS.value,
             dump=Path(_DUMP.value) if _DUMP.value else None,

@@ -25,6 +25,7 @@ class Options:
     Attributes:
       recipe: its name in reports.
       rows, tokens, pictures, epoch: as in `assume`.
+      cached: parts that the run reads from a cache: `targets`, `features`.
       prompt, new_tokens: of generation.
       dump: folder that keeps the optimised HLO.
     """
@@ -35,6 +36,7 @@ class Options:
     tokens: float | None = None
     pictures: float | None = None
     epoch: int | None = None
+    cached: tuple[str, ...] = ()
     prompt: int = 1024
     new_tokens: int = 256
     dump: Path | None = None
@@ -54,7 +56,7 @@ def plan(config: RunConfig, target: Target, options: Options) -> Report:
         multiple = replicas * config.step.accumulate
         workload = assume(config, multiple, options.rows, options.tokens, options.pictures, options.epoch)
         steps = int(workload.epoch / workload.conversations * config.data.epochs) if workload.epoch else _STEPS
-        program = train_program(config, mesh, workload.rows, max(1, steps))
+        program = train_program(config, mesh, workload.rows, max(1, steps), options.cached)
     else:
         rows = options.rows or replicas
         if rows % replicas:
@@ -65,7 +67,9 @@ def plan(config: RunConfig, target: Target, options: Options) -> Report:
         lines.append(f"{options.new_tokens} new tokens of each (--new_tokens)")
         workload = Workload(rows, float(rows), float(rows * options.prompt), float(rows), None, lines)
         program = generate_program(config, mesh, rows, options.prompt, options.new_tokens)
-    known = describe(options.recipe, options.objective, config, target, mesh, workload, program)
+    known = describe(
+        options.recipe, options.objective, config, target, mesh, workload, program, options.cached if training else ()
+    )
     try:
         compiled = compile_program(program, target)
     except DoesNotFit as error:

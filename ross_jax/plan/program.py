@@ -83,10 +83,14 @@ class Compiled:
         return sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"] + sizes["code"]
 
 
-def train_program(config: RunConfig, mesh: Mesh, rows: int, steps: int) -> Program:
-    """A run's train step, lowered as the run lowers it."""
+def train_program(config: RunConfig, mesh: Mesh, rows: int, steps: int, cached: tuple[str, ...] = ()) -> Program:
+    """A run's train step, lowered as the run lowers it.
+
+    Args:
+      cached: as in `abstract_batch`.
+    """
     built = build_step(config, mesh, steps)
-    batch = abstract_batch(config, mesh, rows)
+    batch = abstract_batch(config, mesh, rows, cached)
     with jax.set_mesh(mesh), answering_for(mesh.devices.flat[0]):
         lowered = built.train_step.lower(built.state, batch)
     moments = jax.tree_util.tree_flatten_with_path(built.state.opt_state)[0]

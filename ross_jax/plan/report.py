@@ -14,6 +14,7 @@ from ross_jax.plan.program import Compiled, Program
 from ross_jax.plan.targets import GIB, GPU_SHARE, GPU_UTILISATION, KERNEL_UTILISATION, Target, axes_of
 from ross_jax.plan.workload import Workload
 from ross_jax.sharding import LARGE, why_whole
+from ross_jax.training.cached import spared_components
 from ross_jax.training.metrics import matrix_sizes, step_flops
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.state import abstract_tree
@@ -30,6 +31,7 @@ class Report:
 
     Attributes:
       parameters: component -> {"trainable", "frozen"}.
+      cached: parts that are read instead of computed.
       memory: kind -> bytes; `needed` of them together, `capacity` what a program can use; None: it did not compile.
       largest: arrays that come in, by path, and that the program makes, by operation.
       whole: parameters that every device holds in full, and why.
@@ -46,6 +48,7 @@ class Report:
     mesh: dict[str, int]
     remat: str
     rows: int
+    cached: list[str]
     assumptions: list[str]
     parameters: dict[str, dict[str, int]]
     capacity: int
@@ -70,7 +73,14 @@ class Report:
 
 
 def describe(
-    recipe: str, objective: str, config: RunConfig, target: Target, mesh: Mesh, workload: Workload, program: Program
+    recipe: str,
+    objective: str,
+    config: RunConfig,
+    target: Target,
+    mesh: Mesh,
+    workload: Workload,
+    program: Program,
+    cached: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The fields of a report that are known without compiling."""
     counts: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"trainable": 0, "frozen": 0})
@@ -102,6 +112,7 @@ def describe(
         "mesh": dict(mesh.shape),
         "remat": config.step.remat,
         "rows": workload.rows,
+        "cached": list(cached),
         "assumptions": workload.assumptions,
         "parameters": dict(counts),
         "capacity": target.chip.memory,
@@ -182,7 +193,9 @@ def complete(
         )
     draws = config.reconstruction.draws if config.reconstruction.kind == "denoise" else 0
     trained = {name for name, counts in report.parameters.items() if counts["trainable"]}
-    sizes = matrix_sizes(abstract_tree(config.model, config.freeze, mesh))
+    spared = spared_components(config, report.cached)
+    sizes = matrix_sizes(abstract_tree(config.model, config.freeze, mesh), logits=bool(config.text.weight))
+    sizes = {path: size for path, size in sizes.items() if path.partition("/")[0] not in spared}
     useful = step_flops(config.model, sizes, trained, draws, workload.tokens, workload.pictures)
     steps = math.ceil(workload.epoch / workload.conversations) if workload.epoch else None
     return dataclasses.replace(
@@ -276,9 +289,10 @@ def summary(report: Report) -> str:
 def text(report: Report) -> str:
     """The report for a terminal."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items())
+    cached = f", {' and '.join(report.cached)} from a cache" if report.cached else ""
     lines = [
         f"{report.recipe} on {report.topology}: {report.devices} devices",
-        f"  {mesh}, remat {report.remat}, {report.rows} rows",
+        f"  {mesh}, remat {report.remat}, {report.rows} rows{cached}",
         f"  {summary(report)}",
         "",
         "parameters            trainable      frozen",

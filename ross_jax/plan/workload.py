@@ -1,6 +1,7 @@
 """What a step is fed, where no data set is at hand to count it: the recipe's figures and stated assumptions."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -8,7 +9,9 @@ import jax
 from ross_jax.config import ConfigError
 from ross_jax.data.batches import RowShape, empty_batch
 from ross_jax.sharding import batch_sharding
+from ross_jax.training.cached import compute, needs_pixels, spared_components
 from ross_jax.training.recipe import RunConfig
+from ross_jax.training.state import abstract_tree
 
 EPOCHS = {"blip_laion_cc_sbu_558k": 558_128, "llava_v1_5_mix665k": 665_298, "cambrian737k": 737_000}
 """Conversations of the published data sets, by the name of their file."""
@@ -63,6 +66,8 @@ def assume(
     """
     packing, template, picture_tokens = config.data.packing, config.text.template, config.model.vision.num_tokens
     lines = []
+    if not packing.images:
+        pictures = 0.0
     if pictures is None:
         pictures = PICTURES.get(template, MIXED_PICTURES)
         lines.append(f"{pictures:g} pictures per conversation (--pictures)")
@@ -97,10 +102,28 @@ def assume(
     return Workload(rows, conversations, conversations * tokens, conversations * pictures, epoch, lines)
 
 
-def abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch of a step as shapes, rows split over the mesh."""
+def abstract_batch(
+    config: RunConfig, mesh: jax.sharding.Mesh, rows: int, cached: tuple[str, ...] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a step as shapes, rows split over the mesh.
+
+    Args:
+      cached: parts that the run reads from a cache, as `launch/cache.py` writes them by default.
+
+    Raises:
+      ConfigError: a part that the run has no use for.
+    """
     vision, packing = config.model.vision, config.data.packing
     one = empty_batch(1, RowShape(packing.length, packing.images, vision.num_tokens, vision.image_size))
+    if not needs_pixels(config, cached):
+        del one["images"]
+    tree = abstract_tree(config.model, config.freeze, mesh)
+    params = {name: tree[name] for name in spared_components(config, cached)}
+    side = vision.image_size
+    pictures = jax.ShapeDtypeStruct((packing.images, side, side, 3), "uint8")
+    made = jax.eval_shape(partial(compute, config, cached), params, pictures)
+    for fields in made.values():
+        one |= {name: jax.ShapeDtypeStruct((1, *array.shape), array.dtype) for name, array in fields.items()}
     sharding = batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=sharding)

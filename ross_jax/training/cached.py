@@ -10,7 +10,8 @@ pictures, their size and how they were decoded are those of the run.
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import typing
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt32
 
-from ross_jax.config import ConfigError, UserError, thaw
+from ross_jax.config import ConfigError, UserError, nearest, thaw
 from ross_jax.data.pipeline import Pipeline
 from ross_jax.data.precomputed import Precomputed, differences
 from ross_jax.models.ross import abstract_params, normalise
@@ -57,7 +58,9 @@ def find_part(config: RunConfig, name: str) -> Part:
     Raises:
       ConfigError: the run has no use for it.
     """
-    model = config.model
+    model, names = config.model, typing.get_args(PartName)
+    if name not in names:
+        raise ConfigError(f"{name}: no such part of a cache{nearest(name, names)}; there are {', '.join(names)}")
     if name == "features":
         if any(config.freeze.trains(f"vision/{path}") for path in flatten(abstract_params(model)["vision"])):
             raise ConfigError(
@@ -122,16 +125,15 @@ def open_cached(config: RunConfig) -> Precomputed | None:
     return cache.select(useful)
 
 
-def needs_pixels(config: RunConfig, cache: Precomputed | None) -> bool:
-    """Whether anything of the run still looks at the pictures themselves."""
-    cached = cache.parts if cache else ()
+def needs_pixels(config: RunConfig, cached: Collection[str]) -> bool:
+    """Whether anything of a run that reads these parts still looks at the pictures themselves."""
     encodes = "features" not in cached
     return encodes or (config.reconstruction.kind != "none" and "targets" not in cached) or config.loop.pictures > 0
 
 
-def spared_components(config: RunConfig, cache: Precomputed | None) -> set[str]:
+def spared_components(config: RunConfig, cached: Collection[str]) -> set[str]:
     """Components that do not run, since what they compute is read."""
-    return {find_part(config, name).component for name in cache.parts} if cache else set()
+    return {find_part(config, name).component for name in cached}
 
 
 def describe(config: RunConfig, parts: tuple[str, ...], pipeline: Pipeline) -> dict[str, Any]:

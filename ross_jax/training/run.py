@@ -66,7 +66,7 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, t
         rows_per_step=rows_per_step,
         decode_image=decode_official if text.compat == "official" else decode,
         precomputed=cached,
-        pixels=needs_pixels(config, cached),
+        pixels=needs_pixels(config, cached.parts if cached else ()),
         writer=jax.process_index() == 0,
         opened=opened,
     )
@@ -224,7 +224,7 @@ class Run:
         """Runs, or continues, until the end or a signal; returns the number of steps done."""
         config = self.config
         sizes = matrix_sizes(merge(self.state.params, self.state.frozen), logits=bool(config.text.weight))
-        spared = spared_components(config, self.data.precomputed)
+        spared = spared_components(config, self.data.precomputed.parts if self.data.precomputed else ())
         sizes = {path: size for path, size in sizes.items() if path.partition("/")[0] not in spared}
         kind = config.reconstruction.kind
         draws = config.reconstruction.draws if kind == "denoise" else 0

@@ -1,5 +1,6 @@
 """Every recipe: its shapes, parameter counts and sharding, nothing allocated."""
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -11,7 +12,7 @@ from absl import flags
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import config_flags
 
-from configs import llava, ross
+from configs import language_only, llava, ross
 from ross_jax.config import ConfigError, freeze
 from ross_jax.models.ross import abstract_params
 from ross_jax.sharding import AXES, parameter_shardings
@@ -51,6 +52,17 @@ def test_recipe(recipe, encoder, llm, stage):
     whole = [path for path, leaf in flat.items() if held[path] == math.prod(leaf.shape) > 2**22]
     assert [path for path in whole if not path.startswith("autoencoder")] == []
     assert sum(held.values()) < 0.03 * count(tree)
+
+
+def test_language_only_is_ross_without_pictures():
+    arguments = "encoder=siglip,llm=qwen2_7b,stage=finetune"
+    whole, alone = (freeze(RunConfig, recipe.get_config(arguments).to_dict()) for recipe in (ross, language_only))
+    assert alone.data.packing == dataclasses.replace(whole.data.packing, images=0)
+    assert alone.model.language == whole.model.language and alone.reconstruction.kind == "none"
+    assert {path.partition("/")[0] for path in flatten(abstract_params(alone.model)) if alone.freeze.trains(path)} == {
+        "language"
+    }
+    assert (alone.step, alone.optimizer, alone.mesh) == (whole.step, whole.optimizer, whole.mesh)
 
 
 @pytest.mark.parametrize("recipe", [ross, llava], ids=["ross", "llava"])

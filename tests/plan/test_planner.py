@@ -70,6 +70,43 @@ def test_batch_is_what_the_step_takes():
     assert held["optimizer/mu/language/head"].sharding.shard_shape((64, 96)) == (16, 96)
 
 
+def test_cached_parts_take_the_place_of_pixels():
+    """The step's batch has what a cache would hold, and the step no convolution but the patch embedding, or none."""
+    config = recipe()
+    mesh = make_mesh(MeshConfig(), jax.devices()[:4])
+    fields = ("picture_targets_mean", "picture_targets_logvar")
+
+    def convolutions(program) -> int:
+        return program.lowered.as_text().count("stablehlo.convolution")
+
+    live = train_program(config, mesh, 8, 10)
+    targets = train_program(config, mesh, 8, 10, ("targets",))
+    both = train_program(config, mesh, 8, 10, ("targets", "features"))
+    for name in fields:
+        assert targets.arguments[f"batch/{name}"].shape == both.arguments[f"batch/{name}"].shape == (8, 2, 8, 8, 4)
+        assert f"batch/{name}" not in live.arguments
+    assert "batch/images" in targets.arguments and "batch/images" not in both.arguments
+    assert both.arguments["batch/picture_features"].dtype == jnp.bfloat16
+    assert convolutions(live) > convolutions(targets) == 1 and convolutions(both) == 0
+    with pytest.raises(ConfigError, match="features: config.freeze.trainable has the vision encoder learn"):
+        learns = recipe(freeze={"trainable": ["language/.*", "vision/.*"]})
+        abstract_batch(learns, mesh, 8, ("features",))
+    with pytest.raises(ConfigError, match="pictures: no such part"):
+        abstract_batch(config, mesh, 8, ("pictures",))
+
+
+def test_rows_without_picture_slots():
+    """A step of text alone: no picture is assumed, and the batch has room for none."""
+    config = recipe(
+        data={"sources": [{"path": "none.json"}], "packing": {"length": 64, "images": 0}, "batch": 8},
+        reconstruction={"kind": "none"},
+    )
+    found = assume(config, 4, tokens=20.0)
+    assert found.pictures == 0 and found.tokens == pytest.approx(0.95 * 64 * found.rows)
+    program = train_program(config, make_mesh(MeshConfig(), jax.devices()[:4]), 8, 10)
+    assert program.arguments["batch/images"].size == 0
+
+
 def test_messages_of_exhausted_memory():
     said = "the total memory required for HLO temporaries (800.00G) exceeds available HBM (30.75G)"
     assert needed_bytes(said) == 800 * 2**30

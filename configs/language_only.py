@@ -1,0 +1,18 @@
+"""The language model of `configs/ross.py` alone, on text: rows of the same length, without picture slots.
+
+--config=configs/language_only.py:encoder=siglip,llm=qwen2_7b,stage=finetune
+
+The packing plan leaves out conversations with pictures. What pictures cost is the difference to the other recipes.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import ross
+
+
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """The recipe as a ConfigDict that command-line flags can override."""
+    config = ross.get_config(",".join(filter(None, [arguments, "kind=none"])))
+    config.data.packing.images = 0
+    config.freeze.trainable = ("language/.*",)
+    return config
