@@ -22,11 +22,10 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 PARTS: tuple[tuple[str, str], ...] = (
-    ("decode", r"\bdecode\b"),
+    ("autoencoder", r"Autoencoder\b|\btargets\b"),
     ("decode", r"\bdecode\b"),
     ("optimizer", r"\boptimizer\b"),
     ("text loss", r"\btext_loss\b"),
-    ("autoencoder", r"\bAutoencoder\b|\btargets\b"),
     ("denoiser", r"\bDenoiser\b|\breconstruction\b"),
     ("encoder", r"/vision\b"),
     ("projector", r"/projector\b"),

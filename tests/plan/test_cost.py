@@ -229,4 +229,6 @@ def test_parts():
     assert by_part == {"text loss": 2 * 4**3, "optimizer": 2 * 2 * 4**3}
     assert cost.part_of("jit(train_step)/transpose(jvp(Ross))/language/while/body/layers/up") == "language model"
     assert cost.part_of("jit(train_step)/jvp(Ross)/Ross.encode_images/vision/while") == "encoder"
+    assert cost.part_of("jit(train_step)/transpose(jvp(Autoencoder.decode))/decoder/conv_in") == "autoencoder"
+    assert cost.part_of("jit(run)/decode/while/body/Ross/language/layers/up") == "decode"
     assert np.all([cost.part_of("jit(train_step)/copy") == cost.OTHER])
