@@ -1,11 +1,16 @@
 """Eight virtual CPU devices, and run-time checks of every annotated shape."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is what the tests spend their time on, so LLVM is told to hurry.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+
+# In the background of a script a process is started deaf to interrupts, and so would be those that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
