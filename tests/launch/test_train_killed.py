@@ -12,13 +12,14 @@ from launcher import command, environment, losses, parameters, step_lines, train
 from ross_jax.checkpoints import latest_step
 
 pytestmark = pytest.mark.slow
-EVERY_STEP = "--config.loop.save=1"
+LONG = ("--config.loop.save=1", "--config.data.epochs=16")
+STEPS = 96  # some seven for each kill, and a kill lets through two or three
 KILLS = 12
 
 
 def start(recipe, workdir, cache) -> subprocess.Popen:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command(recipe, workdir, EVERY_STEP), env=environment(cache), **quiet)
+    return subprocess.Popen(command(recipe, workdir, *LONG), env=environment(cache), **quiet)
 
 
 def wait_for_a_step(process, workdir) -> float:
@@ -34,8 +35,10 @@ def wait_for_a_step(process, workdir) -> float:
 def test_killed_at_random_moments(recipe, cache, tmp_path):
     """While it starts, and while it trains and saves, which with a save after every step is nearly always."""
     whole, cut, rng = tmp_path / "whole", tmp_path / "cut", random.Random(0)
-    assert train(recipe, whole, EVERY_STEP, cache=cache).returncode == 0
-    startup, kept, unfinished = 10.0, [], 0
+    assert train(recipe, whole, *LONG, cache=cache).returncode == 0  # what it compiles, the runs below read
+    first = start(recipe, tmp_path / "first", cache)
+    startup, kept, unfinished = wait_for_a_step(first, tmp_path / "first"), [], 0
+    first.kill()
     for number in range(KILLS):
         process = start(recipe, cut, cache)
         if number % 3 == 0:  # the very first one too: what has no checkpoint yet starts anew
@@ -47,10 +50,11 @@ def test_killed_at_random_moments(recipe, cache, tmp_path):
         process.wait()
         kept.append(latest_step(cut) or 0)
         unfinished += any((cut / "steps").glob("*tmp*"))
-    assert kept == sorted(kept) and kept[-1] < 24, kept  # nothing is ever lost, and the kills came before the end
+    assert kept == sorted(kept) and kept[-1] < STEPS, kept  # nothing is ever lost, and the kills came before the end
     assert unfinished >= 2, "no kill came while a step was being saved"
-    done = train(recipe, cut, EVERY_STEP, cache=cache)
+    done = train(recipe, cut, *LONG, cache=cache)
     assert done.returncode == 0, done.stderr
+    assert len(losses(whole)) == STEPS
     np.testing.assert_array_equal(losses(cut), losses(whole))
     expected = parameters(whole)
     for path, leaf in parameters(cut).items():
