@@ -88,7 +88,7 @@ def test_cached_parts_take_the_place_of_pixels():
     assert "batch/images" in targets.arguments and "batch/images" not in both.arguments
     assert both.arguments["batch/picture_features"].dtype == jnp.bfloat16
     assert convolutions(live) > convolutions(targets) == 1 and convolutions(both) == 0
-    with pytest.raises(ConfigError, match="features: config.freeze.trainable has the vision encoder learn"):
+    with pytest.raises(ConfigError, match=r"features: .* has the vision encoder learn"):
         learns = recipe(freeze={"trainable": ["language/.*", "vision/.*"]})
         abstract_batch(learns, mesh, 8, ("features",))
     with pytest.raises(ConfigError, match="pictures: no such part"):
