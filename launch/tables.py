@@ -11,6 +11,7 @@ source code: the same command goes on where it was cut off, and a change of the 
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -62,6 +63,7 @@ class Case:
     mesh: tuple[tuple[str, int], ...] = ()
 
 
+@functools.cache
 def source_hash() -> str:
     """Of all that a plan depends on in this repository."""
     files = sorted([*(ROOT / "ross_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")])
