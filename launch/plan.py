@@ -15,22 +15,12 @@ Exit status: 0 it fits, 1 it does not, or an error; of --search, 0 if anything f
 import dataclasses
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
-# The compilers are asked, not the devices of this machine; what libtpu would ask a TPU host for is answered here.
-os.environ["JAX_PLATFORMS"] = "cpu"
-for name, value in {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}.items():
-    os.environ.setdefault(name, value)
+from ross_jax.plan.environment import prepare
+
+prepare()
 
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402

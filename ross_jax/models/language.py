@@ -171,6 +171,13 @@ class Decoder(nn.Module):
         return y.reshape(*y.shape[:2], heads, self.config.head_dim)
 
 
+def apply_head(
+    hidden: Float[Array, "... embed"], kernel: Float[Array, "embed vocab"], dtype: DTypeLike
+) -> Float[Array, "... vocab"]:
+    """Next-token scores, float32, of operands in `dtype`."""
+    return jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+
+
 class LanguageModel(nn.Module):
     """Embeddings to hidden states to logits."""
 
@@ -197,8 +204,11 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Next-token scores, float32."""
-        kernel = self.embedding.T if self.config.tied_head else self.head
-        return jnp.matmul(hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        return apply_head(hidden, self.head_kernel(), self.dtype)
+
+    def head_kernel(self) -> Float[Array, "embed vocab"]:
+        """What `logits` multiplies with, as it is stored."""
+        return self.embedding.T if self.config.tied_head else self.head
 
     @nn.compact
     def __call__(

@@ -215,6 +215,10 @@ class Ross(nn.Module):
         """Next-token scores, float32."""
         return self.language.logits(hidden)
 
+    def head_kernel(self) -> Float[Array, "embed vocab"]:
+        """What `logits` multiplies with."""
+        return self.language.head_kernel()
+
     def __call__(
         self,
         tokens: Int[Array, "batch seq"],

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from ross_jax.models.language import apply_head
 from ross_jax.models.layers import RematPolicy
 from ross_jax.models.ross import Ross, RossConfig, normalise
 from ross_jax.objectives.reconstruction import ReconstructionConfig, make_objective
@@ -88,8 +89,12 @@ def make_train_step(
             with jax.named_scope("text_loss"):
                 if supervised is not None:
                     hidden, labels = gather_supervised(hidden, labels, supervised)
+                # Gathered once for all chunks, in the dtype that they use; what they make of its gradient adds up on
+                # each device, in float32, and is reduced once.
+                kernel = constrain(model.apply(variables, method="head_kernel").astype(dtype), None, "vocab")
+                kernel = kernel.astype(jnp.float32)
                 total, _ = next_token_loss(
-                    hidden, labels, lambda x: model.apply(variables, x, method="logits"), step_config.text_chunk
+                    hidden, labels, lambda x: apply_head(x, kernel, dtype), step_config.text_chunk
                 )
             text_loss = total / jnp.maximum(totals[0], 1)
         if objective is None:

@@ -109,6 +109,20 @@ def test_packing_changes_nothing():
         assert two[name] == pytest.approx(one[name], rel=2e-5), name
 
 
+def test_rows_without_picture_slots():
+    """As rows whose slots are all empty; and it learns, on a mesh too."""
+    freeze, options = FreezeConfig((r"language/.*",)), {"reconstruction": ReconstructionConfig("none")}
+    options |= {"config": MODELS["none"], "freeze": freeze, "learning_rate": 1e-2}
+    empty = make_batch()
+    empty["image_start"][:], empty["image_ids"][:] = empty["tokens"].shape[1], 0
+    none = empty | {name: empty[name][:, :0] for name in ("images", "image_start", "image_ids")}
+    expected, run = Run(**options).run(empty), Run(MeshConfig(2, 2, 2), devices=8, **options)
+    losses = [run.run(none) for _ in range(3)]
+    for name in ("text_loss", "gradient_norm"):
+        assert losses[0][name] == pytest.approx(expected[name], rel=1e-4), name
+    assert losses[2]["text_loss"] < losses[0]["text_loss"]  # the first step only warms up
+
+
 def test_compiles_once():
     run = Run(MeshConfig(2, 2, 2), devices=8)
     for seed in range(3):
