@@ -93,7 +93,7 @@ class Workload:
             for segment, sample in enumerate(self.plan.row(first + row), 1):
                 conversation = expand(self._conversation(int(sample), random), self.shape.image_tokens)
                 side, images = self.shape.image_size, int(self.lengths.images[sample])
-                pictures = random.randint(0, 256, (images, side, side, 3), np.uint8)
+                pictures = [random.randint(0, 256, (side, side, 3), np.uint8) for _ in range(images)]
                 where = {"start": start, "slot": slot, "segment": segment}
                 place(batch, row, conversation, pictures, **where, first_image_id=int(identities[sample]))
                 start, slot = start + len(conversation.tokens), slot + images
