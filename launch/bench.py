@@ -96,12 +96,12 @@ def read_recipe(arguments: list[str]) -> RunConfig:
         "config", str(REPOSITORY / "configs/bench.py"), flag_values=values, sys_argv=argv, lock_config=True
     )
     try:
-        rest = values(argv)[1:]
+        rest, found = values(argv)[1:], recipe.value.to_dict()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         raise UserError(" ".join(map(str, error.args)) or str(error)) from error
     if rest:
         raise UserError(f"unexpected arguments {rest}")
-    return freeze(RunConfig, recipe.value.to_dict())
+    return freeze(RunConfig, found)
 
 
 Run = Callable[[argparse.Namespace, list[str]], Figures]

@@ -88,7 +88,7 @@ def test_recipes_that_cannot_be_measured(tmp_path, capsys):
         assert bench.main(["step", *arguments]) == 1
         return capsys.readouterr().err
 
-    assert "error: unexpected arguments ['--lenght=3']" in error("--lenght=3")
+    assert "Unknown command line flag 'lenght'" in error("--lenght=3")
     assert "--repeats 0: must be at least 1" in error("--repeats", "0")
     assert "nowhere.py" in error(f"--config={tmp_path}/nowhere.py")
     assert "does not divide 8 devices" in error("--config.mesh.fsdp=3")
