@@ -3,36 +3,34 @@
 
     python launch/bench.py data                                    a synthetic data set
     python launch/bench.py data --data mix.json --images coco.zip --tokenizer DIR --template qwen_2 --workers 8
+    python launch/bench.py step                                    a mid-size model's train step
+    python launch/bench.py step --compare torch                    beside the same step in PyTorch
+    python launch/bench.py step --compare padding                  packed rows beside padded ones
+    python launch/bench.py step --config=configs/ross.py:stage=finetune --config.data.batch=8
 
 One subcommand per part. Each prints its figures, and writes them as JSON if asked with --json FILE.
 """
 
 import argparse
-import itertools
 import json
 import sys
-import tempfile
-import time
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image
+from absl import flags
+from ml_collections import config_flags
 
-from ross_jax.config import UserError
-from ross_jax.data.conversation import IGNORE, IMAGE_ID, EncodedConversation
+from ross_jax.bench import data, step
+from ross_jax.config import UserError, freeze
 from ross_jax.data.images import ImageConfig
 from ross_jax.data.packing import PackingConfig
-from ross_jax.data.pipeline import DataConfig, open_pipeline
-from ross_jax.data.sources import SourceConfig
+from ross_jax.training.recipe import RunConfig
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))  # recipes import one another as configs.NAME
 
 Figures = dict[str, float | int | str]
-
-
-# data
+MEASURES = {None: step.measure, "torch": step.against_torch, "padding": step.against_padding}
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -54,97 +52,63 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=4, help="reading threads, without workers")
 
 
-def run_data(arguments: argparse.Namespace) -> Figures:
-    with tempfile.TemporaryDirectory() as folder:
-        path, images = arguments.data, arguments.images
-        if path is None:
-            path, images = write_synthetic(Path(folder), arguments.samples), [folder]
-        config = DataConfig(
-            sources=(SourceConfig(path, images=tuple(images)),),
+def run_data(arguments: argparse.Namespace, others: list[str]) -> Figures:
+    if others:
+        raise UserError(f"unexpected arguments {others}")
+    return data.measure(
+        data.Reading(
+            data=arguments.data,
+            images=tuple(arguments.images),
+            tokenizer=arguments.tokenizer,
+            template=arguments.template,
+            samples=arguments.samples,
             packing=PackingConfig(arguments.length, arguments.image_slots, layout=arguments.layout),
+            pictures=ImageConfig(arguments.image_size, mode=arguments.image_mode),
+            image_tokens=arguments.image_tokens,
             batch=arguments.batch,
+            steps=arguments.steps,
             workers=arguments.workers,
             threads=arguments.threads,
         )
-        start = time.perf_counter()
-        image_config = ImageConfig(arguments.image_size, mode=arguments.image_mode)
-        encode = make_encoder(arguments.tokenizer, arguments.template)
-        pipeline = open_pipeline(config, encode, image_config, arguments.image_tokens)
-        ready = time.perf_counter()
-        plan = pipeline.plans[0]
-        steps = samples = pictures = tokens = 0
-        batches = pipeline.batches()
-        first = next(batches)  # starts threads or workers: not measured
-        begin = time.perf_counter()
-        for batch in itertools.islice(batches, arguments.steps):
-            steps += 1
-            samples += int(batch["segments"].max(axis=1).sum())
-            pictures += int(np.count_nonzero(batch["image_ids"]))
-            tokens += int(np.count_nonzero(batch["segments"]))
-        seconds = time.perf_counter() - begin
-        batches.close()
-    if not steps:
-        raise UserError(f"the data set has only one step of {arguments.batch} conversations; lower --batch")
-    return {
-        "measure_and_plan_s": ready - start,
-        "first_batch_s": begin - ready,
-        "samples_per_s": samples / seconds,
-        "pictures_per_s": pictures / seconds,
-        "tokens_per_s": tokens / seconds,
-        "batch_mb": sum(array.nbytes for array in first.values()) / 1e6,
-        "steps_read": steps,
-        **plan.statistics(pipeline.lengths, config.packing),
-    }
+    )
 
 
-@dataclass(frozen=True)
-class WordEncoder:
-    """A stand-in for a tokenizer: one token per word, answers supervised. Fast, so that reading is what is measured."""
-
-    def __call__(self, record: dict[str, Any]) -> EncodedConversation:
-        ids, labels = [], []
-        for message in record["conversations"]:
-            words = message["value"].replace("<image>", " <image> ").split()
-            some = [IMAGE_ID if word == "<image>" else 1 + zlib.crc32(word.encode()) % 32000 for word in words]
-            ids += some
-            labels += some if message["from"] == "gpt" else [IGNORE] * len(some)
-        return EncodedConversation(np.array(ids, np.int32), np.array(labels, np.int32))
+def add_step(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs a recipe's train step on the devices of this machine, on random parameters and packed rows of made-up "
+        "conversations whose lengths resemble LLaVA-1.5's stage 2."
+    )
+    parser.epilog = "--config=RECIPE (default: configs/bench.py) and --config.FIELD=VALUE, as launch/train.py has them."
+    parser.add_argument("--compare", choices=[name for name in MEASURES if name], help="in turns with this")
+    parser.add_argument("--repeats", type=int, default=5, help="steps to time, of which the median counts")
 
 
-def make_encoder(tokenizer: str | None, template: str) -> Callable[[dict[str, Any]], EncodedConversation]:
-    if tokenizer is None:
-        return WordEncoder()
-    from ross_jax.data.encoders import build_encoder
-    from ross_jax.data.tokenizer import load_tokenizer
-
-    return build_encoder(template, load_tokenizer(tokenizer))
+def run_step(arguments: argparse.Namespace, others: list[str]) -> Figures:
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats {arguments.repeats}: must be at least 1")
+    return MEASURES[arguments.compare](read_recipe(others), arguments.repeats)
 
 
-def write_synthetic(folder: Path, samples: int) -> str:
-    """JPEGs of 640 x 480 and conversations whose lengths and share of text resemble LLaVA-1.5's stage 2 mix."""
-    random = np.random.RandomState(0)
-    for number in range(32):
-        coarse = Image.fromarray(random.randint(0, 256, (24, 32, 3), np.uint8))
-        coarse.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
-    records = []
-    for number in range(samples):
-        words = " ".join(["word"] * int(np.clip(random.lognormal(5, 0.7), 16, 1200)))
-        record = {
-            "id": str(number),
-            "conversations": [{"from": "human", "value": "why"}, {"from": "gpt", "value": words}],
-        }
-        if random.rand() < 0.94:
-            record["image"] = f"{random.randint(32)}.jpg"
-            record["conversations"][0]["value"] = "<image>\nwhy"
-        records.append(record)
-    path = folder / "synthetic.json"
-    path.write_text(json.dumps(records))
-    return str(path)
+def read_recipe(arguments: list[str]) -> RunConfig:
+    """The recipe that `--config` and `--config.FIELD` name."""
+    values, argv = flags.FlagValues(), ["bench", *arguments]
+    recipe = config_flags.DEFINE_config_file(
+        "config", str(REPOSITORY / "configs/bench.py"), flag_values=values, sys_argv=argv, lock_config=True
+    )
+    try:
+        rest, found = values(argv)[1:], recipe.value.to_dict()
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        raise UserError(" ".join(map(str, error.args)) or str(error)) from error
+    if rest:
+        raise UserError(f"unexpected arguments {rest}")
+    return freeze(RunConfig, found)
 
 
-# Each part: the function that adds its flags, and the one that measures.
-COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Figures]]] = {
+Run = Callable[[argparse.Namespace, list[str]], Figures]
+# Each part: the function that adds its flags, and the one that measures; it is also given the flags that are not those.
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Run]] = {
     "data": (add_data, run_data),
+    "step": (add_step, run_step),
 }
 
 
@@ -152,12 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (add_flags, _) in COMMANDS.items():
-        subparser = subparsers.add_parser(name)
+        subparser = subparsers.add_parser(name, allow_abbrev=False)
         subparser.add_argument("--json", metavar="FILE", help="write the figures there too")
         add_flags(subparser)
-    parsed = parser.parse_args(arguments)
+    parsed, others = parser.parse_known_args(arguments)
     try:
-        figures = COMMANDS[parsed.command][1](parsed)
+        figures = COMMANDS[parsed.command][1](parsed, others)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
 """Attention: what models call, whatever kernel runs behind it.
 
 The platform of the ambient mesh chooses the kernel, not that of the host: Pallas' splash attention on TPU, cuDNN's on
-GPU, XLA's own elsewhere and without a mesh.
+GPU; elsewhere and without a mesh XLA's own, in blocks where it is causal.
 """
 
 import functools
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ross_jax.models.blockwise import blockwise_attention
 from ross_jax.models.layers import KEPT
 from ross_jax.sharding import partition
 
@@ -60,14 +61,16 @@ def causal_attention(
       segments: conversation number of each position; 0 = padding.
       mask: their `segment_mask`, made once for all layers; None if `needs_mask` says that no kernel asks for it.
     """
-    if mask is None:
+    if mask is not None:
+        return attention(query, key, value, mask)
+    if _platform() == "tpu" and _block(query.shape[1]) is not None:
         return splash_attention(query, key, value, segments)
-    return attention(query, key, value, mask)
+    return blockwise_attention(query, key, value, segments)
 
 
-def needs_mask(length: int) -> bool:
-    """Whether `causal_attention` over rows of `length` wants a mask: all kernels do but splash attention."""
-    return _platform() != "tpu" or _block(length) is None
+def needs_mask() -> bool:
+    """Whether `causal_attention` wants a mask: cuDNN does, the others read the segments."""
+    return _platform() in ("gpu", "cuda")
 
 
 def splash_attention(

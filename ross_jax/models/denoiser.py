@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention
-from ross_jax.models.layers import Mlp, RematPolicy, layer_norm, stack
+from ross_jax.models.layers import Dense, Mlp, RematPolicy, layer_norm, stack
 from ross_jax.sharding import constrain
 
 TIMESTEP_FEATURES = 256
@@ -117,10 +117,10 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         width = x.shape[-1]
         init = nn.initializers.xavier_uniform()
-        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=init, name="qkv")(x)
+        qkv = Dense(3 * width, dtype=self.dtype, kernel_init=init, name="qkv")(x)
         qkv = qkv.reshape(*x.shape[:-1], 3, self.num_heads, width // self.num_heads)
         y = attention(*(qkv[..., i, :, :] for i in range(3)))
-        return nn.Dense(width, dtype=self.dtype, kernel_init=init, name="out")(y.reshape(x.shape))
+        return Dense(width, dtype=self.dtype, kernel_init=init, name="out")(y.reshape(x.shape))
 
 
 class DenoiserBlock(nn.Module):
@@ -143,7 +143,7 @@ class DenoiserBlock(nn.Module):
             x = x + mlp(layer_norm(NORM_EPS, self.dtype, name="norm2")(x))
             return x, ((attended, x) if self.collect else None)
         branches = 1 if cfg.block == "mlp" else 2
-        modulation = nn.Dense(
+        modulation = Dense(
             3 * branches * cfg.width, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="modulation"
         )(nn.silu(condition))
         *first, shift, scale, gate = jnp.split(modulation, 3 * branches, axis=-1)
@@ -181,7 +181,7 @@ class Denoiser(nn.Module):
         normal = nn.initializers.normal(0.02)
 
         def dense(features: int, init) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, kernel_init=init)
+            return Dense(features, dtype=self.dtype, kernel_init=init)
 
         table = position_table(cfg.width, cfg.grid)
         self.position_embedding = self.param("position_embedding", lambda _: jnp.asarray(table, jnp.float32))

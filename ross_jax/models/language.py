@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention, causal_attention, needs_mask, segment_mask
-from ross_jax.models.layers import RematPolicy, keep, stack
+from ross_jax.models.layers import Dense, RematPolicy, keep, stack
 from ross_jax.sharding import constrain
 
 
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
 
     def _dense(self, features: int, bias: bool, name: str) -> nn.Dense:
         init = nn.initializers.normal(0.02)
-        return nn.Dense(features, use_bias=bias, dtype=self.dtype, kernel_init=init, name=name)
+        return Dense(features, use_bias=bias, dtype=self.dtype, kernel_init=init, name=name)
 
     def _heads(self, x: Float[Array, "batch seq embed"], heads: int, name: str):
         y = self._dense(heads * self.config.head_dim, self.config.qkv_bias, name)(x)
@@ -233,7 +233,7 @@ class LanguageModel(nn.Module):
         keys = values = None
         length = jnp.zeros((), jnp.int32)
         if cache is None:
-            mask = segment_mask(segments, segments) if needs_mask(segments.shape[1]) else None
+            mask = segment_mask(segments, segments) if needs_mask() else None
         else:
             keys, values, all_segments, length = cache
             all_segments = jax.lax.dynamic_update_slice(all_segments, segments, (0, length))

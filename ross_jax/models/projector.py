@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ross_jax.models.layers import activate
+from ross_jax.models.layers import Dense, activate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Projector(nn.Module):
         """Projects `[..., in_size]` to `[..., out_size]`."""
         if self.config.kind == "identity":
             return features.astype(self.dtype)
-        x = nn.Dense(self.config.out_size, dtype=self.dtype, name="linear_0")(features)
+        x = Dense(self.config.out_size, dtype=self.dtype, name="linear_0")(features)
         for i in range(1, self.config.depth):
-            x = nn.Dense(self.config.out_size, dtype=self.dtype, name=f"linear_{i}")(activate("gelu", x))
+            x = Dense(self.config.out_size, dtype=self.dtype, name=f"linear_{i}")(activate("gelu", x))
         return x

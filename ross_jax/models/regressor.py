@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ross_jax.models.layers import activate
+from ross_jax.models.layers import Dense, activate
 
 Target = Literal["pixels", "latents", "features"]
 
@@ -53,5 +53,5 @@ class Regressor(nn.Module):
         cfg = self.config
         x = context
         for i in range(cfg.depth - 1):
-            x = activate("gelu", nn.Dense(cfg.width, dtype=self.dtype, name=f"linear_{i}")(x))
-        return nn.Dense(cfg.out_size, dtype=self.dtype, name=f"linear_{cfg.depth - 1}")(x)
+            x = activate("gelu", Dense(cfg.width, dtype=self.dtype, name=f"linear_{i}")(x))
+        return Dense(cfg.out_size, dtype=self.dtype, name=f"linear_{cfg.depth - 1}")(x)

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ross_jax.models.attention import attention
-from ross_jax.models.layers import Activation, Mlp, RematPolicy, keep, layer_norm, stack
+from ross_jax.models.layers import Activation, Dense, Mlp, RematPolicy, keep, layer_norm, stack
 from ross_jax.sharding import constrain
 
 
@@ -124,9 +124,9 @@ class VisionAttention(nn.Module):
         width = x.shape[-1]
         split = (*x.shape[:-1], self.num_heads, width // self.num_heads)
         query, key, value = (
-            keep(nn.Dense(width, dtype=self.dtype, name=name)(x)).reshape(split) for name in ("query", "key", "value")
+            keep(Dense(width, dtype=self.dtype, name=name)(x)).reshape(split) for name in ("query", "key", "value")
         )
-        return nn.Dense(width, dtype=self.dtype, name="out")(keep(attention(query, key, value)).reshape(x.shape))
+        return Dense(width, dtype=self.dtype, name="out")(keep(attention(query, key, value)).reshape(x.shape))
 
 
 class SwiGlu(nn.Module):
@@ -139,7 +139,7 @@ class SwiGlu(nn.Module):
     def __call__(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
         both = nn.DenseGeneral((2, self.features), dtype=self.dtype, name="gate_up")(x)
         y = nn.silu(both[..., 0, :]) * both[..., 1, :]
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(y)
+        return Dense(x.shape[-1], dtype=self.dtype, name="down")(y)
 
 
 class VisionEncoder(nn.Module):

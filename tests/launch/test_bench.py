@@ -1,10 +1,11 @@
-"""`launch/bench.py data` measures what training would read."""
+"""`launch/bench.py`: what it measures, and what it says of wrong input. Times themselves are not tested."""
 
 import json
 
 import pytest
 
 from launcher import load_script
+from ross_jax.bench.data import write_synthetic
 
 bench = load_script("bench")
 
@@ -22,10 +23,78 @@ def test_synthetic_data(tmp_path, capsys, layout):
 
 
 def test_given_data_and_errors(tmp_path, capsys):
-    data = bench.write_synthetic(tmp_path, 30)
+    data = write_synthetic(tmp_path, 30)
     assert bench.main(["data", *SMALL, "--data", data, "--images", str(tmp_path), "--steps", "1"]) == 0
     capsys.readouterr()
     assert bench.main(["data", "--data", data, "--images", "/nowhere"]) == 1
     assert "error: image folder '/nowhere' does not exist" in capsys.readouterr().err
     assert bench.main(["data", *SMALL, "--batch", "40"]) == 1
     assert "lower --batch" in capsys.readouterr().err
+    assert bench.main(["data", *SMALL, "--lenght", "3"]) == 1
+    assert "unexpected arguments ['--lenght', '3']" in capsys.readouterr().err
+
+
+SIZES = {
+    "vision.image_size": 28,
+    "vision.hidden_size": 32,
+    "vision.intermediate_size": 48,
+    "vision.num_heads": 2,
+    "vision.num_layers": 2,
+    "projector.in_size": 32,
+    "projector.out_size": 64,
+    "language.vocab_size": 96,
+    "language.hidden_size": 64,
+    "language.intermediate_size": 80,
+    "language.num_layers": 2,
+    "language.num_heads": 4,
+    "language.num_kv_heads": 2,
+    "language.head_dim": 16,
+    "denoiser.condition_size": 64,
+    "denoiser.grid": 2,
+    "denoiser.width": 32,
+    "denoiser.depth": 1,
+    "denoiser.num_heads": 4,
+    "autoencoder.channels": "(8, 8, 8, 8)",
+    "autoencoder.norm_groups": 4,
+}
+TINY = [f"--config.model.{name}={value}" for name, value in SIZES.items()]
+TINY += ["--config.data.packing.length=256", "--repeats", "1"]
+
+
+def figures(tmp_path, *arguments: str) -> dict:
+    assert bench.main(["step", *TINY, "--config.mesh.fsdp=8", *arguments, "--json", str(tmp_path / "out.json")]) == 0
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def test_step(tmp_path, capsys):
+    """On all devices of this machine, which are eight virtual ones here: a row for each."""
+    found = figures(tmp_path)
+    assert found["rows"] == 8 and found["devices"] == "8 x cpu"
+    assert 0.5 < found["filled"] <= 1 and found["tokens_per_s"] == pytest.approx(
+        found["filled"] * 8 * 256 / found["step_s"]
+    )
+    assert "tokens_per_s" in capsys.readouterr().out
+
+
+def test_padded_rows_hold_less(tmp_path):
+    found = figures(tmp_path, "--compare", "padding")
+    assert found["padded_filled"] < found["filled"]
+    rates = found["filled"] / found["padded_filled"] * found["padded_step_s"] / found["step_s"]
+    assert found["packed_over_padded"] == pytest.approx(rates)
+
+
+def test_recipes_that_cannot_be_measured(tmp_path, capsys):
+    def error(*arguments: str) -> str:
+        assert bench.main(["step", *arguments]) == 1
+        return capsys.readouterr().err
+
+    assert "Unknown command line flag 'lenght'" in error("--lenght=3")
+    assert "--repeats 0: must be at least 1" in error("--repeats", "0")
+    assert "nowhere.py" in error(f"--config={tmp_path}/nowhere.py")
+    assert "does not divide 8 devices" in error("--config.mesh.fsdp=3")
+
+
+def test_without_torch_ours_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = figures(tmp_path, "--compare", "torch")
+    assert "not installed" in found["torch"] and found["tokens_per_s"] > 0 and "torch_step_s" not in found

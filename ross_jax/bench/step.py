@@ -1,0 +1,187 @@
+"""The train step of a recipe, measured: alone, beside the same model in PyTorch, or packed beside padded."""
+
+import dataclasses
+import functools
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ross_jax.bench.workload import Workload, make_workload
+from ross_jax.config import UserError
+from ross_jax.data.packing import PackingConfig
+from ross_jax.models.ross import RossConfig
+from ross_jax.sharding import batch_sharding, make_mesh
+from ross_jax.training.build import build_step
+from ross_jax.training.metrics import PEAK_FLOPS, matrix_sizes, peak_memory, step_flops
+from ross_jax.training.recipe import RunConfig
+from ross_jax.training.state import Tree, init_components, split
+from ross_jax.training.step import make_state
+from ross_jax.tree import merge
+
+Figures = dict[str, float | int | str]
+
+STEPS = 1_000_000
+"""Of the run that the step is taken from: so many that the learning rate stays where it is."""
+CHECKED = 2
+"""Steps whose losses must agree before the peer is timed: the second one's also depend on gradients and optimizer."""
+AGREEMENT = 1e-4
+"""Largest relative difference of a loss."""
+
+
+class Stepper:
+    """The jitted step of a recipe, its state, and a batch that it is run on again and again."""
+
+    def __init__(self, config: RunConfig, rows: int | None = None):
+        self.config = config
+        self.mesh = make_mesh(config.mesh)
+        replicas = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        self.workload: Workload = make_workload(config, replicas * config.step.accumulate, rows)
+        built = build_step(config, self.mesh, STEPS)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
+        self._batch = jax.device_put(self.workload.batch(), batch_sharding(self.mesh))
+        with jax.set_mesh(self.mesh):
+            params, frozen = split(random_parameters(config.model, built.tree, config.seed), config.freeze)
+            self.state = jax.jit(lambda p, f: make_state(p, f, built.optimizer), out_shardings=shardings)(
+                params, frozen
+            )
+            self._step = built.train_step.lower(self.state, self._batch).compile()
+
+    @property
+    def batch(self) -> dict[str, np.ndarray]:
+        """The batch on the host."""
+        return jax.device_get(self._batch)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The whole tree on the host."""
+        return jax.device_get(merge(self.state.params, self.state.frozen))
+
+    def __call__(self) -> dict[str, float]:
+        """One step; the state moves on. Its metrics."""
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self._step(self.state, self._batch)
+        return {name: float(value) for name, value in metrics.items()}
+
+    def figures(self, seconds: float) -> Figures:
+        """What a step of `seconds` comes to."""
+        plan, tokens, pictures = self.workload.plan, self.workload.tokens_per_step, self.workload.pictures_per_step
+        figures: Figures = {
+            "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
+            "rows": plan.rows_per_step,
+            "filled": tokens / (plan.rows_per_step * self.workload.packing.length),
+            "step_s": seconds,
+            "tokens_per_s": tokens / seconds,
+            "pictures_per_s": pictures / seconds,
+            "memory_gb": peak_memory() / 1e9,
+        }
+        peak = PEAK_FLOPS.get(self.mesh.devices.flat[0].device_kind)
+        if peak:
+            config = self.config
+            sizes = matrix_sizes(merge(self.state.params, self.state.frozen), logits=bool(config.text.weight))
+            draws = config.reconstruction.draws if config.reconstruction.kind == "denoise" else 0
+            flops = step_flops(config.model, sizes, set(self.state.params), draws, tokens, pictures)
+            figures["mfu"] = flops / seconds / (peak * self.mesh.size)
+        return figures
+
+
+def random_parameters(config: RossConfig, tree: Tree, seed: int) -> Tree:
+    """Parameters as a run starts with, but none of the denoiser's are zero: gates that are hide what is behind them."""
+    key = jax.random.key(seed)
+    made = init_components(config, tree, tree, key)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def move(component: Tree) -> Tree:
+        leaves, structure = jax.tree.flatten(component)
+        draws = (jax.random.normal(jax.random.fold_in(key, i), leaf.shape) for i, leaf in enumerate(leaves))
+        moved = [(leaf + 0.02 * draw).astype(leaf.dtype) for leaf, draw in zip(leaves, draws, strict=True)]
+        return jax.tree.unflatten(structure, moved)
+
+    return made | {name: move(made[name]) for name in made if name == "denoiser"}
+
+
+def interleave(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repetition; in turns, so that what else the machine does slows all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(config: RunConfig, repeats: int) -> Figures:
+    """The step alone."""
+    stepper = Stepper(config)
+    stepper()  # warms up
+    return stepper.figures(statistics.median(interleave({"ours": stepper}, repeats)["ours"]))
+
+
+def against_torch(config: RunConfig, repeats: int) -> Figures:
+    """The step beside the same one in PyTorch, in float32, on the CPU.
+
+    Raises:
+      UserError: a recipe that the peer does not compute; losses that differ.
+    """
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
+        missing = "not installed; `bash launch/setup.sh parity` does. Ours alone:"
+        return {"torch": missing, **measure(config, repeats)}
+    from ross_jax.bench.peer import Peer
+
+    stepper = Stepper(config)
+    peer = Peer(config, stepper.params, stepper.batch)
+    losses = [(stepper(), peer(step)) for step in range(CHECKED)]
+    compared = ("text_loss", "reconstruction_loss")
+    for step, (ours, theirs) in enumerate(losses):
+        for name in compared:
+            if abs(ours[name] - theirs[name]) > AGREEMENT * abs(theirs[name]):
+                raise UserError(
+                    f"step {step}: {name} is {ours[name]:.7g} here, {theirs[name]:.7g} in PyTorch; they do not compute "
+                    "the same, so their times say nothing"
+                )
+    seconds = interleave({"ours": stepper, "torch": lambda: peer(CHECKED - 1)}, repeats)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ours, theirs = losses[-1]
+    return {
+        **stepper.figures(medians["ours"]),
+        "torch_step_s": medians["torch"],
+        "torch_tokens_per_s": stepper.workload.tokens_per_step / medians["torch"],
+        "torch_threads": peer.threads,
+        "remat": config.step.remat,
+        **{f"{name}": ours[name] for name in compared},
+        **{f"torch_{name}": theirs[name] for name in compared},
+        "ours_fastest_s": min(seconds["ours"]),
+        "torch_fastest_s": min(seconds["torch"]),
+        "torch_over_ours": medians["torch"] / medians["ours"],
+    }
+
+
+def against_padding(config: RunConfig, repeats: int) -> Figures:
+    """The step on packed rows beside that on as many rows of one conversation each, padded to the same length.
+
+    Padded rows have as many picture slots as a conversation has pictures: one.
+    """
+    packing = config.data.packing
+    packed = Stepper(_with(config, dataclasses.replace(packing, layout="pack")))
+    slots = int(packed.workload.lengths.images.max())
+    padding = dataclasses.replace(packing, layout="pad", images=slots)
+    padded = Stepper(_with(config, padding), packed.workload.plan.rows_per_step)
+    for stepper in (packed, padded):
+        stepper()  # warms up
+    seconds = interleave({"packed": packed, "padded": padded}, repeats)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rates = packed.figures(medians["packed"]), padded.figures(medians["padded"])
+    return {
+        **rates[0],
+        **{f"padded_{name}": rates[1][name] for name in ("filled", "step_s", "tokens_per_s", "pictures_per_s")},
+        "packed_over_padded": rates[0]["tokens_per_s"] / rates[1]["tokens_per_s"],
+    }
+
+
+def _with(config: RunConfig, packing: PackingConfig) -> RunConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, packing=packing))

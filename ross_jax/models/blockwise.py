@@ -1,0 +1,117 @@
+"""Causal attention by blocks of queries, in plain XLA: where no kernel is at hand.
+
+As FlashAttention (Dao et al., 2022): scores exist for one block of queries at a time, keys behind its end are left out,
+and the backward pass computes probabilities anew from the logarithm of their sums. No operand of a product is
+transposed in its largest dimensions, for which XLA takes three times as long on a CPU.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ross_jax.models.layers import keep
+
+BLOCK = 256
+"""Queries whose scores exist at once."""
+_NEVER = -1e30
+
+
+@jax.custom_vjp
+def blockwise_attention(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim"],
+    segments: Int[Array, "batch seq"],
+) -> Float[Array, "batch seq heads dim"]:
+    """Attention to earlier positions of the same segment; scores and softmax in float32.
+
+    Args:
+      segments: conversation number of each position. Those of segment 0, padding, attend to each other: finite, and
+        without meaning.
+    """
+    return _forward(query, key, value, segments)[0]
+
+
+def _forward(query: Array, key: Array, value: Array, segments: Array):
+    rows, keys, values = _by_group(query, key.shape[2]), key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+    outputs, sums = [], []
+    for start, stop in _blocks(query.shape[1]):
+        scores = _scores(rows[..., start:stop, :], keys[..., :stop], segments, start)
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        outputs.append(_product(weights.astype(value.dtype), values[..., :stop, :]) / total)
+        sums.append(highest + jnp.log(total))
+    output = jnp.concatenate(outputs, axis=3).astype(query.dtype)
+    return keep(_by_position(output)), keep(jnp.concatenate(sums, axis=3))
+
+
+def _forward_rule(query: Array, key: Array, value: Array, segments: Array):
+    output, sums = _forward(query, key, value, segments)
+    return output, (query, key, value, segments, output, sums)
+
+
+def _backward_rule(residuals: tuple[Array, ...], gradient: Array):
+    query, key, value, segments, output, sums = residuals
+    groups, dtype = key.shape[2], query.dtype
+    rows, upper = _by_group(query, groups), _by_group(gradient, groups)
+    inner = jnp.sum(upper.astype(jnp.float32) * _by_group(output, groups), axis=-1, keepdims=True)
+    keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 3, 1)
+    of_keys = of_values = jnp.zeros(values.shape, jnp.float32)
+    of_rows = []
+    for start, stop in _blocks(query.shape[1]):
+        some, above = rows[..., start:stop, :], upper[..., start:stop, :]
+        scores = _scores(some, keys[..., :stop, :].swapaxes(-1, -2), segments, start)
+        weights = jnp.exp(scores - sums[..., start:stop, :])
+        change = weights * (_product(above, values[..., :stop]) - inner[..., start:stop, :])
+        weights, change = weights.astype(dtype), change.astype(dtype)
+        of_rows.append(_product(change, keys[..., :stop, :]))
+        of_keys = of_keys.at[..., :stop].add(_product(_transposed(some), _joined(change)))
+        of_values = of_values.at[..., :stop].add(_product(_transposed(above), _joined(weights)))
+    scale = query.shape[-1] ** -0.5
+    of_query = _by_position(jnp.concatenate(of_rows, axis=3)) * scale
+    # `of_keys` and `of_values` are [batch, kv_heads, dim, seq].
+    of_key, of_value = (x.transpose(0, 3, 1, 2) for x in (of_keys * scale, of_values))
+    return of_query.astype(dtype), of_key.astype(key.dtype), of_value.astype(value.dtype), None
+
+
+blockwise_attention.defvjp(_forward_rule, _backward_rule)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+
+
+def _by_group(x: Array, groups: int) -> Array:
+    """[batch, seq, heads, dim] to [batch, kv_heads, heads of each, seq, dim]."""
+    return x.reshape(*x.shape[:2], groups, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
+
+
+def _by_position(x: Array) -> Array:
+    """The inverse of `_by_group`."""
+    return x.transpose(0, 3, 1, 2, 4).reshape(x.shape[0], x.shape[3], -1, x.shape[4])
+
+
+def _joined(x: Array) -> Array:
+    """[batch, kv_heads, heads of each, rows, columns] to [batch, kv_heads, all rows, columns]."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _transposed(x: Array) -> Array:
+    """The same, then its last two axes swapped."""
+    return _joined(x).swapaxes(-1, -2)
+
+
+def _product(x: Array, y: Float[Array, "batch kv_heads inner columns"]) -> Array:
+    """Matrix product with the matrices of each key head, accumulated and returned in float32."""
+    rows = _joined(x) if x.ndim == 5 else x
+    return jnp.matmul(rows, y, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _scores(rows: Array, keys: Float[Array, "batch kv_heads dim stop"], segments: Array, start: int) -> Array:
+    """Scores of a block's queries, which begin at `start`, with all keys up to its end."""
+    stop = keys.shape[-1]
+    scores = _product(rows, keys) * rows.shape[-1] ** -0.5
+    same = segments[:, start:stop, None] == segments[:, None, :stop]
+    order = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+    return jnp.where((same & order)[:, None, None], scores, _NEVER)

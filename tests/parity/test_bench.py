@@ -1,0 +1,86 @@
+"""The step in PyTorch that `launch/bench.py step --compare torch` times computes what ours does."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from configs import bench as recipe
+from parity.helpers import torch
+from ross_jax.bench import step as bench
+from ross_jax.config import ConfigError, UserError, freeze
+from ross_jax.sharding import MeshConfig
+from ross_jax.training.recipe import RunConfig
+from tiny import CONFIG
+
+pytest.importorskip("diffusers")
+pytestmark = pytest.mark.parity
+from ross_jax.bench.peer import Peer  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """The tests' other seven virtual devices are left alone."""
+    import jax
+
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    first = jax.devices()[:1]
+    monkeypatch.setattr("jax.devices", lambda *_: first)
+
+
+def tiny(**changes) -> RunConfig:
+    """Two rows of two conversations and more, with pictures; gradients are clipped, and a step is large."""
+    config = freeze(RunConfig, recipe.get_config().to_dict())
+    packing = dataclasses.replace(config.data.packing, length=256)
+    step = dataclasses.replace(config.step, remat="none")
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2, max_gradient_norm=0.1)
+    config = dataclasses.replace(
+        config,
+        model=CONFIG,
+        data=dataclasses.replace(config.data, packing=packing),
+        optimizer=optimizer,
+        step=step,
+        mesh=MeshConfig(1, 1, 1),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_losses_agree_step_after_step(remat):
+    config = tiny()
+    config = dataclasses.replace(config, step=dataclasses.replace(config.step, remat=remat))
+    ours = bench.Stepper(config)
+    theirs = Peer(config, ours.params, ours.batch)
+    assert np.count_nonzero(ours.batch["image_ids"] == 0) and np.count_nonzero(ours.batch["image_ids"])
+    before = None
+    for step in range(4):
+        mine, others = ours(), theirs(step)
+        for name in ("text_loss", "reconstruction_loss"):
+            assert mine[name] == pytest.approx(others[name], rel=bench.AGREEMENT), (step, name)
+        assert mine["text_loss"] != before  # parameters move
+        before = mine["text_loss"]
+
+
+def test_figures(monkeypatch):
+    found = bench.against_torch(tiny(), 1)
+    assert found["torch_over_ours"] == pytest.approx(found["torch_step_s"] / found["step_s"])
+    assert found["torch_threads"] == torch.get_num_threads()
+
+
+def test_another_computation_is_not_timed(monkeypatch):
+    """A peer whose second step, or anything of its first, is another one."""
+    call = Peer.__call__
+    monkeypatch.setattr(Peer, "__call__", lambda self, step: call(self, step + 10))
+    with pytest.raises(UserError, match=r"reconstruction_loss is .* they do not compute the same"):
+        bench.against_torch(tiny(), 1)
+
+
+def test_what_the_peer_does_not_compute():
+    config = tiny()
+    config = dataclasses.replace(
+        config,
+        step=dataclasses.replace(config.step, dtype="bfloat16"),
+        optimizer=dataclasses.replace(config.optimizer, weight_decay=0.1),
+    )
+    with pytest.raises(ConfigError, match=r"step.dtype.* must be float32; optimizer.algorithm must be adamw"):
+        bench.against_torch(config, 1)
