@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention, causal_attention, needs_mask, segment_mask
-from ross_jax.models.layers import Dense, RematPolicy, keep, stack
+from ross_jax.models.layers import KEPT_MLP, Dense, RematPolicy, keep, part_gradients, stack
 from ross_jax.sharding import constrain
 
 
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         cfg = self.config
         x, keys, values = carry
         x = constrain(x, "batch")
-        y = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="attention_norm")(x)
+        y = part_gradients(nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="attention_norm")(x))
         query = self._heads(y, cfg.num_heads, "query")
         key = self._heads(y, cfg.num_kv_heads, "key")
         value = self._heads(y, cfg.num_kv_heads, "value")
@@ -155,10 +155,12 @@ class Decoder(nn.Module):
         else:
             y = keep(causal_attention(query, key, value, segments, mask))
         x = x + self._dense(cfg.hidden_size, cfg.out_bias, "out")(y.reshape(*y.shape[:2], -1))
-        y = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="mlp_norm")(x)
-        y = nn.silu(self._dense(cfg.intermediate_size, cfg.mlp_bias, "gate")(y)) * self._dense(
-            cfg.intermediate_size, cfg.mlp_bias, "up"
-        )(y)
+        y = part_gradients(nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="mlp_norm")(x))
+        gate, up = (
+            part_gradients(keep(self._dense(cfg.intermediate_size, cfg.mlp_bias, name)(y), KEPT_MLP))
+            for name in ("gate", "up")
+        )
+        y = nn.silu(gate) * up
         x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down")(y)
         return (x, keys, values), (x if self.collect else None)
 

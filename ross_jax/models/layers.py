@@ -12,9 +12,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
-RematPolicy = Literal["none", "full", "attention", "offload", "dots"]
+RematPolicy = Literal["none", "full", "attention", "mlp", "offload", "dots"]
 KEPT = "attention"
 """Name of what the policies `attention` and `offload` keep: queries, keys, values, and what attention made of them."""
+KEPT_MLP = "mlp"
+"""Name of what the policy `mlp` keeps beside that: what an MLP's activation reads."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -29,9 +31,9 @@ def activate(name: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
     return _ACTIVATIONS[name](x)
 
 
-def keep(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Names an activation `KEPT`, for the policies that keep some."""
-    return checkpoint_name(x, KEPT)
+def keep(x: Float[Array, "..."], name: str = KEPT) -> Float[Array, "..."]:
+    """Names an activation, for the policies that keep some."""
+    return checkpoint_name(x, name)
 
 
 def layer_norm(eps: float, dtype: DTypeLike, *, affine: bool = True, name: str | None = None) -> nn.LayerNorm:
@@ -41,11 +43,11 @@ def layer_norm(eps: float, dtype: DTypeLike, *, affine: bool = True, name: str |
 
 @jax.custom_vjp
 def _matmul(x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "*batch outputs"]:
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return x @ kernel
 
 
 def _matmul_forward(x: Array, kernel: Array):
-    return _matmul(x, kernel), (x, kernel)
+    return x @ kernel, (x, kernel)  # not `_matmul`, in which the remat policy `dots` would see no product
 
 
 def _matmul_backward(residuals: tuple[Array, Array], gradient: Array):
@@ -71,6 +73,19 @@ JAX's own is computed transposed and turned round, for which XLA takes twice as 
 """
 
 
+@jax.custom_vjp
+def part_gradients(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`; what computes its gradient is not fused with what uses it.
+
+    Between a norm and a matrix product: XLA for TPU otherwise has the product's gradient also sum up that of the norm's
+    scale, and takes twice as long for both.
+    """
+    return x
+
+
+part_gradients.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
 class Mlp(nn.Module):
     """Two linear layers with an activation between, as in every transformer block here but the language model's."""
 
@@ -83,7 +98,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
         width = x.shape[-1]
         x = Dense(self.features, dtype=self.dtype, kernel_init=self.kernel_init, name="up")(x)
-        x = activate(self.activation, x)
+        x = activate(self.activation, keep(x, KEPT_MLP))
         return Dense(width, dtype=self.dtype, kernel_init=self.kernel_init, name="down")(x)
 
 
@@ -95,8 +110,8 @@ def stack(block: type[nn.Module], length: int, remat: RematPolicy = "none", scan
 
     Args:
       remat: what the backward pass recomputes: nothing (`none`); everything (`full`); all but what is named `KEPT`,
-        which stays on the device (`attention`) or goes to its host and back (`offload`); all but matrix products
-        (`dots`).
+        which stays on the device (`attention`) or goes to its host and back (`offload`); all but that and `KEPT_MLP`
+        (`mlp`); all but matrix products (`dots`).
       scanned: how many of the arguments after the carry are split along their leading axis.
       constant: how many arguments follow that every layer sees whole.
     """
@@ -105,6 +120,7 @@ def stack(block: type[nn.Module], length: int, remat: RematPolicy = "none", scan
         policy = {
             "full": None,
             "attention": policies.save_only_these_names(KEPT),
+            "mlp": policies.save_only_these_names(KEPT, KEPT_MLP),
             "offload": policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[],
                 names_which_can_be_offloaded=[KEPT],

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ross_jax.models.attention import attention
-from ross_jax.models.layers import Activation, Dense, Mlp, RematPolicy, keep, layer_norm, stack
+from ross_jax.models.layers import KEPT_MLP, Activation, Dense, Mlp, RematPolicy, keep, layer_norm, stack
 from ross_jax.sharding import constrain
 
 
@@ -137,7 +137,7 @@ class SwiGlu(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
-        both = nn.DenseGeneral((2, self.features), dtype=self.dtype, name="gate_up")(x)
+        both = keep(nn.DenseGeneral((2, self.features), dtype=self.dtype, name="gate_up")(x), KEPT_MLP)
         y = nn.silu(both[..., 0, :]) * both[..., 1, :]
         return Dense(x.shape[-1], dtype=self.dtype, name="down")(y)
 

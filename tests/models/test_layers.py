@@ -5,8 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters.partial_eval import dce_jaxpr
 
+from ross_jax.models.language import LanguageModel
 from ross_jax.models.layers import Dense
+from tiny import CONFIG
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -38,3 +41,30 @@ def test_ambient_precision_is_kept():
         text = text.lower(kernel, x).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert products and all("HIGHEST" in line for line in products)
+
+
+@pytest.mark.parametrize(("remat", "again"), [("none", 0), ("full", 6), ("attention", 3), ("mlp", 1), ("dots", 0)])
+def test_what_the_backward_pass_computes_again(remat, again):
+    """Of the seven matrix products of a decoder layer; never the last, which no gradient reads."""
+    model = LanguageModel(CONFIG.language, jnp.float32, remat)
+    inputs = [jnp.ones(each.shape, each.dtype) for each in model.input_spec()]
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+
+    def loss(params):
+        return jnp.sum(model.apply(params, *inputs).hidden)
+
+    traced = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+    assert count_products(dce_jaxpr(traced, [True] * len(traced.outvars))[0]) == 7 + again + 2 * 7
+
+
+def count_products(jaxpr) -> int:
+    """Products with a matrix; loops count once."""
+    found = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found += not equation.params["dimension_numbers"][1][0]
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                found += count_products(inner) if hasattr(inner, "eqns") else 0
+    return found

@@ -74,7 +74,7 @@ def test_accumulation_changes_nothing(parts, single):
     agrees(Run(MeshConfig(1, 2, 1), devices=2, accumulate=parts), single)
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "offload", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention", "mlp", "offload", "dots"])
 def test_rematerialisation_changes_nothing(remat, single):
     agrees(Run(remat=remat), single)
 
