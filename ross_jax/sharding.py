@@ -186,10 +186,10 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
-def replicas() -> int:
-    """How many shares the rows of a batch are split into on the ambient mesh; 1 outside one."""
+def axis_size(logical: str) -> int:
+    """How many shares a logical axis is split into on the ambient mesh; 1 outside one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[logical])
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

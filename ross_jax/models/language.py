@@ -173,13 +173,6 @@ class Decoder(nn.Module):
         return y.reshape(*y.shape[:2], heads, self.config.head_dim)
 
 
-def apply_head(
-    hidden: Float[Array, "... embed"], kernel: Float[Array, "embed vocab"], dtype: DTypeLike
-) -> Float[Array, "... vocab"]:
-    """Next-token scores, float32, of operands in `dtype`."""
-    return jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
-
-
 class LanguageModel(nn.Module):
     """Embeddings to hidden states to logits."""
 
@@ -206,7 +199,8 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Next-token scores, float32."""
-        return apply_head(hidden, self.head_kernel(), self.dtype)
+        kernel = self.head_kernel().astype(self.dtype)
+        return jnp.matmul(hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
 
     def head_kernel(self) -> Float[Array, "embed vocab"]:
         """What `logits` multiplies with, as it is stored."""

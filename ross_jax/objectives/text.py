@@ -1,12 +1,12 @@
 """Next-token loss."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ross_jax.sharding import constrain, replicas
+from ross_jax.sharding import axis_size, constrain
 
 IGNORE = -100
 """Target of a position where nothing is to be predicted."""
@@ -29,33 +29,50 @@ def gather_supervised(
 def next_token_loss(
     hidden: Float[Array, "batch seq embed"],
     targets: Int[Array, "batch seq"],
-    logits: Callable[[Float[Array, "batch some embed"]], Float[Array, "batch some vocab"]],
+    head: Float[Array, "embed vocab"],
+    dtype: DTypeLike = jnp.float32,
     chunk: int = 1024,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of cross entropies over supervised positions, and their number.
 
-    Logits exist for `chunk` positions of a device at a time, forward and backward: the whole `[batch, seq, vocab]`
-    never does. A chunk is a stretch of every row, so that each device works on its own rows and none waits for another.
+    Goes through the vocabulary in blocks, forward and backward: neither all logits nor, where the head is split over
+    devices, the whole head exists on one. Each block's columns are gathered, multiplied with all positions, and folded
+    into a running maximum and sum, as in the online softmax of Milakov & Gimelshein (2018).
 
     Args:
       hidden: final hidden states.
       targets: the id to predict at each position (already shifted), `IGNORE` where none.
-      logits: the head, float32 out.
-      chunk: positions per step of the scan, on each device; at least one of every row.
+      head: what hidden states are multiplied with.
+      dtype: of the operands; logits and everything after are float32.
+      chunk: positions whose logits over the whole vocabulary would take the memory that those of a block take, on each
+        device.
     """
     rows, length, width = hidden.shape
-    stretch = max(1, min(length, chunk * replicas() // rows))
-    padding = -length % stretch
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, -1, stretch, width).swapaxes(0, 1)
-    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORE).reshape(rows, -1, stretch).swapaxes(0, 1)
+    shards = axis_size("vocab") if head.shape[1] % axis_size("vocab") == 0 else 1
+    columns = head.shape[1] // shards  # of a device
+    count = min(columns, -(-rows * length // (axis_size("batch") * chunk)))
+    size = -(-columns // count)
+    # A block takes as many columns of every device that holds some. [count, embed, shards * size], ids likewise.
+    blocks = jnp.pad(head.astype(dtype).reshape(width, shards, columns), ((0, 0), (0, 0), (0, count * size - columns)))
+    blocks = jnp.moveaxis(blocks.reshape(width, shards, count, size), 2, 0).reshape(count, width, shards * size)
+    blocks = constrain(blocks, None, "embed", "vocab")
+    inside = np.arange(count * size).reshape(count, 1, size)
+    ids = np.where(inside < columns, inside + columns * np.arange(shards)[:, None], -1).reshape(count, shards * size)
+    # In float32, so that what blocks make of its gradient adds up in float32.
+    states = constrain(hidden.astype(jnp.float32), "batch")
 
     @jax.checkpoint
-    def step(total: Float[Array, ""], part: tuple[Array, Array]):
-        states, ids = part
-        scores = constrain(logits(constrain(states, "batch")), "batch", None, "vocab")
-        picked = jnp.take_along_axis(scores, jnp.maximum(ids, 0)[..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(scores, axis=-1) - picked
-        return total + jnp.sum(jnp.where(ids != IGNORE, losses, 0.0)), None
+    def step(carry: tuple[Array, Array, Array], block: tuple[Array, Array]):
+        highest, total, picked = carry
+        kernel, ids = constrain(block[0], None, "vocab"), block[1]
+        scores = jnp.matmul(states.astype(dtype), kernel, preferred_element_type=jnp.float32)
+        scores = constrain(jnp.where(ids < 0, -jnp.inf, scores), "batch", None, "vocab")
+        rises = jax.lax.stop_gradient(jnp.maximum(highest, jnp.max(scores, axis=-1)))
+        total = total * jnp.exp(highest - rises) + jnp.sum(jnp.exp(scores - rises[..., None]), axis=-1)
+        picked += jnp.sum(jnp.where(ids == targets[..., None], scores, 0.0), axis=-1)
+        return (rises, total, picked), None
 
-    total, _ = jax.lax.scan(step, jnp.zeros((), jnp.float32), (hidden, targets))
-    return total, jnp.sum(targets != IGNORE)
+    zeros = jnp.zeros((rows, length), jnp.float32)
+    (highest, total, picked), _ = jax.lax.scan(step, (zeros - jnp.inf, zeros, zeros), (blocks, jnp.asarray(ids)))
+    losses = highest + jnp.log(total) - picked
+    return jnp.sum(jnp.where(targets != IGNORE, losses, 0.0)), jnp.sum(targets != IGNORE)

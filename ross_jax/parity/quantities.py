@@ -128,11 +128,8 @@ def run(config: RossConfig, params: Params, batch: Batch, internals: bool = Fals
 
 def text_loss(config: RossConfig, params: Params, batch: Batch, hidden: jax.Array) -> jax.Array:
     """Mean cross entropy over the batch's supervised tokens."""
-
-    def logits(states):
-        return Ross(config).apply({"params": params}, states, method="logits")
-
-    total, count = next_token_loss(hidden, jnp.asarray(batch.targets), logits, chunk=64)
+    head = Ross(config).apply({"params": params}, method="head_kernel")
+    total, count = next_token_loss(hidden, jnp.asarray(batch.targets), head, chunk=64)
     return total / count
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from ross_jax.models.language import apply_head
 from ross_jax.models.layers import RematPolicy
 from ross_jax.models.ross import Ross, RossConfig, normalise
 from ross_jax.objectives.reconstruction import ReconstructionConfig, make_objective
@@ -29,7 +28,7 @@ class StepConfig:
     Attributes:
       accumulate: micro-batches per step; rows of a batch must be a multiple of it.
       dtype: of activations in encoder and language model; the denoiser's are float32.
-      text_chunk: positions whose logits exist at once, on each device.
+      text_chunk: positions whose logits would take the memory that logits take, on each device (see `next_token_loss`).
     """
 
     accumulate: int = 1
@@ -89,13 +88,8 @@ def make_train_step(
             with jax.named_scope("text_loss"):
                 if supervised is not None:
                     hidden, labels = gather_supervised(hidden, labels, supervised)
-                # Gathered once for all chunks, in the dtype that they use; what they make of its gradient adds up on
-                # each device, in float32, and is reduced once.
-                kernel = constrain(model.apply(variables, method="head_kernel").astype(dtype), None, "vocab")
-                kernel = kernel.astype(jnp.float32)
-                total, _ = next_token_loss(
-                    hidden, labels, lambda x: apply_head(x, kernel, dtype), step_config.text_chunk
-                )
+                head = model.apply(variables, method="head_kernel")
+                total, _ = next_token_loss(hidden, labels, head, dtype, step_config.text_chunk)
             text_loss = total / jnp.maximum(totals[0], 1)
         if objective is None:
             return text_weight * text_loss, (text_loss, jnp.zeros(()))
