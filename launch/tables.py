@@ -1,13 +1,13 @@
-"""Makes tables of plans: what recipes would need and how fast they would be, on hardware that is not at hand.
+"""Makes the tables of plans in the README: what recipes need and how fast they would be on devices not at hand.
 
-  python launch/tables.py --tables=A,B --output=tables.md --plans=plans
+  python launch/tables.py --tables=costs,kinds --output=tables.md --plans=plans
 
-A  the language model alone, LLaVA and Ross, on 64 chips        C  the largest batch that fits
-B  kinds of reconstruction                                      D  more chips, the same rows per chip
-E  every recipe compiles for a TPU and a GPU topology
+costs    the language model alone, LLaVA and Ross, on 64 chips     batches   the largest batch that fits
+kinds    of reconstruction                                         scaling   more chips, the same rows on each
+recipes  all of them compile, for a TPU and a GPU topology
 
-All figures are estimates of `launch/plan.py`. Each plan is a file in --plans, named after recipe, topology, options and
-source code: the same command goes on where it was cut off, and a change of the code makes plans anew.
+All figures are those of `launch/plan.py`. Each plan is a file in --plans, named after recipe, topology, options and
+source code: the same command goes on where it was cut off, and a change of the code makes all plans anew.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import importlib
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from ross_jax.plan.environment import prepare
 prepare()
 
 import jax  # noqa: E402
-from absl import app, flags  # noqa: E402
+from absl import flags  # noqa: E402
 
-from ross_jax.config import UserError, freeze  # noqa: E402
+from ross_jax import command_line  # noqa: E402
+from ross_jax.config import UserError, freeze, nearest  # noqa: E402
 from ross_jax.plan.planner import Options, plan  # noqa: E402
 from ross_jax.plan.report import Report, summary  # noqa: E402
 from ross_jax.plan.targets import GIB, open_target  # noqa: E402
@@ -36,13 +38,15 @@ from ross_jax.training.recipe import RunConfig  # noqa: E402
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # recipes import one another as configs.NAME
 
-_TABLES = flags.DEFINE_list("tables", ["A", "B", "C", "D", "E"], "Which, by letter.")
+_TABLES = flags.DEFINE_list("tables", ["costs", "kinds", "batches", "scaling", "recipes"], "Which.")
 _OUTPUT = flags.DEFINE_string("output", "tables.md", "The Markdown file.")
 _PLANS = flags.DEFINE_string("plans", "plans", "The folder of plans.")
 
 PARTS = "encoder=siglip,llm=qwen2_7b,stage=finetune"
 PEER = {"v5e:8x8": 1.80, "v5p:4x4x4": 0.70, "v6e:8x8": 0.72}
-"""Seconds of a language-model-only step of the same size elsewhere, estimated in the same way."""
+"""Seconds that a step of a language model of this size was estimated to take elsewhere, in the same way."""
+REMAT = {"v5e:8x8": "attention", "v5p:4x4x4": "none", "v6e:8x8": "attention"}
+"""The fastest policy with which Ross fits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +56,15 @@ class Case:
     Attributes:
       recipe: `NAME:ARGUMENTS` of configs/.
       rows: of a global batch; None: what the packing plan would make.
-      mesh: what differs from the recipe's.
+      cached: what is read from a cache.
+      remat: None: the recipe's.
     """
 
-    label: str
     recipe: str
     topology: str
     rows: int | None = None
     cached: tuple[str, ...] = ()
-    mesh: tuple[tuple[str, int], ...] = ()
+    remat: str | None = None
 
 
 @functools.cache
@@ -76,15 +80,14 @@ def planned(case: Case) -> Report:
     Raises:
       UserError: it cannot be planned; not that it does not fit.
     """
-    described = dataclasses.asdict(case) | {"label": None, "source": source_hash()}
-    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-    path = Path(_PLANS.value) / f"{case.topology.replace(':', '-')}-{case.recipe.partition(':')[0]}-{key}.json"
+    key = hashlib.sha256(json.dumps([dataclasses.asdict(case), source_hash()]).encode()).hexdigest()[:16]
+    name, _, arguments = case.recipe.partition(":")
+    path = Path(_PLANS.value) / f"{case.topology.replace(':', '-')}-{name}-{key}.json"
     if path.is_file():
         return Report(**json.loads(path.read_text()))
-    print(f"{case.label} on {case.topology}", file=sys.stderr, flush=True)
-    name, _, arguments = case.recipe.partition(":")
-    values = importlib.import_module(f"configs.{name}").get_config(arguments or None)
-    values.mesh.update(dict(case.mesh))
+    print(f"{case.recipe} on {case.topology}, {case.rows or 'default'} rows", file=sys.stderr, flush=True)
+    values = importlib.import_module(f"configs.{name}").get_config(*filter(None, [arguments]))
+    values.step.remat = case.remat or values.step.remat
     config = freeze(RunConfig, values.to_dict())
     report = plan(config, open_target(case.topology), Options(case.recipe, rows=case.rows, cached=case.cached))
     jax.clear_caches()  # a program of a 7B model takes gigabytes
@@ -117,10 +120,10 @@ def _gained(report: Report) -> str:
     return ", ".join(f"{name} {sum(counts.values()) / 1e6:.1f} M" for name, counts in added.items()) or "-"
 
 
-def costs():
-    """Table A."""
-    yield "A. SigLIP-SO400M + Qwen2-7B, stage 2, packed rows of 2048 tokens, two per chip, 64 chips"
-    yield from _head("topology", "recipe", "step, s", "of the peer's", "GiB per chip", "MFU")
+def costs() -> Iterator[str]:
+    """The cost of pictures and of reconstruction."""
+    yield "SigLIP-SO400M + Qwen2-7B, stage 2, packed rows of 2048 tokens, two per chip, 64 chips"
+    yield from _head("topology", "recipe", "remat", "step, s", "of the peer's", "of LLaVA's", "GiB per chip", "MFU")
     recipes = (
         ("language model alone", "language_only", ()),
         ("LLaVA", "llava", ()),
@@ -128,75 +131,102 @@ def costs():
         ("Ross, live", "ross", ()),
     )
     for topology, peer in PEER.items():
+        llava = _step(planned(Case(f"llava:{PARTS}", topology, 128, (), REMAT[topology])))
         for label, name, cached in recipes:
-            report = planned(Case(label, f"{name}:{PARTS}", topology, 128, cached))
-            ratio = f"{_step(report) / peer:.2f}"
-            yield _row(topology, label, _step(report), ratio, _memory(report), f"{report.mfu or 0:.1%}")
+            found = planned(Case(f"{name}:{PARTS}", topology, 128, cached, REMAT[topology]))
+            ratios = (f"{_step(found) / peer:.2f}", f"{_step(found) / llava:.3f}")
+            yield _row(topology, label, found.remat, _step(found), *ratios, _memory(found), f"{found.mfu or 0:.1%}")
 
 
-def kinds():
-    """Table B."""
-    yield "B. kinds of reconstruction, v5e:8x8, two rows per chip"
+def kinds() -> Iterator[str]:
+    """What each kind of reconstruction costs."""
+    yield "Kinds of reconstruction, v5e:8x8, one row per chip"
     yield from _head("kind", "parameters added", "step, s", "of LLaVA's", "GiB per chip")
-    base = None
+    base = _step(planned(Case(f"ross:{PARTS},kind=none", "v5e:8x8", 64)))
     for kind in ("none", "pixel", "latent", "latent2pixel", "denoise"):
-        report = planned(Case(kind, f"ross:{PARTS},kind={kind}", "v5e:8x8", 128))
-        base = base or _step(report)
-        yield _row(kind, _gained(report), _step(report), f"{_step(report) / base:.3f}", _memory(report))
+        found = planned(Case(f"ross:{PARTS},kind={kind}", "v5e:8x8", 64))
+        yield _row(kind, _gained(found), _step(found), f"{_step(found) / base:.3f}", _memory(found))
 
 
-def batches():
-    """Table C."""
-    yield "C. the largest batch that fits, rows of 2048 tokens per device, by doubling"
+def batches() -> Iterator[str]:
+    """How many rows fit."""
+    yield "The largest batch that fits, rows of 2048 tokens, everything recomputed"
     yield from _head("model", "topology", "rows per device", "step, s", "GiB per device", "MFU")
     for llm, topology in (("vicuna_13b", "v5e:8x8"), ("qwen2_7b", "v5e:4x4"), ("qwen2_7b", "h100:1x1x8")):
-        devices, rows, best = len(open_target(topology).devices), 1, None
-        recipe = f"ross:encoder=siglip,llm={llm},stage=finetune"
-        while (report := planned(Case(f"{llm}, {rows} rows", recipe, topology, rows * devices))).fits:
-            best, rows = report, 2 * rows
-        if best is None:
-            yield _row(llm, topology, "none", "-", _memory(report), "-")
-        else:
-            yield _row(llm, topology, rows // 2, _step(best), _memory(best), f"{best.mfu or 0:.1%}")
+        rows, found = largest(f"ross:encoder=siglip,llm={llm},stage=finetune", topology)
+        mfu = f"{found.mfu:.1%}" if found.mfu else "-"
+        yield _row(llm, topology, rows or "none fits", _step(found), _memory(found), mfu)
 
 
-def scaling():
-    """Table D."""
-    yield "D. Ross, two rows per chip, on more and more chips; fsdp up to 64, data beyond"
+def largest(recipe: str, topology: str) -> tuple[int, Report]:
+    """Rows per device of the largest batch that fits, 0 if none does, and its plan.
+
+    Memory is nearly a straight line in the rows, so that the first two plans tell where to look.
+    """
+    devices = len(open_target(topology).devices)
+
+    def at(rows: int) -> Report:
+        return planned(Case(recipe, topology, rows * devices, (), "full"))
+
+    one = at(1)
+    if not one.fits:
+        return 0, one
+    two = at(2)
+    if not two.fits or two.needed is None or one.needed is None:
+        return 1, one
+    rows = max(2, int(1 + (two.capacity - one.needed) / max(1, two.needed - one.needed)))
+    while not at(rows).fits:
+        rows -= 1
+    while at(rows + 1).fits:
+        rows += 1
+    return rows, at(rows)
+
+
+def scaling() -> Iterator[str]:
+    """More and more chips."""
+    yield "Ross with cached targets, two rows per chip, on more and more chips"
     yield from _head("topology", "chips", "mesh", "step, s", "of 16 chips'", "GiB per chip")
-    base = None
-    for topology, chips in (("v5p:2x2x4", 16), ("v5p:4x4x4", 64), ("v5p:4x8x8", 256), ("v5p:8x8x16", 1024)):
-        mesh = (("data", max(1, chips // 64)), ("fsdp", min(chips, 64)))
-        report = planned(Case(f"{chips} chips", f"ross:{PARTS}", topology, 2 * chips, ("targets",), mesh))
-        base = base or _step(report)
-        sizes = " ".join(f"{axis}={size}" for axis, size in report.mesh.items())
-        yield _row(topology, chips, sizes, _step(report), f"{_step(report) / base:.3f}", _memory(report))
+    topologies = (("v5p:2x2x4", 16), ("v5p:4x4x4", 64), ("v5p:4x8x8", 256), ("v5p:8x8x16", 1024))
+    base = _step(planned(Case(f"ross:{PARTS}", "v5p:2x2x4", 32, ("targets",))))
+    for topology, chips in topologies:
+        found = planned(Case(f"ross:{PARTS}", topology, 2 * chips, ("targets",)))
+        sizes = " ".join(f"{axis}={size}" for axis, size in found.mesh.items())
+        yield _row(topology, chips, sizes, _step(found), f"{_step(found) / base:.3f}", _memory(found))
 
 
-def recipes():
-    """Table E."""
-    yield "E. recipes compile for a TPU and a GPU topology"
-    yield from _head("recipe", "topology", "result")
-    names = [f"{name}:{PARTS}" for name in ("ross", "llava", "language_only")]
-    names += [f"ross:encoder=siglip,llm=qwen2_7b,stage=pretrain,kind={kind}" for kind in ("pixel", "latent")]
-    names += [f"ross:encoder=clip,llm={llm},stage=finetune" for llm in ("vicuna_7b", "vicuna_13b", "llama3_8b")]
+def recipes() -> Iterator[str]:
+    """That they compile; whether they fit."""
+    yield "Recipes compile for a TPU and a GPU topology"
+    yield from _head("recipe", "v5p:4x4x4", "h100:1x1x8")
+    full = [
+        f"encoder={e},llm={m}" for e in ("siglip", "clip") for m in ("qwen2_7b", "vicuna_7b", "vicuna_13b", "llama3_8b")
+    ]
+    names = [f"ross:{parts},stage={stage}" for parts in full for stage in ("pretrain", "finetune")]
+    names += [f"ross:{PARTS},kind={kind}" for kind in ("pixel", "latent", "latent2pixel")]
+    names += [f"ross:{PARTS},kind=latent,teacher={teacher}" for teacher in ("siglip", "clip", "dinov2")]
+    names += [f"ross:{PARTS},vision=trained", f"llava:{PARTS}", f"language_only:{PARTS}"]
     names += ["imagenet_denoiser:encoder=siglip,llm=qwen2_7b"]
     for name in names:
-        for topology in ("v5p:4x4x4", "h100:1x1x8"):
-            yield _row(name, topology, summary(planned(Case(name, name, topology))))
+        cells = [summary(planned(Case(name, topology))) for topology in ("v5p:4x4x4", "h100:1x1x8")]
+        yield _row(f"`{name}`", *cells)
 
 
-TABLES = {"A": costs, "B": kinds, "C": batches, "D": scaling, "E": recipes}
+TABLES: dict[str, Callable[[], Iterator[str]]] = {
+    "costs": costs,
+    "kinds": kinds,
+    "batches": batches,
+    "scaling": scaling,
+    "recipes": recipes,
+}
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
     logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)
-    unknown = [name for name in _TABLES.value if name not in TABLES]
-    if len(argv) > 1 or unknown:
-        print(f"error: unexpected {argv[1:] or unknown}; tables are {', '.join(TABLES)}", file=sys.stderr)
-        return 1
     lines = ["All figures are estimates of launch/plan.py; nothing was run.", ""]
     try:
+        for name in _TABLES.value:
+            if name not in TABLES:
+                raise UserError(f"--tables={name}: no such table{nearest(name, TABLES)}; there are {', '.join(TABLES)}")
         for name in _TABLES.value:
             for line in TABLES[name]():
                 lines.append(line if line.startswith("|") else f"**{line}**\n")
@@ -209,4 +239,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, [])
