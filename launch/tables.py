@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -25,13 +24,13 @@ from ross_jax.plan.environment import prepare
 
 prepare()
 
-import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
 from ross_jax import command_line  # noqa: E402
 from ross_jax.config import UserError, freeze, nearest  # noqa: E402
-from ross_jax.plan.planner import Options, plan  # noqa: E402
+from ross_jax.plan.kept import Case, Plans  # noqa: E402
 from ross_jax.plan.report import Report, summary  # noqa: E402
+from ross_jax.plan.search import largest_batch  # noqa: E402
 from ross_jax.plan.targets import GIB, open_target  # noqa: E402
 from ross_jax.training.recipe import RunConfig  # noqa: E402
 
@@ -49,53 +48,20 @@ REMAT = {"v5e:8x8": "attention", "v5p:4x4x4": "none", "v6e:8x8": "attention"}
 """The fastest policy with which Ross fits."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One plan.
-
-    Attributes:
-      recipe: `NAME:ARGUMENTS` of configs/.
-      rows: of a global batch; None: what the packing plan would make.
-      cached: what is read from a cache.
-      remat: None: the recipe's.
-    """
-
-    recipe: str
-    topology: str
-    rows: int | None = None
-    cached: tuple[str, ...] = ()
-    remat: str | None = None
-
-
 @functools.cache
-def source_hash() -> str:
-    """Of all that a plan depends on in this repository."""
-    files = sorted([*(ROOT / "ross_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")])
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:12]
-
-
 def planned(case: Case) -> Report:
-    """The plan of a case, from its file if there is one.
+    """The plan of a case, kept in --plans."""
+    files = sorted([*(ROOT / "ross_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")])
+    source = hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+    tell = functools.partial(print, file=sys.stderr, flush=True)
+    return Plans(Path(_PLANS.value), source, read_recipe, tell)(case)
 
-    Raises:
-      UserError: it cannot be planned; not that it does not fit.
-    """
-    key = hashlib.sha256(json.dumps([dataclasses.asdict(case), source_hash()]).encode()).hexdigest()[:16]
-    name, _, arguments = case.recipe.partition(":")
-    path = Path(_PLANS.value) / f"{case.topology.replace(':', '-')}-{name}-{key}.json"
-    if path.is_file():
-        return Report(**json.loads(path.read_text()))
-    print(f"{case.recipe} on {case.topology}, {case.rows or 'default'} rows", file=sys.stderr, flush=True)
-    values = importlib.import_module(f"configs.{name}").get_config(*filter(None, [arguments]))
-    values.step.remat = case.remat or values.step.remat
-    config = freeze(RunConfig, values.to_dict())
-    report = plan(config, open_target(case.topology), Options(case.recipe, rows=case.rows, cached=case.cached))
-    jax.clear_caches()  # a program of a 7B model takes gigabytes
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
-    partial.replace(path)
-    return report
+
+def read_recipe(recipe: str) -> RunConfig:
+    """`NAME:ARGUMENTS` of configs/."""
+    name, _, arguments = recipe.partition(":")
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    return freeze(RunConfig, get_config(*filter(None, [arguments])).to_dict())
 
 
 def _step(report: Report) -> float:
@@ -153,33 +119,15 @@ def batches() -> Iterator[str]:
     yield "The largest batch that fits, rows of 2048 tokens, everything recomputed"
     yield from _head("model", "topology", "rows per device", "step, s", "GiB per device", "MFU")
     for llm, topology in (("vicuna_13b", "v5e:8x8"), ("qwen2_7b", "v5e:4x4"), ("qwen2_7b", "h100:1x1x8")):
-        rows, found = largest(f"ross:encoder=siglip,llm={llm},stage=finetune", topology)
+        devices = len(open_target(topology).devices)
+        case = Case(f"ross:encoder=siglip,llm={llm},stage=finetune", topology, remat="full")
+        rows, found = largest_batch(functools.partial(_per_device, case, devices))
         mfu = f"{found.mfu:.1%}" if found.mfu else "-"
         yield _row(llm, topology, rows or "none fits", _step(found), _memory(found), mfu)
 
 
-def largest(recipe: str, topology: str) -> tuple[int, Report]:
-    """Rows per device of the largest batch that fits, 0 if none does, and its plan.
-
-    Memory is nearly a straight line in the rows, so that the first two plans tell where to look.
-    """
-    devices = len(open_target(topology).devices)
-
-    def at(rows: int) -> Report:
-        return planned(Case(recipe, topology, rows * devices, (), "full"))
-
-    one = at(1)
-    if not one.fits:
-        return 0, one
-    two = at(2)
-    if not two.fits or two.needed is None or one.needed is None:
-        return 1, one
-    rows = max(2, int(1 + (two.capacity - one.needed) / max(1, two.needed - one.needed)))
-    while not at(rows).fits:
-        rows -= 1
-    while at(rows + 1).fits:
-        rows += 1
-    return rows, at(rows)
+def _per_device(case: Case, devices: int, rows: int) -> Report:
+    return planned(dataclasses.replace(case, rows=rows * devices))
 
 
 def scaling() -> Iterator[str]:

@@ -74,6 +74,28 @@ def _batches(report: Report) -> Iterator[int]:
         yield report.rows // 2
 
 
+def largest_batch(at: Callable[[int], Report]) -> tuple[int, Report]:
+    """The most rows per device that fit, 0 if not even one does, and the plan with them (of one row, where none fit).
+
+    Memory is nearly a straight line in the rows, so the first two plans tell where to look.
+
+    Args:
+      at: plans with so many rows per device.
+    """
+    plans = [at(1)]
+    if not plans[0].fits:
+        return 0, plans[0]
+    rows, plans = 1, [*plans, at(2)]
+    if plans[1].fits:
+        one, two = (typing.cast(int, each.needed) for each in plans)
+        rows = max(2, 1 + (plans[0].capacity - one) // max(1, two - one))
+    while not at(rows).fits:
+        rows -= 1
+    while at(rows + 1).fits:
+        rows += 1
+    return rows, at(rows)
+
+
 def speed(report: Report) -> float:
     """What plans are ranked by: conversations, or answers, per second."""
     return report.rates.get("conversations", report.rates.get("answers", 0.0))

@@ -1,0 +1,74 @@
+"""Plans that are kept in a folder, so that a table of many is made once and goes on where it was cut off."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import jax
+
+from ross_jax.models.layers import RematPolicy
+from ross_jax.plan.planner import Options, plan
+from ross_jax.plan.report import Report
+from ross_jax.plan.targets import open_target
+from ross_jax.training.recipe import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is planned.
+
+    Attributes:
+      recipe: `NAME:ARGUMENTS` of configs/.
+      rows: of a global batch; None: what the packing plan would make.
+      cached: what is read from a cache.
+      remat: None: the recipe's.
+    """
+
+    recipe: str
+    topology: str
+    rows: int | None = None
+    cached: tuple[str, ...] = ()
+    remat: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plans:
+    """Plans by case.
+
+    Attributes:
+      folder: one JSON file per plan.
+      source: stands for all else that plans depend on; another one makes them anew.
+      read: recipe of a name.
+      tell: is called with a line before a plan is made.
+    """
+
+    folder: Path
+    source: str
+    read: Callable[[str], RunConfig]
+    tell: Callable[[str], None]
+
+    def __call__(self, case: Case) -> Report:
+        """The plan of a case, from its file if there is one.
+
+        Raises:
+          UserError: it cannot be planned; not that it does not fit.
+        """
+        key = hashlib.sha256(json.dumps([dataclasses.asdict(case), self.source]).encode()).hexdigest()[:16]
+        path = self.folder / f"{case.topology.replace(':', '-')}-{case.recipe.partition(':')[0]}-{key}.json"
+        if path.is_file():
+            return Report(**json.loads(path.read_text()))
+        self.tell(f"{case.recipe} on {case.topology}, {case.rows or 'default'} rows")
+        config = self.read(case.recipe)
+        if case.remat is not None:
+            step = dataclasses.replace(config.step, remat=cast(RematPolicy, case.remat))
+            config = dataclasses.replace(config, step=step)
+        report = plan(config, open_target(case.topology), Options(case.recipe, rows=case.rows, cached=case.cached))
+        jax.clear_caches()  # a program of a 7B model takes gigabytes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+        partial.replace(path)
+        return report

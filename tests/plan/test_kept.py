@@ -1,0 +1,67 @@
+"""Plans kept in a folder."""
+
+import json
+
+import pytest
+
+from ross_jax.config import UserError
+from ross_jax.plan import kept
+from ross_jax.plan.kept import Case, Plans
+from ross_jax.plan.report import Report
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """What was planned, in order, instead of compiling it."""
+    found = []
+
+    def plan(config, target, options):
+        found.append((config.step.remat, target, options.rows, options.cached))
+        if options.rows == 13:
+            raise UserError("unlucky")
+        return Report(
+            options.recipe, "train", target, 8, {"data": 8}, config.step.remat, 8, [], [], {}, 9, 5, True, [], []
+        )
+
+    monkeypatch.setattr(kept, "plan", plan)
+    monkeypatch.setattr(kept, "open_target", lambda name: name)
+    return found
+
+
+def test_planned_once(planned, tmp_path):
+    config, told = read("ross"), []
+    plans = Plans(tmp_path / "plans", "1", lambda _: config, told.append)
+    case = Case("ross:llm=qwen2_7b", "v5e:2x4", rows=8)
+    first = plans(case)
+    assert plans(case) == first and planned == [("full", "v5e:2x4", 8, ())]
+    assert told == ["ross:llm=qwen2_7b on v5e:2x4, 8 rows"]
+    for other in (
+        Case("ross:llm=vicuna_7b", "v5e:2x4", rows=8),
+        Case("ross:llm=qwen2_7b", "v5e:4x4", rows=8),
+        Case("ross:llm=qwen2_7b", "v5e:2x4"),
+        Case("ross:llm=qwen2_7b", "v5e:2x4", 8, ("targets",)),
+        Case("ross:llm=qwen2_7b", "v5e:2x4", 8, remat="mlp"),
+    ):
+        count = len(planned)
+        plans(other)
+        assert len(planned) == count + 1, other
+    assert planned[-1] == ("mlp", "v5e:2x4", 8, ())
+    Plans(tmp_path / "plans", "2", lambda _: config, told.append)(case)  # of other source code
+    assert len(planned) == 7
+    assert all(json.loads(path.read_text())["fits"] for path in (tmp_path / "plans").iterdir())
+
+
+def test_a_plan_that_fails_is_not_kept(planned, tmp_path):
+    plans = Plans(tmp_path, "1", read, lambda _: None)
+    for _ in range(2):
+        with pytest.raises(UserError, match="unlucky"):
+            plans(Case("ross", "v5e:2x4", rows=13))
+    assert len(planned) == 2 and not list(tmp_path.iterdir())
+
+
+def read(_: str):
+    from configs import ross
+    from ross_jax.config import freeze
+    from ross_jax.training.recipe import RunConfig
+
+    return freeze(RunConfig, ross.get_config("").to_dict())
