@@ -16,6 +16,8 @@ from ross_jax.sharding import partition
 
 SPLASH_BLOCKS = (512, 256, 128)
 """Tile sizes along the sequence; the first that divides its length counts."""
+BIDIRECTIONAL = "bidirectional"
+"""Name of the scope around splash attention that is not causal: its kernels look the same, and do twice the work."""
 
 
 def segment_mask(
@@ -45,6 +47,9 @@ def attention(
 
     A query that may attend to nothing (padding) yields a finite value that means nothing.
     """
+    length = query.shape[1]
+    if mask is None and _platform() == "tpu" and length == key.shape[1] and length >= SPLASH_BLOCKS[-1]:
+        return bidirectional_splash_attention(query, key, value)
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=_implementation(query))
 
 
@@ -78,16 +83,18 @@ def splash_attention(
     key: Float[Array, "batch seq kv_heads dim"],
     value: Float[Array, "batch seq kv_heads dim"],
     segments: Int[Array, "batch seq"],
+    causal: bool = True,
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads dim"]:
-    """Pallas' TPU kernel for causal attention inside segments; each device computes its rows and heads.
+    """Pallas' TPU kernel for attention inside segments; each device computes its rows and heads.
 
     Args:
       segments: as in `causal_attention`. Positions of segment 0 attend to each other here: finite, and without meaning.
+      causal: to earlier positions alone.
       interpret: runs on any platform, slowly.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    run = functools.partial(_splash, interpret=interpret)
+    run = functools.partial(_splash, causal=causal, interpret=interpret)
     if mesh.empty:
         return run(query, key, value, segments)
     queries = partition(query.shape, ("batch", None, "heads"), mesh)
@@ -98,7 +105,22 @@ def splash_attention(
     return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, segments)
 
 
-def _splash(query: Array, key: Array, value: Array, segments: Array, interpret: bool) -> Array:
+def bidirectional_splash_attention(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim"],
+    interpret: bool = False,
+) -> Float[Array, "batch seq heads dim"]:
+    """`splash_attention` of all positions to all, of any length: padded to whole tiles by a segment of its own."""
+    batch, length = query.shape[:2]
+    padding = -length % SPLASH_BLOCKS[-1]
+    padded = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
+    segments = jnp.broadcast_to((jnp.arange(length + padding) < length).astype(jnp.int32), (batch, length + padding))
+    with jax.named_scope(BIDIRECTIONAL):
+        return splash_attention(*padded, segments, causal=False, interpret=interpret)[:, :length]
+
+
+def _splash(query: Array, key: Array, value: Array, segments: Array, causal: bool, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads, dim = query.shape[1:]
@@ -106,8 +128,9 @@ def _splash(query: Array, key: Array, value: Array, segments: Array, interpret: 
     sizes = dict.fromkeys(
         ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), block
     )
+    mask = (splash.CausalMask if causal else splash.FullMask)((length, length))
     kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+        splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(**sizes, block_q_dq=block, block_kv_dq=block),
         residual_checkpoint_name=KEPT,
         interpret=interpret,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ross_jax.models.attention import BIDIRECTIONAL
 from ross_jax.plan.hlo import Bindings, Computation, Instruction, Module, evaluate, trip_count, unknown
 
 COLLECTIVES = (
@@ -76,7 +77,7 @@ ATTENTION = {"fwd": 2, "dkv": 4, "dq": 3, "fmhaSoftmax": 2, "fmhaSoftmaxBackward
 
 
 def _attention(computation: Computation, instruction: Instruction) -> int:
-    """Of an attention kernel that does not state its own; half of the square, as kernels skip what is not causal."""
+    """Of an attention kernel that does not state its own; half of the square where it is causal and skips the rest."""
     name = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", instruction.name + instruction.op_name)
     name = name or re.search(r"__cudnn\$(fmhaSoftmaxBackward|fmhaSoftmax)", instruction.attributes)
     arrays = [each.shape for each in computation.operands(instruction)]
@@ -89,7 +90,7 @@ def _attention(computation: Computation, instruction: Instruction) -> int:
         square = math.prod(_indices(scores[1])) if scores else 0
         factor = 1 if '"CAUSAL"' in instruction.attributes or '"PADDING_CAUSAL"' in instruction.attributes else 2
     else:
-        square, factor = math.prod(query[:-1]) * key[-2], 1
+        square, factor = math.prod(query[:-1]) * key[-2], 2 if BIDIRECTIONAL in instruction.op_name else 1
     return ATTENTION[name[1]] * factor * square * query[-1]
 
 

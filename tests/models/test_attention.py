@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from ross_jax.models.attention import attention, causal_attention, needs_mask, segment_mask, splash_attention
+from ross_jax.models.attention import (
+    attention,
+    bidirectional_splash_attention,
+    causal_attention,
+    needs_mask,
+    segment_mask,
+    splash_attention,
+)
 from ross_jax.models.blockwise import blockwise_attention
 from ross_jax.sharding import AXES, MeshConfig, make_mesh
 
@@ -55,6 +62,26 @@ def test_splash_is_attention(batch, length, heads, kv_heads, dim):
     weights = jax.random.normal(jax.random.key(9), arguments[0].shape)
     for found, expected in zip(real(interpreted)(*arguments, weights), real(xla)(*arguments, weights), strict=True):
         np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "dim"), [(2, 128, 2, 64), (1, 729, 2, 72), (2, 577, 1, 64), (1, 130, 2, 72)]
+)
+def test_bidirectional_splash_is_attention(batch, length, heads, dim):
+    """Outputs and all gradients; the towers' lengths, which no tile divides."""
+    *arrays, segments = inputs(batch, length, heads, heads, dim)
+    weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
+    everywhere = jnp.ones_like(segments)
+
+    def splash(query, key, value, _):
+        return bidirectional_splash_attention(query, key, value, interpret=True)
+
+    def whole(query, key, value, _):
+        return attention(query, key, value)
+
+    found, expected = (real(function)(*arrays, everywhere, weights) for function in (splash, whole))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,7 @@ INTERMEDIATE = '"intermediate_tensor_shape": {"dimensions": ["2", "8", "256", "2
         ("splash_mha_fwd_residuals", "tpu_custom_call", "", 2 * 2 * SQUARE // 2),
         ("splash_mqa_dkv_no_residuals", "tpu_custom_call", "", 4 * 2 * SQUARE // 2),
         ("splash_mha_dq_no_residuals", "tpu_custom_call", "", 3 * 2 * SQUARE // 2),
+        ("splash_mha_fwd_a", "tpu_custom_call", '}, metadata={op_name="vision/bidirectional/x"', 2 * 2 * SQUARE),
         ("a", "__cudnn$fmhaSoftmax", INTERMEDIATE, 2 * 2 * SQUARE),
         ("a", "__cudnn$fmhaSoftmaxBackward", INTERMEDIATE + ', "mask_type": "CAUSAL"', 5 * 2 * SQUARE // 2),
     ],
