@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "pictures": ("data", "fsdp", "tensor"),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -118,7 +119,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How an array with these logical axes is split. A dimension that does not divide stays whole.
+    """How an array with these logical axes is split.
+
+    A dimension that its mesh axes do not divide is split over the first of them that do, or stays whole.
 
     Raises:
       ConfigError: two dimensions that claim the same mesh axis.
@@ -128,8 +131,8 @@ def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh |
         names = tuple(name for name in RULES.get(axis, ()) if mesh.shape[name] > 1) if axis else ()
         if taken & set(names):
             raise ConfigError(f"axes {axes}: two dimensions claim mesh axis {sorted(taken & set(names))}")
-        if size % math.prod(mesh.shape[name] for name in names):
-            names = ()
+        while size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
         taken |= set(names)
         spec.append(names[0] if len(names) == 1 else names or None)
     return PartitionSpec(*spec)

@@ -13,8 +13,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # On few cores, steps of several devices that overlap may wait for one another's threads for ever.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 install_import_hook("ross_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def gpu() -> jax.Device:
+    """The first GPU; without one the test is skipped."""
+    try:
+        return jax.devices("gpu")[0]
+    except RuntimeError:
+        pytest.skip("needs a CUDA device, and JAX_PLATFORMS=cuda,cpu")

@@ -1,4 +1,4 @@
-"""The mesh over several slices."""
+"""The mesh over several slices; what its axes split."""
 
 from unittest import mock
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ross_jax.config import ConfigError
-from ross_jax.sharding import MeshConfig, make_mesh
+from ross_jax.sharding import MeshConfig, make_mesh, partition
 
 
 def devices(slices: int, platform: str = "tpu", kind: str = "TPU v4") -> list[jax.Device]:
@@ -78,3 +78,19 @@ def test_parameters_may_be_split_over_hosts_of_gpus():
     assert mesh_slices(MeshConfig(1, 8, 1), found).ravel().tolist() == [0] * 4 + [1] * 4
     array = mesh_slices(MeshConfig(2, 2, 2), found)
     assert (array[0] == 0).all() and (array[1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "axis", "expected"),
+    [
+        (16, "pictures", ("data", "fsdp", "tensor")),
+        (12, "pictures", ("data", "fsdp")),
+        (6, "pictures", "data"),
+        (5, "pictures", None),
+        (12, "batch", ("data", "fsdp")),
+        (6, "heads", "tensor"),
+        (5, "heads", None),
+    ],
+)
+def test_a_dimension_is_split_over_the_first_axes_that_divide_it(size, axis, expected):
+    assert partition((size, 3), (axis,), make_mesh(MeshConfig(2, 2, 2)))[0] == expected

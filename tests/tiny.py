@@ -95,8 +95,9 @@ class Run:
         text_weight: float = 1.0,
         config: RossConfig = CONFIG,
         supervised: int | None = None,
+        platform: str | None = None,
     ):
-        self.mesh = make_mesh(mesh, jax.devices()[:devices])
+        self.mesh = make_mesh(mesh, jax.devices(platform)[:devices])
         key = jax.random.key(seed)
         self.tree = abstract_tree(config, freeze, self.mesh)
         made = init_components(config, self.tree, self.tree, key)

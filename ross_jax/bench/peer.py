@@ -17,6 +17,7 @@ import transformers
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ross_jax.config import ConfigError
 from ross_jax.convert.importing import TABLES
@@ -191,7 +192,7 @@ class Model(nn.Module):
         self.projector = projector(config.projector)
         self.language = language_model(config.language)
         self.autoencoder = autoencoder(config.autoencoder)
-        self.denoiser = Denoiser(config.denoiser)
+        self.denoiser = Denoiser(config.denoiser, checkpointing)
         self._window = config.latent_window
         if checkpointing:
             self.language.gradient_checkpointing_enable({"use_reentrant": False})
@@ -336,9 +337,10 @@ def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torc
 class Denoiser(nn.Module):
     """The reference's, with its names; latents are tokens, and the condition comes from `z_embedder`."""
 
-    def __init__(self, config: DenoiserConfig):
+    def __init__(self, config: DenoiserConfig, checkpointing: bool):
         super().__init__()
         width = config.width
+        self._checkpointing = checkpointing
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, width))
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.latent_size, width, 1)})
         self.z_embedder = nn.Sequential(nn.SiLU(), nn.Linear(config.condition_size, width))
@@ -358,6 +360,6 @@ class Denoiser(nn.Module):
         x = functional.linear(noised, embed.weight.flatten(1), embed.bias) + self.pos_embed
         condition = time[:, None] + condition
         for block in self.blocks:
-            x = block(x, condition)
+            x = checkpoint(block, x, condition, use_reentrant=False) if self._checkpointing else block(x, condition)
         shift, scale = self.final_layer["adaLN_modulation"](condition).chunk(2, dim=-1)
         return self.final_layer["linear"](_modulate(x, shift, scale))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ross_jax.models.blockwise import blockwise_attention
-from ross_jax.models.layers import KEPT
+from ross_jax.models.layers import KEPT, keep
 from ross_jax.sharding import partition
 
 SPLASH_BLOCKS = (512, 256, 128)
@@ -42,15 +42,29 @@ def attention(
     key: Float[Array, "batch keys kv_heads dim"],
     value: Float[Array, "batch keys kv_heads dim"],
     mask: Bool[Array, "#batch 1 queries keys"] | None = None,
+    causal: bool = False,
 ) -> Float[Array, "batch queries heads dim"]:
     """Scaled dot-product attention; scores and softmax in float32, grouped-query heads when `kv_heads < heads`.
 
     A query that may attend to nothing (padding) yields a finite value that means nothing.
+
+    Args:
+      causal: the mask, between the same positions, hides all later ones: a kernel need not look at them.
     """
     length = query.shape[1]
     if mask is None and _platform() == "tpu" and length == key.shape[1] and length >= SPLASH_BLOCKS[-1]:
         return bidirectional_splash_attention(query, key, value)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=_implementation(query))
+    if not _fits_cudnn(query):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    if length % 2 == key.shape[1] % 2 == 0:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
+    if mask is not None:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    # cuDNN has no gradients of odd lengths: one more key, which nothing attends to.
+    padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    lengths = jnp.full(len(key), key.shape[1], jnp.int32)
+    output = jax.nn.dot_product_attention(*padded, key_value_seq_lengths=lengths, implementation="cudnn")
+    return output[:, :length]
 
 
 def causal_attention(
@@ -67,7 +81,7 @@ def causal_attention(
       mask: their `segment_mask`, made once for all layers; None if `needs_mask` says that no kernel asks for it.
     """
     if mask is not None:
-        return attention(query, key, value, mask)
+        return keep(attention(query, key, value, mask, causal=True))  # the others keep it themselves
     if _platform() == "tpu" and _block(query.shape[1]) is not None:
         return splash_attention(query, key, value, segments)
     return blockwise_attention(query, key, value, segments)
@@ -86,22 +100,23 @@ def splash_attention(
     causal: bool = True,
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads dim"]:
-    """Pallas' TPU kernel for attention inside segments; each device computes its rows and heads.
+    """Pallas' TPU kernel for attention inside segments; each device computes its rows and heads, or its pictures.
 
     Args:
       segments: as in `causal_attention`. Positions of segment 0 attend to each other here: finite, and without meaning.
-      causal: to earlier positions alone.
+      causal: to earlier positions alone; rows are those of a batch. Else they are pictures.
       interpret: runs on any platform, slowly.
     """
     mesh = jax.sharding.get_abstract_mesh()
     run = functools.partial(_splash, causal=causal, interpret=interpret)
-    if mesh.empty:
+    if mesh.empty or mesh.are_all_axes_manual:
         return run(query, key, value, segments)
-    queries = partition(query.shape, ("batch", None, "heads"), mesh)
-    if partition(key.shape, ("batch", None, "heads"), mesh) != queries:
+    rows, axes = ("batch", ("batch", None, "heads")) if causal else ("pictures", ("pictures",))
+    queries = partition(query.shape, axes, mesh)
+    if partition(key.shape, axes, mesh) != queries:
         # The tensor axis splits the queries' heads but not the fewer ones of the keys.
         key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
-    specs = (queries, queries, queries, partition(segments.shape, ("batch",), mesh))
+    specs = (queries, queries, queries, partition(segments.shape, (rows,), mesh))
     return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, segments)
 
 
@@ -136,9 +151,13 @@ def _splash(query: Array, key: Array, value: Array, segments: Array, causal: boo
         interpret=interpret,
     )
 
+    dtype = query.dtype
+    if _platform() == "tpu" and jax.config.jax_default_matmul_precision is None:
+        dtype = jnp.bfloat16  # to which XLA's products round their operands
+
     def row(query: Array, key: Array, value: Array, ids: Array) -> Array:
-        by_head = (x.swapaxes(0, 1) for x in (query * dim**-0.5, key, value))
-        return kernel(*by_head, segment_ids=splash.SegmentIds(ids, ids)).swapaxes(0, 1)
+        by_head = (x.swapaxes(0, 1).astype(dtype) for x in (query * dim**-0.5, key, value))
+        return kernel(*by_head, segment_ids=splash.SegmentIds(ids, ids)).swapaxes(0, 1).astype(query.dtype)
 
     return jax.vmap(row)(query, key, value, segments)
 
@@ -153,7 +172,7 @@ def _platform() -> str | None:
     return None if device is None else device.platform
 
 
-def _implementation(query: Array) -> str | None:
-    """cuDNN where it can: on GPU, in half precision, heads of at most 128 values."""
+def _fits_cudnn(query: Array) -> bool:
+    """Whether it runs on a GPU, in half precision, with heads of at most 128 values."""
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
-    return "cudnn" if fits and _platform() in ("gpu", "cuda") else None
+    return fits and _platform() in ("gpu", "cuda")

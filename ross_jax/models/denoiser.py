@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention
-from ross_jax.models.layers import Dense, Mlp, RematPolicy, layer_norm, stack
+from ross_jax.models.layers import Dense, Mlp, RematPolicy, layer_norm, part_gradients, stack
 from ross_jax.sharding import constrain
 
 TIMESTEP_FEATURES = 256
@@ -117,9 +117,8 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         width = x.shape[-1]
         init = nn.initializers.xavier_uniform()
-        qkv = Dense(3 * width, dtype=self.dtype, kernel_init=init, name="qkv")(x)
-        qkv = qkv.reshape(*x.shape[:-1], 3, self.num_heads, width // self.num_heads)
-        y = attention(*(qkv[..., i, :, :] for i in range(3)))
+        qkv = jnp.split(Dense(3 * width, dtype=self.dtype, kernel_init=init, name="qkv")(x), 3, axis=-1)
+        y = attention(*(part.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads) for part in qkv))
         return Dense(width, dtype=self.dtype, kernel_init=init, name="out")(y.reshape(x.shape))
 
 
@@ -133,7 +132,7 @@ class DenoiserBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"], condition: Float[Array, "batch tokens width"]):
         cfg = self.config
-        x = constrain(x, "batch")
+        x = constrain(x, "pictures")
         xavier = nn.initializers.xavier_uniform()
         attention = SelfAttention(cfg.num_heads, self.dtype, name="attention")
         mlp = Mlp(int(cfg.width * cfg.mlp_ratio), "gelu_tanh", self.dtype, kernel_init=xavier, name="mlp")
@@ -150,9 +149,9 @@ class DenoiserBlock(nn.Module):
         norm = layer_norm(NORM_EPS, self.dtype, affine=False)
         attended = None
         if first:
-            attended = attention(modulate(norm(x), first[0], first[1]))
+            attended = attention(part_gradients(modulate(norm(x), first[0], first[1])))
             x = x + first[2] * attended
-        x = x + gate * mlp(modulate(norm(x), shift, scale))
+        x = x + gate * mlp(part_gradients(modulate(norm(x), shift, scale)))
         return x, ((attended, x) if self.collect else None)
 
 

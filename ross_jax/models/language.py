@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention, causal_attention, needs_mask, segment_mask
-from ross_jax.models.layers import KEPT_MLP, Dense, RematPolicy, keep, part_gradients, stack
+from ross_jax.models.layers import KEPT_GATE, KEPT_UP, Dense, RematPolicy, keep, part_gradients, stack
 from ross_jax.sharding import constrain
 
 
@@ -117,10 +117,18 @@ def rotate(
     cos: Float[Array, "batch seq half"],
     sin: Float[Array, "batch seq half"],
 ) -> Float[Array, "batch seq heads dim"]:
-    """Rotary embedding on the (first half, second half) pairs, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotary embedding on the (first half, second half) pairs, in float32.
+
+    Halves change places in a product with a constant matrix, which is exact. TPUs keep a head's values in one register,
+    where slices of half of it are slow: they would take 30 of the 1960 ms of a step of Qwen2-7B.
+    """
+    half = x.shape[-1] // 2
+    swap = np.zeros((2, half, 2, half), np.float32)
+    swap[0, :, 1], swap[1, :, 0] = np.eye(half), -np.eye(half)
+    swap = swap.reshape(2 * half, 2 * half).astype(x.dtype)
+    swapped = jnp.matmul(x, swap, precision="highest", preferred_element_type=jnp.float32)
+    cos, sin = (jnp.tile(y, 2)[:, :, None] for y in (cos, sin))
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
 class Decoder(nn.Module):
@@ -153,12 +161,12 @@ class Decoder(nn.Module):
         if keys is not None:
             y = attention(query, key, value, mask)
         else:
-            y = keep(causal_attention(query, key, value, segments, mask))
+            y = causal_attention(query, key, value, segments, mask)
         x = x + self._dense(cfg.hidden_size, cfg.out_bias, "out")(y.reshape(*y.shape[:2], -1))
         y = part_gradients(nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="mlp_norm")(x))
         gate, up = (
-            part_gradients(keep(self._dense(cfg.intermediate_size, cfg.mlp_bias, name)(y), KEPT_MLP))
-            for name in ("gate", "up")
+            part_gradients(keep(self._dense(cfg.intermediate_size, cfg.mlp_bias, name)(y), kept))
+            for name, kept in (("gate", KEPT_GATE), ("up", KEPT_UP))
         )
         y = nn.silu(gate) * up
         x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down")(y)

@@ -12,11 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
-RematPolicy = Literal["none", "full", "attention", "mlp", "offload", "dots"]
+RematPolicy = Literal["none", "full", "attention", "gate", "mlp", "offload", "dots"]
 KEPT = "attention"
 """Name of what the policies `attention` and `offload` keep: queries, keys, values, and what attention made of them."""
-KEPT_MLP = "mlp"
-"""Name of what the policy `mlp` keeps beside that: what an MLP's activation reads."""
+KEPT_GATE = "gate"
+"""Name of what the policies `gate` and `mlp` keep beside that: what an MLP's activation reads."""
+KEPT_UP = "up"
+"""Name of what the policy `mlp` keeps beside that: what a gated MLP's activation is multiplied with."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -74,6 +76,19 @@ JAX's own is computed transposed and turned round, for which XLA takes twice as 
 
 
 @jax.custom_vjp
+def part(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`; neither it nor its gradient is fused with what uses it.
+
+    Between the first product of an MLP and its activation, in float32: XLA for TPU otherwise makes one fusion of both
+    products, or of a gradient and the bias's, and takes twice as long.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
+part.defvjp(lambda x: (part(x), None), lambda _, gradient: (part(gradient),))
+
+
+@jax.custom_vjp
 def part_gradients(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x`; what computes its gradient is not fused with what uses it.
 
@@ -98,7 +113,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
         width = x.shape[-1]
         x = Dense(self.features, dtype=self.dtype, kernel_init=self.kernel_init, name="up")(x)
-        x = activate(self.activation, keep(x, KEPT_MLP))
+        x = activate(self.activation, part(keep(x, KEPT_GATE)))
         return Dense(width, dtype=self.dtype, kernel_init=self.kernel_init, name="down")(x)
 
 
@@ -110,8 +125,8 @@ def stack(block: type[nn.Module], length: int, remat: RematPolicy = "none", scan
 
     Args:
       remat: what the backward pass recomputes: nothing (`none`); everything (`full`); all but what is named `KEPT`,
-        which stays on the device (`attention`) or goes to its host and back (`offload`); all but that and `KEPT_MLP`
-        (`mlp`); all but matrix products (`dots`).
+        which stays on the device (`attention`) or goes to its host and back (`offload`); all but that and `KEPT_GATE`
+        (`gate`), or `KEPT_UP` too (`mlp`); all but matrix products (`dots`).
       scanned: how many of the arguments after the carry are split along their leading axis.
       constant: how many arguments follow that every layer sees whole.
     """
@@ -120,7 +135,8 @@ def stack(block: type[nn.Module], length: int, remat: RematPolicy = "none", scan
         policy = {
             "full": None,
             "attention": policies.save_only_these_names(KEPT),
-            "mlp": policies.save_only_these_names(KEPT, KEPT_MLP),
+            "gate": policies.save_only_these_names(KEPT, KEPT_GATE),
+            "mlp": policies.save_only_these_names(KEPT, KEPT_GATE, KEPT_UP),
             "offload": policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[],
                 names_which_can_be_offloaded=[KEPT],

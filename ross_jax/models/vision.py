@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ross_jax.models.attention import attention
-from ross_jax.models.layers import KEPT_MLP, Activation, Dense, Mlp, RematPolicy, keep, layer_norm, stack
+from ross_jax.models.layers import KEPT_GATE, Activation, Dense, Mlp, RematPolicy, keep, layer_norm, stack
 from ross_jax.sharding import constrain
 
 
@@ -95,7 +95,7 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens embed"]):
         cfg = self.config
-        x = constrain(x, "batch")
+        x = constrain(x, "pictures")
         y = layer_norm(cfg.norm_eps, self.dtype, name="norm1")(x)
         x = x + self._scaled(VisionAttention(cfg.num_heads, self.dtype, name="attention")(y), "scale1")
         y = layer_norm(cfg.norm_eps, self.dtype, name="norm2")(x)
@@ -137,7 +137,7 @@ class SwiGlu(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
-        both = keep(nn.DenseGeneral((2, self.features), dtype=self.dtype, name="gate_up")(x), KEPT_MLP)
+        both = keep(nn.DenseGeneral((2, self.features), dtype=self.dtype, name="gate_up")(x), KEPT_GATE)
         y = nn.silu(both[..., 0, :]) * both[..., 1, :]
         return Dense(x.shape[-1], dtype=self.dtype, name="down")(y)
 

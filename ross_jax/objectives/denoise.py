@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ross_jax.models.autoencoder import Posterior
 from ross_jax.models.denoiser import Denoiser, normalise_condition
+from ross_jax.models.layers import RematPolicy
 from ross_jax.objectives.diffusion import (
     SCHEDULES,
     Diffusion,
@@ -57,11 +58,20 @@ class DenoiseObjective(Objective):
     Attributes:
       draws: (t, epsilon) draws per picture; the posterior is sampled once.
       condition_dropout: share of draws in which zeros take the place of the normalised visual outputs.
+      dtype: of the denoiser's activations.
+      remat: what the backward pass through the denoiser recomputes.
     """
 
     made_by = "autoencoder"
     draws: int = 4
     condition_dropout: float = 0.0
+    dtype: str = "float32"
+    remat: RematPolicy = "none"
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The module."""
+        return Denoiser(self.config.denoiser, jnp.dtype(self.dtype), self.remat)
 
     @functools.cached_property
     def process(self) -> Diffusion:
@@ -103,7 +113,6 @@ class DenoiseObjective(Objective):
         draw: Draw,
     ) -> Float[Array, "items draws"]:
         """Mean squared error of the prediction for each (t, epsilon) draw of each picture, float32."""
-        module = Denoiser(self.config.denoiser)
         variables = {"params": params["denoiser"]}
         condition = self._embed(params, visual_outputs)
         draws = draw.timesteps.shape[1]
@@ -114,13 +123,13 @@ class DenoiseObjective(Objective):
         latents = jnp.repeat(self.latents(targets, draw.posterior_noise), draws, axis=0)
         timesteps, noise = draw.timesteps.reshape(-1), rearrange(draw.noise, "b k n c -> (b k) n c")
         noised = add_noise(self.process, latents, timesteps, noise)
-        predicted = module.apply(variables, noised, timesteps, condition, method="denoise")
+        predicted = self.denoiser.apply(variables, noised, timesteps, condition, method="denoise")
         target = prediction_target(self.process, self.config.denoiser.prediction, latents, timesteps, noise)
         return jnp.mean(jnp.square(target - predicted), axis=(1, 2)).reshape(-1, draws)
 
     def _embed(self, params: Params, visual_outputs: Float[Array, "items tokens embed"]):
-        module, variables = Denoiser(self.config.denoiser), {"params": params["denoiser"]}
-        return module.apply(variables, normalise_condition(visual_outputs), method="embed_condition")
+        variables = {"params": params["denoiser"]}
+        return self.denoiser.apply(variables, normalise_condition(visual_outputs), method="embed_condition")
 
     def loss(
         self,
@@ -144,12 +153,12 @@ class DenoiseObjective(Objective):
           guidance: how far to go from the noise seen without visual outputs to that with them (Ho and Salimans, 2022,
             with weight `guidance - 1`).
         """
-        module, variables = Denoiser(self.config.denoiser), {"params": params["denoiser"]}
+        variables = {"params": params["denoiser"]}
         condition = self._embed(params, visual_outputs)
         nothing = self._embed(params, jnp.zeros_like(visual_outputs)) if guidance != 1.0 else None
 
         def noise(noised: Array, timesteps: Array, condition: Array) -> Array:
-            predicted = module.apply(variables, noised, timesteps, condition, method="denoise")
+            predicted = self.denoiser.apply(variables, noised, timesteps, condition, method="denoise")
             return implied_noise(self.process, self.config.denoiser.prediction, predicted, noised, timesteps)
 
         def predict(noised: Array, timesteps: Array) -> Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ross_jax.models.layers import RematPolicy
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.denoise import DenoiseObjective
 from ross_jax.objectives.objective import Objective
@@ -39,6 +40,7 @@ class ReconstructionConfig:
       draws: (t, epsilon) draws per picture, of `denoise`.
       distance: of `pixel` and `latent`.
       condition_dropout: share of draws in which `denoise` is not told the visual outputs; guidance needs some, 0.1 say.
+      dtype: of the denoiser's activations; the reference's are float32.
       compat: `official` averages as the reference does, over text-only rows too.
     """
 
@@ -47,6 +49,7 @@ class ReconstructionConfig:
     draws: int = 4
     distance: Distance = "mse"
     condition_dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
     compat: Literal["default", "official"] = "default"
 
     def __post_init__(self):
@@ -83,17 +86,18 @@ class ReconstructionConfig:
 
 
 def make_objective(
-    config: RossConfig, settings: ReconstructionConfig, dtype: DTypeLike = "float32"
+    config: RossConfig, settings: ReconstructionConfig, dtype: DTypeLike = "float32", remat: RematPolicy = "none"
 ) -> Objective | None:
     """The objective of a run; None for `none`.
 
     Args:
       dtype: of a teacher's activations.
+      remat: of the denoiser.
     """
     if settings.kind == "none":
         return None
     if settings.kind == "denoise":
-        return DenoiseObjective(config, settings.draws, settings.condition_dropout)
+        return DenoiseObjective(config, settings.draws, settings.condition_dropout, settings.dtype, remat)
     if settings.kind == "latent2pixel":
         return Latent2PixelObjective(config)
     return _regression(config, settings.distance, dtype)

@@ -1,5 +1,6 @@
 """What reconstruction is held against: pixels, the autoencoder's latents, a teacher's features; token by token."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,10 @@ from ross_jax.models.layers import layer_norm
 from ross_jax.models.ross import TARGET_PIXELS, RossConfig, build_autoencoder
 from ross_jax.models.vision import VisionEncoder
 from ross_jax.objectives.objective import Params
+from ross_jax.sharding import partition
 
+PIXELS_AT_ONCE = 2**18
+"""Pixels that the autoencoder sees at once on a device, unless a picture alone has more."""
 FEATURE_EPS = 1e-6
 """Epsilon of the affine-free LayerNorm on a teacher's features."""
 
@@ -61,8 +65,12 @@ def tokens_to_pixels(tokens: Float[Array, "*batch tokens values"]) -> Float[Arra
 
 def encode(config: RossConfig, params: Params, images: Float[Array, "batch height width 3"]) -> Posterior:
     """The autoencoder's posterior of normalised pictures. `params` with `autoencoder`."""
-    pixels = target_pixels(config, images)
-    return build_autoencoder(config.autoencoder).apply({"params": params["autoencoder"]}, pixels, method="encode")
+    module = build_autoencoder(config.autoencoder)
+
+    def run(autoencoder: Params, images: Array) -> Posterior:
+        return module.apply({"params": autoencoder}, target_pixels(config, images), method="encode")
+
+    return _few_at_once(config, run, params["autoencoder"], images)
 
 
 def normalised_latents(
@@ -77,7 +85,36 @@ def decode(
 ) -> Float[Array, "batch side side 3"]:
     """Pictures, about [-1, 1], of latents on the scale that models see. `params` with `autoencoder`."""
     module = build_autoencoder(config.autoencoder, remat=remat)
-    return module.apply({"params": params["autoencoder"]}, module.denormalise(latents), method="decode")
+
+    def run(autoencoder: Params, latents: Array) -> Array:
+        return module.apply({"params": autoencoder}, module.denormalise(latents), method="decode")
+
+    return _few_at_once(config, run, params["autoencoder"], latents)
+
+
+def _few_at_once(config: RossConfig, run: Callable[[Params, Array], Any], autoencoder: Params, items: Array) -> Any:
+    """`run(autoencoder, items)`, a few items after another, on each device its own.
+
+    A picture fills a device. XLA for TPU cuts several, but fewer than eight, into strips with borders, which takes
+    nearly three times as long, twice as long to compile, and sixteen times the memory.
+    """
+    most = max(1, PIXELS_AT_ONCE // config.target_size**2)
+
+    def local(autoencoder: Params, items: Array) -> Any:
+        count = items.shape[0]
+        at_once = next((n for n in range(min(most, count), 0, -1) if count % n == 0), count)
+        if at_once == count:
+            return run(autoencoder, items)
+        outputs = jax.lax.map(lambda some: run(autoencoder, some), items.reshape(-1, at_once, *items.shape[1:]))
+        return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), outputs)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(autoencoder, items)
+    split = partition(items.shape, ("pictures",), mesh)
+    return jax.shard_map(local, in_specs=(jax.sharding.PartitionSpec(), split), out_specs=split, check_vma=False)(
+        autoencoder, items
+    )
 
 
 def teacher_features(

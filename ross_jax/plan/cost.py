@@ -72,20 +72,20 @@ def is_kernel(instruction: Instruction) -> bool:
     )
 
 
-ATTENTION = {"fwd": 2, "dkv": 4, "dq": 3, "fmhaSoftmax": 2, "fmhaSoftmaxBackward": 5}
+ATTENTION = {"fwd": 2, "dkv": 4, "dq": 3, "Softmax": 2, "SoftmaxBackward": 5}
 """Products of queries by keys in kernels of attention, by a part of their name: splash attention's and cuDNN's."""
 
 
 def _attention(computation: Computation, instruction: Instruction) -> int:
     """Of an attention kernel that does not state its own; half of the square where it is causal and skips the rest."""
     name = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", instruction.name + instruction.op_name)
-    name = name or re.search(r"__cudnn\$(fmhaSoftmaxBackward|fmhaSoftmax)", instruction.attributes)
+    name = name or re.search(r"__cudnn\$fmha(?:ScaleBias)?(SoftmaxBackward|Softmax)", instruction.attributes)
     arrays = [each.shape for each in computation.operands(instruction)]
     arrays = [shape.sizes for shape in arrays if len(shape.sizes) > 2 and shape.dtype in ("bf16", "f16", "f32")]
     if name is None or len(arrays) < 2:
         return 0
     query, key = arrays[:2]
-    if name[1].startswith("fmha"):
+    if name[1].startswith("Softmax"):
         scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)
         square = math.prod(_indices(scores[1])) if scores else 0
         factor = 1 if '"CAUSAL"' in instruction.attributes or '"PADDING_CAUSAL"' in instruction.attributes else 2

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 
@@ -25,6 +25,7 @@ class Case:
       rows: of a global batch; None: what the packing plan would make.
       cached: what is read from a cache.
       remat: None: the recipe's.
+      set: fields of the recipe, as `("mesh.tensor", 2)`.
     """
 
     recipe: str
@@ -32,6 +33,7 @@ class Case:
     rows: int | None = None
     cached: tuple[str, ...] = ()
     remat: str | None = None
+    set: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +62,14 @@ class Plans:
         path = self.folder / f"{case.topology.replace(':', '-')}-{case.recipe.partition(':')[0]}-{key}.json"
         if path.is_file():
             return Report(**json.loads(path.read_text()))
-        self.tell(f"{case.recipe} on {case.topology}, {case.rows or 'default'} rows")
+        told = "".join(f", {field}={value}" for field, value in case.set)
+        self.tell(f"{case.recipe} on {case.topology}, {case.rows or 'default'} rows{told}")
         config = self.read(case.recipe)
+        for field, value in case.set:
+            section, name = field.split(".")
+            config = dataclasses.replace(
+                config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+            )
         if case.remat is not None:
             step = dataclasses.replace(config.step, remat=cast(RematPolicy, case.remat))
             config = dataclasses.replace(config, step=step)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from ross_jax.models.layers import RematPolicy
@@ -73,7 +74,8 @@ def make_train_step(
     """
     dtype = jnp.dtype(step_config.dtype)
     model = Ross(config, dtype, step_config.remat)
-    objective = make_objective(config, reconstruction, dtype)
+    # Of the denoiser only its blocks' inputs are kept, which costs no time on TPU: the rest is slow to read back.
+    objective = make_objective(config, reconstruction, dtype, "none" if step_config.remat == "none" else "full")
 
     def losses(params: Tree, frozen: Tree, batch: Batch, totals, step_key: Array):
         """Sums of one micro-batch, each divided by the count of the whole batch."""
@@ -154,11 +156,17 @@ def make_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformati
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
 
 
-def compile_step(train_step: Any, state_shardings: TrainState, batch_shardings: Any):
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20}
+"""Of the compiler: weights are gathered whole before they are multiplied. Where tensor splits what is left of them, XLA
+otherwise gathers them in pieces, and a step of Qwen2-7B takes twice as long by its own estimate."""
+
+
+def compile_step(train_step: Any, state_shardings: TrainState, batch_sharding: NamedSharding):
     """Jits the step: state donated and kept where it is, metrics on every device."""
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, batch_shardings),
+        in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, None),
         donate_argnums=0,
+        compiler_options=TPU_OPTIONS if batch_sharding.mesh.devices.flat[0].platform == "tpu" else None,
     )

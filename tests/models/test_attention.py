@@ -143,3 +143,34 @@ def test_a_mask_that_is_given_decides():
     mask = segment_mask(segments, segments)
     expected = attention(query, key, value, mask)
     np.testing.assert_array_equal(causal_attention(query, key, value, segments, mask), expected)
+
+
+def cudnn_is(function, gpu, length, heads, kv_heads, dim):
+    """`function` runs in cuDNN, and its outputs and gradients are as far from float32 as XLA's own."""
+    *arrays, segments = inputs(2, length, heads, kv_heads, dim)
+    weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
+    halves = [array.astype(jnp.bfloat16) for array in arrays]
+    with jax.default_matmul_precision("highest"):
+        exact = real(function)(*arrays, segments, weights)
+    others = real(function)(*halves, segments, weights)
+    with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), [gpu])):
+        compiled = real(function).lower(*halves, segments, weights).compile()
+        found = jax.device_get(compiled(*halves, segments, weights))
+    assert "__cudnn$fmha" in compiled.as_text()
+    for ours, theirs, wanted in zip(found, others, exact, strict=True):
+        errors = [np.sqrt(np.mean(np.square(np.asarray(x, np.float32) - wanted))) for x in (ours, theirs)]
+        assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (28, 4)])
+@pytest.mark.parametrize("length", [512, 2048])
+def test_cudnn_is_attention_inside_segments(gpu, length, heads, kv_heads):
+    cudnn_is(xla, gpu, length, heads, kv_heads, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("length", "heads", "dim"), [(729, 16, 72), (576, 16, 64), (577, 2, 64)])
+def test_cudnn_is_attention_of_towers(gpu, length, heads, dim):
+    """Without a mask, at the lengths and head sizes of SigLIP and CLIP."""
+    cudnn_is(lambda query, key, value, _: attention(query, key, value), gpu, length, heads, heads, dim)

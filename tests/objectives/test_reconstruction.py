@@ -210,6 +210,22 @@ def test_reductions():
     assert float(official_mean(losses, real, draws=1)) == pytest.approx(3.75 * 2 / (2 + 1e-6), rel=1e-7)
 
 
+def test_rematerialised_and_in_half_precision(setting):
+    """What the backward pass computes again changes no gradient; bfloat16 changes the loss by its rounding."""
+    objective, params, *rest = setting
+
+    def run(objective):
+        return jax.jit(jax.value_and_grad(lambda params: jnp.sum(objective.loss(params, {}, *rest))))(params)
+
+    expected, gradients = run(objective)
+    found, again = run(dataclasses.replace(objective, remat="full"))
+    assert found == pytest.approx(float(expected), rel=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    half, _ = run(dataclasses.replace(objective, dtype="bfloat16"))
+    assert half != expected and half == pytest.approx(float(expected), rel=0.02)
+
+
 @pytest.mark.parametrize("reduce", [picture_mean, official_mean])
 def test_no_pictures_no_loss(setting, reduce):
     """Neither slots that are all empty, nor a batch without slots: exactly zero, and so is every gradient."""

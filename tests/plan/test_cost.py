@@ -204,6 +204,8 @@ INTERMEDIATE = '"intermediate_tensor_shape": {"dimensions": ["2", "8", "256", "2
         ("splash_mha_fwd_a", "tpu_custom_call", '}, metadata={op_name="vision/bidirectional/x"', 2 * 2 * SQUARE),
         ("a", "__cudnn$fmhaSoftmax", INTERMEDIATE, 2 * 2 * SQUARE),
         ("a", "__cudnn$fmhaSoftmaxBackward", INTERMEDIATE + ', "mask_type": "CAUSAL"', 5 * 2 * SQUARE // 2),
+        ("a", "__cudnn$fmhaScaleBiasSoftmax", INTERMEDIATE + ', "mask_type": "CAUSAL"', 2 * 2 * SQUARE // 2),
+        ("a", "__cudnn$fmhaScaleBiasSoftmaxBackward", INTERMEDIATE, 5 * 2 * SQUARE),
     ],
 )
 def test_kernels(name, target, config, expected):

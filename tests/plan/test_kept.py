@@ -40,14 +40,16 @@ def test_planned_once(planned, tmp_path):
         Case("ross:llm=qwen2_7b", "v5e:4x4", rows=8),
         Case("ross:llm=qwen2_7b", "v5e:2x4"),
         Case("ross:llm=qwen2_7b", "v5e:2x4", 8, ("targets",)),
+        Case("ross:llm=qwen2_7b", "v5e:2x4", 8, set=(("mesh.tensor", 2), ("step.remat", "dots"))),
         Case("ross:llm=qwen2_7b", "v5e:2x4", 8, remat="mlp"),
     ):
         count = len(planned)
         plans(other)
         assert len(planned) == count + 1, other
-    assert planned[-1] == ("mlp", "v5e:2x4", 8, ())
+    assert planned[-2:] == [("dots", "v5e:2x4", 8, ()), ("mlp", "v5e:2x4", 8, ())]
+    assert told[-2] == "ross:llm=qwen2_7b on v5e:2x4, 8 rows, mesh.tensor=2, step.remat=dots"
     Plans(tmp_path / "plans", "2", lambda _: config, told.append)(case)  # of other source code
-    assert len(planned) == 7
+    assert len(planned) == 8
     assert all(json.loads(path.read_text())["fits"] for path in (tmp_path / "plans").iterdir())
 
 

@@ -31,12 +31,14 @@ FREEZE = {
 def products(jaxpr, times: int = 1):
     """(kind, FLOPs, sizes of the dimensions) of every matrix product and convolution of a program, loops counted out.
 
-    Products with batch dimensions are those of attention, of activations with one another: left out.
+    Left out: products with batch dimensions, those of attention, of activations with one another; and that in which
+    rotary embedding swaps the halves of a head.
     """
+    swap = (CONFIG.language.head_dim,) * 2
     for equation in jaxpr.eqns:
         shapes = [var.aval.shape for var in (*equation.invars, *equation.outvars)]
         numbers = equation.params.get("dimension_numbers")
-        if equation.primitive.name == "dot_general" and not numbers[1][0]:
+        if equation.primitive.name == "dot_general" and not numbers[1][0] and swap not in shapes:
             contracted = math.prod(shapes[0][i] for i in numbers[0][0])
             yield "matrix", 2 * times * contracted * math.prod(shapes[2]), set(sum(shapes, ()))
         if equation.primitive.name == "conv_general_dilated":

@@ -74,7 +74,7 @@ def test_accumulation_changes_nothing(parts, single):
     agrees(Run(MeshConfig(1, 2, 1), devices=2, accumulate=parts), single)
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "mlp", "offload", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention", "gate", "mlp", "offload", "dots"])
 def test_rematerialisation_changes_nothing(remat, single):
     agrees(Run(remat=remat), single)
 
@@ -194,3 +194,24 @@ def test_without_text_loss_targets_do_not_matter():
     split = Run(MeshConfig(2, 2, 2), devices=8, accumulate=2, text_weight=0.0, freeze=freeze).run(bare)
     for name, value in one.items():
         assert split[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_losses_of_a_cpu(gpu):
+    """In float32 at full precision, everything recomputed but attention; losses of two steps, and the gradients'."""
+    with jax.default_matmul_precision("highest"):
+        there, here = (Run(platform=platform, remat="attention") for platform in ("gpu", "cpu"))
+        for seed in (0, 1):
+            expected, found = here.run(make_batch(seed=seed)), there.run(make_batch(seed=seed))
+            for name in ("text_loss", "reconstruction_loss", "gradient_norm"):
+                assert found[name] == pytest.approx(expected[name], rel=1e-4), (seed, name)
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu(gpu):
+    """bfloat16, with cuDNN's attention where it can: losses near those of float32 on the CPU."""
+    options = {"dtype": "bfloat16", "reconstruction": ReconstructionConfig(dtype="bfloat16")}
+    found = Run(platform="gpu", **options).run(make_batch())
+    expected = Run(platform="cpu").run(make_batch())
+    for name in ("text_loss", "reconstruction_loss"):
+        assert found[name] == pytest.approx(expected[name], rel=0.02), name

@@ -1,0 +1,70 @@
+"""The autoencoder sees a few pictures after another: the same as all at once, on one device and on a mesh."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ross_jax.models.ross import abstract_params
+from ross_jax.objectives import targets
+from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from tiny import CONFIG
+
+SIDE = CONFIG.vision.image_size
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    shapes = abstract_params(CONFIG)["autoencoder"]
+    return {"autoencoder": jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), "float32"), shapes)}
+
+
+def run(params, pictures):
+    """Posterior of pictures, pictures of its means, and a gradient through these."""
+    posterior = targets.encode(CONFIG, params, pictures)
+
+    def decoded(latents):
+        pixels = targets.decode(CONFIG, params, latents, remat=True)
+        return jnp.sum(jnp.sin(pixels)), pixels
+
+    gradient, pixels = jax.grad(decoded, has_aux=True)(posterior.mean)
+    return *posterior, pixels, gradient
+
+
+def scans(jaxpr) -> list[int]:
+    """How often each loop of a program turns."""
+    return [int(length) for length in re.findall(r"\bscan\[.*?\blength=(\d+)", str(jaxpr), re.DOTALL)]
+
+
+@pytest.mark.parametrize(("count", "most", "turns"), [(6, 1, 6), (6, 4, 2), (5, 2, 5), (4, 4, None), (0, 1, None)])
+def test_some_after_others_are_all_at_once(params, monkeypatch, count, most, turns):
+    """However many fit at once, and whether or not they divide the pictures; none at all are none."""
+    pictures = jax.random.normal(jax.random.key(1), (count, SIDE, SIDE, 3))
+    expected = jax.jit(run)(params, pictures)
+    monkeypatch.setattr(targets, "PIXELS_AT_ONCE", most * CONFIG.target_size**2)
+    found = jax.jit(lambda *arguments: run(*arguments))(params, pictures)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert set(scans(jax.make_jaxpr(lambda *arguments: run(*arguments))(params, pictures))) == ({turns} - {None})
+
+
+@pytest.mark.parametrize(("sizes", "count"), [((2, 2, 2), 16), ((1, 4, 2), 4), ((1, 2, 4), 6)])
+def test_each_device_has_its_own(params, monkeypatch, sizes, count):
+    """Pictures are split over all mesh axes that divide them, and nothing is sent while they are encoded."""
+    monkeypatch.setattr(targets, "PIXELS_AT_ONCE", 1)
+    pictures = jax.random.normal(jax.random.key(1), (count, SIDE, SIDE, 3))
+    expected = jax.jit(lambda *arguments: run(*arguments))(params, pictures)
+    mesh = make_mesh(MeshConfig(*sizes))
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda *arguments: run(*arguments), in_shardings=(None, batch_sharding(mesh)))
+        found = step(params, pictures)
+        encode = jax.jit(
+            lambda *arguments: targets.encode(CONFIG, *arguments), in_shardings=(None, batch_sharding(mesh))
+        )
+        text = encode.lower(params, pictures).compile().as_text()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not re.search(r"all-(gather|reduce|to-all)|reduce-scatter|collective-permute", text)
