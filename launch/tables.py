@@ -100,7 +100,6 @@ def costs() -> Iterator[str]:
         ("Ross, cached targets", "ross", {"cached": ("targets",)}),
         ("Ross, cached targets, denoiser in bfloat16", "ross", {"cached": ("targets",), "set": half}),
         ("Ross, live", "ross", {}),
-        ("Ross, live, denoiser in bfloat16", "ross", {"set": half}),
     )
     for topology, peer in PEER.items():
         llava = _step(planned(Case(f"llava:{PARTS}", topology, 128, remat=REMAT[topology])))

@@ -127,12 +127,15 @@ def bidirectional_splash_attention(
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads dim"]:
     """`splash_attention` of all positions to all, of any length: padded to whole tiles by a segment of its own."""
+    dtype = query.dtype
+    if _platform() == "tpu" and jax.config.jax_default_matmul_precision is None:
+        query, key, value = (x.astype(jnp.bfloat16) for x in (query, key, value))  # as XLA's products round operands
     batch, length = query.shape[:2]
     padding = -length % SPLASH_BLOCKS[-1]
     padded = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
     segments = jnp.broadcast_to((jnp.arange(length + padding) < length).astype(jnp.int32), (batch, length + padding))
     with jax.named_scope(BIDIRECTIONAL):
-        return splash_attention(*padded, segments, causal=False, interpret=interpret)[:, :length]
+        return splash_attention(*padded, segments, causal=False, interpret=interpret)[:, :length].astype(dtype)
 
 
 def _splash(query: Array, key: Array, value: Array, segments: Array, causal: bool, interpret: bool) -> Array:
@@ -151,13 +154,9 @@ def _splash(query: Array, key: Array, value: Array, segments: Array, causal: boo
         interpret=interpret,
     )
 
-    dtype = query.dtype
-    if _platform() == "tpu" and jax.config.jax_default_matmul_precision is None:
-        dtype = jnp.bfloat16  # to which XLA's products round their operands
-
     def row(query: Array, key: Array, value: Array, ids: Array) -> Array:
-        by_head = (x.swapaxes(0, 1).astype(dtype) for x in (query * dim**-0.5, key, value))
-        return kernel(*by_head, segment_ids=splash.SegmentIds(ids, ids)).swapaxes(0, 1).astype(query.dtype)
+        by_head = (x.swapaxes(0, 1) for x in (query * dim**-0.5, key, value))
+        return kernel(*by_head, segment_ids=splash.SegmentIds(ids, ids)).swapaxes(0, 1)
 
     return jax.vmap(row)(query, key, value, segments)
 

@@ -179,7 +179,7 @@ class Denoiser(nn.Module):
         xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
         normal = nn.initializers.normal(0.02)
 
-        def dense(features: int, init) -> nn.Dense:
+        def dense(features: int, init) -> Dense:
             return Dense(features, dtype=self.dtype, kernel_init=init)
 
         table = position_table(cfg.width, cfg.grid)

@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down")(y)
         return (x, keys, values), (x if self.collect else None)
 
-    def _dense(self, features: int, bias: bool, name: str) -> nn.Dense:
+    def _dense(self, features: int, bias: bool, name: str) -> Dense:
         init = nn.initializers.normal(0.02)
         return Dense(features, use_bias=bias, dtype=self.dtype, kernel_init=init, name=name)
 

@@ -31,6 +31,7 @@ from ross_jax.objectives.targets import (
     normalised_latents,
     ungroup_latents,
 )
+from ross_jax.sharding import constrain
 
 
 class Draw(NamedTuple):
@@ -113,6 +114,8 @@ class DenoiseObjective(Objective):
         draw: Draw,
     ) -> Float[Array, "items draws"]:
         """Mean squared error of the prediction for each (t, epsilon) draw of each picture, float32."""
+        # Small, and read in every block, forward and back: gathered once.
+        params = {"denoiser": jax.tree.map(constrain, params["denoiser"])}
         variables = {"params": params["denoiser"]}
         condition = self._embed(params, visual_outputs)
         draws = draw.timesteps.shape[1]

@@ -51,6 +51,25 @@ def test_generation(recipe):
         assert line in done.stdout
 
 
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("recipe", "topology", "arguments"),
+    [
+        ("ross.py:encoder=siglip,llm=qwen2_7b,stage=finetune", "v5e:8x8", ["--rows=128", "--config.step.remat=gate"]),
+        ("llava.py:encoder=clip,llm=vicuna_7b,stage=pretrain", "v5e:4x4", ["--config.mesh.tensor=2"]),
+    ],
+)
+def test_full_size(recipe, topology, arguments, tmp_path):
+    """It compiles and fits, and weights are gathered whole: not in the many pieces of a windowed product."""
+    figures = tmp_path / "plan.json"
+    done = run_plan(str(REPOSITORY / "configs" / recipe), *arguments, f"--json={figures}", topology=topology)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    plan = json.loads(figures.read_text())
+    assert plan["fits"] and plan["mfu"] > 0.2
+    assert sum(line["count"] for line in plan["collectives"] if line["kind"] == "collective-permute") < 1000
+
+
 @pytest.mark.parametrize(
     ("topology", "arguments", "message"),
     [

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from ross_jax.models.layers import ONES
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import batch_sharding, make_mesh
@@ -31,14 +32,19 @@ FREEZE = {
 def products(jaxpr, times: int = 1):
     """(kind, FLOPs, sizes of the dimensions) of every matrix product and convolution of a program, loops counted out.
 
-    Left out: products with batch dimensions, those of attention, of activations with one another; and that in which
-    rotary embedding swaps the halves of a head.
+    Left out: products with batch dimensions, those of attention, of activations with one another; that in which rotary
+    embedding swaps the halves of a head; and those with ones, which are sums.
     """
     swap = (CONFIG.language.head_dim,) * 2
     for equation in jaxpr.eqns:
         shapes = [var.aval.shape for var in (*equation.invars, *equation.outvars)]
         numbers = equation.params.get("dimension_numbers")
-        if equation.primitive.name == "dot_general" and not numbers[1][0] and swap not in shapes:
+        if (
+            equation.primitive.name == "dot_general"
+            and not numbers[1][0]
+            and swap not in shapes
+            and shapes[0][-1] != ONES
+        ):
             contracted = math.prod(shapes[0][i] for i in numbers[0][0])
             yield "matrix", 2 * times * contracted * math.prod(shapes[2]), set(sum(shapes, ()))
         if equation.primitive.name == "conv_general_dilated":
