@@ -92,13 +92,14 @@ def costs() -> Iterator[str]:
     yield from _head(
         "topology", "recipe", "remat", "step, s", "of LLaVA's", "of the peer's", "overlapped, s", "GiB per chip", "MFU"
     )
-    half = (("reconstruction.dtype", "bfloat16"),)
+    half, tensor = (("reconstruction.dtype", "bfloat16"),), (("mesh.tensor", 2),)
     recipes: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("language model alone", "language_only", {}),
-        ("language model alone, tensor=2", "language_only", {"set": (("mesh.tensor", 2),)}),
+        ("language model alone, tensor=2", "language_only", {"set": tensor}),
         ("LLaVA", "llava", {}),
         ("Ross, cached targets", "ross", {"cached": ("targets",)}),
         ("Ross, cached targets, denoiser in bfloat16", "ross", {"cached": ("targets",), "set": half}),
+        ("Ross, cached targets, tensor=2", "ross", {"cached": ("targets",), "set": tensor}),
         ("Ross, live", "ross", {}),
     )
     for topology, peer in PEER.items():

@@ -15,7 +15,7 @@ from ross_jax.models.vision import VisionEncoder
 from ross_jax.objectives.objective import Params
 from ross_jax.sharding import partition
 
-PIXELS_AT_ONCE = 2**18
+PIXELS_AT_ONCE = 2**16
 """Pixels that the autoencoder sees at once on a device, unless a picture alone has more."""
 FEATURE_EPS = 1e-6
 """Epsilon of the affine-free LayerNorm on a teacher's features."""
