@@ -15,7 +15,7 @@ from ross_jax.plan.planner import Options, plan
 from ross_jax.plan.program import answering_for, needed_bytes, train_program
 from ross_jax.plan.report import text
 from ross_jax.plan.search import rank, search, table
-from ross_jax.plan.targets import open_target
+from ross_jax.plan.targets import KERNEL_UTILISATION, open_target
 from ross_jax.plan.workload import abstract_batch, assume
 from ross_jax.sharding import MeshConfig, make_mesh
 from ross_jax.training.recipe import RunConfig, complete
@@ -225,7 +225,10 @@ def test_plan(topology, tmp_path):
 
 @pytest.mark.slow
 def test_plan_for_gpus():
-    """As on TPU the products are those of the traced step, which cuBLAS and cuDNN compute there; no GPU is at hand."""
+    """As on TPU the products are those of the traced step, which cuBLAS and cuDNN compute there; no GPU is at hand.
+
+    Those inside cuDNN's attention are beside them: the trace does not look into it.
+    """
     pytest.importorskip("jax_cuda12_plugin", reason="needs the CUDA plugin: bash launch/setup.sh cuda")
     config, target = recipe(), open_target("h100:1x1x1")
     found = plan(config, target, OPTIONS)
@@ -233,7 +236,8 @@ def test_plan_for_gpus():
     program = train_program(config, mesh, found.rows, 100)
     with jax.set_mesh(mesh):
         traced = products(jax.make_jaxpr(program.step)(*program.inputs).jaxpr)
-    assert 0.85 * traced < found.flops <= traced
+    inside = found.seconds["kernels"] * target.chip.peak * KERNEL_UTILISATION
+    assert inside > 0 and 0.85 * traced < found.flops - inside <= traced
     assert found.fits and found.memory["temporaries"] > 0
     assert "no cycles" in found.method and "MEM_FRACTION" in text(found)
 
