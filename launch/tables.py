@@ -92,33 +92,25 @@ def costs() -> Iterator[str]:
     yield from _head(
         "topology", "recipe", "remat", "step, s", "of LLaVA's", "of the peer's", "overlapped, s", "GiB per chip", "MFU"
     )
-    half, tensor = (("reconstruction.dtype", "bfloat16"),), (("mesh.tensor", 2),)
-    recipes: tuple[tuple[str, str, dict[str, Any]], ...] = (
-        ("language model alone", "language_only", {}),
-        ("LLaVA", "llava", {}),
-        ("Ross, cached targets", "ross", {"cached": ("targets",)}),
-        ("Ross, live", "ross", {}),
-        ("language model alone, tensor=2", "language_only", {"set": tensor}),
-        ("Ross, cached targets, denoiser in bfloat16", "ross", {"cached": ("targets",), "set": half}),
+    half, tensor = ("reconstruction.dtype", "bfloat16"), ("mesh.tensor", 2)
+    recipes = (
+        ("language model alone", "language_only", (), ()),
+        ("LLaVA", "llava", (), ()),
+        ("Ross, cached targets", "ross", ("targets",), ()),
+        ("Ross, live", "ross", (), ()),
+        ("language model alone, tensor=2", "language_only", (), (tensor,)),
+        ("Ross, cached targets, denoiser in bfloat16", "ross", ("targets",), (half,)),
     )
     for topology, peer in PEER.items():
-        llava = _step(planned(Case(f"llava:{PARTS}", topology, 128, remat=REMAT[topology])))
+        remat = ("step.remat", REMAT[topology])
+        llava = _step(planned(Case(f"llava:{PARTS}", topology, 128, set=(remat,))))
         # Variants on one topology: a plan takes minutes.
-        for label, name, options in recipes if topology == "v5e:8x8" else recipes[:4]:
-            found = planned(Case(f"{name}:{PARTS}", topology, 128, remat=REMAT[topology], **options))
-            overlapped = found.seconds.get("overlapped", float("nan"))
-            beside = f"{_step(found) / peer:.2f}; overlapped {overlapped / peer:.2f}"
-            yield _row(
-                topology,
-                label,
-                found.remat,
-                _step(found),
-                f"{_step(found) / llava:.3f}",
-                beside,
-                overlapped,
-                _memory(found),
-                f"{found.mfu or 0:.1%}",
-            )
+        for label, name, cached, changes in recipes if topology == "v5e:8x8" else recipes[:4]:
+            found = planned(Case(f"{name}:{PARTS}", topology, 128, cached, (remat, *changes)))
+            step, overlapped = _step(found), found.seconds.get("overlapped", float("nan"))
+            beside = (f"{step / llava:.3f}", f"{step / peer:.2f}; overlapped {overlapped / peer:.2f}")
+            mfu = f"{found.mfu or 0:.1%}"
+            yield _row(topology, label, found.remat, step, *beside, overlapped, _memory(found), mfu)
 
 
 def kinds() -> Iterator[str]:
@@ -137,7 +129,7 @@ def batches() -> Iterator[str]:
     yield from _head("model", "topology", "rows per device", "step, s", "GiB per device", "MFU")
     for llm, topology in (("vicuna_13b", "v5e:8x8"), ("qwen2_7b", "v5e:4x4"), ("qwen2_7b", "h100:1x1x8")):
         devices = len(open_target(topology).devices)
-        case = Case(f"ross:encoder=siglip,llm={llm},stage=finetune", topology, remat="full")
+        case = Case(f"ross:encoder=siglip,llm={llm},stage=finetune", topology, set=(("step.remat", "full"),))
         rows, found = largest_batch(functools.partial(_per_device, case, devices))
         mfu = f"{found.mfu:.1%}" if found.mfu else "-"
         yield _row(llm, topology, rows or "none fits", _step(found), _memory(found), mfu)

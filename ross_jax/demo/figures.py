@@ -26,7 +26,8 @@ def plot_losses(path: str | Path, curves: Mapping[str, Mapping[str, tuple[Sequen
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for panel, (title, lines) in zip(panels, curves.items(), strict=True):
         for name, (steps, values) in lines.items():
-            panel.plot(steps, values, label=name, linewidth=1)
+            # A run so short that it logged once, as with --quick, is a point.
+            panel.plot(steps, values, label=name, linewidth=1, marker="o" if len(values) == 1 else None)
         panel.set(title=title, xlabel="step", ylabel="loss")
         panel.grid(alpha=0.3)
         panel.legend()

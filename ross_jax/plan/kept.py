@@ -5,11 +5,10 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 
-from ross_jax.models.layers import RematPolicy
 from ross_jax.plan.planner import Options, plan
 from ross_jax.plan.report import Report
 from ross_jax.plan.targets import open_target
@@ -24,7 +23,6 @@ class Case:
       recipe: `NAME:ARGUMENTS` of configs/.
       rows: of a global batch; None: what the packing plan would make.
       cached: what is read from a cache.
-      remat: None: the recipe's.
       set: fields of the recipe, as `("mesh.tensor", 2)`.
     """
 
@@ -32,7 +30,6 @@ class Case:
     topology: str
     rows: int | None = None
     cached: tuple[str, ...] = ()
-    remat: str | None = None
     set: tuple[tuple[str, Any], ...] = ()
 
 
@@ -70,9 +67,6 @@ class Plans:
             config = dataclasses.replace(
                 config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
             )
-        if case.remat is not None:
-            step = dataclasses.replace(config.step, remat=cast(RematPolicy, case.remat))
-            config = dataclasses.replace(config, step=step)
         report = plan(config, open_target(case.topology), Options(case.recipe, rows=case.rows, cached=case.cached))
         jax.clear_caches()  # a program of a 7B model takes gigabytes
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -138,6 +138,33 @@ def test_the_mesh_chooses(platform, wanted):
     assert not needs_mask()
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [(None, "bfloat16"), ("highest", "float32")])
+def test_towers_on_tpu_round_operands_as_products_do(precision, dtype):
+    """The kernel's operands are what XLA would make of float32 ones: bfloat16 at the default precision only."""
+    mesh = AbstractMesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice("a", None, "tpu")
+    )
+    arrays = [jax.ShapeDtypeStruct((2, 130, 2, 64), jnp.float32)] * 3
+    with jax.sharding.use_abstract_mesh(mesh), jax.default_matmul_precision(precision):
+        traced = jax.make_jaxpr(attention)(*arrays)
+    assert [each.dtype for each in traced.out_avals] == [jnp.float32]
+    [kernel] = pallas_calls(traced.jaxpr)
+    assert {str(x.aval.dtype) for x in kernel.invars if x.aval.ndim > 3 and x.aval.dtype != jnp.int32} == {dtype}
+
+
+def pallas_calls(jaxpr):
+    """Equations that are kernels, at any depth."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+            continue
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from pallas_calls(inner)
+
+
 def test_a_mask_that_is_given_decides():
     query, key, value, segments = inputs(2, 64, 4, 2, 8)
     mask = segment_mask(segments, segments)
@@ -166,7 +193,11 @@ def cudnn_is(function, gpu, length, heads, kv_heads, dim):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (28, 4)])
 @pytest.mark.parametrize("length", [512, 2048])
 def test_cudnn_is_attention_inside_segments(gpu, length, heads, kv_heads):
-    cudnn_is(xla, gpu, length, heads, kv_heads, 128)
+
+    def packed(query, key, value, segments):
+        return causal_attention(query, key, value, segments, segment_mask(segments, segments))
+
+    cudnn_is(packed, gpu, length, heads, kv_heads, 128)
 
 
 @pytest.mark.gpu

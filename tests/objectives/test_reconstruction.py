@@ -214,11 +214,16 @@ def test_rematerialised_and_in_half_precision(setting):
     """What the backward pass computes again changes no gradient; bfloat16 changes the loss by its rounding."""
     objective, params, *rest = setting
 
+    def step(objective):
+        return jax.value_and_grad(lambda params: jnp.sum(objective.loss(params, {}, *rest)))
+
     def run(objective):
-        return jax.jit(jax.value_and_grad(lambda params: jnp.sum(objective.loss(params, {}, *rest))))(params)
+        return jax.jit(step(objective))(params)
 
     expected, gradients = run(objective)
-    found, again = run(dataclasses.replace(objective, remat="full"))
+    full = dataclasses.replace(objective, remat="full")
+    assert ["remat" in str(jax.make_jaxpr(step(each))(params)) for each in (objective, full)] == [False, True]
+    found, again = run(full)
     assert found == pytest.approx(float(expected), rel=1e-6)
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

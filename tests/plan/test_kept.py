@@ -41,7 +41,7 @@ def test_planned_once(planned, tmp_path):
         Case("ross:llm=qwen2_7b", "v5e:2x4"),
         Case("ross:llm=qwen2_7b", "v5e:2x4", 8, ("targets",)),
         Case("ross:llm=qwen2_7b", "v5e:2x4", 8, set=(("mesh.tensor", 2), ("step.remat", "dots"))),
-        Case("ross:llm=qwen2_7b", "v5e:2x4", 8, remat="mlp"),
+        Case("ross:llm=qwen2_7b", "v5e:2x4", 8, set=(("step.remat", "mlp"),)),
     ):
         count = len(planned)
         plans(other)

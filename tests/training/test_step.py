@@ -1,14 +1,17 @@
 """The step: the same losses and updates however it is split over devices, micro-batches and rows."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ross_jax.objectives.reconstruction import ReconstructionConfig
+from ross_jax.models.denoiser import Denoiser
+from ross_jax.objectives.reconstruction import ReconstructionConfig, make_objective
 from ross_jax.sharding import MeshConfig
+from ross_jax.training import step
 from ross_jax.training.state import FreezeConfig
 from ross_jax.tree import flatten
-from tiny import MODELS, STAGE2, Run, make_batch
+from tiny import CONFIG, MODELS, STAGE2, Run, make_batch
 
 SLOW = [(2, 4, 1), (4, 2, 1), (1, 4, 2), (4, 1, 2), (2, 1, 4), (1, 1, 8)]
 MESHES = [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW)]
@@ -194,6 +197,15 @@ def test_without_text_loss_targets_do_not_matter():
     split = Run(MeshConfig(2, 2, 2), devices=8, accumulate=2, text_weight=0.0, freeze=freeze).run(bare)
     for name, value in one.items():
         assert split[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize(("remat", "expected"), [("none", "none"), ("gate", "full"), ("full", "full")])
+def test_what_configs_say_reaches_the_denoiser(remat, expected, monkeypatch):
+    """Its activations' type; and it is computed again where anything is."""
+    made = []
+    monkeypatch.setattr(step, "make_objective", lambda *arguments: made.append(make_objective(*arguments)) or made[0])
+    Run(remat=remat, reconstruction=ReconstructionConfig(dtype="bfloat16"))
+    assert made[0].denoiser == Denoiser(CONFIG.denoiser, jnp.dtype("bfloat16"), expected)
 
 
 @pytest.mark.gpu
