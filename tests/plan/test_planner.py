@@ -189,7 +189,7 @@ def test_plan_on_one_chip():
     mesh = make_mesh(config.mesh, target.devices)
     program = train_program(config, mesh, found.rows, 100)
     with jax.set_mesh(mesh):
-        traced = products(jax.make_jaxpr(program.step)(*program.inputs).jaxpr)
+        traced = products(program.step.trace(*program.inputs).jaxpr.jaxpr)
     assert 0.85 * traced < found.flops <= traced
     assert found.memory["arguments"] >= sum(leaf.size * leaf.dtype.itemsize for leaf in program.arguments.values())
     assert found.needed < 1.05 * sum(found.memory.values()) and found.fits
@@ -235,7 +235,7 @@ def test_plan_for_gpus():
     mesh = make_mesh(config.mesh, target.devices)
     program = train_program(config, mesh, found.rows, 100)
     with jax.set_mesh(mesh):
-        traced = products(jax.make_jaxpr(program.step)(*program.inputs).jaxpr)
+        traced = products(program.step.trace(*program.inputs).jaxpr.jaxpr)
     inside = found.seconds["kernels"] * target.chip.peak * KERNEL_UTILISATION
     assert inside > 0 and 0.85 * traced < found.flops - inside <= traced
     assert found.fits and found.memory["temporaries"] > 0
