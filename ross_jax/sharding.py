@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ross_jax.config import ConfigError
@@ -105,7 +105,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        array = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(array, AXES, axis_types=types)
     if devices[0].platform != "tpu":  # hosts of GPUs, which JAX calls slices too; in the order of their processes
         return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
     if shape[0] % slices:

@@ -155,15 +155,26 @@ def replica_group(instruction: Instruction, devices: int) -> list[int]:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
     if listed:
         return _indices(listed[1])
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=" + _IOTA, text)
     if iota:
-        ids = np.arange(math.prod(_indices(iota[2]))).reshape(_indices(iota[2]))
-        ids = ids.transpose(_indices(iota[3])) if iota[3] else ids
-        return ids.reshape(_indices(iota[1]))[0].tolist()
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{,]*)\{([^}]*)\}", text)
-    if mesh:
-        return _mesh_group(mesh[1], mesh[2])
-    return list(range(devices))
+        return _iota(iota[2], iota[3]).reshape(_indices(iota[1]))[0].tolist()
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? ?\{([^}]*)\}", text)
+    if mesh is None:
+        return list(range(devices))
+    places = _mesh_group(mesh[1], mesh[3])
+    order = re.fullmatch(_IOTA, mesh[2] or "")
+    if order:
+        return sorted(_iota(order[1], order[2])[places].tolist())
+    return sorted(_indices(mesh[2])[place] for place in places) if mesh[2] else places
+
+
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+"""`[2,4]T(1,0)`: the numbers from 0 in an array of this shape, its axes then put in this order."""
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    ids = np.arange(math.prod(_indices(shape))).reshape(_indices(shape))
+    return (ids.transpose(_indices(order)) if order else ids).reshape(-1)
 
 
 def _mesh_group(axes: str, chosen: str) -> list[int]:

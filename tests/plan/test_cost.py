@@ -146,6 +146,9 @@ GROUPS = {
     "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, use_global_device_ids=true": [0, 1, 2, 3],
     "replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}": [0, 4],
     "replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}": [0, 1, 2, 3],
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}, use_global": [0, 1, 2, 3],
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}": [0, 4],
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=(7,1,2,3,4,5,6,0) {'axis_1'}": [1, 7],
     "source_target_pairs={{0,3},{3,0}}": [0, 3],
     "channel_id=1": list(range(8)),
 }
