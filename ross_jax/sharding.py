@@ -7,6 +7,7 @@ tensor      heads, hidden units of MLPs, vocabulary
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -26,6 +27,7 @@ AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "pictures": ("data", "fsdp", "tensor"),
+    "replicas": ("data",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -202,3 +204,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Asks for a parameter that is split along logical axes to be whole along `embed`, and its gradient split again.
+
+    Left to itself, XLA may move activations in the place of parameters; the gradient of `constrain` would be whole on
+    every device before it is split.
+    """
+    return constrain(x, *(None if axis == "embed" else axis for axis in axes))
+
+
+gather.defvjp(lambda x, axes: (gather(x, axes), None), lambda axes, _, gradient: (constrain(gradient, *axes),))

@@ -162,22 +162,22 @@ class Decoder(nn.Module):
             y = attention(query, key, value, mask)
         else:
             y = causal_attention(query, key, value, segments, mask)
-        x = x + self._dense(cfg.hidden_size, cfg.out_bias, "out")(y.reshape(*y.shape[:2], -1))
+        x = x + self._dense(cfg.hidden_size, cfg.out_bias, "out", ("heads", "embed"))(y.reshape(*y.shape[:2], -1))
         y = part_gradients(nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="mlp_norm")(x))
         gate, up = (
-            part_gradients(keep(self._dense(cfg.intermediate_size, cfg.mlp_bias, name)(y), kept))
+            part_gradients(keep(self._dense(cfg.intermediate_size, cfg.mlp_bias, name, ("embed", "mlp"))(y), kept))
             for name, kept in (("gate", KEPT_GATE), ("up", KEPT_UP))
         )
         y = nn.silu(gate) * up
-        x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down")(y)
+        x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down", ("mlp", "embed"))(y)
         return (x, keys, values), (x if self.collect else None)
 
-    def _dense(self, features: int, bias: bool, name: str) -> Dense:
+    def _dense(self, features: int, bias: bool, name: str, axes: tuple[str, str]) -> Dense:
         init = nn.initializers.normal(0.02)
-        return Dense(features, use_bias=bias, dtype=self.dtype, kernel_init=init, name=name)
+        return Dense(features, use_bias=bias, dtype=self.dtype, kernel_init=init, axes=axes, name=name)
 
     def _heads(self, x: Float[Array, "batch seq embed"], heads: int, name: str):
-        y = self._dense(heads * self.config.head_dim, self.config.qkv_bias, name)(x)
+        y = self._dense(heads * self.config.head_dim, self.config.qkv_bias, name, ("embed", "heads"))(x)
         return y.reshape(*y.shape[:2], heads, self.config.head_dim)
 
 
@@ -203,7 +203,9 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
         """Embeddings of token ids."""
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        # Split by columns first, as the table is: so are its gradients then, which rows would all have to add up whole.
+        columns = constrain(jnp.take(self.embedding, tokens, axis=0).astype(self.dtype), "replicas", None, "embed")
+        return constrain(columns, "batch")
 
     def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Next-token scores, float32."""

@@ -10,6 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ross_jax.sharding import gather
+
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 RematPolicy = Literal["none", "full", "attention", "gate", "mlp", "offload", "dots"]
 KEPT = "attention"
@@ -79,16 +81,22 @@ class Dense(nn.Module):
     The kernel's comes out as the kernel is laid out; JAX's own is computed transposed and turned round, for which XLA
     takes twice as long on a CPU. The bias's, the sum of all rows, is a product too: XLA for TPU sums columns at a
     fourth of its memory's speed, and keeps the rows in float32 for it.
+
+    Attributes:
+      axes: logical axes of the kernel, if it is to be gathered before it is multiplied with; else XLA decides.
     """
 
     features: int
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    axes: tuple[str | None, ...] = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        if self.axes:
+            kernel = gather(kernel, self.axes)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.use_bias else None
         return _linear(x.astype(self.dtype), kernel, bias)
 

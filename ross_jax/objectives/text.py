@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ross_jax.sharding import axis_size, constrain
+from ross_jax.sharding import axis_size, constrain, gather
 
 IGNORE = -100
 """Target of a position where nothing is to be predicted."""
@@ -64,7 +64,7 @@ def next_token_loss(
     @jax.checkpoint
     def step(carry: tuple[Array, Array, Array], block: tuple[Array, Array]):
         highest, total, picked = carry
-        kernel, ids = constrain(block[0], None, "vocab"), block[1]
+        kernel, ids = gather(block[0], ("embed", "vocab")), block[1]
         scores = jnp.matmul(states.astype(dtype), kernel, preferred_element_type=jnp.float32)
         scores = constrain(jnp.where(ids < 0, -jnp.inf, scores), "batch", None, "vocab")
         rises = jax.lax.stop_gradient(jnp.maximum(highest, jnp.max(scores, axis=-1)))
