@@ -44,8 +44,12 @@ _PLANS = flags.DEFINE_string("plans", "plans", "The folder of plans.")
 PARTS = "encoder=siglip,llm=qwen2_7b,stage=finetune"
 PEER = {"v5e:8x8": 1.80, "v5p:4x4x4": 0.70, "v6e:8x8": 0.72}
 """Seconds that a step of a language model of this size was estimated to take elsewhere, in the same way."""
-REMAT = {"v5e:8x8": "gate", "v5p:4x4x4": "none", "v6e:8x8": "attention"}
-"""The fastest policy with which Ross fits."""
+SETTINGS = {
+    "v5e:8x8": (("step.remat", "gate"), ("mesh.data", 2)),
+    "v5p:4x4x4": (("step.remat", "none"),),
+    "v6e:8x8": (("step.remat", "attention"), ("mesh.data", 2)),
+}
+"""The fastest policy and mesh, of those tried, with which Ross fits."""
 
 
 @functools.cache
@@ -80,6 +84,10 @@ def _memory(report: Report) -> str:
     return "does not compile" if report.needed is None else f"{report.needed / GIB:.2f} of {report.capacity / GIB:.2f}"
 
 
+def _mesh(report: Report) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1)
+
+
 def _gained(report: Report) -> str:
     """Parameters beside the language model's, the encoder's and the projector's."""
     added = {k: v for k, v in report.parameters.items() if k not in ("language", "vision", "projector")}
@@ -90,27 +98,29 @@ def costs() -> Iterator[str]:
     """The cost of pictures and of reconstruction."""
     yield "SigLIP-SO400M + Qwen2-7B, stage 2, packed rows of 2048 tokens, two per chip, 64 chips"
     yield from _head(
-        "topology", "recipe", "remat", "step, s", "of LLaVA's", "of the peer's", "overlapped, s", "GiB per chip", "MFU"
+        *("topology", "recipe", "mesh", "remat", "step, s", "of LLaVA's", "of the peer's"),
+        *("overlapped, s", "GiB per chip", "MFU"),
     )
-    half, tensor = ("reconstruction.dtype", "bfloat16"), ("mesh.tensor", 2)
+    half, whole, tensor = ("reconstruction.dtype", "bfloat16"), ("mesh.data", 1), ("mesh.tensor", 2)
     recipes = (
         ("language model alone", "language_only", (), ()),
         ("LLaVA", "llava", (), ()),
         ("Ross, cached targets", "ross", ("targets",), ()),
         ("Ross, live", "ross", (), ()),
-        ("language model alone, tensor=2", "language_only", (), (tensor,)),
         ("Ross, cached targets, denoiser in bfloat16", "ross", ("targets",), (half,)),
+        ("language model alone", "language_only", (), (whole,)),
+        ("language model alone", "language_only", (), (whole, tensor)),
     )
     for topology, peer in PEER.items():
-        remat = ("step.remat", REMAT[topology])
-        llava = _step(planned(Case(f"llava:{PARTS}", topology, 128, set=(remat,))))
+        settings = SETTINGS[topology]
+        llava = _step(planned(Case(f"llava:{PARTS}", topology, 128, set=settings)))
         # Variants on one topology: a plan takes minutes.
         for label, name, cached, changes in recipes if topology == "v5e:8x8" else recipes[:4]:
-            found = planned(Case(f"{name}:{PARTS}", topology, 128, cached, (remat, *changes)))
+            found = planned(Case(f"{name}:{PARTS}", topology, 128, cached, (*settings, *changes)))
             step, overlapped = _step(found), found.seconds.get("overlapped", float("nan"))
             beside = (f"{step / llava:.3f}", f"{step / peer:.2f}; overlapped {overlapped / peer:.2f}")
             mfu = f"{found.mfu or 0:.1%}"
-            yield _row(topology, label, found.remat, step, *beside, overlapped, _memory(found), mfu)
+            yield _row(topology, label, _mesh(found), found.remat, step, *beside, overlapped, _memory(found), mfu)
 
 
 def kinds() -> Iterator[str]:
@@ -147,8 +157,7 @@ def scaling() -> Iterator[str]:
     base = _step(planned(Case(f"ross:{PARTS}", "v5p:2x2x4", 32, ("targets",))))
     for topology, chips in topologies:
         found = planned(Case(f"ross:{PARTS}", topology, 2 * chips, ("targets",)))
-        sizes = " ".join(f"{axis}={size}" for axis, size in found.mesh.items())
-        yield _row(topology, chips, sizes, _step(found), f"{_step(found) / base:.3f}", _memory(found))
+        yield _row(topology, chips, _mesh(found), _step(found), f"{_step(found) / base:.3f}", _memory(found))
 
 
 def recipes() -> Iterator[str]:
