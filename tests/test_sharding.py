@@ -5,9 +5,10 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ross_jax.config import ConfigError
-from ross_jax.sharding import MeshConfig, make_mesh, partition
+from ross_jax.sharding import MeshConfig, gather, make_mesh, partition
 
 
 def devices(slices: int, platform: str = "tpu", kind: str = "TPU v4") -> list[jax.Device]:
@@ -94,3 +95,39 @@ def test_parameters_may_be_split_over_hosts_of_gpus():
 )
 def test_a_dimension_is_split_over_the_first_axes_that_divide_it(size, axis, expected):
     assert partition((size, 3), (axis,), make_mesh(MeshConfig(2, 2, 2)))[0] == expected
+
+
+def test_what_is_gathered_is_whole_and_its_gradient_split():
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    axes, seen = ("embed", "mlp"), []
+    x = jax.device_put(np.arange(32.0).reshape(8, 4), NamedSharding(mesh, partition((8, 4), axes, mesh)))
+
+    def loss(x):
+        whole = gather(x, axes)
+        jax.debug.inspect_array_sharding(whole, callback=seen.append)
+        return (whole**3).sum()
+
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(loss))(x)
+    assert seen[0].is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "tensor")), 2)
+    assert gradient.sharding.spec == PartitionSpec("fsdp", "tensor")
+    np.testing.assert_allclose(gradient, 3 * np.asarray(x) ** 2)
+
+
+def test_mesh_on_every_torus():
+    """An axis of a torus may be cut, as by 2 x 32 on 8 x 8 chips."""
+    chips = [
+        mock.Mock(
+            spec=jax.Device,
+            id=8 * x + y,
+            process_index=0,
+            slice_index=0,
+            coords=(x, y, 0),
+            core_on_chip=0,
+            platform="tpu",
+            device_kind="TPU v6 lite",
+        )
+        for y in range(8)
+        for x in range(8)
+    ]
+    assert make_mesh(MeshConfig(2, 32, 1), chips).devices.shape == (2, 32, 1)
