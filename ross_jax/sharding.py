@@ -210,10 +210,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Asks for a parameter that is split along logical axes to be whole along `embed`, and its gradient split again.
 
-    Left to itself, XLA may move activations in the place of parameters; the gradient of `constrain` would be whole on
-    every device before it is split.
+    Left to itself, as it is without axes, XLA may move activations in the place of parameters; the gradient of
+    `constrain` would be whole on every device before it is split.
     """
-    return constrain(x, *(None if axis == "embed" else axis for axis in axes))
+    return constrain(x, *(None if axis == "embed" else axis for axis in axes)) if axes else x
 
 
-gather.defvjp(lambda x, axes: (gather(x, axes), None), lambda axes, _, gradient: (constrain(gradient, *axes),))
+def scatter(gradient: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Asks for the gradient of what was gathered to be split as its parameter is."""
+    return constrain(gradient, *axes) if axes else gradient
+
+
+gather.defvjp(lambda x, axes: (gather(x, axes), None), lambda axes, _, gradient: (scatter(gradient, axes),))

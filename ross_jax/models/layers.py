@@ -1,5 +1,6 @@
 """What several models share: norms, activations, and the stacking of identical blocks."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ross_jax.sharding import gather
+from ross_jax.sharding import gather, scatter
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 RematPolicy = Literal["none", "full", "attention", "gate", "mlp", "offload", "dots"]
@@ -48,24 +49,26 @@ ONES = 8
 """Rows of ones that a bias's gradient is multiplied with; of a single one XLA makes a sum."""
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _linear(
-    x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"], bias: Float[Array, " outputs"] | None
+    x: Float[Array, "*batch inputs"],
+    kernel: Float[Array, "inputs outputs"],
+    bias: Float[Array, " outputs"] | None,
+    axes: tuple[str | None, ...],
 ) -> Float[Array, "*batch outputs"]:
-    y = x @ kernel
-    return y if bias is None else y + bias
+    return _linear_forward(x, kernel, bias, axes)[0]
 
 
-def _linear_forward(x: Array, kernel: Array, bias: Array | None):
-    y = x @ kernel  # not `_linear`, in which the remat policy `dots` would see no product
-    return y if bias is None else y + bias, (x, kernel, bias)
+def _linear_forward(x: Array, kernel: Array, bias: Array | None, axes: tuple[str | None, ...]):
+    y = x @ gather(kernel, axes)
+    return y if bias is None else y + bias, (x, kernel, bias)  # not the gathered one, which takes memory
 
 
-def _linear_backward(residuals: tuple[Array, Array, Array | None], gradient: Array):
+def _linear_backward(axes: tuple[str | None, ...], residuals: tuple[Array, Array, Array | None], gradient: Array):
     x, kernel, bias = residuals
     rows = tuple(range(x.ndim - 1))
-    of_x = jax.lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-    of_kernel = jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
+    of_x = jax.lax.dot_general(gradient, gather(kernel, axes), (((x.ndim - 1,), (1,)), ((), ())))
+    of_kernel = scatter(jax.lax.dot_general(x, gradient, ((rows, rows), ((), ()))), axes)
     if bias is None:
         return of_x, of_kernel, None
     ones = jax.lax.optimization_barrier(jnp.ones((*gradient.shape[:-1], ONES), gradient.dtype))
@@ -83,7 +86,7 @@ class Dense(nn.Module):
     fourth of its memory's speed, and keeps the rows in float32 for it.
 
     Attributes:
-      axes: logical axes of the kernel, if it is to be gathered before it is multiplied with; else XLA decides.
+      axes: logical axes of the kernel, to be gathered before it is multiplied with; without them XLA decides.
     """
 
     features: int
@@ -95,10 +98,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
-        if self.axes:
-            kernel = gather(kernel, self.axes)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.use_bias else None
-        return _linear(x.astype(self.dtype), kernel, bias)
+        return _linear(x.astype(self.dtype), kernel, bias, self.axes)
 
 
 @jax.custom_vjp
