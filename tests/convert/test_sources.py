@@ -286,7 +286,8 @@ def test_offline_is_said_at_once(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("origin", ["/nowhere/at/all", "./owner/name", "a/b/c/d", "name", "../x", "a b/c", "x" * 5000])
-def test_what_is_no_hub_id_is_not_asked_for(origin, monkeypatch):
+def test_what_is_no_hub_id_is_not_asked_for(origin, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # whose parent has no `x`
     monkeypatch.setattr(sources, "download", lambda _: pytest.fail("asked the hub"))
     with pytest.raises(SourceError, match=r"no such folder|cannot be read"):
         open_source(origin)
