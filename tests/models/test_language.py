@@ -1,10 +1,13 @@
 """The decoder on a mesh: parameters and their gradients move between devices, not a batch of activations."""
 
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import PartitionSpec
 
 from ross_jax.models.language import LanguageModel
 from ross_jax.models.ross import RossConfig, abstract_params
@@ -35,3 +38,30 @@ def test_no_device_holds_the_hidden_states_of_all_rows(sizes):
         text = program.lower(unflatten(flat)["language"], tokens).compile().as_text()
     shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text)}
     assert (1, LENGTH, config.hidden_size) in shapes and (rows, LENGTH, config.hidden_size) not in shapes
+
+
+def test_every_kernel_is_gathered_forward_and_back_and_its_gradient_split():
+    """Twice gathered: what is gathered would take the memory of the whole model if it were kept for the way back."""
+    mesh, config = make_mesh(MeshConfig(1, 4, 2)), CONFIG.language
+    model = LanguageModel(config)
+    inputs = model.input_spec(4, LENGTH)
+    params = jax.eval_shape(model.init, jax.random.key(0), *model.input_spec())["params"]
+    with jax.set_mesh(mesh):
+        gradient = jax.grad(lambda params, *inputs: model.apply({"params": params}, *inputs).hidden.sum())
+        found = Counter(constraints(jax.make_jaxpr(gradient)(params, *inputs).jaxpr))
+    expected = Counter()
+    for path, sharding in parameter_shardings(flatten({"language": {"layers": params["layers"]}}), mesh).items():
+        if path.endswith("kernel"):
+            _, *split = sharding.spec
+            expected[PartitionSpec(*split)] += 1
+            expected[PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))] += 2
+    assert sum(expected.values()) == 3 * 7 and found == expected
+
+
+def constraints(jaxpr):
+    """How matrices are asked to be split, at any depth; all activations have more axes."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "sharding_constraint" and equation.outvars[0].aval.ndim == 2:
+            yield equation.params["sharding"].spec
+        for inner in jaxprs_in_params(equation.params):
+            yield from constraints(inner)
