@@ -70,7 +70,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "autoencoder_dtype": "float32",
             },
             "optimizer": {"algorithm": "muon", "learning_rate": stage["learning_rate"], "b2": 0.98},
-            "reconstruction": {"kind": kind, "draws": 2},
+            "reconstruction": {"kind": kind, "draws": 2, "remat": "none"},
             "step": {"dtype": "float32", "remat": "none"},
             "loop": {"log": 50, "save": 500, "keep": 1},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},

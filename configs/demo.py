@@ -138,7 +138,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             },
             "freeze": {"trainable": [stage["trainable"]], "dtype": "float32", "autoencoder_dtype": "float32"},
             "optimizer": {"algorithm": "muon", "learning_rate": stage["learning_rate"], "b2": 0.98},
-            "reconstruction": {"kind": kind, "draws": stage["draws"]},
+            "reconstruction": {"kind": kind, "draws": stage["draws"], "remat": "none"},
             "step": {"dtype": "float32", "remat": "none"},
             "loop": {"log": 50, "save": 500, "keep": 1, "evaluate": stage["evaluate"]},
             "evaluation": {"sources": [sources["heldout"]], "count": 32, "rows": 32},

@@ -8,10 +8,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ross_jax.models.blockwise import blockwise_attention
 from ross_jax.models.layers import KEPT, keep
+from ross_jax.models.picture_attention import fits, picture_attention
 from ross_jax.sharding import partition
 
 SPLASH_BLOCKS = (512, 256, 128)
@@ -53,7 +55,7 @@ def attention(
     """
     length = query.shape[1]
     if mask is None and _platform() == "tpu" and length == key.shape[1] and length >= SPLASH_BLOCKS[-1]:
-        return bidirectional_splash_attention(query, key, value)
+        return bidirectional_attention(query, key, value)
     if not _fits_cudnn(query):
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
     if length % 2 == key.shape[1] % 2 == 0:
@@ -120,22 +122,45 @@ def splash_attention(
     return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, segments)
 
 
-def bidirectional_splash_attention(
-    query: Float[Array, "batch seq heads dim"],
-    key: Float[Array, "batch seq kv_heads dim"],
-    value: Float[Array, "batch seq kv_heads dim"],
+def bidirectional_attention(
+    query: Float[Array, "batch tokens heads dim"],
+    key: Float[Array, "batch tokens kv_heads dim"],
+    value: Float[Array, "batch tokens kv_heads dim"],
     interpret: bool = False,
-) -> Float[Array, "batch seq heads dim"]:
-    """`splash_attention` of all positions to all, of any length: padded to whole tiles by a segment of its own."""
+) -> Float[Array, "batch tokens heads dim"]:
+    """Of all positions to all on TPU: `picture_attention` where it fits, else `splash_attention`.
+
+    For splash, any length is padded to whole tiles by a segment of its own.
+
+    Args:
+      interpret: as in `splash_attention`.
+    """
     dtype = query.dtype
     if _platform() == "tpu" and jax.config.jax_default_matmul_precision is None:
-        query, key, value = (x.astype(jnp.bfloat16) for x in (query, key, value))  # as XLA's products round operands
+        dtype = jnp.bfloat16  # as XLA's products round operands
+    if fits(query.shape, key.shape, dtype):
+        return _picture_attention(query, key, value, dtype, interpret)
     batch, length = query.shape[:2]
     padding = -length % SPLASH_BLOCKS[-1]
-    padded = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
+    padded = (jnp.pad(x.astype(dtype), ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
     segments = jnp.broadcast_to((jnp.arange(length + padding) < length).astype(jnp.int32), (batch, length + padding))
     with jax.named_scope(BIDIRECTIONAL):
-        return splash_attention(*padded, segments, causal=False, interpret=interpret)[:, :length].astype(dtype)
+        return splash_attention(*padded, segments, causal=False, interpret=interpret)[:, :length].astype(query.dtype)
+
+
+def _picture_attention(query: Array, key: Array, value: Array, dtype: DTypeLike, interpret: bool) -> Array:
+    """Each device computes its pictures. What surrounds the kernel sees heads side by side, as projections write them:
+    else XLA moves them to rows of their own and back."""
+    flat = [x.reshape(*x.shape[:2], -1).astype(dtype) for x in (query, key, value)]
+
+    def run(*arrays: Array) -> Array:
+        return picture_attention(*arrays, query.shape[-1], interpret)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not (mesh.empty or mesh.are_all_axes_manual):
+        pictures = partition(flat[0].shape, ("pictures",), mesh)
+        run = jax.shard_map(run, in_specs=pictures, out_specs=pictures, check_vma=False)
+    return run(*flat).astype(query.dtype).reshape(query.shape)
 
 
 def _splash(query: Array, key: Array, value: Array, segments: Array, causal: bool, interpret: bool) -> Array:

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention
-from ross_jax.models.layers import Dense, Mlp, RematPolicy, layer_norm, part_gradients, stack
+from ross_jax.models.layers import Dense, Mlp, RematPolicy, layer_norm, part, stack
 from ross_jax.sharding import constrain
 
 TIMESTEP_FEATURES = 256
@@ -117,7 +117,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         width = x.shape[-1]
         init = nn.initializers.xavier_uniform()
-        qkv = jnp.split(Dense(3 * width, dtype=self.dtype, kernel_init=init, name="qkv")(x), 3, axis=-1)
+        qkv = Dense(3 * width, dtype=self.dtype, kernel_init=init, outputs=3, name="qkv")(x)
         y = attention(*(part.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads) for part in qkv))
         return Dense(width, dtype=self.dtype, kernel_init=init, name="out")(y.reshape(x.shape))
 
@@ -131,6 +131,7 @@ class DenoiserBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"], condition: Float[Array, "batch tokens width"]):
+        """`condition`: activated. In parts where XLA for TPU fuses what is slow together (see `part`)."""
         cfg = self.config
         x = constrain(x, "pictures")
         xavier = nn.initializers.xavier_uniform()
@@ -144,14 +145,14 @@ class DenoiserBlock(nn.Module):
         branches = 1 if cfg.block == "mlp" else 2
         modulation = Dense(
             3 * branches * cfg.width, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="modulation"
-        )(nn.silu(condition))
+        )(condition)
         *first, shift, scale, gate = jnp.split(modulation, 3 * branches, axis=-1)
         norm = layer_norm(NORM_EPS, self.dtype, affine=False)
         attended = None
         if first:
-            attended = attention(part_gradients(modulate(norm(x), first[0], first[1])))
+            attended = attention(part(modulate(norm(x), first[0], first[1])))
             x = x + first[2] * attended
-        x = x + gate * mlp(part_gradients(modulate(norm(x), shift, scale)))
+        x = x + gate * part(mlp(part(modulate(norm(x), shift, scale))))
         return x, ((attended, x) if self.collect else None)
 
 
@@ -235,7 +236,7 @@ class Denoiser(nn.Module):
         if cfg.block == "vit":
             x = x + per_token
         blocks = stack(DenoiserBlock, cfg.depth, self.remat, constant=1)
-        x, outputs = blocks(cfg, self.dtype, internals, name="blocks")(x, per_token)
+        x, outputs = blocks(cfg, self.dtype, internals, name="blocks")(x, part(nn.silu(per_token)))
         if cfg.block == "vit":
             x = self.final(self.final_norm(x))
         else:

@@ -31,7 +31,8 @@ from ross_jax.objectives.targets import (
     normalised_latents,
     ungroup_latents,
 )
-from ross_jax.sharding import constrain
+from ross_jax.sharding import gather, logical_axes
+from ross_jax.tree import flatten, unflatten
 
 
 class Draw(NamedTuple):
@@ -115,7 +116,8 @@ class DenoiseObjective(Objective):
     ) -> Float[Array, "items draws"]:
         """Mean squared error of the prediction for each (t, epsilon) draw of each picture, float32."""
         # Small, and read in every block, forward and back: gathered once.
-        params = {"denoiser": jax.tree.map(constrain, params["denoiser"])}
+        whole = flatten({"denoiser": params["denoiser"]})
+        params = unflatten({path: gather(leaf, logical_axes(path)) for path, leaf in whole.items()})
         variables = {"params": params["denoiser"]}
         condition = self._embed(params, visual_outputs)
         draws = draw.timesteps.shape[1]

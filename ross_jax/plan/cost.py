@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ross_jax.models.attention import BIDIRECTIONAL
+from ross_jax.models.picture_attention import LANES
 from ross_jax.plan.hlo import Bindings, Computation, Instruction, Module, evaluate, trip_count, unknown
 
 COLLECTIVES = (
@@ -72,26 +73,46 @@ def is_kernel(instruction: Instruction) -> bool:
     )
 
 
-ATTENTION = {"fwd": 2, "dkv": 4, "dq": 3, "Softmax": 2, "SoftmaxBackward": 5}
-"""Products of queries by keys in kernels of attention, by a part of their name: splash attention's and cuDNN's."""
+ATTENTION = {"fwd": 2, "dkv": 4, "dq": 3, "bwd": 5, "Softmax": 2, "SoftmaxBackward": 5}
+"""Products of queries by keys in kernels of attention, by a part of their name: Pallas' (splash attention and
+`picture_attention`) and cuDNN's."""
+_PALLAS_ATTENTION = r"(splash_m[hq]a|picture_attention)_(fwd|dkv|dq|bwd)(?:_(\d+))?"
+"""Which, the products, and the size of a head where the shapes do not tell."""
 
 
 def _attention(computation: Computation, instruction: Instruction) -> int:
     """Of an attention kernel that does not state its own; half of the square where it is causal and skips the rest."""
-    name = re.search(r"splash_m[hq]a_(fwd|dkv|dq)", instruction.name + instruction.op_name)
-    name = name or re.search(r"__cudnn\$fmha(?:ScaleBias)?(SoftmaxBackward|Softmax)", instruction.attributes)
-    arrays = [each.shape for each in computation.operands(instruction)]
-    arrays = [shape.sizes for shape in arrays if len(shape.sizes) > 2 and shape.dtype in ("bf16", "f16", "f32")]
-    if name is None or len(arrays) < 2:
+    arrays = _read(computation, instruction)
+    if len(arrays) < 2:
         return 0
     query, key = arrays[:2]
-    if name[1].startswith("Softmax"):
-        scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)
-        square = math.prod(_indices(scores[1])) if scores else 0
-        factor = 1 if '"CAUSAL"' in instruction.attributes or '"PADDING_CAUSAL"' in instruction.attributes else 2
-    else:
-        square, factor = math.prod(query[:-1]) * key[-2], 2 if BIDIRECTIONAL in instruction.op_name else 1
-    return ATTENTION[name[1]] * factor * square * query[-1]
+    pallas = re.search(_PALLAS_ATTENTION, instruction.name + instruction.op_name)
+    if pallas:
+        square = math.prod(query[:-1]) * key[-2]
+        causal = pallas[1] != "picture_attention" and BIDIRECTIONAL not in instruction.op_name
+        return ATTENTION[pallas[2]] * (1 if causal else 2) * square * query[-1]
+    cudnn = re.search(r"__cudnn\$fmha(?:ScaleBias)?(SoftmaxBackward|Softmax)", instruction.attributes)
+    scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)
+    if cudnn is None or scores is None:
+        return 0
+    causal = '"CAUSAL"' in instruction.attributes or '"PADDING_CAUSAL"' in instruction.attributes
+    return ATTENTION[cudnn[1]] * (1 if causal else 2) * math.prod(_indices(scores[1])) * query[-1]
+
+
+def idle(computation: Computation, instruction: Instruction) -> float:
+    """How many times as long as its FLOPs say a TPU's attention kernel takes: matrix units are 128 wide, heads not."""
+    pallas = re.search(_PALLAS_ATTENTION, instruction.name + instruction.op_name)
+    arrays = _read(computation, instruction)
+    if pallas is None or not arrays:
+        return 1.0
+    head = int(pallas[3] or arrays[0][-1])
+    return math.ceil(head / LANES) * LANES / head
+
+
+def _read(computation: Computation, instruction: Instruction) -> list[tuple[int, ...]]:
+    """Shapes of the arrays of numbers that a kernel reads: of attention first queries, then keys."""
+    shapes = [each.shape for each in computation.operands(instruction)]
+    return [shape.sizes for shape in shapes if len(shape.sizes) > 2 and shape.dtype in ("bf16", "f16", "f32")]
 
 
 def _indices(text: str | None) -> list[int]:
@@ -371,7 +392,8 @@ class _Walk:
                 self.notes.add(
                     f"kernel {instruction.op_name or instruction.name}: states no FLOPs; it counts as nothing"
                 )
-            return Event(instruction, part, count, self.timing.kernel(work), "kernel", work)
+            seconds = self.timing.kernel(work) * idle(computation, instruction)
+            return Event(instruction, part, count, seconds, "kernel", work)
         if cycles is None and not work:
             return None
         return Event(instruction, part, count, self.timing.compute(cycles, work), "compute", work, cycles)

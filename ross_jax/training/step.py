@@ -74,8 +74,7 @@ def make_train_step(
     """
     dtype = jnp.dtype(step_config.dtype)
     model = Ross(config, dtype, step_config.remat)
-    # Of the denoiser only its blocks' inputs are kept: on TPU it hardly costs time, as the rest is slow to read back.
-    objective = make_objective(config, reconstruction, dtype, "none" if step_config.remat == "none" else "full")
+    objective = make_objective(config, reconstruction, dtype)
 
     def losses(params: Tree, frozen: Tree, batch: Batch, totals, step_key: Array):
         """Sums of one micro-batch, each divided by the count of the whole batch."""

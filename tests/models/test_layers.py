@@ -33,6 +33,23 @@ def test_dense_is_linens(shape, dtype, use_bias):
         np.testing.assert_allclose(mine, other, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_several_outputs_are_one_taken_apart(use_bias):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 7))
+    params = Dense(12, use_bias=use_bias).init(jax.random.key(1), x)
+    weights = jax.random.normal(jax.random.key(2), (3, 2, 3, 4))
+
+    def run(outputs: int):
+        def loss(params, x):
+            y = Dense(12, use_bias=use_bias, outputs=outputs).apply(params, x)
+            return jnp.sum(jnp.sin(jnp.stack(y if outputs > 1 else jnp.split(y, 3, axis=-1))) * weights)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    for several, one in zip(jax.tree.leaves(run(3)), jax.tree.leaves(run(1)), strict=True):
+        np.testing.assert_allclose(several, one, rtol=1e-6, atol=1e-6)
+
+
 def test_ambient_precision_is_kept():
     """`highest`, as in verification, reaches the gradients' products too."""
     x, kernel = jnp.ones((2, 3)), {"kernel": jnp.ones((3, 4))}

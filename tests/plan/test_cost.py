@@ -201,6 +201,8 @@ INTERMEDIATE = '"intermediate_tensor_shape": {"dimensions": ["2", "8", "256", "2
     [
         ("mine", "tpu_custom_call", '"cost_estimate":{"flops":"12345"}', 12345),
         ("mine", "tpu_custom_call", "", 0),
+        ("picture_attention_fwd_32", "tpu_custom_call", "", 2 * 2 * SQUARE),
+        ("picture_attention_bwd_32", "tpu_custom_call", "", 5 * 2 * SQUARE),
         ("splash_mha_fwd_residuals", "tpu_custom_call", "", 2 * 2 * SQUARE // 2),
         ("splash_mqa_dkv_no_residuals", "tpu_custom_call", "", 4 * 2 * SQUARE // 2),
         ("splash_mha_dq_no_residuals", "tpu_custom_call", "", 3 * 2 * SQUARE // 2),
@@ -217,7 +219,9 @@ def test_kernels(name, target, config, expected):
     found = cost.estimate(hlo.parse(text), timing())
     [event] = found.events
     assert (event.kind, event.flops) == ("kernel", expected)
-    assert found.seconds("kernel") == expected / 1e9
+    # Matrix units are 128 wide: heads of 64, as here, or of 32, of which four share a row, leave them partly idle.
+    idle = 4 if "picture" in name else 2 if "splash" in name else 1
+    assert found.seconds("kernel") == idle * expected / 1e9
     assert [("states no FLOPs" in note) for note in found.notes] == ([] if expected else [True])
 
 
