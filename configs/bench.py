@@ -20,7 +20,7 @@ MODEL = RossConfig(
     vision=VisionConfig("siglip", 224, 14, 384, 1536, 7, 6, "gelu_tanh", 1e-6),
     projector=ProjectorConfig("mlp", 384, 512, 2),
     language=LanguageConfig(16384, 512, 1536, 8, 8, 4, 64, 1e6, 1e-6, qkv_bias=True),
-    denoiser=DenoiserConfig(512, 64, 16, 256, 3),
+    denoiser=DenoiserConfig(512, 64, 16, 256, 3, num_heads=4),
     autoencoder=AutoencoderConfig((32, 64, 128, 128), 2, 16, 32, 0.3611, 0.1159, (False,) * 4, (False,) * 4),
 )
 
@@ -31,7 +31,11 @@ def get_config() -> ConfigDict:
         {
             "model": thaw(MODEL),
             "text": {"template": "qwen_2", "tokenizer": "none"},
-            "data": {"sources": [{"path": "none"}], "packing": {"length": 1024, "images": 2}, "batch": 4},
+            "data": {
+                "sources": [{"path": "none"}],
+                "packing": {"length": 1024, "images": 2, "supervised": 512},
+                "batch": 4,
+            },
             "freeze": {
                 "trainable": [r"(language|projector|denoiser)/.*"],
                 "dtype": "float32",

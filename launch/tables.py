@@ -44,12 +44,14 @@ _PLANS = flags.DEFINE_string("plans", "plans", "The folder of plans.")
 PARTS = "encoder=siglip,llm=qwen2_7b,stage=finetune"
 PEER = {"v5e:8x8": 1.80, "v5p:4x4x4": 0.70, "v6e:8x8": 0.72}
 """Seconds that a step of a language model of this size was estimated to take elsewhere, in the same way."""
+ROOM = (("step.text_chunk", 4096), ("reconstruction.remat", "attention"))
+"""Where there is memory for all logits of a device, they are not computed again, nor is the denoiser's attention."""
 SETTINGS = {
     "v5e:8x8": (("step.remat", "gate"), ("mesh.data", 2)),
-    "v5p:4x4x4": (("step.remat", "none"),),
-    "v6e:8x8": (("step.remat", "attention"), ("mesh.data", 2)),
+    "v5p:4x4x4": (("step.remat", "none"), *ROOM),
+    "v6e:8x8": (("step.remat", "attention"), ("mesh.data", 2), *ROOM),
 }
-"""The fastest policy and mesh, of those tried, with which Ross fits."""
+"""The fastest policies and mesh, of those tried, with which Ross fits."""
 
 
 @functools.cache

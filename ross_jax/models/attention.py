@@ -56,6 +56,8 @@ def attention(
     length = query.shape[1]
     if mask is None and _platform() == "tpu" and length == key.shape[1] and length >= SPLASH_BLOCKS[-1]:
         return bidirectional_attention(query, key, value)
+    if mask is None and _platform() in (None, "cpu"):
+        return blockwise_attention(query, key, value, None)
     if not _fits_cudnn(query):
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
     if length % 2 == key.shape[1] % 2 == 0:

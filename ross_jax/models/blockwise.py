@@ -1,8 +1,8 @@
-"""Causal attention by blocks of queries, in plain XLA: where no kernel is at hand.
+"""Attention by blocks of queries, in plain XLA: where no kernel is at hand.
 
-As FlashAttention (Dao et al., 2022): scores exist for one block of queries at a time, keys behind its end are left out,
-and the backward pass computes probabilities anew from the logarithm of their sums. No operand of a product is
-transposed in its largest dimensions, for which XLA takes three times as long on a CPU.
+As FlashAttention (Dao et al., 2022): scores exist for one block of queries at a time, later keys are left out where
+attention is causal, and the backward pass computes probabilities anew from the logarithm of their sums. No operand of
+a product is transposed in its largest dimensions, for which XLA takes three times as long on a CPU.
 """
 
 import jax
@@ -21,22 +21,22 @@ def blockwise_attention(
     query: Float[Array, "batch seq heads dim"],
     key: Float[Array, "batch seq kv_heads dim"],
     value: Float[Array, "batch seq kv_heads dim"],
-    segments: Int[Array, "batch seq"],
+    segments: Int[Array, "batch seq"] | None,
 ) -> Float[Array, "batch seq heads dim"]:
     """Attention to earlier positions of the same segment; scores and softmax in float32.
 
     Args:
       segments: conversation number of each position. Those of segment 0, padding, attend to each other: finite, and
-        without meaning.
+        without meaning. None: attention is not causal, but of all to all.
     """
     return _forward(query, key, value, segments)[0]
 
 
-def _forward(query: Array, key: Array, value: Array, segments: Array):
+def _forward(query: Array, key: Array, value: Array, segments: Array | None):
     rows, keys, values = _by_group(query, key.shape[2]), key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
     outputs, sums = [], []
-    for start, stop in _blocks(query.shape[1]):
-        scores = _scores(rows[..., start:stop, :], keys[..., :stop], segments, start)
+    for start, end, stop in _blocks(query.shape[1], causal=segments is not None):
+        scores = _scores(rows[..., start:end, :], keys[..., :stop], segments, start)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -46,12 +46,12 @@ def _forward(query: Array, key: Array, value: Array, segments: Array):
     return keep(_by_position(output)), keep(jnp.concatenate(sums, axis=3))
 
 
-def _forward_rule(query: Array, key: Array, value: Array, segments: Array):
+def _forward_rule(query: Array, key: Array, value: Array, segments: Array | None):
     output, sums = _forward(query, key, value, segments)
     return output, (query, key, value, segments, output, sums)
 
 
-def _backward_rule(residuals: tuple[Array, ...], gradient: Array):
+def _backward_rule(residuals: tuple[Array | None, ...], gradient: Array):
     query, key, value, segments, output, sums = residuals
     groups, dtype = key.shape[2], query.dtype
     rows, upper = _by_group(query, groups), _by_group(gradient, groups)
@@ -59,11 +59,11 @@ def _backward_rule(residuals: tuple[Array, ...], gradient: Array):
     keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 3, 1)
     of_keys = of_values = jnp.zeros(values.shape, jnp.float32)
     of_rows = []
-    for start, stop in _blocks(query.shape[1]):
-        some, above = rows[..., start:stop, :], upper[..., start:stop, :]
+    for start, end, stop in _blocks(query.shape[1], causal=segments is not None):
+        some, above = rows[..., start:end, :], upper[..., start:end, :]
         scores = _scores(some, keys[..., :stop, :].swapaxes(-1, -2), segments, start)
-        weights = jnp.exp(scores - sums[..., start:stop, :])
-        change = weights * (_product(above, values[..., :stop]) - inner[..., start:stop, :])
+        weights = jnp.exp(scores - sums[..., start:end, :])
+        change = weights * (_product(above, values[..., :stop]) - inner[..., start:end, :])
         weights, change = weights.astype(dtype), change.astype(dtype)
         of_rows.append(_product(change, keys[..., :stop, :]))
         of_keys = of_keys.at[..., :stop].add(_product(_transposed(some), _joined(change)))
@@ -78,23 +78,27 @@ def _backward_rule(residuals: tuple[Array, ...], gradient: Array):
 blockwise_attention.defvjp(_forward_rule, _backward_rule)
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+def _blocks(length: int, causal: bool) -> list[tuple[int, int, int]]:
+    """First query of each block, the one behind its last, and the key behind the last that it attends to."""
+    blocks = [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+    return [(start, end, end if causal else length) for start, end in blocks]
 
 
 def _by_group(x: Array, groups: int) -> Array:
     """[batch, seq, heads, dim] to [batch, kv_heads, heads of each, seq, dim]."""
-    return x.reshape(*x.shape[:2], groups, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
+    batch, seq, heads, dim = x.shape
+    return x.reshape(batch, seq, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
 
 
 def _by_position(x: Array) -> Array:
     """The inverse of `_by_group`."""
-    return x.transpose(0, 3, 1, 2, 4).reshape(x.shape[0], x.shape[3], -1, x.shape[4])
+    batch, groups, heads, seq, dim = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, seq, groups * heads, dim)
 
 
 def _joined(x: Array) -> Array:
     """[batch, kv_heads, heads of each, rows, columns] to [batch, kv_heads, all rows, columns]."""
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])
 
 
 def _transposed(x: Array) -> Array:
@@ -108,10 +112,12 @@ def _product(x: Array, y: Float[Array, "batch kv_heads inner columns"]) -> Array
     return jnp.matmul(rows, y, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _scores(rows: Array, keys: Float[Array, "batch kv_heads dim stop"], segments: Array, start: int) -> Array:
-    """Scores of a block's queries, which begin at `start`, with all keys up to its end."""
+def _scores(rows: Array, keys: Float[Array, "batch kv_heads dim stop"], segments: Array | None, start: int) -> Array:
+    """Scores of a block's queries, which begin at `start`, with keys up to its end or all."""
     stop = keys.shape[-1]
     scores = _product(rows, keys) * rows.shape[-1] ** -0.5
+    if segments is None:
+        return scores
     same = segments[:, start:stop, None] == segments[:, None, :stop]
     order = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
     return jnp.where((same & order)[:, None, None], scores, _NEVER)

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention
-from ross_jax.models.layers import Dense, Mlp, RematPolicy, layer_norm, part, stack
+from ross_jax.models.layers import Dense, Mlp, RematPolicy, keep, layer_norm, part, stack
 from ross_jax.sharding import constrain
 
 TIMESTEP_FEATURES = 256
@@ -119,7 +119,7 @@ class SelfAttention(nn.Module):
         init = nn.initializers.xavier_uniform()
         qkv = Dense(3 * width, dtype=self.dtype, kernel_init=init, outputs=3, name="qkv")(x)
         y = attention(*(part.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads) for part in qkv))
-        return Dense(width, dtype=self.dtype, kernel_init=init, name="out")(y.reshape(x.shape))
+        return Dense(width, dtype=self.dtype, kernel_init=init, name="out")(keep(y.reshape(x.shape)))
 
 
 class DenoiserBlock(nn.Module):

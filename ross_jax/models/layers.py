@@ -49,33 +49,47 @@ ONES = 8
 """Rows of ones that a bias's gradient is multiplied with; of a single one XLA makes a sum."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _linear(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def linear(
     x: Float[Array, "*batch inputs"],
     kernel: Float[Array, "inputs outputs"],
-    bias: Float[Array, " outputs"] | None,
-    axes: tuple[str | None, ...],
+    bias: Float[Array, " outputs"] | None = None,
+    axes: tuple[str | None, ...] = (),
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch outputs"]:
-    return _linear_forward(x, kernel, bias, axes)[0]
+    """`x @ kernel + bias`, with the gradients that `Dense` describes.
+
+    Args:
+      axes: as in `Dense`.
+      dtype: of the product if not the operands'.
+    """
+    return _linear_forward(x, kernel, bias, axes, dtype)[0]
 
 
-def _linear_forward(x: Array, kernel: Array, bias: Array | None, axes: tuple[str | None, ...]):
-    y = x @ gather(kernel, axes)
+def _linear_forward(x: Array, kernel: Array, bias: Array | None, axes: tuple[str | None, ...], dtype):
+    y = jnp.matmul(x, gather(kernel, axes), preferred_element_type=dtype)
     return y if bias is None else y + bias, (x, kernel, bias)  # not the gathered one, which takes memory
 
 
-def _linear_backward(axes: tuple[str | None, ...], residuals: tuple[Array, Array, Array | None], gradient: Array):
+def _linear_backward(
+    axes: tuple[str | None, ...], dtype, residuals: tuple[Array, Array, Array | None], gradient: Array
+):
     x, kernel, bias = residuals
     rows = tuple(range(x.ndim - 1))
-    of_x = jax.lax.dot_general(gradient, gather(kernel, axes), (((x.ndim - 1,), (1,)), ((), ())))
-    of_kernel = scatter(jax.lax.dot_general(x, gradient, ((rows, rows), ((), ()))), axes)
+    product = functools.partial(jax.lax.dot_general, preferred_element_type=dtype)
+    of_x = product(gradient, gather(kernel, axes), (((x.ndim - 1,), (1,)), ((), ()))).astype(x.dtype)
+    if kernel.shape[0] > kernel.shape[1]:  # the narrower of the two is turned round for it
+        of_kernel = product(gradient, x, ((rows, rows), ((), ()))).T
+    else:
+        of_kernel = product(x, gradient, ((rows, rows), ((), ())))
+    of_kernel = scatter(of_kernel.astype(kernel.dtype), axes)
     if bias is None:
         return of_x, of_kernel, None
     ones = jax.lax.optimization_barrier(jnp.ones((*gradient.shape[:-1], ONES), gradient.dtype))
-    return of_x, of_kernel, jax.lax.dot_general(ones, gradient, ((rows, rows), ((), ())))[0]
+    return of_x, of_kernel, product(ones, gradient, ((rows, rows), ((), ())))[0].astype(bias.dtype)
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Dense(nn.Module):
@@ -105,10 +119,10 @@ class Dense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.use_bias else None
         x = x.astype(self.dtype)
         if self.outputs == 1:
-            return _linear(x, kernel, bias, self.axes)
+            return linear(x, kernel, bias, self.axes)
         kernels = jnp.split(kernel, self.outputs, axis=-1)
         biases = jnp.split(bias, self.outputs) if self.use_bias else [None] * self.outputs
-        return [_linear(x, *each, self.axes) for each in zip(kernels, biases, strict=True)]
+        return [linear(x, *each, self.axes) for each in zip(kernels, biases, strict=True)]
 
 
 @jax.custom_vjp

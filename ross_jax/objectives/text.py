@@ -6,7 +6,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ross_jax.sharding import axis_size, constrain, gather
+from ross_jax.models.layers import linear
+from ross_jax.sharding import axis_size, constrain
 
 IGNORE = -100
 """Target of a position where nothing is to be predicted."""
@@ -35,9 +36,10 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of cross entropies over supervised positions, and their number.
 
-    Goes through the vocabulary in blocks, forward and backward: neither all logits nor, where the head is split over
-    devices, the whole head exists on one. Each block's columns are gathered, multiplied with all positions, and folded
-    into a running maximum and sum, as in the online softmax of Milakov & Gimelshein (2018).
+    Goes through the vocabulary in blocks, forward and again backward: neither all logits nor, where the head is split
+    over devices, the whole head exists on one. Each block's columns are gathered, multiplied with all positions, and
+    folded into a running maximum and sum, as in the online softmax of Milakov & Gimelshein (2018). Where one block is
+    all, its logits stay for the backward pass.
 
     Args:
       hidden: final hidden states.
@@ -61,11 +63,10 @@ def next_token_loss(
     # In float32, so that what blocks make of its gradient adds up in float32.
     states = constrain(hidden.astype(jnp.float32), "batch")
 
-    @jax.checkpoint
     def step(carry: tuple[Array, Array, Array], block: tuple[Array, Array]):
         highest, total, picked = carry
-        kernel, ids = gather(block[0], ("embed", "vocab")), block[1]
-        scores = jnp.matmul(states.astype(dtype), kernel, preferred_element_type=jnp.float32)
+        kernel, ids = block
+        scores = linear(states.astype(dtype), kernel, None, ("embed", "vocab"), jnp.float32)
         scores = constrain(jnp.where(ids < 0, -jnp.inf, scores), "batch", None, "vocab")
         rises = jax.lax.stop_gradient(jnp.maximum(highest, jnp.max(scores, axis=-1)))
         total = total * jnp.exp(highest - rises) + jnp.sum(jnp.exp(scores - rises[..., None]), axis=-1)
@@ -73,6 +74,7 @@ def next_token_loss(
         return (rises, total, picked), None
 
     zeros = jnp.zeros((rows, length), jnp.float32)
+    step = jax.checkpoint(step) if count > 1 else step
     (highest, total, picked), _ = jax.lax.scan(step, (zeros - jnp.inf, zeros, zeros), (blocks, jnp.asarray(ids)))
     losses = highest + jnp.log(total) - picked
     return jnp.sum(jnp.where(targets != IGNORE, losses, 0.0)), jnp.sum(targets != IGNORE)
