@@ -1,8 +1,9 @@
 """A mid-size Ross that a CPU steps through in seconds: what `launch/bench.py step` measures unless told otherwise.
 
 The full-size recipe's layout at a tenth of its width: a SigLIP tower, a Qwen2-like language model, FLUX's autoencoder
-with fewer channels, three denoiser blocks; stage 2's split into what trains and what does not. Nothing is read: neither
-data nor tokenizer.
+with fewer channels, three denoiser blocks with heads of 64 values; stage 2's split into what trains and what does not.
+At most half the positions of a row are supervised, and the text loss looks at no others. Nothing is read: neither data
+nor tokenizer.
 """
 
 from ml_collections import ConfigDict

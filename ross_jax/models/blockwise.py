@@ -33,7 +33,8 @@ def blockwise_attention(
 
 
 def _forward(query: Array, key: Array, value: Array, segments: Array | None):
-    rows, keys, values = _by_group(query, key.shape[2]), key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+    rows = _by_group(_scaled(query), key.shape[2])
+    keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
     outputs, sums = [], []
     for start, end, stop in _blocks(query.shape[1], causal=segments is not None):
         scores = _scores(rows[..., start:end, :], keys[..., :stop], segments, start)
@@ -54,7 +55,7 @@ def _forward_rule(query: Array, key: Array, value: Array, segments: Array | None
 def _backward_rule(residuals: tuple[Array | None, ...], gradient: Array):
     query, key, value, segments, output, sums = residuals
     groups, dtype = key.shape[2], query.dtype
-    rows, upper = _by_group(query, groups), _by_group(gradient, groups)
+    rows, upper = _by_group(_scaled(query), groups), _by_group(gradient, groups)
     inner = jnp.sum(upper.astype(jnp.float32) * _by_group(output, groups), axis=-1, keepdims=True)
     keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 3, 1)
     of_keys = of_values = jnp.zeros(values.shape, jnp.float32)
@@ -68,10 +69,9 @@ def _backward_rule(residuals: tuple[Array | None, ...], gradient: Array):
         of_rows.append(_product(change, keys[..., :stop, :]))
         of_keys = of_keys.at[..., :stop].add(_product(_transposed(some), _joined(change)))
         of_values = of_values.at[..., :stop].add(_product(_transposed(above), _joined(weights)))
-    scale = query.shape[-1] ** -0.5
-    of_query = _by_position(jnp.concatenate(of_rows, axis=3)) * scale
+    of_query = _scaled(_by_position(jnp.concatenate(of_rows, axis=3)))
     # `of_keys` and `of_values` are [batch, kv_heads, dim, seq].
-    of_key, of_value = (x.transpose(0, 3, 1, 2) for x in (of_keys * scale, of_values))
+    of_key, of_value = (x.transpose(0, 3, 1, 2) for x in (of_keys, of_values))
     return of_query.astype(dtype), of_key.astype(key.dtype), of_value.astype(value.dtype), None
 
 
@@ -82,6 +82,11 @@ def _blocks(length: int, causal: bool) -> list[tuple[int, int, int]]:
     """First query of each block, the one behind its last, and the key behind the last that it attends to."""
     blocks = [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
     return [(start, end, end if causal else length) for start, end in blocks]
+
+
+def _scaled(x: Array) -> Array:
+    """Queries instead of scores, which are many more; or the gradient of queries."""
+    return x * x.shape[-1] ** -0.5
 
 
 def _by_group(x: Array, groups: int) -> Array:
@@ -113,9 +118,9 @@ def _product(x: Array, y: Float[Array, "batch kv_heads inner columns"]) -> Array
 
 
 def _scores(rows: Array, keys: Float[Array, "batch kv_heads dim stop"], segments: Array | None, start: int) -> Array:
-    """Scores of a block's queries, which begin at `start`, with keys up to its end or all."""
+    """Scores of a block's scaled queries, which begin at `start`, with keys up to its end or all."""
     stop = keys.shape[-1]
-    scores = _product(rows, keys) * rows.shape[-1] ** -0.5
+    scores = _product(rows, keys)
     if segments is None:
         return scores
     same = segments[:, start:stop, None] == segments[:, None, :stop]

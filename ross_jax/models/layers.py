@@ -78,7 +78,7 @@ def _linear_backward(
     rows = tuple(range(x.ndim - 1))
     product = functools.partial(jax.lax.dot_general, preferred_element_type=dtype)
     of_x = product(gradient, gather(kernel, axes), (((x.ndim - 1,), (1,)), ((), ()))).astype(x.dtype)
-    if kernel.shape[0] > kernel.shape[1]:  # the narrower of the two is turned round for it
+    if kernel.shape[0] > kernel.shape[1]:
         of_kernel = product(gradient, x, ((rows, rows), ((), ()))).T
     else:
         of_kernel = product(x, gradient, ((rows, rows), ((), ())))
@@ -95,9 +95,9 @@ linear.defvjp(_linear_forward, _linear_backward)
 class Dense(nn.Module):
     """Linen's, with gradients that are computed in another way.
 
-    The kernel's comes out as the kernel is laid out; JAX's own is computed transposed and turned round, for which XLA
-    takes twice as long on a CPU. The bias's, the sum of all rows, is a product too: XLA for TPU sums columns at a
-    fourth of its memory's speed, and keeps the rows in float32 for it.
+    For the kernel's, whichever factor is narrower is turned round; JAX's own always turns the gradient of the output,
+    and XLA takes up to twice as long on a CPU. The bias's, the sum of all rows, is a product too: XLA for TPU sums
+    columns at a fourth of its memory's speed, and keeps the rows in float32 for it.
 
     Attributes:
       axes: logical axes of the kernel, to be gathered before it is multiplied with; without them XLA decides.

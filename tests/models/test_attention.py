@@ -168,6 +168,25 @@ def test_blocks_are_attention(batch, length, heads, kv_heads, dim):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "kv_heads", "dim"),
+    [(2, 256, 4, 4, 64), (1, 729, 2, 2, 72), (3, 300, 4, 1, 8), (2, 1, 3, 3, 4), (0, 9, 2, 2, 8)],
+)
+def test_blocks_that_see_everything_are_attention(batch, length, heads, kv_heads, dim):
+    """Outputs and all gradients of attention of all to all."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(batch, length, n, dim) for n in (heads, kv_heads, kv_heads)]
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    segments, weights = jnp.ones((batch, length), jnp.int32), jax.random.normal(jax.random.key(9), shapes[0])
+
+    def blocks(query, key, value, _):
+        return blockwise_attention(query, key, value, None)
+
+    found, expected = (real(function)(*arrays, segments, weights) for function in (blocks, whole))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
 def test_blocks_in_bfloat16():
     """As far from float32 as XLA's own."""
     *arrays, segments = inputs(2, 512, 4, 2, 64)

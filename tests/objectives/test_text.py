@@ -53,6 +53,14 @@ def test_loss_and_gradient(rows, length, chunk):
     np.testing.assert_allclose(gradients[1], to_head, atol=2e-5)
 
 
+@pytest.mark.parametrize(("chunk", "again"), [(21, False), (20, True)])
+def test_logits_of_a_single_block_are_kept(chunk, again):
+    """21 positions: where all their logits exist at once, the backward pass does not compute them again."""
+    hidden, targets, head = batch(3, 7)
+    traced = jax.make_jaxpr(jax.grad(functools.partial(chunked, chunk=chunk), has_aux=True))(hidden, targets, head)
+    assert ("remat" in str(traced)) == again
+
+
 @pytest.mark.parametrize("capacity", [6, 9, 30])
 def test_gathered_positions_have_the_same_loss(capacity):
     """The fullest row has 6 targets, another none; order and empty places do not matter."""
