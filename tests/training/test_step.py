@@ -199,13 +199,13 @@ def test_without_text_loss_targets_do_not_matter():
         assert split[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
-@pytest.mark.parametrize(("remat", "expected"), [("none", "none"), ("gate", "full"), ("full", "full")])
-def test_what_configs_say_reaches_the_denoiser(remat, expected, monkeypatch):
-    """Its activations' type; and it is computed again where anything is."""
+@pytest.mark.parametrize("remat", ["none", "attention", "full"])
+def test_what_configs_say_reaches_the_denoiser(remat, monkeypatch):
+    """Its activations' type, and what is computed again of it, whatever is of the rest."""
     made = []
     monkeypatch.setattr(step, "make_objective", lambda *arguments: made.append(make_objective(*arguments)) or made[0])
-    Run(remat=remat, reconstruction=ReconstructionConfig(dtype="bfloat16"))
-    assert made[0].denoiser == Denoiser(CONFIG.denoiser, jnp.dtype("bfloat16"), expected)
+    Run(remat="gate", reconstruction=ReconstructionConfig(dtype="bfloat16", remat=remat))
+    assert made[0].denoiser == Denoiser(CONFIG.denoiser, jnp.dtype("bfloat16"), remat)
 
 
 @pytest.mark.gpu
