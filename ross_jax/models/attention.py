@@ -153,10 +153,11 @@ def bidirectional_attention(
 def _picture_attention(query: Array, key: Array, value: Array, dtype: DTypeLike, interpret: bool) -> Array:
     """Each device computes its pictures. What surrounds the kernel sees heads side by side, as projections write them:
     else XLA moves them to rows of their own and back."""
-    flat = [x.reshape(*x.shape[:2], -1).astype(dtype) for x in (query, key, value)]
+    batch, tokens, heads, dim = query.shape
+    flat = [x.reshape(batch, tokens, heads * dim).astype(dtype) for x in (query, key, value)]
 
     def run(*arrays: Array) -> Array:
-        return picture_attention(*arrays, query.shape[-1], interpret)
+        return picture_attention(*arrays, dim, interpret)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not (mesh.empty or mesh.are_all_axes_manual):

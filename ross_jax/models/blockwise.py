@@ -19,15 +19,15 @@ _NEVER = -1e30
 @jax.custom_vjp
 def blockwise_attention(
     query: Float[Array, "batch seq heads dim"],
-    key: Float[Array, "batch seq kv_heads dim"],
-    value: Float[Array, "batch seq kv_heads dim"],
+    key: Float[Array, "batch keys kv_heads dim"],
+    value: Float[Array, "batch keys kv_heads dim"],
     segments: Int[Array, "batch seq"] | None,
 ) -> Float[Array, "batch seq heads dim"]:
     """Attention to earlier positions of the same segment; scores and softmax in float32.
 
     Args:
       segments: conversation number of each position. Those of segment 0, padding, attend to each other: finite, and
-        without meaning. None: attention is not causal, but of all to all.
+        without meaning. None: attention is of all queries to all keys, however many.
     """
     return _forward(query, key, value, segments)[0]
 
@@ -36,7 +36,7 @@ def _forward(query: Array, key: Array, value: Array, segments: Array | None):
     rows = _by_group(_scaled(query), key.shape[2])
     keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
     outputs, sums = [], []
-    for start, end, stop in _blocks(query.shape[1], causal=segments is not None):
+    for start, end, stop in _blocks(query.shape[1], key.shape[1], causal=segments is not None):
         scores = _scores(rows[..., start:end, :], keys[..., :stop], segments, start)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
@@ -60,7 +60,7 @@ def _backward_rule(residuals: tuple[Array | None, ...], gradient: Array):
     keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 3, 1)
     of_keys = of_values = jnp.zeros(values.shape, jnp.float32)
     of_rows = []
-    for start, end, stop in _blocks(query.shape[1], causal=segments is not None):
+    for start, end, stop in _blocks(query.shape[1], key.shape[1], causal=segments is not None):
         some, above = rows[..., start:end, :], upper[..., start:end, :]
         scores = _scores(some, keys[..., :stop, :].swapaxes(-1, -2), segments, start)
         weights = jnp.exp(scores - sums[..., start:end, :])
@@ -78,10 +78,10 @@ def _backward_rule(residuals: tuple[Array | None, ...], gradient: Array):
 blockwise_attention.defvjp(_forward_rule, _backward_rule)
 
 
-def _blocks(length: int, causal: bool) -> list[tuple[int, int, int]]:
+def _blocks(length: int, keys: int, causal: bool) -> list[tuple[int, int, int]]:
     """First query of each block, the one behind its last, and the key behind the last that it attends to."""
     blocks = [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
-    return [(start, end, end if causal else length) for start, end in blocks]
+    return [(start, end, end if causal else keys) for start, end in blocks]
 
 
 def _scaled(x: Array) -> Array:

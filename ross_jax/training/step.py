@@ -29,7 +29,8 @@ class StepConfig:
     Attributes:
       accumulate: micro-batches per step; rows of a batch must be a multiple of it.
       dtype: of activations in encoder and language model; the denoiser's are float32.
-      text_chunk: positions whose logits would take the memory that logits take, on each device (see `next_token_loss`).
+      text_chunk: positions whose logits would take the memory that logits take, on each device (see `next_token_loss`);
+        with as many as a device has, logits are kept for the backward pass.
     """
 
     accumulate: int = 1
