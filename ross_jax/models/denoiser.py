@@ -150,9 +150,9 @@ class DenoiserBlock(nn.Module):
         norm = layer_norm(NORM_EPS, self.dtype, affine=False)
         attended = None
         if first:
-            attended = attention(part(modulate(norm(x), first[0], first[1])))
+            attended = keep(attention(part(modulate(norm(x), first[0], first[1]))))
             x = x + first[2] * attended
-        x = x + gate * part(mlp(part(modulate(norm(x), shift, scale))))
+        x = x + gate * keep(part(mlp(part(modulate(norm(x), shift, scale)))))
         return x, ((attended, x) if self.collect else None)
 
 

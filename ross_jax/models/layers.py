@@ -16,7 +16,8 @@ from ross_jax.sharding import gather, scatter
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 RematPolicy = Literal["none", "full", "attention", "gate", "mlp", "offload", "dots"]
 KEPT = "attention"
-"""Name of what the policies `attention` and `offload` keep: queries, keys, values, and what attention made of them."""
+"""Name of what the policies `attention` and `offload` keep: queries, keys, values, and what attention made of them; of
+the denoiser also what both branches of a block add, which its gates multiply."""
 KEPT_GATE = "gate"
 """Name of what the policies `gate` and `mlp` keep beside that: what an MLP's activation reads."""
 KEPT_UP = "up"

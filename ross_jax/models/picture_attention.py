@@ -3,7 +3,7 @@
 Splash attention wants each head by itself: for heads of 64 values that takes twice the memory, and copies that cost
 more than the attention. Here queries, keys and values stay as projections write them, a picture's scores are made at
 once, and a head's products run over the lanes of its neighbours too, which are set to zero: a matrix unit of 128 rows
-takes no longer for them.
+takes no longer for them. Heads are a loop, not copies of its code, which are slow to compile.
 """
 
 import functools
@@ -79,17 +79,22 @@ def _run(kernel, outputs: int, arrays: tuple[Array, ...], name: str, dim: int, i
 
 def _forward(dim: int, query_ref, key_ref, value_ref, output_ref):
     query, key, value = query_ref[0], key_ref[0], value_ref[0]
-    output = jnp.zeros(query.shape, jnp.float32)
-    for own in _heads(query.shape, dim):
+
+    def head(index: Array, output: Array) -> Array:
+        own = _lanes_of(index, query.shape, dim)
         weights = _weights(_only(own, query), key, dim)
-        output = jnp.where(own, _product(weights.astype(value.dtype), value, 0, 0), output)
+        return jnp.where(own, _product(weights.astype(value.dtype), value, 0, 0), output)
+
+    output = jax.lax.fori_loop(0, LANES // dim, head, jnp.zeros(query.shape, jnp.float32))
     output_ref[0] = output.astype(output_ref.dtype)
 
 
 def _backward(dim: int, query_ref, key_ref, value_ref, gradient_ref, of_query_ref, of_key_ref, of_value_ref):
     key, value, dtype = key_ref[0], value_ref[0], key_ref.dtype
-    of_query, of_key, of_value = (jnp.zeros(key.shape, jnp.float32) for _ in range(3))
-    for own in _heads(key.shape, dim):
+
+    def head(index: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        of_query, of_key, of_value = sums
+        own = _lanes_of(index, key.shape, dim)
         query, gradient = _only(own, query_ref[0]), _only(own, gradient_ref[0])
         weights = _weights(query, key, dim)
         of_value += _product(weights.astype(dtype), gradient, 1, 0)
@@ -97,15 +102,18 @@ def _backward(dim: int, query_ref, key_ref, value_ref, gradient_ref, of_query_re
         of_scores = weights * (of_weights - jnp.sum(weights * of_weights, axis=0, keepdims=True))
         of_scores = (of_scores * dim**-0.5).astype(dtype)
         of_key += _product(of_scores, query, 1, 0)
-        of_query = jnp.where(own, _product(of_scores, key, 0, 0), of_query)
-    for ref, result in ((of_query_ref, of_query), (of_key_ref, of_key), (of_value_ref, of_value)):
+        return jnp.where(own, _product(of_scores, key, 0, 0), of_query), of_key, of_value
+
+    zeros = (jnp.zeros(key.shape, jnp.float32),) * 3
+    results = jax.lax.fori_loop(0, LANES // dim, head, zeros)
+    for ref, result in zip((of_query_ref, of_key_ref, of_value_ref), results, strict=True):
         ref[0] = result.astype(dtype)
 
 
-def _heads(shape: tuple[int, int], dim: int) -> list[Array]:
-    """For each head that shares the lanes, which are its."""
+def _lanes_of(head: Array, shape: tuple[int, int], dim: int) -> Array:
+    """Which lanes are a head's, of those that share them."""
     lanes = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return [(lanes >= first) & (lanes < first + dim) for first in range(0, LANES, dim)]
+    return (lanes >= head * dim) & (lanes < (head + 1) * dim)
 
 
 def _only(own: Array, x: Array) -> Array:
