@@ -53,7 +53,6 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(vision|teacher)/patch_embedding/kernel", (None, None, None, "embed")),
     # Every matrix of the denoiser runs on all tokens of a picture: split the rows only, and gather.
     (r"denoiser/blocks/.*/kernel", (None, "embed", None)),
-    (r"denoiser/blocks/modulation/kernel", (None, "embed", None)),
     (r"denoiser/(\w+)/kernel", ("embed", None)),
     # Norm scales, remaining biases, the autoencoder (84 M parameters, frozen): small, on every device.
     (r".*", ()),

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import PartitionSpec
 
 from gradients import assert_gradient
 from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -18,6 +21,8 @@ from ross_jax.objectives.diffusion import SCHEDULES, make_diffusion, sample_ance
 from ross_jax.objectives.objective import Sampling
 from ross_jax.objectives.reconstruction import official_mean, picture_mean
 from ross_jax.objectives.targets import group_latents, target_pixels, ungroup_latents
+from ross_jax.sharding import MeshConfig, logical_axes, make_mesh, partition
+from ross_jax.tree import flatten
 
 WIDTH = 20
 GRID = 3
@@ -229,6 +234,31 @@ def test_rematerialised_and_in_half_precision(setting):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     half, _ = run(dataclasses.replace(objective, dtype="bfloat16"))
     assert half != expected and half == pytest.approx(float(expected), rel=0.02)
+
+
+def test_the_denoiser_is_gathered_once_and_its_gradients_are_split(setting):
+    """A gradient that were whole on every device would be summed whole, at several times the bytes."""
+    objective, params, *rest = setting
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    with jax.set_mesh(mesh):
+        step = jax.grad(lambda denoiser: jnp.sum(objective.loss({"denoiser": denoiser}, {}, *rest)))
+        found = Counter(constraints(jax.make_jaxpr(step)(params["denoiser"]).jaxpr))
+    kernels = {path: leaf for path, leaf in flatten({"denoiser": params["denoiser"]}).items() if logical_axes(path)}
+    expected = Counter()
+    for path, leaf in kernels.items():
+        expected[leaf.shape, partition(leaf.shape, logical_axes(path), mesh)] += 1
+        expected[leaf.shape, PartitionSpec(*[None] * leaf.ndim)] += 1
+    shapes = {leaf.shape for leaf in kernels.values()}
+    assert len(kernels) == 11 and Counter({each: n for each, n in found.items() if each[0] in shapes}) == expected
+
+
+def constraints(jaxpr):
+    """What is asked to be split, and how, at any depth."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "sharding_constraint":
+            yield equation.outvars[0].aval.shape, equation.params["sharding"].spec
+        for inner in jaxprs_in_params(equation.params):
+            yield from constraints(inner)
 
 
 @pytest.mark.parametrize("reduce", [picture_mean, official_mean])
