@@ -13,6 +13,7 @@ One subcommand per part. Each prints its figures, and writes them as JSON if ask
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,12 +82,17 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "--config=RECIPE (default: configs/bench.py) and --config.FIELD=VALUE, as launch/train.py has them."
     parser.add_argument("--compare", choices=[name for name in MEASURES if name], help="in turns with this")
     parser.add_argument("--repeats", type=int, default=5, help="steps to time, of which the median counts")
+    parser.add_argument("--rows", type=int, help="of a step; default: those that hold config.data.batch conversations")
 
 
 def run_step(arguments: argparse.Namespace, others: list[str]) -> Figures:
     if arguments.repeats < 1:
         raise UserError(f"--repeats {arguments.repeats}: must be at least 1")
-    return MEASURES[arguments.compare](read_recipe(others), arguments.repeats)
+    if arguments.rows is not None and arguments.rows < 1:
+        raise UserError(f"--rows {arguments.rows}: must be at least 1")
+    if arguments.compare == "torch":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two share the memory of a GPU
+    return MEASURES[arguments.compare](read_recipe(others), arguments.repeats, arguments.rows)
 
 
 def read_recipe(arguments: list[str]) -> RunConfig:

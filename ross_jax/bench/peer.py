@@ -2,7 +2,7 @@
 
 Needs the extra `parity`. The denoiser, which no library has, is written here as the reference's is. What makes eager
 PyTorch fast is used: fused attention and AdamW, no gradients where nothing learns, empty picture slots left out, noise
-drawn beforehand.
+drawn beforehand; in bfloat16, weights of that type beside float32 ones that the optimizer moves, as the reference has.
 """
 
 import dataclasses
@@ -49,20 +49,27 @@ class Peer:
     def __init__(self, config: RunConfig, params: Mapping[str, Any], batch: Mapping[str, np.ndarray]):
         check(config)
         self.threads = torch.get_num_threads()
+        self.device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # the denoiser's products, as XLA's, in TF32
         self._config, self._batch = config, batch
-        self._model = Model(config.model, config.step.remat == "full")
-        trained = self._load(params)
+        dtype = getattr(torch, config.step.dtype)
+        self._model = Model(config.model, config.step.remat == "full", dtype).to(self.device)
+        self._trained = self._load(params)
+        # What the optimizer moves: of a weight in half precision a float32 copy.
+        self._moved = [
+            each if each.dtype == torch.float32 else nn.Parameter(each.detach().float()) for each in self._trained
+        ]
         optimizer = config.optimizer
         self._optimizer = torch.optim.AdamW(
-            trained,
+            self._moved,
             optimizer.learning_rate,
             (optimizer.b1, optimizer.b2),
             optimizer.eps,
             optimizer.weight_decay,
             fused=True,
         )
-        self._trained = trained
-        self._rows = Rows(config.model, batch)
+        self._rows = Rows(config.model, batch, self.device)
         self._draws: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def _load(self, params: Mapping[str, Any]) -> list[nn.Parameter]:
@@ -75,7 +82,8 @@ class Peer:
             for piece in expand(table, {path: leaf.shape for path, leaf in flat.items()}):
                 leaf = flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer]
                 with torch.no_grad():
-                    state[piece.key].copy_(torch.from_numpy(np.array(piece.transform.to_theirs(leaf))))
+                    theirs = np.array(piece.transform.to_theirs(leaf), np.float32)
+                    state[piece.key].copy_(torch.from_numpy(theirs))
                 learns = self._config.freeze.trains(f"{name}/{piece.path}")
                 state[piece.key].requires_grad_(learns)
                 if learns:
@@ -89,10 +97,19 @@ class Peer:
         text_loss, reconstruction_loss = self._model.losses(self._rows, *self._draws[step])
         weights = self._config.text.weight, self._config.reconstruction.weight
         (weights[0] * text_loss + weights[1] * reconstruction_loss).backward()
-        nn.utils.clip_grad_norm_(self._trained, self._config.optimizer.max_gradient_norm)
+        for own, moved in self._copies():
+            moved.grad, own.grad = own.grad.float(), None
+        nn.utils.clip_grad_norm_(self._moved, self._config.optimizer.max_gradient_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        with torch.no_grad():
+            for own, moved in self._copies():
+                own.copy_(moved)
         return {"text_loss": text_loss.item(), "reconstruction_loss": reconstruction_loss.item()}
+
+    def _copies(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Weights in half precision, and their copies."""
+        return [(own, moved) for own, moved in zip(self._trained, self._moved, strict=True) if own is not moved]
 
     def _draw(self, step: int) -> tuple[torch.Tensor, ...]:
         """Timesteps, noise and the posterior's noise of each real picture, as ours draws them."""
@@ -103,9 +120,9 @@ class Peer:
         draw: Draw = jax.jit(jax.vmap(lambda i: objective.draw(jax.random.fold_in(key, i))))(identities)
         timesteps, noise, posterior = (np.array(part) for part in draw[:3])
         return (
-            torch.from_numpy(timesteps).long(),
-            torch.from_numpy(noise),
-            torch.from_numpy(posterior).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(timesteps).long().to(self.device),
+            torch.from_numpy(noise).to(self.device),
+            torch.from_numpy(posterior).permute(0, 3, 1, 2).contiguous().to(self.device),
         )
 
 
@@ -134,9 +151,10 @@ def check(config: RunConfig) -> None:
             or (denoiser.prediction, denoiser.schedule, denoiser.block) != ("epsilon", "cosine", "adaln")
         ),
         "model.autoencoder.kind must be kl": getattr(model.autoencoder, "kind", None) != "kl",
-        "step.dtype, freeze.dtype and freeze.autoencoder_dtype must be float32": (
-            {config.step.dtype, config.freeze.dtype, config.freeze.autoencoder_dtype} != {"float32"}
+        "step.dtype, freeze.dtype and freeze.autoencoder_dtype must all be float32, or all bfloat16": (
+            {config.step.dtype, config.freeze.dtype, config.freeze.autoencoder_dtype} not in ({"float32"}, {"bfloat16"})
         ),
+        "reconstruction.dtype must be float32": config.reconstruction.dtype != "float32",
         "step.remat must be none or full": config.step.remat not in ("none", "full"),
         "the vision encoder must be frozen": any(
             config.freeze.trains(f"vision/{path}") for path in ("layers/norm1/scale", "position_embedding")
@@ -148,7 +166,9 @@ def check(config: RunConfig) -> None:
             or bool(optimizer.weight_decay)
         ),
         "text.weight must be positive": not config.text.weight,
-        "the mesh must be one CPU device": jax.device_count() != 1 or jax.default_backend() != "cpu",
+        "the mesh must be one device, a CPU or a GPU": (
+            jax.device_count() != 1 or jax.default_backend() not in ("cpu", "gpu")
+        ),
     }
     found = [problem for problem, is_wrong in wrong.items() if is_wrong]
     if found:
@@ -164,34 +184,37 @@ class Rows:
       places: their tokens' places in the flattened rows, [pictures, N].
     """
 
-    def __init__(self, config: RossConfig, batch: Mapping[str, np.ndarray]):
+    def __init__(self, config: RossConfig, batch: Mapping[str, np.ndarray], device: torch.device):
         def tensor(name: str) -> torch.Tensor:
-            return torch.from_numpy(np.array(batch[name])).long()
+            return torch.from_numpy(np.array(batch[name])).long().to(device)
 
         self.tokens, self.positions, self.targets = tensor("tokens"), tensor("positions"), tensor("targets")
         segments, length = tensor("segments"), self.tokens.shape[1]
-        order = torch.ones(length, length, dtype=torch.bool).tril()
+        order = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         self.mask = ((segments[:, :, None] == segments[:, None, :]) & order)[:, None]
         row, slot = np.nonzero(batch["image_start"] < length)
-        pixels = torch.from_numpy(batch["images"][row, slot].copy()).permute(0, 3, 1, 2).float() / 255.0
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.image_mean, config.image_std))
+        pixels = torch.from_numpy(batch["images"][row, slot].copy()).to(device).permute(0, 3, 1, 2).float() / 255.0
+        mean, std = (
+            torch.tensor(values, device=device).view(3, 1, 1) for values in (config.image_mean, config.image_std)
+        )
         self.images = ((pixels - mean) / std).contiguous()
         # What the autoencoder sees.
         unit = (self.images * std + mean).mul(2.0).sub(1.0).clamp(-1.0, 1.0)
         self.pixels = functional.interpolate(unit, size=(config.target_size,) * 2, mode="bilinear")
-        start = torch.from_numpy(row * length + batch["image_start"][row, slot]).long()
-        self.places = start[:, None] + torch.arange(config.vision.num_tokens)
+        start = torch.from_numpy(row * length + batch["image_start"][row, slot]).long().to(device)
+        self.places = start[:, None] + torch.arange(config.vision.num_tokens, device=device)
 
 
 class Model(nn.Module):
-    """All components, by our names."""
+    """All components, by our names; all but the denoiser in `dtype`."""
 
-    def __init__(self, config: RossConfig, checkpointing: bool):
+    def __init__(self, config: RossConfig, checkpointing: bool, dtype: torch.dtype):
         super().__init__()
-        self.vision = vision_tower(config.vision)
-        self.projector = projector(config.projector)
-        self.language = language_model(config.language)
-        self.autoencoder = autoencoder(config.autoencoder)
+        self._dtype = dtype
+        self.vision = vision_tower(config.vision).to(dtype)
+        self.projector = projector(config.projector).to(dtype)
+        self.language = language_model(config.language).to(dtype)
+        self.autoencoder = autoencoder(config.autoencoder).to(dtype)
         self.denoiser = Denoiser(config.denoiser, checkpointing)
         self._window = config.latent_window
         if checkpointing:
@@ -207,8 +230,9 @@ class Model(nn.Module):
           timesteps: [pictures, draws]; noise: [pictures, draws, tokens, latent]; posterior: [pictures, channels, h, w].
         """
         with torch.no_grad():
-            features = self.vision.encoder(inputs_embeds=self.vision.embeddings(rows.images)).last_hidden_state
-            latents = self._latents(rows.pixels, posterior)
+            embedded = self.vision.embeddings(rows.images.to(self._dtype))
+            features = self.vision.encoder(inputs_embeds=embedded).last_hidden_state
+            latents = self._latents(rows.pixels.to(self._dtype), posterior)
         embeddings = self.language.get_input_embeddings()(rows.tokens)
         flat = embeddings.flatten(0, 1).index_copy(0, rows.places.flatten(), self.projector(features).flatten(0, 1))
         hidden = self.language.model(
@@ -218,13 +242,14 @@ class Model(nn.Module):
             use_cache=False,
         ).last_hidden_state
         flat = hidden.flatten(0, 1)
-        text_loss = functional.cross_entropy(self.language.lm_head(flat), rows.targets.flatten(), ignore_index=IGNORE)
-        return text_loss, self._reconstruction_loss(flat[rows.places], latents, timesteps, noise)
+        logits = self.language.lm_head(flat).float()
+        text_loss = functional.cross_entropy(logits, rows.targets.flatten(), ignore_index=IGNORE)
+        return text_loss, self._reconstruction_loss(flat[rows.places].float(), latents, timesteps, noise)
 
     def _latents(self, pixels: torch.Tensor, posterior: torch.Tensor) -> torch.Tensor:
         """[pictures, tokens, latent], on the denoiser's scale."""
         distribution, settings = self.autoencoder.encode(pixels).latent_dist, self.autoencoder.config
-        sample = distribution.mean + distribution.std * posterior
+        sample = distribution.mean.float() + distribution.std.float() * posterior
         scaled = (sample - settings.shift_factor) * settings.scaling_factor
         return functional.pixel_unshuffle(scaled, self._window).flatten(2).transpose(1, 2)
 
@@ -235,7 +260,7 @@ class Model(nn.Module):
         context = functional.layer_norm(visual_outputs, visual_outputs.shape[-1:], eps=CONDITION_EPS)
         condition = self.denoiser.z_embedder(context).repeat_interleave(draws, dim=0)
         steps, noise = timesteps.flatten(), noise.flatten(0, 1)
-        signal = _signal()[steps].view(-1, 1, 1)
+        signal = _signal().to(steps.device)[steps].view(-1, 1, 1)
         noised = signal.sqrt() * latents.repeat_interleave(draws, dim=0) + (1.0 - signal).sqrt() * noise
         return functional.mse_loss(self.denoiser(noised.float(), steps, condition), noise)
 
@@ -354,7 +379,8 @@ class Denoiser(nn.Module):
 
     def forward(self, noised: torch.Tensor, steps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         half = TIMESTEP_FEATURES // 2
-        angles = steps[:, None] * torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
+        exponents = torch.arange(half, dtype=torch.float32, device=steps.device) / half
+        angles = steps[:, None] * torch.exp(-math.log(10000.0) * exponents)
         time = self.t_embedder["mlp"](torch.cat([angles.cos(), angles.sin()], dim=1))
         embed = self.x_embedder["proj"]
         x = functional.linear(noised, embed.weight.flatten(1), embed.bias) + self.pos_embed

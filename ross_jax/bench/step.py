@@ -29,26 +29,36 @@ STEPS = 1_000_000
 """Of the run that the step is taken from: so many that the learning rate stays where it is."""
 CHECKED = 2
 """Steps whose losses must agree before the peer is timed: the second one's also depend on gradients and optimizer."""
-AGREEMENT = 1e-4
-"""Largest relative difference of a loss."""
+AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Largest relative difference of a loss, by `step.dtype`."""
 
 
 class Stepper:
-    """The jitted step of a recipe, its state, and a batch that it is run on again and again."""
+    """The jitted step of a recipe, its state, and a batch that it is run on again and again.
+
+    Args:
+      rows: of a step; None: those that hold `config.data.batch` conversations.
+
+    Raises:
+      UserError: rows that the devices cannot share.
+    """
 
     def __init__(self, config: RunConfig, rows: int | None = None):
         self.config = config
         self.mesh = make_mesh(config.mesh)
-        replicas = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        self.workload: Workload = make_workload(config, replicas * config.step.accumulate, rows)
+        multiple = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * config.step.accumulate
+        if rows is not None and rows % multiple:
+            raise UserError(
+                f"--rows {rows}: must be a multiple of {multiple}: a row at least per device and micro-batch"
+            )
+        self.workload: Workload = make_workload(config, multiple, rows)
         built = build_step(config, self.mesh, STEPS)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
         self._batch = jax.device_put(self.workload.batch(), batch_sharding(self.mesh))
         with jax.set_mesh(self.mesh):
             params, frozen = split(random_parameters(config.model, built.tree, config.seed), config.freeze)
-            self.state = jax.jit(lambda p, f: make_state(p, f, built.optimizer), out_shardings=shardings)(
-                params, frozen
-            )
+            start = jax.jit(lambda p, f: make_state(p, f, built.optimizer), out_shardings=shardings, donate_argnums=0)
+            self.state = start(params, frozen)
             self._step = built.train_step.lower(self.state, self._batch).compile()
 
     @property
@@ -115,31 +125,31 @@ def interleave(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     return seconds
 
 
-def measure(config: RunConfig, repeats: int) -> Figures:
+def measure(config: RunConfig, repeats: int, rows: int | None = None) -> Figures:
     """The step alone."""
-    stepper = Stepper(config)
+    stepper = Stepper(config, rows)
     stepper()  # warms up
     return stepper.figures(statistics.median(interleave({"ours": stepper}, repeats)["ours"]))
 
 
-def against_torch(config: RunConfig, repeats: int) -> Figures:
-    """The step beside the same one in PyTorch, in float32, on the CPU.
+def against_torch(config: RunConfig, repeats: int, rows: int | None = None) -> Figures:
+    """The step beside the same one in PyTorch, on a CPU or a GPU.
 
     Raises:
       UserError: a recipe that the peer does not compute; losses that differ.
     """
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
         missing = "not installed; `bash launch/setup.sh parity` does. Ours alone:"
-        return {"torch": missing, **measure(config, repeats)}
+        return {"torch": missing, **measure(config, repeats, rows)}
     from ross_jax.bench.peer import Peer
 
-    stepper = Stepper(config)
+    stepper = Stepper(config, rows)
     peer = Peer(config, stepper.params, stepper.batch)
     losses = [(stepper(), peer(step)) for step in range(CHECKED)]
     compared = ("text_loss", "reconstruction_loss")
     for step, (ours, theirs) in enumerate(losses):
         for name in compared:
-            if abs(ours[name] - theirs[name]) > AGREEMENT * abs(theirs[name]):
+            if abs(ours[name] - theirs[name]) > AGREEMENT[config.step.dtype] * abs(theirs[name]):
                 raise UserError(
                     f"step {step}: {name} is {ours[name]:.7g} here, {theirs[name]:.7g} in PyTorch; they do not compute "
                     "the same, so their times say nothing"
@@ -151,6 +161,7 @@ def against_torch(config: RunConfig, repeats: int) -> Figures:
         **stepper.figures(medians["ours"]),
         "torch_step_s": medians["torch"],
         "torch_tokens_per_s": stepper.workload.tokens_per_step / medians["torch"],
+        "torch_device": str(peer.device),
         "torch_threads": peer.threads,
         "remat": config.step.remat,
         **{f"{name}": ours[name] for name in compared},
@@ -161,13 +172,13 @@ def against_torch(config: RunConfig, repeats: int) -> Figures:
     }
 
 
-def against_padding(config: RunConfig, repeats: int) -> Figures:
+def against_padding(config: RunConfig, repeats: int, rows: int | None = None) -> Figures:
     """The step on packed rows beside that on as many rows of one conversation each, padded to the same length.
 
     Padded rows have as many picture slots as a conversation has pictures: one.
     """
     packing = config.data.packing
-    packed = Stepper(_with(config, dataclasses.replace(packing, layout="pack")))
+    packed = Stepper(_with(config, dataclasses.replace(packing, layout="pack")), rows)
     slots = int(packed.workload.lengths.images.max())
     padding = dataclasses.replace(packing, layout="pad", images=slots)
     padded = Stepper(_with(config, padding), packed.workload.plan.rows_per_step)

@@ -68,6 +68,7 @@ def figures(tmp_path, *arguments: str) -> dict:
 
 def test_step(tmp_path, capsys):
     """On all devices of this machine, which are eight virtual ones here: a row for each."""
+    assert figures(tmp_path, "--rows", "16")["rows"] == 16
     found = figures(tmp_path)
     assert found["rows"] == 8 and found["devices"] == "8 x cpu"
     assert 0.5 < found["filled"] <= 1 and found["tokens_per_s"] == pytest.approx(
@@ -90,6 +91,8 @@ def test_recipes_that_cannot_be_measured(tmp_path, capsys):
 
     assert "Unknown command line flag 'lenght'" in error("--lenght=3")
     assert "--repeats 0: must be at least 1" in error("--repeats", "0")
+    assert "--rows 0: must be at least 1" in error("--rows", "0")
+    assert "--rows 12: must be a multiple of 8" in error("--rows", "12", "--config.mesh.fsdp=8")
     assert "nowhere.py" in error(f"--config={tmp_path}/nowhere.py")
     assert "does not divide 8 devices" in error("--config.mesh.fsdp=3")
 
