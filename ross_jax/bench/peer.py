@@ -55,11 +55,8 @@ class Peer:
         self._config, self._batch = config, batch
         dtype = getattr(torch, config.step.dtype)
         self._model = Model(config.model, config.step.remat == "full", dtype).to(self.device)
-        self._trained = self._load(params)
-        # What the optimizer moves: of a weight in half precision a float32 copy.
-        self._moved = [
-            each if each.dtype == torch.float32 else nn.Parameter(each.detach().float()) for each in self._trained
-        ]
+        self._pairs = self._load(params)
+        self._moved = [moved for _, moved in self._pairs]
         optimizer = config.optimizer
         self._optimizer = torch.optim.AdamW(
             self._moved,
@@ -72,23 +69,29 @@ class Peer:
         self._rows = Rows(config.model, batch, self.device)
         self._draws: dict[int, tuple[torch.Tensor, ...]] = {}
 
-    def _load(self, params: Mapping[str, Any]) -> list[nn.Parameter]:
-        """Our parameters, through the tables of conversion; those that learn."""
-        trained = []
+    def _load(self, params: Mapping[str, Any]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Our parameters, through the tables of conversion.
+
+        Returns:
+          Of each that learns the model's own, and what the optimizer moves: the same, or a float32 copy of ours where
+          the model's is rounded.
+        """
+        pairs = []
         for name, module in self._model.named_children():
             flat = {path: np.asarray(leaf) for path, leaf in flatten(params[name]).items()}
             table = TABLES[name](getattr(self._config.model, name))
             state = dict(module.named_parameters())
             for piece in expand(table, {path: leaf.shape for path, leaf in flat.items()}):
                 leaf = flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer]
+                value = np.ascontiguousarray(piece.transform.to_theirs(leaf), np.float32)
+                value = torch.tensor(value, device=self.device)
+                own = state[piece.key]
                 with torch.no_grad():
-                    theirs = np.array(piece.transform.to_theirs(leaf), np.float32)
-                    state[piece.key].copy_(torch.from_numpy(theirs))
-                learns = self._config.freeze.trains(f"{name}/{piece.path}")
-                state[piece.key].requires_grad_(learns)
-                if learns:
-                    trained.append(state[piece.key])
-        return trained
+                    own.copy_(value)
+                own.requires_grad_(self._config.freeze.trains(f"{name}/{piece.path}"))
+                if own.requires_grad:
+                    pairs.append((own, own if own.dtype == value.dtype else nn.Parameter(value)))
+        return pairs
 
     def __call__(self, step: int) -> dict[str, float]:
         """One step with the noise of ours at `step`. Its losses."""
@@ -97,19 +100,17 @@ class Peer:
         text_loss, reconstruction_loss = self._model.losses(self._rows, *self._draws[step])
         weights = self._config.text.weight, self._config.reconstruction.weight
         (weights[0] * text_loss + weights[1] * reconstruction_loss).backward()
-        for own, moved in self._copies():
-            moved.grad, own.grad = own.grad.float(), None
+        for own, moved in self._pairs:
+            if own is not moved:
+                moved.grad, own.grad = own.grad.float(), None
         nn.utils.clip_grad_norm_(self._moved, self._config.optimizer.max_gradient_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         with torch.no_grad():
-            for own, moved in self._copies():
-                own.copy_(moved)
+            for own, moved in self._pairs:
+                if own is not moved:
+                    own.copy_(moved)
         return {"text_loss": text_loss.item(), "reconstruction_loss": reconstruction_loss.item()}
-
-    def _copies(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Weights in half precision, and their copies."""
-        return [(own, moved) for own, moved in zip(self._trained, self._moved, strict=True) if own is not moved]
 
     def _draw(self, step: int) -> tuple[torch.Tensor, ...]:
         """Timesteps, noise and the posterior's noise of each real picture, as ours draws them."""
