@@ -80,9 +80,11 @@ class DenoiseObjective(Objective):
         """The noising process of training."""
         return make_diffusion(SCHEDULES[self.config.denoiser.schedule]())
 
-    def targets(self, frozen: Params, images: Float[Array, "batch height width 3"]) -> Posterior:
+    def targets(
+        self, frozen: Params, images: Float[Array, "batch height width 3"], wanted: Bool[Array, " batch"] | None = None
+    ) -> Posterior:
         """The posterior of each normalised picture; deterministic, so it can be cached."""
-        return encode(self.config, frozen, images)
+        return encode(self.config, frozen, images, wanted)
 
     def latents(
         self, targets: Posterior, posterior_noise: Float[Array, "*batch height width channels"]

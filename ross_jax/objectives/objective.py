@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ross_jax.models.ross import RossConfig
 
@@ -62,8 +62,14 @@ class Objective(abc.ABC):
     config: RossConfig
 
     @abc.abstractmethod
-    def targets(self, frozen: Params, images: Float[Array, "batch height width 3"]) -> Any:
-        """What normalised pictures are to be reconstructed to: deterministic, so it can be cached."""
+    def targets(
+        self, frozen: Params, images: Float[Array, "batch height width 3"], wanted: Bool[Array, " batch"] | None = None
+    ) -> Any:
+        """What normalised pictures are to be reconstructed to: deterministic, so it can be cached.
+
+        Args:
+          wanted: whose loss counts; what others are to become need not be computed. None: everyone's.
+        """
 
     def pack(self, targets: Any) -> dict[str, Any]:
         """Targets, or their shapes, by the fields of a batch that they are put in when they are computed beforehand."""

@@ -5,7 +5,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ross_jax.models.autoencoder import Posterior
 from ross_jax.models.denoiser import normalise_condition
@@ -70,7 +70,7 @@ class PixelObjective(_Regress):
     """Ross^R-Pixel: RGB values in [-1, 1] of each picture token's 16 x 16 pixels."""
 
     def targets(
-        self, frozen: Params, images: Float[Array, "batch height width 3"]
+        self, frozen: Params, images: Float[Array, "batch height width 3"], wanted: Bool[Array, " batch"] | None = None
     ) -> Float[Array, "batch side side 3"]:
         """The picture itself, at 16 pixels per token."""
         return target_pixels(self.config, images)
@@ -92,9 +92,11 @@ class LatentObjective(_Regress):
 
     made_by = "autoencoder"
 
-    def targets(self, frozen: Params, images: Float[Array, "batch height width 3"]) -> Posterior:
+    def targets(
+        self, frozen: Params, images: Float[Array, "batch height width 3"], wanted: Bool[Array, " batch"] | None = None
+    ) -> Posterior:
         """The posterior of each normalised picture."""
-        return encode(self.config, frozen, images)
+        return encode(self.config, frozen, images, wanted)
 
     def loss(self, params: Params, frozen: Params, visual_outputs: Array, targets: Posterior, keys: Array) -> Array:
         """Loss of each picture."""
@@ -121,7 +123,7 @@ class Latent2PixelObjective(LatentObjective):
     made_by = None
 
     def targets(
-        self, frozen: Params, images: Float[Array, "batch height width 3"]
+        self, frozen: Params, images: Float[Array, "batch height width 3"], wanted: Bool[Array, " batch"] | None = None
     ) -> Float[Array, "batch side side 3"]:
         """The picture itself, at 16 pixels per token."""
         return target_pixels(self.config, images)
@@ -138,7 +140,9 @@ class FeatureObjective(_Regress):
 
     made_by = "teacher"
 
-    def targets(self, frozen: Params, images: Float[Array, "batch height width 3"]) -> Array:
+    def targets(
+        self, frozen: Params, images: Float[Array, "batch height width 3"], wanted: Bool[Array, " batch"] | None = None
+    ) -> Array:
         """The teacher's features of each normalised picture."""
         return teacher_features(self.config, frozen, images, self.dtype)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ross_jax.models.autoencoder import Posterior
 from ross_jax.models.layers import layer_norm
@@ -63,14 +63,24 @@ def tokens_to_pixels(tokens: Float[Array, "*batch tokens values"]) -> Float[Arra
     return ungroup_latents(tokens, TARGET_PIXELS)
 
 
-def encode(config: RossConfig, params: Params, images: Float[Array, "batch height width 3"]) -> Posterior:
-    """The autoencoder's posterior of normalised pictures. `params` with `autoencoder`."""
+def encode(
+    config: RossConfig,
+    params: Params,
+    images: Float[Array, "batch height width 3"],
+    wanted: Bool[Array, " batch"] | None = None,
+) -> Posterior:
+    """The autoencoder's posterior of normalised pictures.
+
+    Args:
+      params: with `autoencoder`.
+      wanted: whose is looked at; others may be zeros, which take no time. None: everyone's.
+    """
     module = build_autoencoder(config.autoencoder)
 
     def run(autoencoder: Params, images: Array) -> Posterior:
         return module.apply({"params": autoencoder}, target_pixels(config, images), method="encode")
 
-    return _few_at_once(config, run, params["autoencoder"], images)
+    return _few_at_once(config, run, params["autoencoder"], images, wanted)
 
 
 def normalised_latents(
@@ -92,29 +102,42 @@ def decode(
     return _few_at_once(config, run, params["autoencoder"], latents)
 
 
-def _few_at_once(config: RossConfig, run: Callable[[Params, Array], Any], autoencoder: Params, items: Array) -> Any:
-    """`run(autoencoder, items)`, a few items after another, on each device its own.
+def _few_at_once(
+    config: RossConfig,
+    run: Callable[[Params, Array], Any],
+    autoencoder: Params,
+    items: Array,
+    wanted: Array | None = None,
+) -> Any:
+    """`run(autoencoder, items)`, a few items after another, on each device its own; zeros if none of them is wanted.
 
     A picture fills a device. XLA for TPU cuts several, but fewer than eight, into strips with borders, which takes
     nearly three times as long, twice as long to compile, and sixteen times the memory.
     """
     most = max(1, PIXELS_AT_ONCE // config.target_size**2)
 
-    def local(autoencoder: Params, items: Array) -> Any:
+    def some(autoencoder: Params, items: Array, wanted: Array | None) -> Any:
+        if wanted is None:
+            return run(autoencoder, items)
+        made = jax.eval_shape(run, autoencoder, items)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)
+        return jax.lax.cond(wanted.any(), run, lambda *_: zeros, autoencoder, items)
+
+    def local(autoencoder: Params, items: Array, wanted: Array | None) -> Any:
         count = items.shape[0]
         at_once = next((n for n in range(min(most, count), 0, -1) if count % n == 0), count)
         if at_once == count:
-            return run(autoencoder, items)
-        outputs = jax.lax.map(lambda some: run(autoencoder, some), items.reshape(-1, at_once, *items.shape[1:]))
+            return some(autoencoder, items, wanted)
+        parts = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (items, wanted))
+        outputs = jax.lax.map(lambda part: some(autoencoder, *part), parts)
         return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), outputs)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(autoencoder, items)
-    split = partition(items.shape, ("pictures",), mesh)
-    return jax.shard_map(local, in_specs=(jax.sharding.PartitionSpec(), split), out_specs=split, check_vma=False)(
-        autoencoder, items
-    )
+        return local(autoencoder, items, wanted)
+    split = partition(items.shape[:1], ("pictures",), mesh)
+    specs = (jax.sharding.PartitionSpec(), split, split)
+    return jax.shard_map(local, in_specs=specs, out_specs=split, check_vma=False)(autoencoder, items, wanted)
 
 
 def teacher_features(

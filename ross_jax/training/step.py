@@ -95,15 +95,16 @@ def make_train_step(
             text_loss = total / jnp.maximum(totals[0], 1)
         if objective is None:
             return text_weight * text_loss, (text_loss, jnp.zeros(()))
+        weights = real_pictures(batch) if reconstruction.compat == "default" else jnp.ones(batch["image_ids"].shape)
         targets = objective.unpack(frozen, batch)
         if targets is None:
             with jax.named_scope("targets"):
-                targets = objective.targets(frozen, images.reshape(-1, *images.shape[2:]))
+                pictures = images.reshape(-1, *images.shape[2:])
+                targets = objective.targets(frozen, pictures, weights.reshape(-1) != 0)
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(batch["image_ids"].reshape(-1))
         keys = keys.reshape(batch["image_ids"].shape)
         with jax.named_scope("reconstruction"):
             items = objective.loss(tree, frozen, output.visual_outputs, targets, keys)
-        weights = real_pictures(batch) if reconstruction.compat == "default" else jnp.ones_like(items)
         reconstruction_loss = jnp.sum(items * weights) / totals[2]
         loss = text_weight * text_loss + reconstruction.weight * reconstruction_loss
         return loss, (text_loss, reconstruction_loss)

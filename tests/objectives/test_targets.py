@@ -1,5 +1,6 @@
 """The autoencoder sees a few pictures after another: the same as all at once, on one device and on a mesh."""
 
+import contextlib
 import re
 
 import jax
@@ -68,3 +69,22 @@ def test_each_device_has_its_own(params, monkeypatch, sizes, count):
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not re.search(r"all-(gather|reduce|to-all)|reduce-scatter|collective-permute", text)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2), (1, 2, 1)])
+def test_what_nobody_wants_is_not_encoded(params, monkeypatch, sizes):
+    """Of some pictures, wherever they are; a NaN that were looked at would stay one."""
+    monkeypatch.setattr(targets, "PIXELS_AT_ONCE", 1)
+    wanted = jnp.array([True, False, False, True, False, True, True, False])
+    pictures = jax.random.normal(jax.random.key(1), (8, SIDE, SIDE, 3))
+    expected = jax.jit(lambda *arguments: targets.encode(CONFIG, *arguments))(params, pictures)
+    pictures = jnp.where(wanted[:, None, None, None], pictures, jnp.nan)
+    with (
+        contextlib.nullcontext()
+        if sizes is None
+        else jax.set_mesh(make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)]))
+    ):
+        found = jax.jit(lambda *arguments: targets.encode(CONFIG, *arguments))(params, pictures, wanted)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours[wanted], theirs[wanted], rtol=1e-4, atol=1e-5)
+        assert not np.asarray(ours[~wanted]).any()

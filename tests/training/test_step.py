@@ -208,6 +208,17 @@ def test_what_configs_say_reaches_the_denoiser(remat, monkeypatch):
     assert made[0].denoiser == Denoiser(CONFIG.denoiser, jnp.dtype("bfloat16"), remat)
 
 
+def test_text_alone_leaves_the_autoencoder_alone():
+    """It would make everything NaN."""
+    run, batch = Run(), make_batch()
+    run.state.frozen["autoencoder"] = jax.tree.map(lambda x: x * jnp.nan, run.state.frozen["autoencoder"])
+    batch["image_start"][:], batch["image_ids"][:] = batch["tokens"].shape[1], 0
+    metrics = run.run(batch)
+    assert metrics["reconstruction_loss"] == 0.0 and np.isfinite(metrics["gradient_norm"])
+    batch = make_batch()
+    assert np.isnan(run.run(batch)["reconstruction_loss"])
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_the_losses_of_a_cpu(gpu):
     """In float32 at full precision, everything recomputed but attention; losses of two steps, and the gradients'."""
