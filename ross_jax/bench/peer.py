@@ -83,6 +83,7 @@ class Peer:
             state = dict(module.named_parameters())
             for piece in expand(table, {path: leaf.shape for path, leaf in flat.items()}):
                 leaf = flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer]
+                # Laid out as its gradient will be: fused AdamW goes through both in order of memory.
                 value = np.ascontiguousarray(piece.transform.to_theirs(leaf), np.float32)
                 value = torch.tensor(value, device=self.device)
                 own = state[piece.key]
