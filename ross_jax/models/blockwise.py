@@ -1,9 +1,12 @@
 """Attention by blocks of queries, in plain XLA: where no kernel is at hand.
 
-As FlashAttention (Dao et al., 2022): scores exist for one block of queries at a time, later keys are left out where
-attention is causal, and the backward pass computes probabilities anew from the logarithm of their sums. No operand of
-a product is transposed in its largest dimensions, for which XLA takes three times as long on a CPU.
+Where attention is causal, a block leaves out later keys. The backward pass reads the weights of the forward pass, of a
+layer at a time if layers are computed again: those have just made them, and FlashAttention's way (Dao et al., 2022),
+from the logarithm of their sums, would make them twice. Where a gradient is a product with a transposed operand, it is
+the smaller one: for the larger, XLA takes three times as long on a CPU.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from ross_jax.models.layers import keep
 
 BLOCK = 256
-"""Queries whose scores exist at once."""
+"""Queries whose scores are computed at once."""
 _NEVER = -1e30
 
 
@@ -34,41 +37,40 @@ def blockwise_attention(
 
 def _forward(query: Array, key: Array, value: Array, segments: Array | None):
     rows = _by_group(_scaled(query), key.shape[2])
-    keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-    outputs, sums = [], []
+    keys, values = (x.transpose(0, 2, 1, 3) for x in (key, value))
+    outputs, weights, sums = [], [], []
     for start, end, stop in _blocks(query.shape[1], key.shape[1], causal=segments is not None):
-        scores = _scores(rows[..., start:end, :], keys[..., :stop], segments, start)
-        highest = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - highest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        outputs.append(_product(weights.astype(value.dtype), values[..., :stop, :]) / total)
-        sums.append(highest + jnp.log(total))
+        scores = _scores(rows[..., start:end, :], keys[..., :stop, :], segments, start)
+        block = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        sums.append(jnp.sum(block, axis=-1, keepdims=True))
+        weights.append(block.astype(value.dtype))
+        outputs.append(_product(weights[-1], values[..., :stop, :]) / sums[-1])
     output = jnp.concatenate(outputs, axis=3).astype(query.dtype)
-    return keep(_by_position(output)), keep(jnp.concatenate(sums, axis=3))
+    return keep(_by_position(output)), weights, jnp.concatenate(sums, axis=3)
 
 
 def _forward_rule(query: Array, key: Array, value: Array, segments: Array | None):
-    output, sums = _forward(query, key, value, segments)
-    return output, (query, key, value, segments, output, sums)
+    output, weights, sums = _forward(query, key, value, segments)
+    return output, (query, key, value, segments, output, weights, sums)
 
 
-def _backward_rule(residuals: tuple[Array | None, ...], gradient: Array):
-    query, key, value, segments, output, sums = residuals
+def _backward_rule(residuals: tuple[Any, ...], gradient: Array):
+    query, key, value, segments, output, weights, sums = residuals
     groups, dtype = key.shape[2], query.dtype
-    rows, upper = _by_group(_scaled(query), groups), _by_group(gradient, groups)
-    inner = jnp.sum(upper.astype(jnp.float32) * _by_group(output, groups), axis=-1, keepdims=True)
-    keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 3, 1)
-    of_keys = of_values = jnp.zeros(values.shape, jnp.float32)
+    rows, upper = _by_group(_scaled(query), groups), _by_group(gradient, groups) / sums
+    inner = jnp.sum(upper * _by_group(output, groups), axis=-1, keepdims=True)
+    upper = upper.astype(dtype)
+    keys, values = (x.transpose(0, 2, 1, 3) for x in (key, value))
+    of_keys = of_values = jnp.zeros(key.transpose(0, 2, 3, 1).shape, jnp.float32)
     of_rows = []
-    for start, end, stop in _blocks(query.shape[1], key.shape[1], causal=segments is not None):
+    blocks = _blocks(query.shape[1], key.shape[1], causal=segments is not None)
+    for (start, end, stop), block in zip(blocks, weights, strict=True):
         some, above = rows[..., start:end, :], upper[..., start:end, :]
-        scores = _scores(some, keys[..., :stop, :].swapaxes(-1, -2), segments, start)
-        weights = jnp.exp(scores - sums[..., start:end, :])
-        change = weights * (_product(above, values[..., :stop]) - inner[..., start:end, :])
-        weights, change = weights.astype(dtype), change.astype(dtype)
+        change = block * (_product(above, values[..., :stop, :].swapaxes(-1, -2)) - inner[..., start:end, :])
+        change = change.astype(dtype)
         of_rows.append(_product(change, keys[..., :stop, :]))
         of_keys = of_keys.at[..., :stop].add(_product(_transposed(some), _joined(change)))
-        of_values = of_values.at[..., :stop].add(_product(_transposed(above), _joined(weights)))
+        of_values = of_values.at[..., :stop].add(_product(_transposed(above), _joined(block)))
     of_query = _scaled(_by_position(jnp.concatenate(of_rows, axis=3)))
     # `of_keys` and `of_values` are [batch, kv_heads, dim, seq].
     of_key, of_value = (x.transpose(0, 3, 1, 2) for x in (of_keys, of_values))
@@ -117,10 +119,10 @@ def _product(x: Array, y: Float[Array, "batch kv_heads inner columns"]) -> Array
     return jnp.matmul(rows, y, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _scores(rows: Array, keys: Float[Array, "batch kv_heads dim stop"], segments: Array | None, start: int) -> Array:
+def _scores(rows: Array, keys: Float[Array, "batch kv_heads stop dim"], segments: Array | None, start: int) -> Array:
     """Scores of a block's scaled queries, which begin at `start`, with keys up to its end or all."""
-    stop = keys.shape[-1]
-    scores = _product(rows, keys)
+    stop = keys.shape[-2]
+    scores = _product(rows, keys.swapaxes(-1, -2))
     if segments is None:
         return scores
     same = segments[:, start:stop, None] == segments[:, None, :stop]

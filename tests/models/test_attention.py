@@ -224,6 +224,14 @@ def test_blocks_in_bfloat16():
         assert errors[0] < 1.5 * errors[1]
 
 
+def test_a_layer_computed_again_makes_its_scores_once():
+    """For the backward pass, which reads them: queries with keys, weights with values, then four gradients' products."""
+    *arrays, segments = inputs(1, 16, 2, 2, 8)
+    layer = jax.checkpoint(lambda *x: jnp.sin(blockwise_attention(*x, segments)))
+    _, pull = jax.vjp(layer, *arrays)
+    assert str(jax.make_jaxpr(pull)(arrays[0])).count("dot_general[") == 2 + 4
+
+
 def test_padding_is_finite():
     query, key, value, segments = inputs(2, 300, 4, 2, 8)
     output, pull = jax.vjp(lambda *arrays: blockwise_attention(*arrays, segments), query, key, value)
