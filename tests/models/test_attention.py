@@ -225,7 +225,7 @@ def test_blocks_in_bfloat16():
 
 
 def test_a_layer_computed_again_makes_its_scores_once():
-    """For the backward pass, which reads them: queries with keys, weights with values, then four gradients' products."""
+    """For the backward pass, which reads them: those two products, then four for the gradients."""
     *arrays, segments = inputs(1, 16, 2, 2, 8)
     layer = jax.checkpoint(lambda *x: jnp.sin(blockwise_attention(*x, segments)))
     _, pull = jax.vjp(layer, *arrays)
