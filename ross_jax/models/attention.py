@@ -1,10 +1,11 @@
 """Attention: what models call, whatever kernel runs behind it.
 
 The platform of the ambient mesh chooses the kernel, not that of the host: Pallas' splash attention on TPU, cuDNN's on
-GPU; elsewhere and without a mesh XLA's own, in blocks where it is causal.
+GPU; elsewhere and without a mesh plain XLA, by blocks.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ross_jax.models.blockwise import blockwise_attention
 from ross_jax.models.layers import KEPT, keep
+from ross_jax.models.packed_attention import packed_attention
 from ross_jax.models.picture_attention import fits, picture_attention
 from ross_jax.sharding import partition
 
@@ -57,7 +59,7 @@ def attention(
     if mask is None and _platform() == "tpu" and length == key.shape[1] and length >= SPLASH_BLOCKS[-1]:
         return bidirectional_attention(query, key, value)
     if mask is None and _platform() in (None, "cpu"):
-        return blockwise_attention(query, key, value, None)
+        return blockwise_attention(query, key, value)
     if not _fits_cudnn(query):
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
     if length % 2 == key.shape[1] % 2 == 0:
@@ -86,9 +88,9 @@ def causal_attention(
     """
     if mask is not None:
         return keep(attention(query, key, value, mask, causal=True))  # the others keep it themselves
-    if _platform() == "tpu" and _block(query.shape[1]) is not None:
+    if _platform() == "tpu":
         return splash_attention(query, key, value, segments)
-    return blockwise_attention(query, key, value, segments)
+    return _by_device(packed_attention, ("batch", None, "heads"), query, key, value, segments)
 
 
 def needs_mask() -> bool:
@@ -106,22 +108,19 @@ def splash_attention(
 ) -> Float[Array, "batch seq heads dim"]:
     """Pallas' TPU kernel for attention inside segments; each device computes its rows and heads, or its pictures.
 
+    Lengths that no tile divides are padded by a segment of their own.
+
     Args:
       segments: as in `causal_attention`. Positions of segment 0 attend to each other here: finite, and without meaning.
       causal: to earlier positions alone; rows are those of a batch. Else they are pictures.
       interpret: runs on any platform, slowly.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    length = query.shape[1]
+    padding = -length % SPLASH_BLOCKS[-1]
+    arrays = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
     run = functools.partial(_splash, causal=causal, interpret=interpret)
-    if mesh.empty or mesh.are_all_axes_manual:
-        return run(query, key, value, segments)
-    rows, axes = ("batch", ("batch", None, "heads")) if causal else ("pictures", ("pictures",))
-    queries = partition(query.shape, axes, mesh)
-    if partition(key.shape, axes, mesh) != queries:
-        # The tensor axis splits the queries' heads but not the fewer ones of the keys.
-        key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
-    specs = (queries, queries, queries, partition(segments.shape, (rows,), mesh))
-    return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, segments)
+    axes = ("batch", None, "heads") if causal else ("pictures",)
+    return _by_device(run, axes, *arrays, jnp.pad(segments, ((0, 0), (0, padding))))[:, :length]
 
 
 def bidirectional_attention(
@@ -132,8 +131,6 @@ def bidirectional_attention(
 ) -> Float[Array, "batch tokens heads dim"]:
     """Of all positions to all on TPU: `picture_attention` where it fits, else `splash_attention`.
 
-    For splash, any length is padded to whole tiles by a segment of its own.
-
     Args:
       interpret: as in `splash_attention`.
     """
@@ -142,12 +139,25 @@ def bidirectional_attention(
         dtype = jnp.bfloat16  # as XLA's products round operands
     if fits(query.shape, key.shape, dtype):
         return _picture_attention(query, key, value, dtype, interpret)
-    batch, length = query.shape[:2]
-    padding = -length % SPLASH_BLOCKS[-1]
-    padded = (jnp.pad(x.astype(dtype), ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
-    segments = jnp.broadcast_to((jnp.arange(length + padding) < length).astype(jnp.int32), (batch, length + padding))
+    everywhere = jnp.ones(query.shape[:2], jnp.int32)
+    rounded = (x.astype(dtype) for x in (query, key, value))
     with jax.named_scope(BIDIRECTIONAL):
-        return splash_attention(*padded, segments, causal=False, interpret=interpret)[:, :length].astype(query.dtype)
+        return splash_attention(*rounded, everywhere, causal=False, interpret=interpret).astype(query.dtype)
+
+
+def _by_device(
+    run: Callable[..., Array], axes: tuple[str | None, ...], query: Array, key: Array, value: Array, segments: Array
+) -> Array:
+    """`run`, by each device of the ambient mesh for its part along the logical axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual:
+        return run(query, key, value, segments)
+    queries = partition(query.shape, axes, mesh)
+    if partition(key.shape, axes, mesh) != queries:
+        # The tensor axis splits the queries' heads but not the fewer ones of the keys.
+        key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
+    specs = (queries, queries, queries, partition(segments.shape, axes[:1], mesh))
+    return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, segments)
 
 
 def _picture_attention(query: Array, key: Array, value: Array, dtype: DTypeLike, interpret: bool) -> Array:
@@ -170,7 +180,7 @@ def _splash(query: Array, key: Array, value: Array, segments: Array, causal: boo
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads, dim = query.shape[1:]
-    block = _block(length)
+    block = next(block for block in SPLASH_BLOCKS if length % block == 0)
     sizes = dict.fromkeys(
         ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), block
     )
@@ -187,10 +197,6 @@ def _splash(query: Array, key: Array, value: Array, segments: Array, causal: boo
         return kernel(*by_head, segment_ids=splash.SegmentIds(ids, ids)).swapaxes(0, 1)
 
     return jax.vmap(row)(query, key, value, segments)
-
-
-def _block(length: int) -> int | None:
-    return next((block for block in SPLASH_BLOCKS if length % block == 0), None)
 
 
 def _platform() -> str | None:

@@ -1,22 +1,21 @@
-"""Attention by blocks of queries, in plain XLA: where no kernel is at hand.
+"""Attention of all positions to all by blocks of queries, in plain XLA: where no kernel is at hand.
 
-Where attention is causal, a block leaves out later keys. The backward pass reads the weights of the forward pass, of a
-layer at a time if layers are computed again: those have just made them, and FlashAttention's way (Dao et al., 2022),
-from the logarithm of their sums, would make them twice. Where a gradient is a product with a transposed operand, it is
-the smaller one: for the larger, XLA takes three times as long on a CPU.
+The backward pass reads the weights of the forward pass, of a layer at a time if layers are computed again: those have
+just made them, and FlashAttention's way (Dao et al., 2022), from the logarithm of their sums, would make them twice.
+Where a gradient is a product with a transposed operand, it is the smaller one: for the larger, XLA takes three times as
+long on a CPU.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ross_jax.models.layers import keep
 
 BLOCK = 256
 """Queries whose scores are computed at once."""
-_NEVER = -1e30
 
 
 @jax.custom_vjp
@@ -24,38 +23,32 @@ def blockwise_attention(
     query: Float[Array, "batch seq heads dim"],
     key: Float[Array, "batch keys kv_heads dim"],
     value: Float[Array, "batch keys kv_heads dim"],
-    segments: Int[Array, "batch seq"] | None,
 ) -> Float[Array, "batch seq heads dim"]:
-    """Attention to earlier positions of the same segment; scores and softmax in float32.
-
-    Args:
-      segments: conversation number of each position. Those of segment 0, padding, attend to each other: finite, and
-        without meaning. None: attention is of all queries to all keys, however many.
-    """
-    return _forward(query, key, value, segments)[0]
+    """Attention to all keys, however many; scores and softmax in float32."""
+    return _forward(query, key, value)[0]
 
 
-def _forward(query: Array, key: Array, value: Array, segments: Array | None):
+def _forward(query: Array, key: Array, value: Array):
     rows = _by_group(_scaled(query), key.shape[2])
     keys, values = (x.transpose(0, 2, 1, 3) for x in (key, value))
     outputs, weights, sums = [], [], []
-    for start, end, stop in _blocks(query.shape[1], key.shape[1], causal=segments is not None):
-        scores = _scores(rows[..., start:end, :], keys[..., :stop, :], segments, start)
+    for start in range(0, query.shape[1], BLOCK):
+        scores = _product(rows[..., start : start + BLOCK, :], keys.swapaxes(-1, -2))
         block = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
         sums.append(jnp.sum(block, axis=-1, keepdims=True))
         weights.append(block.astype(value.dtype))
-        outputs.append(_product(weights[-1], values[..., :stop, :]) / sums[-1])
+        outputs.append(_product(weights[-1], values) / sums[-1])
     output = jnp.concatenate(outputs, axis=3).astype(query.dtype)
     return keep(_by_position(output)), weights, jnp.concatenate(sums, axis=3)
 
 
-def _forward_rule(query: Array, key: Array, value: Array, segments: Array | None):
-    output, weights, sums = _forward(query, key, value, segments)
-    return output, (query, key, value, segments, output, weights, sums)
+def _forward_rule(query: Array, key: Array, value: Array):
+    output, weights, sums = _forward(query, key, value)
+    return output, (query, key, value, output, weights, sums)
 
 
 def _backward_rule(residuals: tuple[Any, ...], gradient: Array):
-    query, key, value, segments, output, weights, sums = residuals
+    query, key, value, output, weights, sums = residuals
     groups, dtype = key.shape[2], query.dtype
     rows, upper = _by_group(_scaled(query), groups), _by_group(gradient, groups) / sums
     inner = jnp.sum(upper * _by_group(output, groups), axis=-1, keepdims=True)
@@ -63,27 +56,21 @@ def _backward_rule(residuals: tuple[Any, ...], gradient: Array):
     keys, values = (x.transpose(0, 2, 1, 3) for x in (key, value))
     of_keys = of_values = jnp.zeros(key.transpose(0, 2, 3, 1).shape, jnp.float32)
     of_rows = []
-    blocks = _blocks(query.shape[1], key.shape[1], causal=segments is not None)
-    for (start, end, stop), block in zip(blocks, weights, strict=True):
-        some, above = rows[..., start:end, :], upper[..., start:end, :]
-        change = block * (_product(above, values[..., :stop, :].swapaxes(-1, -2)) - inner[..., start:end, :])
+    for start, block in zip(range(0, query.shape[1], BLOCK), weights, strict=True):
+        here = slice(start, start + BLOCK)
+        some, above = rows[..., here, :], upper[..., here, :]
+        change = block * (_product(above, values.swapaxes(-1, -2)) - inner[..., here, :])
         change = change.astype(dtype)
-        of_rows.append(_product(change, keys[..., :stop, :]))
-        of_keys = of_keys.at[..., :stop].add(_product(_transposed(some), _joined(change)))
-        of_values = of_values.at[..., :stop].add(_product(_transposed(above), _joined(block)))
+        of_rows.append(_product(change, keys))
+        of_keys += _product(_transposed(some), _joined(change))
+        of_values += _product(_transposed(above), _joined(block))
     of_query = _scaled(_by_position(jnp.concatenate(of_rows, axis=3)))
     # `of_keys` and `of_values` are [batch, kv_heads, dim, seq].
     of_key, of_value = (x.transpose(0, 3, 1, 2) for x in (of_keys, of_values))
-    return of_query.astype(dtype), of_key.astype(key.dtype), of_value.astype(value.dtype), None
+    return of_query.astype(dtype), of_key.astype(key.dtype), of_value.astype(value.dtype)
 
 
 blockwise_attention.defvjp(_forward_rule, _backward_rule)
-
-
-def _blocks(length: int, keys: int, causal: bool) -> list[tuple[int, int, int]]:
-    """First query of each block, the one behind its last, and the key behind the last that it attends to."""
-    blocks = [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
-    return [(start, end, end if causal else keys) for start, end in blocks]
 
 
 def _scaled(x: Array) -> Array:
@@ -117,14 +104,3 @@ def _product(x: Array, y: Float[Array, "batch kv_heads inner columns"]) -> Array
     """Matrix product with the matrices of each key head, accumulated and returned in float32."""
     rows = _joined(x) if x.ndim == 5 else x
     return jnp.matmul(rows, y, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _scores(rows: Array, keys: Float[Array, "batch kv_heads stop dim"], segments: Array | None, start: int) -> Array:
-    """Scores of a block's scaled queries, which begin at `start`, with keys up to its end or all."""
-    stop = keys.shape[-2]
-    scores = _product(rows, keys.swapaxes(-1, -2))
-    if segments is None:
-        return scores
-    same = segments[:, start:stop, None] == segments[:, None, :stop]
-    order = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
-    return jnp.where((same & order)[:, None, None], scores, _NEVER)

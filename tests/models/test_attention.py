@@ -1,5 +1,8 @@
 """Attention: the TPU kernel, interpreted on CPU, against XLA's; and which kernel a mesh chooses."""
 
+import contextlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,8 @@ from ross_jax.models.attention import (
     splash_attention,
 )
 from ross_jax.models.blockwise import blockwise_attention
+from ross_jax.models.layers import KEPT, keep
+from ross_jax.models.packed_attention import BLOCK, packed_attention
 from ross_jax.models.picture_attention import fits, picture_attention
 from ross_jax.plan.targets import open_target
 from ross_jax.sharding import AXES, MeshConfig, make_mesh
@@ -60,10 +65,11 @@ def real(function):
 
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "kv_heads", "dim"),
-    [(2, 256, 4, 2, 64), (1, 128, 2, 2, 72), (3, 256, 4, 1, 128)],
+    [(2, 256, 4, 2, 64), (1, 128, 2, 2, 72), (3, 256, 4, 1, 128), (2, 150, 2, 2, 64)],
 )
 def test_splash_is_attention(batch, length, heads, kv_heads, dim):
-    """Outputs and all gradients, grouped heads included, head sizes of Llama (128), CLIP (64) and SigLIP (72)."""
+    """Outputs and all gradients, grouped heads included, head sizes of Llama (128), CLIP (64) and SigLIP (72); a length
+    that no tile divides."""
     arguments = inputs(batch, length, heads, kv_heads, dim)
     weights = jax.random.normal(jax.random.key(9), arguments[0].shape)
     for found, expected in zip(real(interpreted)(*arguments, weights), real(xla)(*arguments, weights), strict=True):
@@ -166,15 +172,69 @@ def test_picture_attention_on_a_mesh(sizes):
 
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "kv_heads", "dim"),
-    [(2, 256, 4, 2, 64), (1, 700, 2, 2, 72), (3, 300, 4, 1, 8), (1, 90, 3, 3, 4)],
+    [(2, 256, 4, 2, 64), (1, 700, 2, 2, 72), (3, 300, 4, 1, 8), (1, 90, 3, 3, 4), (1, 1100, 2, 1, 8), (0, 9, 2, 2, 8)],
 )
-def test_blocks_are_attention(batch, length, heads, kv_heads, dim):
-    """Outputs and all gradients: lengths of one block, of several, of blocks that end early."""
-    arguments = inputs(batch, length, heads, kv_heads, dim)
-    weights = jax.random.normal(jax.random.key(9), arguments[0].shape)
-    found, expected = (real(function)(*arguments, weights) for function in (blockwise_attention, xla))
+@pytest.mark.parametrize("order", ["packed", "mixed"])
+def test_packed_attention_is_attention(batch, length, heads, kv_heads, dim, order):
+    """Outputs and all gradients: lengths of one block, of several, of more than loops; segments in any order."""
+    *arrays, segments = inputs(batch, length, heads, kv_heads, dim)
+    if order == "mixed":
+        segments = jax.random.randint(jax.random.key(1), segments.shape, 0, 4) * 3
+    weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
+    found, expected = (real(function)(*arrays, segments, weights) for function in (packed_attention, xla))
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+def test_packed_attention_leaves_out_other_conversations():
+    """Blocks without a key that a block's queries attend to: nothing there reaches it, and it reaches nothing there."""
+    lengths = (3 * BLOCK, 2 * BLOCK + 5, BLOCK - 5)
+    query, key, value, _ = inputs(1, sum(lengths), 4, 2, 8)
+    segments = jnp.repeat(jnp.arange(1, 4), jnp.asarray(lengths), total_repeat_length=sum(lengths))[None]
+    others = (segments == 1)[:, :, None, None]
+    key, value = (jnp.where(others, jnp.nan, x) for x in (key, value))
+    output, pull = jax.vjp(lambda *arrays: packed_attention(*arrays, segments), query, key, value)
+    gradients = pull(jnp.where(others, 0, jnp.ones_like(output)))
+    assert all(bool(jnp.isfinite(x[:, lengths[0] :]).all()) for x in (output, *gradients))
+    assert bool(jnp.isnan(output[:, : lengths[0]]).all())
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+def test_what_packed_attention_returns_can_be_kept(sizes):
+    """By its name, and then a layer that is computed again does not make it again; on a mesh, too."""
+    *arrays, segments = inputs(8, 300, 4, 2, 8)
+    names, policies = jax.checkpoint_policies.save_only_these_names(KEPT), jax.checkpoint_policies
+
+    def layer(*arrays):
+        return jnp.sin(causal_attention(*map(keep, arrays), segments, None)).sum()
+
+    def loops(policy) -> int:
+        run = jax.jit(jax.value_and_grad(jax.checkpoint(layer, policy=policy), (0, 1, 2)))
+        return run.lower(*arrays).compile().as_text().count(" while(")
+
+    with jax.set_mesh(make_mesh(MeshConfig(*sizes))) if sizes else contextlib.nullcontext():
+        assert loops(names) == loops(policies.everything_saveable) < loops(policies.nothing_saveable)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
+def test_packed_attention_on_a_mesh(sizes):
+    """Each device computes its rows and heads, without a word to the others; some skip what others do not."""
+    *arrays, segments = inputs(4, 300, 4, 2, 64)
+    weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
+
+    def run(*arguments):
+        return causal_attention(*arguments, mask=None)
+
+    expected = real(run)(*arrays, segments, weights)
+    mesh = make_mesh(MeshConfig(*sizes))
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor" if sizes[2] == 2 else None))
+    with jax.set_mesh(mesh):
+        arguments = [jax.device_put(x, split) for x in arrays]
+        found = real(run)(*arguments, segments, weights)
+        text = jax.jit(run).lower(*arguments, segments).compile().as_text()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
+    assert sizes[2] == 4 or not re.search("all-gather|all-reduce|all-to-all|permute", text)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +249,7 @@ def test_blocks_that_see_everything_are_attention(batch, length, heads, kv_heads
     segments, weights = jnp.ones((batch, length), jnp.int32), jax.random.normal(jax.random.key(9), shapes[0])
 
     def blocks(query, key, value, _):
-        return blockwise_attention(query, key, value, None)
+        return blockwise_attention(query, key, value)
 
     found, expected = (real(function)(*arrays, segments, weights) for function in (blocks, whole))
     for ours, theirs in zip(found, expected, strict=True):
@@ -211,13 +271,13 @@ def test_blocks_attend_to_all_keys(queries, keys):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
 
 
-def test_blocks_in_bfloat16():
+def test_packed_attention_in_bfloat16():
     """As far from float32 as XLA's own."""
     *arrays, segments = inputs(2, 512, 4, 2, 64)
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
     exact = real(xla)(*arrays, segments, weights)
     halves = [array.astype(jnp.bfloat16) for array in arrays]
-    found, others = (real(function)(*halves, segments, weights) for function in (blockwise_attention, xla))
+    found, others = (real(function)(*halves, segments, weights) for function in (packed_attention, xla))
     for ours, theirs, wanted in zip(found, others, exact, strict=True):
         assert ours.dtype == theirs.dtype
         errors = [float(jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32) - wanted)))) for x in (ours, theirs)]
@@ -226,15 +286,15 @@ def test_blocks_in_bfloat16():
 
 def test_a_layer_computed_again_makes_its_scores_once():
     """For the backward pass, which reads them: those two products, then four for the gradients."""
-    *arrays, segments = inputs(1, 16, 2, 2, 8)
-    layer = jax.checkpoint(lambda *x: jnp.sin(blockwise_attention(*x, segments)))
+    *arrays, _ = inputs(1, 16, 2, 2, 8)
+    layer = jax.checkpoint(lambda *x: jnp.sin(blockwise_attention(*x)))
     _, pull = jax.vjp(layer, *arrays)
     assert str(jax.make_jaxpr(pull)(arrays[0])).count("dot_general[") == 2 + 4
 
 
 def test_padding_is_finite():
     query, key, value, segments = inputs(2, 300, 4, 2, 8)
-    output, pull = jax.vjp(lambda *arrays: blockwise_attention(*arrays, segments), query, key, value)
+    output, pull = jax.vjp(lambda *arrays: packed_attention(*arrays, segments), query, key, value)
     assert all(bool(jnp.isfinite(x).all()) for x in (output, *pull(jnp.ones_like(output))))
 
 
