@@ -164,12 +164,27 @@ def _meetings(size: int, kernel: int, outputs: int, stride: int, pad: int, dilat
 def collective_kind(instruction: Instruction) -> str | None:
     """`all-gather` for `all-gather` and `all-gather-start`; None for everything that is no collective."""
     kind = instruction.opcode.removesuffix("-start")
+    if kind == "send":  # to the host, which talks to those of other slices
+        across = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+        kind = across[1].lower().replace("_", "-") if across else ""
+        kind = "collective-permute" if kind == "one-to-one" else kind
     return kind if kind in COLLECTIVES else None
+
+
+def rendezvous(instruction: Instruction) -> str | None:
+    """The name that ties what is sent to the other TPU slices to what is received from them."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]+)"', instruction.attributes)
+    return found[1] if found else None
 
 
 def replica_group(instruction: Instruction, devices: int) -> list[int]:
     """Devices, by their place in the mesh, of the first group that talks among itself; of a permutation, a pair."""
     text = instruction.attributes
+    slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x', text)
+    if slices:  # a device of each; a mesh is slice by slice
+        ends = [_indices(part) for part in slices[1].split(",")]
+        count = sum(end[-1] - end[0] + 1 for end in ends)
+        return [i * (devices // count) for i in range(count)]
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text)
     if pairs:
         return [int(pairs[1]), int(pairs[2])]
@@ -297,8 +312,9 @@ class _Walk:
         self.notes: set[str] = set()
 
     def run(self, computation: Computation, count: int, bindings: Bindings, part: str) -> tuple[float, list[Event]]:
-        """Seconds of one run, and its events. The links work beside the compute units, one transfer after another."""
-        now = link = 0.0
+        """Seconds of one run, and its events. Links, and the network, work beside the compute units, one transfer after
+        another."""
+        now, busy = 0.0, {"links": 0.0, "network": 0.0}
         events: list[Event] = []
         ends: dict[str, float] = {}  # of transfers under way, by channel or name
         for instruction in computation:
@@ -323,15 +339,16 @@ class _Walk:
                 if key not in ends:
                     sent = self._collective(inside, collective, instruction, count, part)
                     events.append(sent)
-                    link = max(link, now) + sent.seconds
-                    ends[key] = link
+                    way = "network" if collective.opcode == "send" else "links"
+                    busy[way] = ends[key] = max(busy[way], now) + sent.seconds
                 if end or not start:
                     now = max(now, ends[key])
             elif end:
-                now = max([now, *(ends[name] for name in instruction.operands if name in ends)])
+                awaited = computation.operands(instruction)
+                now = max([now, *(ends.get(rendezvous(each) or each.name, 0.0) for each in awaited)])
             if start and transfer is not None:
                 ends[instruction.name] = ends[self._channel(transfer[1])]
-        return max(now, link), events
+        return max(now, *busy.values()), events
 
     def _loop(
         self, computation: Computation, loop: Instruction, count: int, bindings: Bindings, part: str
@@ -351,10 +368,10 @@ class _Walk:
     def _transfer(self, computation: Computation, instruction: Instruction):
         """The collective in an instruction, if there is one; whether it only starts there, and whether it ends."""
         if collective_kind(instruction):
-            start = instruction.opcode.endswith("-start")
+            start = instruction.opcode.endswith("-start") or instruction.opcode == "send"
             return (computation, instruction), start, False
         if instruction.opcode.endswith("-done"):
-            return None, False, True
+            return None, False, instruction.opcode != "send-done"
         if instruction.opcode not in ("fusion", "async-start"):
             return None, False, False
         found, targets = None, ""
@@ -370,7 +387,7 @@ class _Walk:
         return found, starts, ends
 
     def _channel(self, collective: Instruction) -> str:
-        return collective.attribute("channel_id") or collective.name
+        return rendezvous(collective) or collective.attribute("channel_id") or collective.name
 
     def _part(self, instruction: Instruction, default: str) -> str:
         names = [instruction.op_name]

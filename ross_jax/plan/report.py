@@ -259,7 +259,8 @@ def method(target: Target) -> str:
         f"An estimate ({compiler}): the compiler's cycles per operation times trip counts over the clock "
         f"({target.chip.clock / 1e9:g} GHz), kernels by their FLOPs at {KERNEL_UTILISATION:.0%} of the peak, "
         f"collectives by their bytes over the links ({target.chip.link / 1e9:g} GB/s per axis, half where it is not "
-        f"closed), added up as if nothing overlapped. {error}."
+        f"closed; between slices {target.chip.network / 1e9:g} GB/s per device), added up as if nothing overlapped. "
+        f"{error}."
     )
 
 

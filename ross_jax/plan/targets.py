@@ -32,6 +32,7 @@ class Chip:
         what its driver reports.
       installed: bytes that it has.
       link: bytes per second along an axis of a TPU's torus, both directions together; between GPUs of a host, one way.
+      network: bytes per second between slices or, of GPUs, hosts; per device, one way.
       clock: Hz of the cycles that the compiler estimates; None without such.
       validated: the method was reported with this clock.
     """
@@ -40,6 +41,7 @@ class Chip:
     memory: int
     installed: int
     link: float
+    network: float
     clock: float | None = None
     validated: bool = False
 
@@ -51,12 +53,14 @@ class Chip:
 
 # Usable memory is what libtpu 0.0.52 names when a program does not fit. Clocks are those with which its cycles met
 # published runs (v5e, v5p, v6e), the published one (v4), or follow from the peak at 4 matrix units of 256 x 256 (v7x).
+# Networks: a chip's share of what is published for a pod (v5e, v6e) or of its host's cards (200 Gbit/s for 4 chips; of
+# v7x 100 Gbit/s a chip).
 TPUS = {
-    "v4": Chip("TPU v4", int(30.75 * GIB), 32 * GIB, 90e9, 1.05e9),
-    "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 16 * GIB, 90e9, 1.503e9, validated=True),
-    "v5p": Chip("TPU v5", int(95.73 * GIB), 96 * GIB, 180e9, 1.751e9, validated=True),
-    "v6e": Chip("TPU v6 lite", int(31.24 * GIB), 32 * GIB, 180e9, 1.751e9, validated=True),
-    "v7x": Chip("TPU7x", int(94.74 * GIB), 96 * GIB, 180e9, 2.2e9),
+    "v4": Chip("TPU v4", int(30.75 * GIB), 32 * GIB, 90e9, 6.25e9, 1.05e9),
+    "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 16 * GIB, 90e9, 3.125e9, 1.503e9, validated=True),
+    "v5p": Chip("TPU v5", int(95.73 * GIB), 96 * GIB, 180e9, 6.25e9, 1.751e9, validated=True),
+    "v6e": Chip("TPU v6 lite", int(31.24 * GIB), 32 * GIB, 180e9, 12.5e9, 1.751e9, validated=True),
+    "v7x": Chip("TPU7x", int(94.74 * GIB), 96 * GIB, 180e9, 6.25e9, 2.2e9),
 }
 GPU_SHARE = 0.9
 """Share of a GPU's memory that JAX is to take: XLA_PYTHON_CLIENT_MEM_FRACTION, without which it takes 0.75."""
@@ -74,7 +78,6 @@ class Gpu(Chip):
       cache: L2, bytes.
       ghz: clock.
       shared: bytes of shared memory of a core.
-      network: bytes per second between hosts, per GPU, one way.
     """
 
     capability: tuple[int, int] = (0, 0)
@@ -84,7 +87,6 @@ class Gpu(Chip):
     cache: int = 0
     ghz: float = 0.0
     shared: int = 233472
-    network: float = 50e9
 
     def target_config(self) -> str:
         """XLA's `GpuTargetConfigProto` as text."""
@@ -106,8 +108,8 @@ device_description_str: "{self.kind}"
 """
 
 
-def _gpu(kind: str, installed: int, link: float, **rest) -> Gpu:
-    return Gpu(kind, int(GPU_SHARE * installed), installed, link, **rest)
+def _gpu(kind: str, installed: int, link: float, network: float = 50e9, **rest) -> Gpu:
+    return Gpu(kind, int(GPU_SHARE * installed), installed, link, network, **rest)
 
 
 GPUS = {
@@ -163,7 +165,7 @@ class Target:
 
     Attributes:
       name: as it was asked for.
-      sizes: of the torus; of GPUs, (slices, hosts, GPUs of a host).
+      sizes: of a slice's torus; of GPUs, (slices, hosts, GPUs of a host).
       wrap: which axes of the torus are closed.
     """
 
@@ -188,11 +190,13 @@ class Target:
 
         def collective(kind: str, size: int, group: Sequence[int]) -> float:
             members = [flat[i] for i in group]
-            if self.is_tpu:
-                return torus_seconds(kind, size, [device.coords for device in members], self)
-            hosts = {device.process_index for device in members}
-            rate = self.chip.link if len(hosts) == 1 else self.chip.network
-            return sent_bytes(kind, size, len(members)) / rate
+            sent = sent_bytes(kind, size, len(members))
+            if not self.is_tpu:
+                hosts = {device.process_index for device in members}
+                return sent / (self.chip.link if len(hosts) == 1 else self.chip.network)
+            if len({device.slice_index for device in members}) > 1:
+                return sent / self.chip.network
+            return torus_seconds(kind, size, [device.coords for device in members], self)
 
         return Timing(compute, lambda flops: flops / (self.chip.peak * KERNEL_UTILISATION), collective, mesh.size)
 
@@ -244,7 +248,7 @@ def wraps(chip: str, sizes: Sequence[int]) -> tuple[bool, ...]:
 
 
 def open_target(text: str) -> Target:
-    """The topology `CHIP:SIZES`: `v5e:8x8`, `v5p:4x4x4`, or, of GPUs, `h100:SLICESxHOSTSxGPUS`.
+    """The topology `CHIP:SIZES`: `v5e:8x8`, `v5p:4x4x4`, `2xv5e:8x8` for two slices, `h100:SLICESxHOSTSxGPUS`.
 
     Raises:
       ConfigError: an unknown chip or size.
@@ -252,6 +256,8 @@ def open_target(text: str) -> Target:
     """
     known = {**TPUS, **GPUS}
     name, _, layout = text.lower().partition(":")
+    several = re.fullmatch(r"([1-9]\d*)x(v\w+)", name)
+    slices, name = (int(several[1]), several[2]) if several else (1, name)
     if name not in known:
         raise ConfigError(f"--topology={text}: no chip {name!r}{nearest(name, known)}; known are {', '.join(known)}")
     rank = 2 if name in ("v5e", "v6e") else 3
@@ -260,10 +266,10 @@ def open_target(text: str) -> Target:
         meaning = "slices x hosts x GPUs of a host" if name in GPUS else "chips along each axis"
         raise ConfigError(f"--topology={text}: {rank} sizes are needed ({meaning}), as in {example}")
     sizes = tuple(int(size) for size in layout.split("x"))
-    return _open_gpus(text, name, sizes) if name in GPUS else _open_slice(text, name, sizes)
+    return _open_gpus(text, name, sizes) if name in GPUS else _open_slices(text, name, sizes, slices)
 
 
-def _open_slice(text: str, name: str, sizes: tuple[int, ...]) -> Target:
+def _open_slices(text: str, name: str, sizes: tuple[int, ...], slices: int) -> Target:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={text}: libtpu, the TPU compiler, is not installed: bash launch/setup.sh tpu")
     wrap = wraps(name, sizes)
@@ -272,6 +278,8 @@ def _open_slice(text: str, name: str, sizes: tuple[int, ...]) -> Target:
         settings["chip_config_name"] = "megacore"  # its two cores work as one device
     if math.prod(sizes) == 1:
         settings["chips_per_host_bounds"] = (1, 1, 1)
+    if slices > 1:
+        settings["num_slices"] = slices
     layout = "x".join(map(str, sizes))
     try:
         described = topologies.get_topology_desc(f"{'tpu7x' if name == 'v7x' else name}:{layout}", "tpu", **settings)

@@ -185,6 +185,39 @@ def test_overlap(rate, expected):
     assert found.scheduled == expected
 
 
+SLICES = """HloModule slices
+
+ENTRY %main (x: f32[100], w: f32[4,5], v: f32[5,10]) -> f32[100] {
+  %x = f32[100] parameter(0)
+  %w = f32[4,5] parameter(1)
+  %v = f32[5,10] parameter(2)
+  %token = token[] after-all()
+  %sent = (f32[100], u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, ATTRIBUTES
+  %got = (f32[100], u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, ATTRIBUTES
+  %sent-done = token[] send-done(%sent), channel_id=2, is_host_transfer=true
+  %gathered = f32[100] all-reduce(%x), channel_id=3, replica_groups={{0,1}}, to_apply=%add
+  %product = f32[4,10] dot(%w, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %got-done = (f32[100], token[]) recv-done(%got), channel_id=1, is_host_transfer=true
+  %late = f32[4,10] dot(%w, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %result = f32[100] get-tuple-element(%got-done), index=0
+}
+""".replace(
+    "ATTRIBUTES",
+    'frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_reduce_operation="SUM",'
+    '_xla_megascale_target="{1,2,4:5}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}',
+)
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(1.0, 400 + 400 + 400), (0.01, 400 + 40000 + 40000)])
+def test_slices_talk_through_their_hosts(rate, expected):
+    """Beside the links, not behind them, from what is sent to what is received; four slices of two devices."""
+    found = cost.estimate(hlo.parse(SLICES), timing(rate, 8))
+    across, within = [event for event in found.events if event.kind in cost.COLLECTIVES]
+    assert (across.kind, across.bytes, across.group) == ("all-reduce", 400, (0, 2, 4, 6))
+    assert (within.kind, within.group) == ("all-reduce", (0, 1))
+    assert found.scheduled == expected
+
+
 KERNEL = """ENTRY %main (q: bf16[2,8,256,64], k: bf16[2,4,256,64]) -> bf16[2,8,256,64] {{
   %mask = s8[1,2,2] parameter(0)
   %q = bf16[2,8,256,64] parameter(1)

@@ -2,10 +2,16 @@
 
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ross_jax.config import ConfigError, UserError
-from ross_jax.plan.targets import GPUS, TPUS, Target, open_target, sent_bytes, torus_seconds, wraps
+from ross_jax.plan import hlo
+from ross_jax.plan.cost import COLLECTIVES, estimate
+from ross_jax.plan.targets import GPUS, TPUS, Target, axes_of, open_target, sent_bytes, torus_seconds, wraps
+from ross_jax.sharding import MeshConfig, make_mesh
 from ross_jax.training.metrics import PEAK_FLOPS
 
 GB = 10**9
@@ -93,6 +99,8 @@ def test_every_chip_is_described():
         ("v5e", "2 sizes are needed .chips along each axis., as in v5e:8x8"),
         ("v5p:8x8", "3 sizes are needed .*v5p:4x4x4"),
         ("v5e:8x0", "2 sizes are needed"),
+        ("0xv5e:8x8", "no chip '0xv5e'"),
+        ("2xh100:1x1x8", "no chip '2xh100'"),
         ("h100:8", "slices x hosts x GPUs of a host., as in h100:1x1x8"),
     ],
 )
@@ -116,5 +124,24 @@ def test_real_slices():
         assert {device.device_kind for device in target.devices} == {target.chip.kind}
         sizes = [1 + max(place) for place in zip(*(device.coords for device in target.devices), strict=True)]
         assert sizes[: len(target.sizes)] == list(target.sizes)
+    both = open_target("2xv5e:2x4")
+    assert [device.slice_index for device in both.devices] == [0] * 8 + [1] * 8 and both.sizes == (2, 4)
     with pytest.raises(ConfigError, match=r"knows no such slice.*3x3"):
         open_target("v5e:3x3")
+
+
+def test_sums_across_slices():
+    """libtpu's program adds gradients up inside slices, and then each device's part of the sum across them."""
+    pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
+    target = open_target("3xv5e:2x2")
+    mesh = make_mesh(MeshConfig(-1, 4, 1), target.devices)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    shares = NamedSharding(mesh, PartitionSpec("fsdp"))
+    x = jax.ShapeDtypeStruct((3072, 1024), jnp.bfloat16, sharding=rows)
+    w = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=shares)
+    step = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.square((x @ w).astype(jnp.float32)))), out_shardings=shares)
+    found = estimate(hlo.parse(step.lower(w, x).compile().as_text()), target.timing(mesh))
+    [across] = [event for event in found.events if event.kind in COLLECTIVES and len(event.group) == 3]
+    assert (across.kind, across.bytes, axes_of(across.group, mesh)) == ("all-reduce", 1024 * 1024 * 2 // 4, "data")
+    assert across.seconds == pytest.approx(2 * 2 / 3 * across.bytes / 3.125e9)
+    assert any(axes_of(event.group, mesh) == "fsdp" for event in found.events if event.kind in COLLECTIVES)
