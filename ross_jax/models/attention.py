@@ -88,7 +88,7 @@ def causal_attention(
     """
     if mask is not None:
         return keep(attention(query, key, value, mask, causal=True))  # the others keep it themselves
-    if _platform() == "tpu":
+    if _platform() == "tpu" and query.shape[1] >= SPLASH_BLOCKS[-1]:
         return splash_attention(query, key, value, segments)
     return _by_device(packed_attention, ("batch", None, "heads"), query, key, value, segments)
 

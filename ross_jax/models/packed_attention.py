@@ -111,7 +111,8 @@ def _for_each_block(segments: Int[Array, "batch seq"], step: Callable[[Place, Ar
     order = jnp.argsort(units, axis=None)
     rows, starts = (jnp.broadcast_to(x, units.shape).ravel()[order] for x in (jnp.arange(batch)[:, None], starts))
     counts = range(1, -(-length // unit) + 1)
-    bounds = jnp.searchsorted(units.ravel()[order], jnp.arange(1, len(counts) + 2))
+    inner = jnp.searchsorted(units.ravel()[order], jnp.arange(2, len(counts) + 1))
+    bounds = [0, *inner, units.size]
     for count in counts:
         keys = min(count * unit, length)
 

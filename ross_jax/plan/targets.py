@@ -194,7 +194,7 @@ class Target:
             if not self.is_tpu:
                 hosts = {device.process_index for device in members}
                 return sent / (self.chip.link if len(hosts) == 1 else self.chip.network)
-            if len({device.slice_index for device in members}) > 1:
+            if len({getattr(device, "slice_index", 0) for device in members}) > 1:
                 return sent / self.chip.network
             return torus_seconds(kind, size, [device.coords for device in members], self)
 

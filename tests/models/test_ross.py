@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ross_jax.models.language import LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import Ross, RossConfig, abstract_params, gather_pictures, image_positions, scatter_pictures
 from ross_jax.models.vision import VisionConfig
+from ross_jax.sharding import MeshConfig, make_mesh
 
 TOKENS, SIZE, WIDTH, VOCAB = 4, 30, 24, 50
 CONFIG = RossConfig(
@@ -208,10 +209,11 @@ COLLECTIVES = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|r
 
 def collectives(function, *arguments, replicated: int = 0) -> set[str]:
     """Collectives in the compiled program; all but the first `replicated` arguments are split along the batch."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(MeshConfig(8, 1, 1))
     by_row, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     shardings = tuple(whole if i < replicated else by_row for i in range(len(arguments)))
-    program = jax.jit(function, in_shardings=shardings, out_shardings=by_row).lower(*arguments).compile().as_text()
+    with jax.set_mesh(mesh):
+        program = jax.jit(function, in_shardings=shardings, out_shardings=by_row).lower(*arguments).compile().as_text()
     assert "num_partitions=8" in program
     return set(COLLECTIVES.findall(program))
 
