@@ -37,7 +37,7 @@ from ross_jax.training.recipe import RunConfig  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes import one another as configs.NAME
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe of configs/.", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:8x8, v5p:4x4x4, h100:1x1x8, ...")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:8x8, v5p:4x4x4, 2xv5e:8x8 (slices), h100:1x1x8, ...")
 _OBJECTIVE = flags.DEFINE_enum("objective", "train", ["train", "generate"], "The step, or prefill and decoding.")
 _SEARCH = flags.DEFINE_bool("search", False, "Compare meshes, remat policies and batch sizes, and rank them.")
 _ROWS = flags.DEFINE_integer("rows", None, "Rows of a global batch; default: what the packing plan would make.")

@@ -15,6 +15,10 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: bash launch/setup.sh tpu"
 )
 
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the CUDA plugin: bash launch/setup.sh cuda"
+)
+
 
 def run_plan(recipe, *arguments: str, topology: str = "v5e:2x2"):
     given = [f"--config={recipe}", f"--topology={topology}", *arguments]
@@ -51,13 +55,16 @@ def test_generation(recipe):
         assert line in done.stdout
 
 
+FULL = "encoder=siglip,llm=qwen2_7b,stage=finetune"
+
+
 @pytest.mark.slow
-@needs_libtpu
 @pytest.mark.parametrize(
     ("recipe", "topology", "arguments"),
     [
-        ("ross.py:encoder=siglip,llm=qwen2_7b,stage=finetune", "v5e:8x8", []),
-        ("language_only.py:encoder=siglip,llm=qwen2_7b,stage=finetune", "v5e:8x8", ["--config.mesh.tensor=2"]),
+        pytest.param(f"ross.py:{FULL}", "v5e:8x8", [], marks=needs_libtpu),
+        pytest.param(f"language_only.py:{FULL}", "v5e:8x8", ["--config.mesh.tensor=2"], marks=needs_libtpu),
+        pytest.param(f"ross.py:{FULL}", "h100:1x1x8", ["--rows=16"], marks=needs_cuda),
     ],
 )
 def test_full_size(recipe, topology, arguments, tmp_path):
