@@ -23,6 +23,9 @@ SPLASH_BLOCKS = (512, 256, 128)
 BIDIRECTIONAL = "bidirectional"
 """Name of the scope around splash attention that is not causal: its kernels look the same, and do twice the work."""
 
+ROWS = ("batch", None, "heads")
+"""Logical axes of queries, keys and values of packed rows."""
+
 
 def segment_mask(
     query_segments: Int[Array, "batch queries"],
@@ -87,10 +90,11 @@ def causal_attention(
       mask: their `segment_mask`, made once for all layers; None if `needs_mask` says that no kernel asks for it.
     """
     if mask is not None:
-        return keep(attention(query, key, value, mask, causal=True))  # the others keep it themselves
+        run = functools.partial(attention, causal=True)
+        return keep(_by_device(run, ROWS, query, key, value, mask))  # the others keep it themselves
     if _platform() == "tpu" and query.shape[1] >= SPLASH_BLOCKS[-1]:
         return splash_attention(query, key, value, segments)
-    return _by_device(packed_attention, ("batch", None, "heads"), query, key, value, segments)
+    return _by_device(packed_attention, ROWS, query, key, value, segments)
 
 
 def needs_mask() -> bool:
@@ -119,7 +123,7 @@ def splash_attention(
     padding = -length % SPLASH_BLOCKS[-1]
     arrays = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
     run = functools.partial(_splash, causal=causal, interpret=interpret)
-    axes = ("batch", None, "heads") if causal else ("pictures",)
+    axes = ROWS if causal else ("pictures",)
     return _by_device(run, axes, *arrays, jnp.pad(segments, ((0, 0), (0, padding))))[:, :length]
 
 
@@ -146,18 +150,22 @@ def bidirectional_attention(
 
 
 def _by_device(
-    run: Callable[..., Array], axes: tuple[str | None, ...], query: Array, key: Array, value: Array, segments: Array
+    run: Callable[..., Array], axes: tuple[str | None, ...], query: Array, key: Array, value: Array, which: Array
 ) -> Array:
-    """`run`, by each device of the ambient mesh for its part along the logical axes."""
+    """`run`, by each device of the ambient mesh for its part along the logical axes.
+
+    Args:
+      which: segments, or a mask, of which a device has those of its rows.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
-        return run(query, key, value, segments)
+        return run(query, key, value, which)
     queries = partition(query.shape, axes, mesh)
     if partition(key.shape, axes, mesh) != queries:
         # The tensor axis splits the queries' heads but not the fewer ones of the keys.
         key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
-    specs = (queries, queries, queries, partition(segments.shape, axes[:1], mesh))
-    return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, segments)
+    specs = (queries, queries, queries, partition(which.shape, axes[:1], mesh))
+    return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, which)
 
 
 def _picture_attention(query: Array, key: Array, value: Array, dtype: DTypeLike, interpret: bool) -> Array:

@@ -21,6 +21,7 @@ from ross_jax.models.blockwise import blockwise_attention
 from ross_jax.models.layers import KEPT, keep
 from ross_jax.models.packed_attention import BLOCK, packed_attention
 from ross_jax.models.picture_attention import fits, picture_attention
+from ross_jax.plan.program import GPU_OPTIONS, answering_for
 from ross_jax.plan.targets import open_target
 from ross_jax.sharding import AXES, MeshConfig, make_mesh
 
@@ -370,6 +371,26 @@ def cudnn_is(function, gpu, length, heads, kv_heads, dim):
     for ours, theirs, wanted in zip(found, others, exact, strict=True):
         errors = [np.sqrt(np.mean(np.square(np.asarray(x, np.float32) - wanted))) for x in (ours, theirs)]
         assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (32, 4), (32, 32)])
+def test_cudnn_compiles_whatever_the_tensor_axis_divides(heads, kv_heads):
+    """All heads, only those of queries, or none; projections are split all the same."""
+    pytest.importorskip("jax_cuda12_plugin", reason="needs the CUDA plugin: bash launch/setup.sh cuda")
+    devices = open_target("h100:1x1x8").devices
+    mesh = make_mesh(MeshConfig(1, 1, 8), devices)
+    split = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    shapes = [(2, 512, count * 128) for count in (heads, kv_heads, kv_heads)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split) for shape in shapes]
+    segments = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def loss(query, key, value, segments):
+        split = (x.reshape(*x.shape[:2], -1, 128) for x in (query, key, value))
+        return causal_attention(*split, segments, segment_mask(segments, segments)).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh), answering_for(devices[0]):
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, segments)
+        assert "__cudnn$fmha" in lowered.compile(compiler_options=GPU_OPTIONS).as_text()
 
 
 @pytest.mark.gpu
