@@ -82,7 +82,7 @@ def _backward_rule(residuals: tuple[Array, ...], gradient: Array):
         change = weights * (change - _queries(inner, place, bias, groups) / sums)
         above, change, weights = (x.astype(dtype) for x in (above, change, weights))
         return (
-            _write(of_query, _scaled(_product(change, some), query.shape[-1]), place, bias),
+            _write(of_query, _scaled(_product(change, some)), place, bias),
             _add(of_keys, _product(rows.swapaxes(-1, -2), change), place),
             _add(of_values, _product(above.swapaxes(-1, -2), weights), place),
         )
@@ -138,9 +138,9 @@ def _first_keys(segments: Int[Array, "batch seq"], size: int) -> Int[Array, "bat
     return jnp.argmax(shared, axis=-1) * size
 
 
-def _scaled(x: Array, dim: int | None = None) -> Array:
+def _scaled(x: Array) -> Array:
     """Queries instead of scores, which are many more; or the gradient of queries."""
-    return x * (dim or x.shape[-1]) ** -0.5
+    return x * x.shape[-1] ** -0.5
 
 
 def _queries(x: Float[Array, "batch seq heads dim"], place: Place, bias: Array, groups: int) -> Array:
