@@ -13,12 +13,13 @@ Exit status: 0 it fits, 1 it does not, or an error; of --search, 0 if anything f
 """
 
 import dataclasses
+import gc
 import json
 import logging
 import sys
 from pathlib import Path
 
-from ross_jax.plan.environment import prepare
+from ross_jax.plan.environment import prepare, without_gpus
 
 prepare()
 
@@ -54,9 +55,12 @@ _DUMP = flags.DEFINE_string("dump-hlo", None, "Keep the optimised HLO in this fo
 
 def main() -> int:
     logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)  # the report says it, once
+    gc.freeze()  # what is imported need not be looked through for garbage
     try:
         config = freeze(RunConfig, _CONFIG.value.to_dict())
         target = open_target(_TOPOLOGY.value)
+        if target.is_tpu:
+            without_gpus()
         options = Options(
             recipe=_recipe(),
             objective=_OBJECTIVE.value,

@@ -5,6 +5,7 @@ their configs and parameters live beside the model's.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -281,8 +282,14 @@ def components(config: RossConfig) -> dict[str, nn.Module]:
 
 def abstract_params(config: RossConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
     """Shapes of the whole parameter tree, nothing allocated: `{component: {...: ShapeDtypeStruct}}`."""
-    tree = {}
-    for name, module in components(config).items():
-        params = jax.eval_shape(module.init, jax.random.key(0), *module.input_spec()).get("params", {})
-        tree[name] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
-    return tree
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(config))
+
+
+@functools.cache
+def _shapes(config: RossConfig) -> dict[str, Any]:
+    """Of all parameters, which take seconds to find out."""
+    made = {
+        name: jax.eval_shape(module.init, jax.random.key(0), *module.input_spec())
+        for name, module in components(config).items()
+    }
+    return {name: variables.get("params", {}) for name, variables in made.items()}
