@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from ross_jax import checkpoints
@@ -17,6 +18,13 @@ from ross_jax.tree import flatten
 from tokenizer_fixtures import byte_level_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: bash launch/setup.sh tpu"
+)
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the CUDA plugin: bash launch/setup.sh cuda"
+)
 
 RECIPE = """
 import sys

@@ -1,6 +1,5 @@
 """The planning launcher: what it prints and writes, and what it says when it cannot."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,15 +8,7 @@ import sys
 
 import pytest
 
-from launcher import REPOSITORY
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: bash launch/setup.sh tpu"
-)
-
-needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the CUDA plugin: bash launch/setup.sh cuda"
-)
+from launcher import REPOSITORY, needs_cuda, needs_libtpu
 
 
 def run_plan(recipe, *arguments: str, topology: str = "v5e:2x2"):

@@ -1,21 +1,13 @@
 """What planning sets in a process: that its program stays the same, and what is not loaded."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 
-from launcher import REPOSITORY
+from launcher import REPOSITORY, needs_cuda, needs_libtpu
 from ross_jax.plan import environment
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: bash launch/setup.sh tpu"
-)
-needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the CUDA plugin: bash launch/setup.sh cuda"
-)
 
 
 def run(code: str, **variables: str) -> str:
@@ -49,8 +41,8 @@ print(hashlib.sha256(text.encode()).hexdigest(), compiled.memory_analysis())
 @needs_libtpu
 def test_the_program_is_the_same():
     """Its text, with the cycles that the compiler estimates, and its memory."""
-    usual = "--xla_tpu_impure_linker_mode=false --xla_jf_run_verifier=true --xla_tpu_check_llo_types=true"
-    assert run(COMPILED) == run(COMPILED, LIBTPU_INIT_ARGS=usual + " --xla_jf_lsra_v2_verifier=true")
+    ours, usual = (f"import os\nos.environ['LIBTPU_INIT_ARGS'] {change}\n{COMPILED}" for change in ("+= ''", "= ''"))
+    assert run(ours) == run(usual)
 
 
 def test_the_user_has_the_last_word(monkeypatch):
