@@ -9,7 +9,6 @@ Interrupted, the same command continues where it was.
 
 import argparse
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ from ross_jax.demo.report import (
     summarise,
 )
 from ross_jax.demo.running import Interrupted, say, train
+from ross_jax.process import peak_memory
 
 
 def train_stage(root: Path, kind: str, seed: int, stage: str) -> None:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     cost = {
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "peak_memory_gb": round(peak_memory() / 1e9, 2),
     }
     summary = {"scores": scores, **({"denoisers": denoisers} if denoisers else {}), **cost}
     (root / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -285,17 +285,16 @@ from pathlib import Path
 import jax
 import numpy as np
 from ross_jax import checkpoints
-def peak():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+from ross_jax.process import peak_memory
 def parts():
     for i in range(30):
         yield i, np.full((5_000_000,), i, np.float32)
 leaf = checkpoints.StreamedLeaf((30, 5_000_000), np.dtype(np.float32), parts)
 small = checkpoints.StreamedLeaf((1,), np.dtype(np.float32), lambda: iter([(None, np.zeros(1, np.float32))]))
 checkpoints.save_streamed(Path(sys.argv[1]) / "small", {"a": small})
-before = peak()
+before = peak_memory()
 checkpoints.save_streamed(Path(sys.argv[1]) / "large", {"a": leaf})
-print(peak() - before)
+print((peak_memory() - before) / 2**20)
 """
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import re
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from ross_jax.inference.model import TEXT_COMPONENTS
 from ross_jax.models.ross import abstract_params, normalise
 from ross_jax.plan.targets import GIB, Target
 from ross_jax.plan.workload import abstract_batch
+from ross_jax.process import peak_memory
 from ross_jax.sharding import batch_sharding, parameter_shardings
 from ross_jax.training.build import build_step
 from ross_jax.training.recipe import RunConfig
@@ -196,7 +196,7 @@ def compile_program(program: Program, target: Target) -> Compiled:
         "temporaries": sizes.temp_size_in_bytes,
         "code": sizes.generated_code_size_in_bytes,
     }
-    return Compiled(text, memory, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return Compiled(text, memory, seconds, peak_memory())
 
 
 def needed_bytes(message: str) -> float | None:

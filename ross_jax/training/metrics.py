@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import resource
 import socket
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any, TextIO
 
 import jax
 
+from ross_jax import process
 from ross_jax.checkpoints import writing
 from ross_jax.models.ross import RossConfig
 from ross_jax.tree import flatten
@@ -154,7 +154,7 @@ class Meter:
 def peak_memory() -> int:
     """Most bytes held at once: on the first device, or of the process where the device does not say."""
     statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return statistics.get("peak_bytes_in_use") or process.peak_memory()
 
 
 class RangeWatch:

@@ -102,14 +102,21 @@ def write_checkpoint(folder: Path, settings: dict) -> dict[str, str]:
     return digests
 
 
+MEASURED = """
+import atexit, runpy, sys
+from ross_jax.process import peak_memory
+atexit.register(lambda: print(peak_memory()))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def convert(*args: str) -> float:
     """Runs the launcher; returns the most memory that it held at once, in GB."""
-    command = [sys.executable, str(REPOSITORY / "launch" / "convert.py"), *args]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"{args} failed"
-    return usage.ru_maxrss * 1024 / 1e9
+    command = [sys.executable, "-c", MEASURED, str(REPOSITORY / "launch" / "convert.py"), *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, f"{args} failed: {done.stderr[-2000:]}"
+    return int(done.stdout.split()[-1]) / 1e9
 
 
 @pytest.mark.slow

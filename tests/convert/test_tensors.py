@@ -177,17 +177,16 @@ import sys
 from pathlib import Path
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.tensors import open_tensors
-def peak():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
+from ross_jax.process import peak_memory
 with open_tensors(Path(sys.argv[1])) as files:
     infos = {key: (info.dtype, info.shape) for key, info in files.items()}
     with SafetensorsWriter(Path(sys.argv[2]), "model", infos, metadata={}) as writer:
-        before = peak()
+        before = peak_memory()
         for key in files:
             array = files.read(key)
             writer.write(key, array)
             del array
-        print(peak() - before)
+        print((peak_memory() - before) / 2**20)
 """
 
 

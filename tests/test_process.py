@@ -1,0 +1,40 @@
+"""Memory of this process, against what it allocates."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ross_jax.process import peak_memory
+
+REPOSITORY = Path(__file__).parents[1]
+MEMORY = """
+from ross_jax.process import peak_memory
+before = peak_memory()
+held = bytearray(b"1" * 100_000_000)
+del held
+print(before, peak_memory())
+"""
+
+
+def measure() -> tuple[int, int]:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    before, after = map(int, done.stdout.split())
+    return before, after
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of the process that started it counts, too")
+def test_the_peak_is_of_this_process_alone():
+    """Not that of pytest, which has held more."""
+    held = np.ones(50_000_000)
+    assert peak_memory() > held.nbytes
+    before, _ = measure()
+    assert 1e6 < before < 1e8
+
+
+def test_the_peak_stays():
+    """What is released counts."""
+    before, after = measure()
+    assert after - before > 0.9e8
