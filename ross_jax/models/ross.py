@@ -136,35 +136,76 @@ def normalise(
     return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
 
 
-def image_positions(
-    image_start: Int[Array, "batch images"], tokens: int, length: int
-) -> Int[Array, "batch picture_tokens"]:
-    """Index in the row of every picture token; empty slots (`image_start >= length`) get distinct ones past its end."""
-    slots = image_start.shape[1]
-    start = jnp.where(image_start < length, image_start, length + jnp.arange(slots) * tokens)
-    return (start[:, :, None] + jnp.arange(tokens)).reshape(image_start.shape[0], slots * tokens)
-
-
 def scatter_pictures(
     embeddings: Float[Array, "batch seq embed"],
     projected: Float[Array, "batch images tokens embed"],
     image_start: Int[Array, "batch images"],
 ) -> Float[Array, "batch seq embed"]:
-    """Writes each picture's tokens over its place in the row; empty slots write nothing."""
-    batch, slots, tokens, width = projected.shape
-    index = image_positions(image_start, tokens, embeddings.shape[1])
-    flat = projected.astype(embeddings.dtype).reshape(batch, slots * tokens, width)
-    # Row by row: each row only touches itself, so that sharding the batch needs no communication.
-    return jax.vmap(lambda row, i, new: row.at[i].set(new, mode="drop", unique_indices=True))(embeddings, index, flat)
+    """Writes each picture's tokens over its place in the row; a picture that does not fit writes nothing.
+
+    Args:
+      image_start: of each picture; the row's length where the slot is empty. Pictures of a row do not overlap.
+    """
+    return _write(embeddings, projected.astype(embeddings.dtype), image_start)
 
 
 def gather_pictures(
     hidden: Float[Array, "batch seq embed"], image_start: Int[Array, "batch images"], tokens: int
 ) -> Float[Array, "batch images tokens embed"]:
-    """Reads the hidden states at each picture's place; zeros for empty slots."""
-    index = image_positions(image_start, tokens, hidden.shape[1])
-    rows = jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0, unique_indices=True))(hidden, index)
-    return rows.reshape(*image_start.shape, tokens, hidden.shape[-1])
+    """Reads the hidden states at each picture's place; zeros for those that `scatter_pictures` does not write."""
+    return _read(hidden, image_start, tokens)
+
+
+# A picture is one piece, not an index per token, for which TPUs need many times the code. All of it goes row by row:
+# each row only touches itself, so that sharding the batch needs no communication. Writing and reading are each other's
+# derivatives; XLA's own would write and read token by token, and in strips.
+
+
+@jax.custom_vjp
+def _write(embeddings: Array, pictures: Array, image_start: Array) -> Array:
+    if pictures.shape[2] > embeddings.shape[1]:
+        return embeddings
+    piece = jax.lax.ScatterDimensionNumbers((1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,))
+    write = functools.partial(jax.lax.scatter, dimension_numbers=piece, mode="drop", unique_indices=True)
+    return jax.vmap(write)(embeddings, image_start[..., None], pictures)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _read(hidden: Array, image_start: Array, tokens: int) -> Array:
+    last = hidden.shape[1] - tokens
+    if last < 0:
+        return jnp.zeros((*image_start.shape, tokens, hidden.shape[-1]), hidden.dtype)
+
+    def read(row: Array, start: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(row, start, tokens)
+
+    pictures = jax.vmap(jax.vmap(read, (None, 0)))(hidden, jnp.minimum(image_start, last))
+    return jnp.where((image_start <= last)[..., None, None], pictures, 0)
+
+
+def _write_forward(embeddings: Array, pictures: Array, image_start: Array):
+    return _write(embeddings, pictures, image_start), (pictures, image_start)
+
+
+def _write_backward(residuals: tuple[Array, Array], gradient: Array):
+    pictures, image_start = residuals
+    tokens, length = pictures.shape[2], gradient.shape[1]
+    offset = jnp.arange(length) - image_start[..., None]
+    covered = ((offset >= 0) & (offset < tokens) & (image_start <= length - tokens)[..., None]).any(axis=1)
+    return jnp.where(covered[..., None], 0, gradient), _read(gradient, image_start, tokens), None
+
+
+def _read_forward(hidden: Array, image_start: Array, tokens: int):
+    return _read(hidden, image_start, tokens), (hidden, image_start)
+
+
+def _read_backward(tokens: int, residuals: tuple[Array, Array], gradient: Array):
+    hidden, image_start = residuals
+    return _write(jnp.zeros_like(hidden), gradient, image_start), None
+
+
+_write.defvjp(_write_forward, _write_backward)
+_read.defvjp(_read_forward, _read_backward)
 
 
 class Ross(nn.Module):

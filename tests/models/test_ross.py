@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ross_jax.models.language import LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
-from ross_jax.models.ross import Ross, RossConfig, abstract_params, gather_pictures, image_positions, scatter_pictures
+from ross_jax.models.ross import Ross, RossConfig, abstract_params, gather_pictures, scatter_pictures
 from ross_jax.models.vision import VisionConfig
 from ross_jax.sharding import MeshConfig, make_mesh
 
@@ -58,14 +58,6 @@ def scatter_by_hand(embeddings, projected, starts):
     return result
 
 
-def test_positions_are_distinct():
-    """Empty slots too have their own place, past the end, so that indices are unique as the scatter promises."""
-    found = np.asarray(image_positions(jnp.asarray(STARTS), TOKENS, LENGTH))
-    assert all(len(set(row)) == STARTS.shape[1] * TOKENS for row in found.tolist())
-    assert list(found[0, : 2 * TOKENS]) == [9, 10, 11, 12, 1, 2, 3, 4]
-    assert (found[1] >= LENGTH).all()
-
-
 @pytest.mark.parametrize("starts", [STARTS, STARTS[:, :1], STARTS[:, :0], np.full_like(STARTS, LENGTH)])
 def test_scatter_and_gather(starts):
     rng = np.random.default_rng(0)
@@ -76,6 +68,23 @@ def test_scatter_and_gather(starts):
     gathered = gather_pictures(found, jnp.asarray(starts), TOKENS)
     real = (starts < LENGTH)[..., None, None]
     np.testing.assert_array_equal(gathered, np.where(real, projected, 0.0))
+
+
+@pytest.mark.parametrize("length", [TOKENS - 1, TOKENS, LENGTH])
+def test_a_picture_that_does_not_fit(length):
+    """Nothing is written of it, nothing read, and nothing goes back to it: in rows shorter than a picture, too."""
+    rng = np.random.default_rng(0)
+    starts = jnp.asarray([[length - TOKENS + 1], [length - 1], [length], [length + 5]], jnp.int32)
+    embeddings = jnp.asarray(rng.normal(size=(4, length, 5)), jnp.float32)
+    projected = jnp.asarray(rng.normal(size=(4, 1, TOKENS, 5)), jnp.float32)
+    np.testing.assert_array_equal(scatter_pictures(embeddings, projected, starts), embeddings)
+    assert not np.any(gather_pictures(embeddings, starts, TOKENS))
+    to_text, to_pictures = jax.grad(
+        lambda text, pictures: (scatter_pictures(text, pictures, starts) * embeddings).sum(), argnums=(0, 1)
+    )(embeddings, projected)
+    np.testing.assert_array_equal(to_text, embeddings)
+    assert not np.any(to_pictures)
+    assert not np.any(jax.grad(lambda hidden: (gather_pictures(hidden, starts, TOKENS) * projected).sum())(embeddings))
 
 
 def test_gradients_of_scatter_and_gather():
@@ -239,7 +248,7 @@ def test_no_collective_in_scatter_and_gather():
 
     def naive(embeddings, projected, starts):
         """Rows and positions indexed at once: the partitioner cannot know that rows stay where they are."""
-        index = image_positions(starts, TOKENS, LENGTH)
+        index = (starts[..., None] + jnp.arange(TOKENS)).reshape(rows, -1)
         row = jnp.arange(rows)[:, None]
         return embeddings.at[row, index].set(projected.reshape(rows, -1, WIDTH), mode="drop")
 
