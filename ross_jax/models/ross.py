@@ -149,16 +149,9 @@ def scatter_pictures(
     return _write(embeddings, projected.astype(embeddings.dtype), image_start)
 
 
-def gather_pictures(
-    hidden: Float[Array, "batch seq embed"], image_start: Int[Array, "batch images"], tokens: int
-) -> Float[Array, "batch images tokens embed"]:
-    """Reads the hidden states at each picture's place; zeros for those that `scatter_pictures` does not write."""
-    return _read(hidden, image_start, tokens)
-
-
 # A picture is one piece, not an index per token, for which TPUs need many times the code. All of it goes row by row:
 # each row only touches itself, so that sharding the batch needs no communication. Writing and reading are each other's
-# derivatives; XLA's own would write and read token by token, and in strips.
+# derivatives; those that JAX finds are compiled into strips of columns.
 
 
 @jax.custom_vjp
@@ -171,7 +164,10 @@ def _write(embeddings: Array, pictures: Array, image_start: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _read(hidden: Array, image_start: Array, tokens: int) -> Array:
+def gather_pictures(
+    hidden: Float[Array, "batch seq embed"], image_start: Int[Array, "batch images"], tokens: int
+) -> Float[Array, "batch images tokens embed"]:
+    """Reads the hidden states at each picture's place; zeros for those that `scatter_pictures` does not write."""
     last = hidden.shape[1] - tokens
     if last < 0:
         return jnp.zeros((*image_start.shape, tokens, hidden.shape[-1]), hidden.dtype)
@@ -192,20 +188,20 @@ def _write_backward(residuals: tuple[Array, Array], gradient: Array):
     tokens, length = pictures.shape[2], gradient.shape[1]
     offset = jnp.arange(length) - image_start[..., None]
     covered = ((offset >= 0) & (offset < tokens) & (image_start <= length - tokens)[..., None]).any(axis=1)
-    return jnp.where(covered[..., None], 0, gradient), _read(gradient, image_start, tokens), None
+    return jnp.where(covered[..., None], 0, gradient), gather_pictures(gradient, image_start, tokens), None
 
 
-def _read_forward(hidden: Array, image_start: Array, tokens: int):
-    return _read(hidden, image_start, tokens), (hidden, image_start)
+def _gather_forward(hidden: Array, image_start: Array, tokens: int):
+    return gather_pictures(hidden, image_start, tokens), (hidden, image_start)
 
 
-def _read_backward(tokens: int, residuals: tuple[Array, Array], gradient: Array):
+def _gather_backward(tokens: int, residuals: tuple[Array, Array], gradient: Array):
     hidden, image_start = residuals
     return _write(jnp.zeros_like(hidden), gradient, image_start), None
 
 
 _write.defvjp(_write_forward, _write_backward)
-_read.defvjp(_read_forward, _read_backward)
+gather_pictures.defvjp(_gather_forward, _gather_backward)
 
 
 class Ross(nn.Module):
