@@ -297,10 +297,10 @@ class Ross(nn.Module):
 
 
 def build_autoencoder(
-    config: AutoencoderConfig | TinyAutoencoderConfig, remat: bool = False
+    config: AutoencoderConfig | TinyAutoencoderConfig, dtype: DTypeLike = jnp.float32, remat: bool = False
 ) -> Autoencoder | TinyAutoencoder:
     """The module of either kind; their interface is the same."""
-    return {"kl": Autoencoder, "tiny": TinyAutoencoder}[config.kind](config, remat=remat)
+    return {"kl": Autoencoder, "tiny": TinyAutoencoder}[config.kind](config, dtype, remat)
 
 
 def components(config: RossConfig) -> dict[str, nn.Module]:

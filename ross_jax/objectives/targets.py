@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ross_jax.models.autoencoder import Posterior
@@ -69,13 +70,13 @@ def encode(
     images: Float[Array, "batch height width 3"],
     wanted: Bool[Array, " batch"] | None = None,
 ) -> Posterior:
-    """The autoencoder's posterior of normalised pictures.
+    """The autoencoder's posterior of normalised pictures, computed in the type of its weights.
 
     Args:
       params: with `autoencoder`.
       wanted: whose is looked at; others may be zeros, which take no time. None: everyone's.
     """
-    module = build_autoencoder(config.autoencoder)
+    module = build_autoencoder(config.autoencoder, _dtype(params))
 
     def run(autoencoder: Params, images: Array) -> Posterior:
         return module.apply({"params": autoencoder}, target_pixels(config, images), method="encode")
@@ -93,13 +94,17 @@ def normalised_latents(
 def decode(
     config: RossConfig, params: Params, latents: Float[Array, "batch rows columns channels"], remat: bool = False
 ) -> Float[Array, "batch side side 3"]:
-    """Pictures, about [-1, 1], of latents on the scale that models see. `params` with `autoencoder`."""
-    module = build_autoencoder(config.autoencoder, remat=remat)
+    """Pictures, about [-1, 1], of latents on the scale that models see; computed as by `encode`."""
+    module = build_autoencoder(config.autoencoder, _dtype(params), remat)
 
     def run(autoencoder: Params, latents: Array) -> Array:
         return module.apply({"params": autoencoder}, module.denormalise(latents), method="decode")
 
     return _few_at_once(config, run, params["autoencoder"], latents)
+
+
+def _dtype(params: Params) -> DTypeLike:
+    return jax.tree.leaves(params["autoencoder"])[0].dtype
 
 
 def _few_at_once(

@@ -42,7 +42,7 @@ class FreezeConfig:
       trainable: patterns of paths that train.
       fixed: patterns of paths that never do, even so; the denoiser's position table is one.
       dtype: of frozen parameters.
-      autoencoder_dtype: of the autoencoder.
+      autoencoder_dtype: of the autoencoder, and what it computes in.
     """
 
     trainable: tuple[str, ...]

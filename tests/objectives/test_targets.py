@@ -88,3 +88,19 @@ def test_what_nobody_wants_is_not_encoded(params, monkeypatch, sizes):
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours[wanted], theirs[wanted], rtol=1e-4, atol=1e-5)
         assert not np.asarray(ours[~wanted]).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_computed_in_the_type_of_its_weights(params, dtype):
+    """Every convolution; results are float32, and in half precision near those of the same weights in full."""
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+    full = jax.tree.map(lambda leaf: leaf.astype("float32"), half)
+    pictures = jax.random.normal(jax.random.key(1), (2, SIDE, SIDE, 3))
+    weights = half if dtype == "bfloat16" else full
+    program = str(jax.make_jaxpr(run)(weights, pictures))
+    short = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    assert set(re.findall(r":(\w+)\[[\d,]*\] = conv_general_dilated", program)) == {short}
+    for ours, theirs in zip(jax.jit(run)(weights, pictures), jax.jit(run)(full, pictures), strict=True):
+        assert ours.dtype == "float32"
+        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        assert error < 0.05 and (error > 0) == (dtype == "bfloat16")
