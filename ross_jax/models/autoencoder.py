@@ -116,7 +116,8 @@ class ResnetBlock(nn.Module):
         y = _conv(self.features, 3, self.dtype, "conv2")(nn.silu(_norm(self.config, self.dtype, "norm2")(y)))
         if x.shape[-1] != self.features:
             x = _conv(self.features, 1, self.dtype, "shortcut")(x)
-        return x + y
+        # Added in half precision, it crashes XLA's compiler for TPU v7x; this costs nothing on the others.
+        return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(self.dtype)
 
 
 class AttentionBlock(nn.Module):
