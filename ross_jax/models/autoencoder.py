@@ -117,7 +117,8 @@ class ResnetBlock(nn.Module):
         if x.shape[-1] != self.features:
             x = _conv(self.features, 1, self.dtype, "shortcut")(x)
         # Added in half precision, it crashes XLA's compiler for TPU v7x; this costs nothing on the others.
-        return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(self.dtype)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return (x.astype(wide) + y.astype(wide)).astype(self.dtype)
 
 
 class AttentionBlock(nn.Module):
