@@ -157,14 +157,21 @@ def make_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformati
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
 
 
-TPU_OPTIONS = {
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20,
-    "xla_jf_convolution_performance_target": 0.985,
-}
-"""Of the compiler. Weights are gathered whole before they are multiplied: where tensor splits what is left of them, XLA
-otherwise gathers them in pieces, and a step of Qwen2-7B takes twice as long by its own estimate. Of the kernels for a
-product or convolution, a smaller one is taken if it is nearly as fast as the fastest: the step is as fast by XLA's
-estimate, and compiles in little more than half of the time on v5e, three quarters on v6e."""
+def compiler_options(device: jax.Device) -> dict[str, float] | None:
+    """XLA's for the step on such devices.
+
+    Weights are gathered whole before they are multiplied: where tensor splits what is left of them, XLA otherwise
+    gathers them in pieces, and a step of Qwen2-7B takes twice as long by its own estimate. Of the kernels for a product
+    or convolution, a smaller one is taken if it is nearly as fast as the fastest: the step is as fast by XLA's
+    estimate, and compiles in little more than half of the time on v5e, three quarters on v6e. On v4 they may be a
+    little slower still, as its compiler needs more memory for each: half a percent of the step for a tenth of it.
+    """
+    if device.platform != "tpu":
+        return None
+    return {
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20,
+        "xla_jf_convolution_performance_target": 0.98 if device.device_kind == "TPU v4" else 0.985,
+    }
 
 
 def compile_step(train_step: Any, state_shardings: TrainState, batch_sharding: NamedSharding):
@@ -174,5 +181,5 @@ def compile_step(train_step: Any, state_shardings: TrainState, batch_sharding: N
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, None),
         donate_argnums=0,
-        compiler_options=TPU_OPTIONS if batch_sharding.mesh.devices.flat[0].platform == "tpu" else None,
+        compiler_options=compiler_options(batch_sharding.mesh.devices.flat[0]),
     )
