@@ -163,14 +163,15 @@ def compiler_options(device: jax.Device) -> dict[str, float] | None:
     Weights are gathered whole before they are multiplied: where tensor splits what is left of them, XLA otherwise
     gathers them in pieces, and a step of Qwen2-7B takes twice as long by its own estimate. Of the kernels for a product
     or convolution, a smaller one is taken if it is nearly as fast as the fastest: the step is as fast by XLA's
-    estimate, and compiles in little more than half of the time on v5e, three quarters on v6e. On v4 they may be a
-    little slower still, as its compiler needs more memory for each: half a percent of the step for a tenth of it.
+    estimate, and compiles in little more than half of the time on v5e, three quarters on v6e. On v4 and v7x they may be
+    a little slower still: 0.5 and 0.2 % of the step for a tenth of the compiler's memory and a fifth of its time.
     """
     if device.platform != "tpu":
         return None
+    small = device.device_kind in ("TPU v4", "TPU7x")
     return {
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20,
-        "xla_jf_convolution_performance_target": 0.98 if device.device_kind == "TPU v4" else 0.985,
+        "xla_jf_convolution_performance_target": 0.98 if small else 0.985,
     }
 
 

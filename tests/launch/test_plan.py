@@ -55,7 +55,7 @@ FULL = "encoder=siglip,llm=qwen2_7b,stage=finetune"
     [
         pytest.param(f"ross.py:{FULL}", "v5e:8x8", [], marks=needs_libtpu),
         pytest.param(f"ross.py:{FULL}", "v4:4x4x4", ["--config.mesh.data=2"], marks=needs_libtpu),
-        pytest.param(f"ross.py:{FULL}", "v7x:4x4x4", [], marks=needs_libtpu),
+        pytest.param(f"ross.py:{FULL}", "v7x:4x4x4", ["--config.mesh.data=2"], marks=needs_libtpu),
         pytest.param(f"language_only.py:{FULL}", "v5e:8x8", ["--config.mesh.tensor=2"], marks=needs_libtpu),
         pytest.param(f"ross.py:{FULL}", "h100:1x1x8", ["--rows=16"], marks=needs_cuda),
     ],
