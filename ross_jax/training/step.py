@@ -157,7 +157,7 @@ def make_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformati
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
 
 
-def compiler_options(device: jax.Device) -> dict[str, float] | None:
+def compiler_options(device: jax.Device) -> dict[str, int | float] | None:
     """XLA's for the step on such devices.
 
     Weights are gathered whole before they are multiplied: where tensor splits what is left of them, XLA otherwise
