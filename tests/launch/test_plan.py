@@ -61,14 +61,14 @@ FULL = "encoder=siglip,llm=qwen2_7b,stage=finetune"
     ],
 )
 def test_full_size(recipe, topology, arguments, tmp_path):
-    """It compiles, in 4 GiB, and fits, and weights are gathered whole: not in the many pieces of a windowed product."""
+    """It compiles, in 4 GB, and fits, and weights are gathered whole: not in the many pieces of a windowed product."""
     figures = tmp_path / "plan.json"
     arguments = ["--rows=128", "--config.step.remat=gate", f"--json={figures}", *arguments]
     done = run_plan(str(REPOSITORY / "configs" / recipe), *arguments, topology=topology)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     plan = json.loads(figures.read_text())
     assert plan["fits"] and plan["mfu"] > 0.2
-    assert plan["host_memory"] < 4 * 2**30
+    assert plan["host_memory"] < (4.1e9 if topology.startswith("v4") else 4e9)  # v4: 4.0e9; 4.26e9 from several heaps
     assert plan["memory"]["code"] < 125e6  # 137e6 where every kernel is the very fastest
     assert sum(line["count"] for line in plan["collectives"] if line["kind"] == "collective-permute") < 1000
 
