@@ -19,7 +19,7 @@ import logging
 import sys
 from pathlib import Path
 
-from ross_jax.plan.environment import prepare, without_gpus
+from ross_jax.plan.environment import one_heap, prepare, without_gpus
 
 prepare()
 
@@ -58,6 +58,8 @@ def main() -> int:
     gc.freeze()  # what is imported need not be looked through for garbage
     try:
         config = freeze(RunConfig, _CONFIG.value.to_dict())
+        if "v4:" in _TOPOLOGY.value.lower():
+            one_heap()
         target = open_target(_TOPOLOGY.value)
         if target.is_tpu:
             without_gpus()

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, and run-time checks of every annotated shape."""
 
+import gc
 import os
 import signal
 
@@ -20,6 +21,14 @@ from jaxtyping import install_import_hook  # noqa: E402
 # On few cores, steps of several devices that overlap may wait for one another's threads for ever.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 install_import_hook("ross_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_programs_of_other_files():
+    """Files share hardly any; those of all would take 8 GB of memory."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,8 @@ def one_heap() -> None:
     """Has all threads allocate from one heap, not from eight for each core: a tenth less memory in a fifth more time.
 
     For v4, whose compiler keeps machine code as a tree of small objects. Only glibc has the setting; elsewhere nothing
-    happens. To be called before libtpu is loaded: a thread keeps the heap that it has.
+    happens. To be called before libtpu is loaded, as a thread keeps the heap that it has, and where nothing else is to
+    be fast.
     """
     if hasattr(process := ctypes.CDLL(None), "mallopt"):
         process.mallopt(_M_ARENA_MAX, 1)

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from ross_jax.config import ConfigError, UserError, nearest
 from ross_jax.plan.cost import Timing
-from ross_jax.plan.environment import one_heap
 from ross_jax.training.metrics import PEAK_FLOPS
 
 GIB = 2**30
@@ -277,7 +276,6 @@ def _open_slices(text: str, name: str, sizes: tuple[int, ...], slices: int) -> T
     settings = {"wrap": (*wrap, False)[:3]} if any(wrap) else {}
     if name == "v4":
         settings["chip_config_name"] = "megacore"  # its two cores work as one device
-        one_heap()
     if math.prod(sizes) == 1:
         settings["chips_per_host_bounds"] = (1, 1, 1)
     if slices > 1:

@@ -60,6 +60,7 @@ def one_by_one(model, record, pictures) -> str:
     return tokenizer.decode(new).strip()
 
 
+@pytest.mark.slow
 def test_batches_answer_as_single_prompts_do(model, asked):
     records, pictures = asked
     found = answer(model, records, pictures, NEW, rows=2)

@@ -77,6 +77,7 @@ def test_step(tmp_path, capsys):
     assert "tokens_per_s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_padded_rows_hold_less(tmp_path):
     found = figures(tmp_path, "--compare", "padding")
     assert found["padded_filled"] < found["filled"]
@@ -97,6 +98,7 @@ def test_recipes_that_cannot_be_measured(tmp_path, capsys):
     assert "does not divide 8 devices" in error("--config.mesh.fsdp=3")
 
 
+@pytest.mark.slow
 def test_without_torch_ours_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = figures(tmp_path, "--compare", "torch")

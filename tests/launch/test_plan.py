@@ -54,7 +54,7 @@ FULL = "encoder=siglip,llm=qwen2_7b,stage=finetune"
     ("recipe", "topology", "arguments"),
     [
         pytest.param(f"ross.py:{FULL}", "v5e:8x8", [], marks=needs_libtpu),
-        pytest.param(f"ross.py:{FULL}", "v4:4x4x4", ["--config.mesh.data=2"], marks=needs_libtpu),
+        pytest.param(f"ross.py:{FULL}", "v4:4x4x4", [], marks=needs_libtpu),
         pytest.param(f"ross.py:{FULL}", "v7x:4x4x4", ["--config.mesh.data=2"], marks=needs_libtpu),
         pytest.param(f"language_only.py:{FULL}", "v5e:8x8", ["--config.mesh.tensor=2"], marks=needs_libtpu),
         pytest.param(f"ross.py:{FULL}", "h100:1x1x8", ["--rows=16"], marks=needs_cuda),
@@ -68,7 +68,7 @@ def test_full_size(recipe, topology, arguments, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     plan = json.loads(figures.read_text())
     assert plan["fits"] and plan["mfu"] > 0.2
-    assert plan["host_memory"] < (4.1e9 if topology.startswith("v4") else 4e9)  # v4: 4.0e9; 4.26e9 from several heaps
+    assert plan["host_memory"] < 4e9
     assert plan["memory"]["code"] < 125e6  # 137e6 where every kernel is the very fastest
     assert sum(line["count"] for line in plan["collectives"] if line["kind"] == "collective-permute") < 1000
 

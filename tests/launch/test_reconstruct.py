@@ -29,7 +29,10 @@ def run(capsys, *args) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 4), ("ddim", 3), ("dpm", 3)])
+@pytest.mark.parametrize(
+    ("sampler", "steps"),
+    [pytest.param("ddpm", 4, marks=pytest.mark.slow), pytest.param("ddim", 3, marks=pytest.mark.slow), ("dpm", 3)],
+)
 def test_pictures_and_table(sampler, steps, model_folder, pictures, tmp_path, capsys):
     common = ("--checkpoint", model_folder, "--images", *pictures, "--sampler", sampler, "--steps", steps, "--rows", 2)
     code, output, error = run(capsys, *common, "--output", tmp_path / "out")

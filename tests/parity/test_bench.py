@@ -79,6 +79,7 @@ def test_another_computation_is_not_timed(monkeypatch):
         bench.against_torch(tiny(), 1)
 
 
+@pytest.mark.slow
 def test_what_the_peer_does_not_compute():
     config = tiny()
     config = dataclasses.replace(

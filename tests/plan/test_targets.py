@@ -13,6 +13,7 @@ from ross_jax.plan.cost import COLLECTIVES, estimate
 from ross_jax.plan.targets import GPUS, TPUS, Target, axes_of, open_target, sent_bytes, torus_seconds, wraps
 from ross_jax.sharding import MeshConfig, make_mesh
 from ross_jax.training.metrics import PEAK_FLOPS
+from ross_jax.training.step import compiler_options
 
 GB = 10**9
 
@@ -122,6 +123,8 @@ def test_real_slices():
         target = open_target(text)
         assert len(target.devices) == count
         assert {device.device_kind for device in target.devices} == {target.chip.kind}
+        smaller_kernels = compiler_options(target.devices[0])["xla_jf_convolution_performance_target"] < 0.985
+        assert smaller_kernels == text.startswith(("v4", "v7x"))
         sizes = [1 + max(place) for place in zip(*(device.coords for device in target.devices), strict=True)]
         assert sizes[: len(target.sizes)] == list(target.sizes)
     both = open_target("2xv5e:2x4")
