@@ -16,7 +16,7 @@ from ross_jax.training import agreement
 
 process, processes, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 try:
-    agreement.join("localhost:" + port, processes, process, 20)
+    agreement.join("localhost:" + port, processes, process, {patience})
     {body}
     print("agreed", flush=True)
 except UserError as error:
@@ -25,12 +25,15 @@ except UserError as error:
 """
 
 
-def meet(folder, body: str, processes: int = 3, started: int | None = None):
-    """Runs the program so many times; each one's exit status and output. All must end within a minute."""
+def meet(folder, body: str, processes: int = 3, started: int | None = None, patience: int = 100):
+    """Runs the program so many times; each one's exit status and output. All must end, on a busy machine, too.
+
+    `patience`: seconds that they wait for one another to start.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", PROGRAM.format(body=body)]
+    command = [sys.executable, "-c", PROGRAM.format(body=body, patience=patience)]
     running = [
         subprocess.Popen(
             [*command, str(i), str(processes), port, str(folder)],
@@ -41,7 +44,7 @@ def meet(folder, body: str, processes: int = 3, started: int | None = None):
         for i in range(started or processes)
     ]
     try:
-        said = [process.communicate(timeout=60)[0] for process in running]
+        said = [process.communicate(timeout=300)[0] for process in running]
     finally:
         for process in running:
             process.kill()
@@ -49,14 +52,14 @@ def meet(folder, body: str, processes: int = 3, started: int | None = None):
 
 
 def test_the_same_facts_agree(tmp_path):
-    body = "agreement.agree({'a': 1, **agreement.code_version()}, 20); agreement.check_shared(folder / 'run', 20)"
+    body = "agreement.agree({'a': 1, **agreement.code_version()}, 100); agreement.check_shared(folder / 'run', 100)"
     codes, said = meet(tmp_path, body)
     assert codes == [0, 0, 0] and all("agreed" in text for text in said), said
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_differences_name_the_processes_on_all(tmp_path):
-    codes, said = meet(tmp_path, "agreement.agree({'rate': 0.1 * (process == 1), 'same': 2}, 20)")
+    codes, said = meet(tmp_path, "agreement.agree({'rate': 0.1 * (process == 1), 'same': 2}, 100)")
     host = socket.gethostname()
     for text in said:
         assert "error: the processes differ, and would train different runs:\n" in text
@@ -66,7 +69,7 @@ def test_differences_name_the_processes_on_all(tmp_path):
 
 
 def test_a_failure_of_one_reaches_the_others(tmp_path):
-    body = "exec('if process == 2: raise UserError(\"no such data\")'); agreement.agree({}, 20)"
+    body = "exec('if process == 2: raise UserError(\"no such data\")'); agreement.agree({}, 100)"
     codes, said = meet(tmp_path, body)
     assert codes == [1, 1, 1]
     assert "error: no such data" in said[2]
@@ -93,7 +96,7 @@ def test_the_others_wait_for_the_first(tmp_path):
 
 
 def test_a_directory_that_is_not_shared(tmp_path):
-    codes, said = meet(tmp_path, "agreement.check_shared(folder / str(process // 2), 4)")
+    codes, said = meet(tmp_path, "agreement.check_shared(folder / str(process // 2), 10)")
     host = socket.gethostname()
     expected = (
         f"error: --workdir: what process 0 ({host}) wrote to {tmp_path}/0 is not in {tmp_path}/1 of process 2 ({host})"
@@ -112,8 +115,8 @@ def test_one_that_says_nothing_is_named(tmp_path):
 
 def test_one_that_never_starts(tmp_path):
     began = time.monotonic()
-    codes, said = meet(tmp_path, "raise SystemExit('never comes here')", started=2)
-    assert 20 <= time.monotonic() - began < 60
+    codes, said = meet(tmp_path, "raise SystemExit('never comes here')", started=2, patience=20)
+    assert time.monotonic() - began >= 20
     assert codes == [75, 75]
     for i, text in enumerate(said):
         assert re.search(rf"error: --distributed: process {i} of 3 on \S+ waited 20 s at localhost:\d+, and not", text)
