@@ -8,8 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # both workers, and what they start, may compile for TPU
 # Compiling is what the tests spend their time on, so LLVM is told to hurry.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-# XLA makes as many threads as devices, and a collective takes all of them: with none to spare for what else goes on,
-# a step has waited for ever, about once in two runs of all tests.
+# XLA makes as many threads as devices, and a collective needs one for each: some to spare, should anything hold one.
 os.environ.setdefault("PJRT_NPROC", "16")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 
