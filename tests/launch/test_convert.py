@@ -294,6 +294,7 @@ def killed(folder: Path, *command: str | Path) -> list[Path]:
     return [folder / "whole", *folder.glob("next*"), *folder.glob("out*")]
 
 
+@pytest.mark.slow
 def test_killed_imports(tmp_path):
     theirs = component(tmp_path / "theirs", CLIP)
     complete = killed(tmp_path / "killed", "import", "--from", theirs)

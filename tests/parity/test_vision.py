@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 from parity.helpers import assert_bfloat16, assert_close, imported, numpy, randomise, torch
 from ross_jax.convert import importing
 from ross_jax.models.vision import VisionEncoder
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.parity
 
 
@@ -193,7 +193,7 @@ def test_whole_model(name, tmp_path):
     else:
         module = transformers.CLIPModel(transformers.CLIPConfig(**kwargs, projection_dim=16))
     randomise(module).save_pretrained(tmp_path)
-    keys = set(load_file(tmp_path / "model.safetensors"))
+    keys = set(safetensors.load_file(tmp_path / "model.safetensors"))
     plan = importing.plan_import([str(tmp_path)])
     assert {key for key in keys if not key.startswith("vision_model.")} <= set(plan.unused["vision"])
     config, params = imported(tmp_path)
@@ -208,10 +208,10 @@ def test_key_prefix(name, prefix, tmp_path):
     sizes = TOWERS[name]
     module = sizes.module()
     module.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = safetensors.load_file(tmp_path / "model.safetensors")
     bare = {key.removeprefix("vision_model."): value for key, value in weights.items()}
     bare["embeddings.position_ids"] = torch.arange(len(bare["embeddings.position_embedding.weight"]))[None]
-    save_file({prefix + key: value for key, value in bare.items()}, tmp_path / "model.safetensors")
+    safetensors.save_file({prefix + key: value for key, value in bare.items()}, tmp_path / "model.safetensors")
     config, params = imported(tmp_path)
     theirs = their_states(module, pictures(sizes))[-2]
     assert_close(our_features(config, params, pictures(sizes)), theirs[:, sizes.kind == "clip" :])

@@ -263,6 +263,7 @@ def test_what_cannot_be_cached(data, tmp_path, changes, what, message):
 # Interrupted, shared, damaged
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_made_anew(data, cache, tmp_path):
     """A shard that is gone; two processes that know nothing of each other; another config in the same folder."""
     config = make_config(data)

@@ -119,6 +119,7 @@ def test_reports_evaluations_and_nothing_of_text(whole):
     assert len({line["evaluation/latent_error"] for line in evaluations}) == 3
 
 
+@pytest.mark.slow
 def test_continues_bit_for_bit(data, whole, tmp_path):
     run, folder, _ = whole
     cut = train(make_config(data), tmp_path, stop_at=lambda step: step == 3)

@@ -138,6 +138,7 @@ def test_continues_bit_for_bit(data, whole, tmp_path):
     assert Run(make_config(data), folder).train() == steps  # a finished run has nothing left to do
 
 
+@pytest.mark.slow
 def test_continues_on_another_mesh(data, whole, tmp_path):
     _, expected, steps = whole
     folder = tmp_path / "run"
@@ -245,6 +246,7 @@ def test_a_run_exports_what_it_trained(data, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_second_stage_begins_where_the_first_ended(data, tmp_path):
     """Import, stage 1, stage 2, export by the launcher: what a stage trains moves, and nothing is lost between them."""
     golden = Path(__file__).parents[1] / "golden" / "siglip_qwen2" / "checkpoint"
@@ -284,6 +286,7 @@ def test_the_second_stage_begins_where_the_first_ended(data, tmp_path):
     assert any(not np.array_equal(restored[path], ended[path]) for path in ended if path.startswith("language/"))
 
 
+@pytest.mark.slow
 def test_a_part_of_the_recipe_unfreezes_the_encoder(data, tmp_path):
     """`vision=trained` changes it, in float32; `frozen`, the default, leaves every bit."""
     for part, dtype in (("vision=frozen", "bfloat16"), ("vision=trained", "float32")):
