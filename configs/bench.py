@@ -8,7 +8,7 @@ nor tokenizer.
 
 from ml_collections import ConfigDict
 
-from ross_jax.config import thaw
+from ross_jax.config import to_dict
 from ross_jax.models.autoencoder import AutoencoderConfig
 from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import LanguageConfig
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     """The recipe as a ConfigDict that command-line flags can override."""
     return complete(
         {
-            "model": thaw(MODEL),
+            "model": to_dict(MODEL),
             "text": {"template": "qwen_2", "tokenizer": "none"},
             "data": {
                 "sources": [{"path": "none"}],

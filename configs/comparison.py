@@ -18,7 +18,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import demo
-from ross_jax.config import thaw
+from ross_jax.config import to_dict
 from ross_jax.demo.dataset import DatasetConfig
 from ross_jax.training.recipe import complete
 
@@ -49,10 +49,10 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     else:
         init.append(str(root / "base" / f"seed{seed}" / "pretrain"))
         labels = {"path": str(root / "data" / "labels.json"), "images": images}
-        sources = [labels] * LABELS_REPEATED + [{"path": str(root / "data" / "unlabelled"), "kind": "pictures"}]
+        sources = [labels] * LABELS_REPEATED + [{"path": str(root / "data" / "unlabelled"), "kind": "images"}]
     return complete(
         {
-            "model": thaw(demo.model_config(root / "autoencoder", kind)),
+            "model": to_dict(demo.model_config(root / "autoencoder", kind)),
             "init": init,
             "text": {"template": stage["template"], "tokenizer": str(root / "tokenizer")},
             "image_mode": "square",

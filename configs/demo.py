@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ross_jax.config import ConfigError, nearest, thaw
+from ross_jax.config import ConfigError, nearest, to_dict
 from ross_jax.convert.autoencoder import autoencoder_config
 from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import LanguageConfig
@@ -120,7 +120,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     sources = {part: {"path": str(root / "data" / f"{part}.json"), "images": images} for part in PARTS}
     return complete(
         {
-            "model": thaw(model_config(root / "autoencoder", kind)),
+            "model": to_dict(model_config(root / "autoencoder", kind)),
             "init": init,
             "text": {
                 "template": stage["template"],

@@ -19,7 +19,7 @@ stage 1, and its batch.
 from ml_collections import ConfigDict
 
 from configs import ross
-from ross_jax.config import ConfigError, nearest, thaw
+from ross_jax.config import ConfigError, nearest, to_dict
 from ross_jax.training.recipe import complete
 
 DEFAULTS = {"encoder": "siglip", "llm": "qwen2_7b", "root": ""}
@@ -50,7 +50,7 @@ def sources(root: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     if not root:
         splits = ({"path": "imagenet2012", "kind": "tfds", "split": split} for split in ("train", "validation"))
     else:
-        splits = ({"path": f"{root}/{folder}", "kind": "pictures"} for folder in ("train", "val"))
+        splits = ({"path": f"{root}/{folder}", "kind": "images"} for folder in ("train", "val"))
     train, heldout = splits
     return [train], [heldout]
 
@@ -65,7 +65,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     length = -(-(model.vision.num_tokens + PROMPT) // 128) * 128
     return complete(
         {
-            "model": thaw(model),
+            "model": to_dict(model),
             "init": [],
             "text": {"template": template, "tokenizer": "tokenizer", "weight": 0.0},
             "image_mode": "pad",

@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ross_jax.config import ConfigError, nearest, thaw
+from ross_jax.config import ConfigError, nearest, to_dict
 from ross_jax.convert import known
 from ross_jax.convert.autoencoder import autoencoder_config
 from ross_jax.convert.language import language_config
@@ -148,17 +148,17 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     kind = parts["kind"]
     stage = STAGES[parts["stage"]]
     _, template = LLMS[parts["llm"]]
-    annotations, pictures = stage["data"]
+    annotations, images = stage["data"]
     # A recipe is LLaVA's where nothing is reconstructed: no rate for what is not there.
     groups = () if kind == "none" else stage["groups"]
     return complete(
         {
-            "model": thaw(model_config(parts["encoder"], parts["llm"], kind, parts["teacher"])),
+            "model": to_dict(model_config(parts["encoder"], parts["llm"], kind, parts["teacher"])),
             "init": [],
             "text": {"template": "plain" if parts["stage"] == "pretrain" else template, "tokenizer": "tokenizer"},
             "image_mode": "pad",
             "data": {
-                "sources": [{"path": annotations, "images": [pictures]}],
+                "sources": [{"path": annotations, "images": [images]}],
                 "packing": {"length": 2048, "images": 2},
                 "batch": stage["batch"],
                 "cache": "cache",

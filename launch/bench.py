@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ross_jax.bench import data, step
-from ross_jax.config import UserError, freeze
+from ross_jax.config import UserError, from_dict
 from ross_jax.data.images import ImageConfig
 from ross_jax.data.packing import PackingConfig
 from ross_jax.training.recipe import RunConfig
@@ -64,7 +64,7 @@ def run_data(arguments: argparse.Namespace, others: list[str]) -> Figures:
             template=arguments.template,
             samples=arguments.samples,
             packing=PackingConfig(arguments.length, arguments.image_slots, layout=arguments.layout),
-            pictures=ImageConfig(arguments.image_size, mode=arguments.image_mode),
+            image_config=ImageConfig(arguments.image_size, mode=arguments.image_mode),
             image_tokens=arguments.image_tokens,
             batch=arguments.batch,
             steps=arguments.steps,
@@ -107,7 +107,7 @@ def read_recipe(arguments: list[str]) -> RunConfig:
         raise UserError(" ".join(map(str, error.args)) or str(error)) from error
     if rest:
         raise UserError(f"unexpected arguments {rest}")
-    return freeze(RunConfig, found)
+    return from_dict(RunConfig, found)
 
 
 Run = Callable[[argparse.Namespace, list[str]], Figures]

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ross_jax import command_line
-from ross_jax.config import UserError, freeze
+from ross_jax.config import UserError, from_dict
 from ross_jax.training.precompute import CacheConfig, precompute, sizes
 from ross_jax.training.recipe import RunConfig
 
@@ -38,16 +38,16 @@ def main() -> int:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     folder = Path(_OUTPUT.value)
     try:
-        config = freeze(RunConfig, _CONFIG.value.to_dict())
+        config = from_dict(RunConfig, _CONFIG.value.to_dict())
         given = {"what": _WHAT, "rows": _ROWS, "dtype": _DTYPE, "processes": _PROCESSES, "process": _PROCESS}
-        settings = freeze(CacheConfig, {name: flag.value for name, flag in given.items()}, "flags")
+        settings = from_dict(CacheConfig, {name: flag.value for name, flag in given.items()}, "flags")
         made = precompute(config, folder, settings, report, progress)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    rate = f", {made.pictures / made.seconds:.1f} pictures/s" if made.pictures else ""
+    rate = f", {made.images / made.seconds:.1f} pictures/s" if made.images else ""
     broken = f", {made.broken} samples broken" if made.broken else ""
-    report(f"{made.pictures} pictures in {made.seconds:.0f} s{rate}{broken}")
+    report(f"{made.images} pictures in {made.seconds:.0f} s{rate}{broken}")
     if made.missing:
         report(f"{folder}: {made.missing} shards are left to the other processes")
     else:

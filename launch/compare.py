@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     dataset, fit = recipe.DATASET, FitConfig()
     if args.quick:
         little = {"pretrain": 64, "heldout_per_type": 12, "labels_per_type": 1, "unlabelled": 64}
-        dataset, fit = dataclasses.replace(dataset, **little), FitConfig(pictures=64, steps=20)
+        dataset, fit = dataclasses.replace(dataset, **little), FitConfig(images=64, steps=20)
     try:
         prepare(root, dataset, fit, say)
         for seed in args.seeds:

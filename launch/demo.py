@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         dataset = DatasetConfig(pretrain=64, finetune=64, heldout_per_type=12) if args.quick else DatasetConfig()
-        fit = FitConfig(pictures=64, steps=20) if args.quick else FitConfig()
+        fit = FitConfig(images=64, steps=20) if args.quick else FitConfig()
         prepare(root, dataset, fit, say)
         for seed in args.seeds:
             for kind in kinds:
@@ -83,10 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     (root / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print("\n".join([format_report(scores), *format_denoisers(denoisers)]))
     print(f"{cost['seconds']:.0f} s, at most {cost['peak_memory_gb']} GB of memory")
-    pictures = [f"{kind}/seed{args.seeds[0]}/pictures.png" for kind in kinds if kind != "none"]
+    images = [f"{kind}/seed{args.seeds[0]}/pictures.png" for kind in kinds if kind != "none"]
     if denoisers:
-        pictures.append(f"denoise/seed{args.seeds[0]}/{DENOISER}.png")
-    for name in ("summary.json", "losses.png", *pictures):
+        images.append(f"denoise/seed{args.seeds[0]}/{DENOISER}.png")
+    for name in ("summary.json", "losses.png", *images):
         print(root / name)
     return 0
 

@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     try:
         model = load_model(args.checkpoint, dtype=args.dtype)
-        pictures = [preprocess(decode(read(path), str(path)), model.images, str(path)) for path in args.image]
-        (reply,) = answer(model, [record], [pictures], args.max_new_tokens, 1, args.template, args.dtype)
+        images = [preprocess(decode(read(path), str(path)), model.images, str(path)) for path in args.image]
+        (reply,) = answer(model, [record], [images], args.max_new_tokens, 1, args.template, args.dtype)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

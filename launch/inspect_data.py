@@ -79,7 +79,7 @@ class Painter:
     def supervised(self, text: str) -> str:
         return f"{GREEN}{text}{RESET}" if self.colours else f"⟦{text}⟧"
 
-    def picture(self, text: str) -> str:
+    def image(self, text: str) -> str:
         return f"{CYAN}[{text}]{RESET}" if self.colours else f"[{text}]"
 
     def heading(self, text: str) -> str:
@@ -94,8 +94,8 @@ def describe(encoded: EncodedConversation, tokenizer: Any, painter: Painter, ima
     for (is_image, is_supervised), group in groupby(kinds):
         ids = encoded.input_ids[position : (position := position + len(list(group)))].tolist()
         if is_image:
-            texts += [painter.picture(f"picture: {image_tokens} tokens")] * len(ids)
-            numbers += [painter.picture(str(index)) for index in ids]
+            texts += [painter.image(f"picture: {image_tokens} tokens")] * len(ids)
+            numbers += [painter.image(str(index)) for index in ids]
             continue
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for parts, shown in ((texts, _printable(text)), (numbers, " ".join(map(str, ids)))):

@@ -27,7 +27,7 @@ from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from ross_jax import command_line  # noqa: E402
-from ross_jax.config import UserError, freeze  # noqa: E402
+from ross_jax.config import UserError, from_dict  # noqa: E402
 from ross_jax.plan import search  # noqa: E402
 from ross_jax.plan.figure import draw  # noqa: E402
 from ross_jax.plan.planner import Options, plan  # noqa: E402
@@ -43,7 +43,7 @@ _OBJECTIVE = flags.DEFINE_enum("objective", "train", ["train", "generate"], "The
 _SEARCH = flags.DEFINE_bool("search", False, "Compare meshes, remat policies and batch sizes, and rank them.")
 _ROWS = flags.DEFINE_integer("rows", None, "Rows of a global batch; default: what the packing plan would make.")
 _TOKENS = flags.DEFINE_float("tokens", None, "Mean tokens of a conversation, pictures included.")
-_PICTURES = flags.DEFINE_float("pictures", None, "Mean pictures of a conversation.")
+_IMAGES = flags.DEFINE_float("images", None, "Mean pictures of a conversation.")
 _EPOCH = flags.DEFINE_integer("epoch", None, "Conversations of an epoch.")
 _CACHED = flags.DEFINE_list("cached", [], "What the run reads from a cache of launch/cache.py: targets, features.")
 _PROMPT = flags.DEFINE_integer("prompt", 1024, "Tokens of a prompt, its picture included, with --objective=generate.")
@@ -57,7 +57,7 @@ def main() -> int:
     logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)  # the report says it, once
     gc.freeze()  # what is imported need not be looked through for garbage
     try:
-        config = freeze(RunConfig, _CONFIG.value.to_dict())
+        config = from_dict(RunConfig, _CONFIG.value.to_dict())
         if "v4:" in _TOPOLOGY.value.lower():
             one_heap()
         target = open_target(_TOPOLOGY.value)
@@ -68,7 +68,7 @@ def main() -> int:
             objective=_OBJECTIVE.value,
             rows=_ROWS.value,
             tokens=_TOKENS.value,
-            pictures=_PICTURES.value,
+            images=_IMAGES.value,
             epoch=_EPOCH.value,
             cached=tuple(_CACHED.value),
             prompt=_PROMPT.value,

@@ -19,16 +19,16 @@ from PIL import Image
 
 from ross_jax.config import UserError
 from ross_jax.data.images import ImageError, decode, preprocess
-from ross_jax.evaluation.pictures import draw_grid, psnr, ssim, to_uint8
+from ross_jax.evaluation.images import draw_grid, psnr, ssim, to_uint8
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, Model, load_model
-from ross_jax.inference.reconstruct import autoencode, encode_latents, outputs_of_pictures, target_pictures
+from ross_jax.inference.reconstruct import autoencode, encode_latents, outputs_of_images, target_images
 from ross_jax.objectives.objective import Sampling
 from ross_jax.objectives.reconstruction import reconstructor
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def find_pictures(paths: list[Path]) -> list[Path]:
+def find_images(paths: list[Path]) -> list[Path]:
     """Files as they are, folders as the pictures in them, in order of their names.
 
     Raises:
@@ -74,31 +74,31 @@ def load(folder: Path, guidance: float) -> Model:
 class Made:
     """One kind of reconstruction: uint8 pictures, and the mean squared error of each one's latents if it has any."""
 
-    pictures: list[np.ndarray] = dataclasses.field(default_factory=list)
+    images: list[np.ndarray] = dataclasses.field(default_factory=list)
     errors: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def add(self, pixels: np.ndarray, latents: np.ndarray | None, truth: np.ndarray | None) -> None:
         """Appends a chunk."""
-        self.pictures.append(to_uint8(pixels))
+        self.images.append(to_uint8(pixels))
         if latents is not None and truth is not None:
             self.errors.append(np.square(np.asarray(latents) - np.asarray(truth)).mean(axis=(1, 2, 3)))
 
 
-def reconstruct(model: Model, pictures: list[np.ndarray], sampling: Sampling, seed: int, rows: int):
+def reconstruct(model: Model, images: list[np.ndarray], sampling: Sampling, seed: int, rows: int):
     """Pictures at 16 pixels per token, and each kind of reconstruction by its name."""
-    outputs = outputs_of_pictures(model, pictures, rows)
+    outputs = outputs_of_images(model, images, rows)
     objective, config, params = reconstructor(model.config), model.config, model.params
     make = jax.jit(lambda outputs, keys: objective.reconstruct(params, params, outputs, keys, sampling))
     encode, ceiling = (jax.jit(partial(f, config)) for f in (encode_latents, autoencode))
     has_autoencoder = config.autoencoder is not None
     names = ("reconstruction", "autoencoder", "nothing") if has_autoencoder else ("reconstruction", "nothing")
     originals, made = [], {name: Made() for name in names}
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(pictures)))
-    for first in range(0, len(pictures), rows):
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(images)))
+    for first in range(0, len(images), rows):
         part = slice(first, first + rows)
-        chunk = np.stack(pictures[part])
+        chunk = np.stack(images[part])
         truth = encode(params, chunk) if has_autoencoder else None
-        originals.append(to_uint8(target_pictures(config, chunk)))
+        originals.append(to_uint8(target_images(config, chunk)))
         made["reconstruction"].add(*make(outputs[part], keys[part]), truth)
         made["nothing"].add(*make(np.zeros_like(outputs[part]), keys[part]), truth)
         if has_autoencoder:
@@ -110,7 +110,7 @@ def format_scores(originals: np.ndarray, made: dict[str, Made]) -> str:
     """Mean scores, a line for each kind of reconstruction."""
     lines = [f"{'':16}{'PSNR, dB':>10}{'SSIM':>8}{'latent MSE':>12}"]
     for name, each in made.items():
-        shown = np.concatenate(each.pictures)
+        shown = np.concatenate(each.images)
         error = f"{np.concatenate(each.errors).mean():.4g}" if each.errors else "-"
         lines.append(
             f"{name:16}{psnr(shown, originals).mean():>10.2f} {ssim(shown, originals).mean():>7.3f} {error:>11}"
@@ -132,14 +132,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.rows < 1:
             raise UserError(f"--rows {args.rows}: at least 1")
-        paths = find_pictures(args.images)
+        paths = find_images(args.images)
         model = load(args.checkpoint, args.cfg)
-        pictures = [preprocess(decode(path.read_bytes(), str(path)), model.images, str(path)) for path in paths]
+        images = [preprocess(decode(path.read_bytes(), str(path)), model.images, str(path)) for path in paths]
         sampling = Sampling(args.sampler, args.steps, guidance=args.cfg)
-        originals, made = reconstruct(model, pictures, sampling, args.seed, args.rows)
+        originals, made = reconstruct(model, images, sampling, args.seed, args.rows)
         print(format_scores(originals, made))
         write(
-            args.output, paths, {"picture": originals, **{name: np.concatenate(x.pictures) for name, x in made.items()}}
+            args.output, paths, {"picture": originals, **{name: np.concatenate(x.images) for name, x in made.items()}}
         )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,7 +27,7 @@ prepare()
 from absl import flags  # noqa: E402
 
 from ross_jax import command_line  # noqa: E402
-from ross_jax.config import UserError, freeze, nearest  # noqa: E402
+from ross_jax.config import UserError, from_dict, nearest  # noqa: E402
 from ross_jax.plan.kept import Case, Plans  # noqa: E402
 from ross_jax.plan.report import Report, summary  # noqa: E402
 from ross_jax.plan.search import largest_batch  # noqa: E402
@@ -67,7 +67,7 @@ def read_recipe(recipe: str) -> RunConfig:
     """`NAME:ARGUMENTS` of configs/."""
     name, _, arguments = recipe.partition(":")
     get_config = importlib.import_module(f"configs.{name}").get_config
-    return freeze(RunConfig, get_config(*filter(None, [arguments])).to_dict())
+    return from_dict(RunConfig, get_config(*filter(None, [arguments])).to_dict())
 
 
 def _step(report: Report) -> float:

@@ -17,9 +17,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from ross_jax import command_line
-from ross_jax.config import UserError, freeze, thaw
+from ross_jax.config import UserError, from_dict, to_dict
 from ross_jax.evaluation.reconstruction import make_evaluator
-from ross_jax.inference.reconstruct import PictureDrawer
+from ross_jax.inference.reconstruct import ImageDrawer
 from ross_jax.objectives.reconstruction import reconstructor
 from ross_jax.training import agreement
 from ross_jax.training.profile import parse_steps, tracing
@@ -64,13 +64,13 @@ def main() -> int:
         traced = parse_steps(_PROFILE.value) if _PROFILE.value is not None else None
         if _DISTRIBUTED.value:
             agreement.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _START_TIMEOUT.value)
-        config, folder = freeze(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value)
-        agreement.agree(flatten_config({"config": thaw(config)}) | agreement.code_version(), _START_TIMEOUT.value)
+        config, folder = from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value)
+        agreement.agree(flatten_config({"config": to_dict(config)}) | agreement.code_version(), _START_TIMEOUT.value)
         agreement.check_shared(folder, _START_TIMEOUT.value)
         use_cache(folder)
         run = Run(config, folder, _START_TIMEOUT.value)
         draws = config.reconstruction.kind != "none" and reconstructor(config.model) is not None
-        draw = PictureDrawer(config.model, run.mesh, config.step.dtype) if draws else None
+        draw = ImageDrawer(config.model, run.mesh, config.step.dtype) if draws else None
         with contextlib.ExitStack() as stack:
             hooks = ()
             if traced:

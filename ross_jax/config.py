@@ -31,7 +31,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def freeze(cls: type[T], values: Any, path: str = "config") -> T:
+def from_dict(cls: type[T], values: Any, path: str = "config") -> T:
     """Builds the dataclass `cls` from a nested mapping.
 
     Nested dataclass fields take nested mappings; sequences become tuples; integers are accepted where a float is
@@ -83,7 +83,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if len(options) == 1:
             return _convert(options[0], value, path)
         if all(map(dataclasses.is_dataclass, options)) and not isinstance(value, tuple(options)):
-            return freeze(variant(options, value, path), value, path)
+            return from_dict(variant(options, value, path), value, path)
         if any(isinstance(value, option) for option in options if isinstance(option, type)):
             return value
     elif origin is typing.Literal:
@@ -102,7 +102,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
                 _convert(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip((item, *rest), value, strict=True))
             )
     elif dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else freeze(hint, value, path)
+        return value if isinstance(value, hint) else from_dict(hint, value, path)
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     elif hint is Any or (
@@ -112,10 +112,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     raise ConfigError(f"{path}: expected {getattr(hint, '__name__', hint)}, found {value!r} ({type(value).__name__})")
 
 
-def thaw(config: Any) -> Any:
+def to_dict(config: Any) -> Any:
     """The inverse of `freeze`: nested dictionaries and lists that JSON can hold."""
     if dataclasses.is_dataclass(config):
-        return {field.name: thaw(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, (list, tuple)):
-        return [thaw(item) for item in config]
+        return [to_dict(item) for item in config]
     return config

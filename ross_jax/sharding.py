@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "pictures": ("data", "fsdp", "tensor"),
+    "images": ("data", "fsdp", "tensor"),
     "replicas": ("data",),
     "embed": ("fsdp",),
     "heads": ("tensor",),

@@ -30,14 +30,14 @@ RECIPE = """
 import sys
 sys.path[:0] = [{repository!r}, {tests!r}]
 import dataclasses
-from ross_jax.config import thaw
+from ross_jax.config import to_dict
 from ross_jax.training.recipe import complete
 from tiny import CONFIG
 
 def get_config():
     model = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=320))
     return complete({{
-        "model": thaw(model),
+        "model": to_dict(model),
         "text": {{"template": "qwen_2", "tokenizer": {data!r} + "/tokenizer"}},
         "data": {{
             "sources": [{{"path": {data!r} + "/data.json", "images": [{data!r}]}}],

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ross_jax.config import ConfigError, UserError, freeze, nearest, thaw
+from ross_jax.config import ConfigError, UserError, from_dict, nearest, to_dict
 from ross_jax.models.autoencoder import AutoencoderConfig
 from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import LanguageConfig, RopeScaling
@@ -66,13 +66,13 @@ INNER = {"size": 3}
     ],
 )
 def test_what_freezes(values, expected):
-    config = freeze(Outer, {"inner": INNER, **values})
+    config = from_dict(Outer, {"inner": INNER, **values})
     assert config == dataclasses.replace(Outer(Inner(3)), **expected)
-    assert freeze(Outer, thaw(config)) == config
+    assert from_dict(Outer, to_dict(config)) == config
 
 
 def test_types_are_those_declared():
-    config = freeze(Outer, {"inner": {"size": 1, "rate": 3}})
+    config = from_dict(Outer, {"inner": {"size": 1, "rate": 3}})
     assert type(config.inner.rate) is float
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.name = "y"
@@ -113,15 +113,15 @@ def test_types_are_those_declared():
 )
 def test_what_does_not_freeze(values, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
-        freeze(Outer, {"inner": INNER, **values})
+        from_dict(Outer, {"inner": INNER, **values})
     with pytest.raises(UserError, match=f"^{message.replace('config', 'recipe', 1)}"):
-        freeze(Outer, {"inner": INNER, **values}, "recipe")
+        from_dict(Outer, {"inner": INNER, **values}, "recipe")
 
 
 def test_what_is_no_mapping():
     for value in (None, [], 3, "x"):
         with pytest.raises(ConfigError, match=f"config: expected a mapping for Inner, found {type(value).__name__}"):
-            freeze(Inner, value)
+            from_dict(Inner, value)
 
 
 def test_nearest():
@@ -167,7 +167,7 @@ def ross_configs(draw) -> dict:
             "head_dim": 2 * draw(SIZES),
             "rope_theta": draw(FLOATS),
             "norm_eps": draw(FLOATS),
-            "rope_scaling": thaw(draw(rope)),
+            "rope_scaling": to_dict(draw(rope)),
         },
         "denoiser": {
             "condition_size": width,
@@ -202,15 +202,15 @@ def ross_configs(draw) -> dict:
 @settings(max_examples=100, deadline=None)
 @given(ross_configs())
 def test_ross_config_survives_json(values):
-    config = freeze(RossConfig, values)
+    config = from_dict(RossConfig, values)
     classes = [VisionConfig, ProjectorConfig, LanguageConfig, DenoiserConfig, AutoencoderConfig]
     if values.get("autoencoder", {}).get("kind") == "tiny":
         classes[-1] = TinyAutoencoderConfig
     for name, cls in zip(["vision", "projector", "language", "denoiser", "autoencoder"], classes, strict=True):
         assert isinstance(getattr(config, name), cls if name in values else type(None))
-    plain = thaw(config)
-    again = freeze(RossConfig, json.loads(json.dumps(plain)))
-    assert again == config and hash(again) == hash(config) and thaw(again) == plain
+    plain = to_dict(config)
+    again = from_dict(RossConfig, json.loads(json.dumps(plain)))
+    assert again == config and hash(again) == hash(config) and to_dict(again) == plain
     for name in ("vision", "language", "denoiser", "autoencoder"):
         if name in values:
             assert plain[name].items() >= values[name].items()
@@ -249,4 +249,4 @@ def test_ross_configs_that_are_none(changes, message):
     )
     vision |= {"activation": "gelu", "norm_eps": 1e-5} | changes.pop("vision", {})
     with pytest.raises(ConfigError, match=message):
-        freeze(RossConfig, {"vision": vision, **changes})
+        from_dict(RossConfig, {"vision": vision, **changes})

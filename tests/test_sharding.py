@@ -84,10 +84,10 @@ def test_parameters_may_be_split_over_hosts_of_gpus():
 @pytest.mark.parametrize(
     ("size", "axis", "expected"),
     [
-        (16, "pictures", ("data", "fsdp", "tensor")),
-        (12, "pictures", ("data", "fsdp")),
-        (6, "pictures", "data"),
-        (5, "pictures", None),
+        (16, "images", ("data", "fsdp", "tensor")),
+        (12, "images", ("data", "fsdp")),
+        (6, "images", "data"),
+        (5, "images", None),
         (12, "batch", ("data", "fsdp")),
         (6, "heads", "tensor"),
         (5, "heads", None),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ross_jax import checkpoints
-from ross_jax.config import thaw
+from ross_jax.config import to_dict
 from ross_jax.models.ross import components
 from tiny import CONFIG
 from tokenizer_fixtures import byte_level_tokenizer
@@ -26,7 +26,7 @@ def write_model(folder: Path) -> Path:
         leaves[name] = jax.tree.map(lambda leaf: _leaf(_values(rng, leaf.shape)), params)
     checkpoints.save_streamed(folder / "params", leaves)
     settings = {"foreign": {}, "template": "qwen_2", "image_mode": "square"}
-    checkpoints.write_manifest(folder, {"config": thaw(SIZED), **settings})
+    checkpoints.write_manifest(folder, {"config": to_dict(SIZED), **settings})
     byte_level_tokenizer().save_pretrained(folder / "files" / "language")
     return folder
 

@@ -45,7 +45,7 @@ class Reading:
     template: str
     samples: int
     packing: PackingConfig
-    pictures: ImageConfig
+    image_config: ImageConfig
     image_tokens: int
     batch: int
     steps: int
@@ -72,17 +72,17 @@ def measure(reading: Reading) -> Figures:
         )
         start = time.perf_counter()
         encode = make_encoder(reading.tokenizer, reading.template)
-        pipeline = open_pipeline(config, encode, reading.pictures, reading.image_tokens)
+        pipeline = open_pipeline(config, encode, reading.images, reading.image_tokens)
         ready = time.perf_counter()
         plan = pipeline.plans[0]
-        steps = samples = pictures = tokens = 0
+        steps = samples = image_count = tokens = 0
         batches = pipeline.batches()
         first = next(batches)  # starts threads or workers: not measured
         begin = time.perf_counter()
         for batch in itertools.islice(batches, reading.steps):
             steps += 1
             samples += int(batch["segments"].max(axis=1).sum())
-            pictures += int(np.count_nonzero(batch["image_ids"]))
+            image_count += int(np.count_nonzero(batch["image_ids"]))
             tokens += int(np.count_nonzero(batch["segments"]))
         seconds = time.perf_counter() - begin
         batches.close()
@@ -92,7 +92,7 @@ def measure(reading: Reading) -> Figures:
         "measure_and_plan_s": ready - start,
         "first_batch_s": begin - ready,
         "samples_per_s": samples / seconds,
-        "pictures_per_s": pictures / seconds,
+        "images_per_s": image_count / seconds,
         "tokens_per_s": tokens / seconds,
         "batch_mb": sum(array.nbytes for array in first.values()) / 1e6,
         "steps_read": steps,

@@ -29,7 +29,7 @@ from ross_jax.models.language import LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import RossConfig
 from ross_jax.models.vision import VisionConfig
-from ross_jax.objectives.denoise import Draw
+from ross_jax.objectives.denoise import NoiseSample
 from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.training.recipe import RunConfig
 from ross_jax.tree import flatten
@@ -119,7 +119,7 @@ class Peer:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), step)
         identities = self._batch["image_ids"][self._batch["image_ids"] != 0]
         objective = make_objective(config.model, config.reconstruction)
-        draw: Draw = jax.jit(jax.vmap(lambda i: objective.draw(jax.random.fold_in(key, i))))(identities)
+        draw: NoiseSample = jax.jit(jax.vmap(lambda i: objective.draw(jax.random.fold_in(key, i))))(identities)
         timesteps, noise, posterior = (np.array(part) for part in draw[:3])
         return (
             torch.from_numpy(timesteps).long().to(self.device),

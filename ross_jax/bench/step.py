@@ -79,14 +79,14 @@ class Stepper:
 
     def figures(self, seconds: float) -> Figures:
         """What a step of `seconds` comes to."""
-        plan, tokens, pictures = self.workload.plan, self.workload.tokens_per_step, self.workload.pictures_per_step
+        plan, tokens, images = self.workload.plan, self.workload.tokens_per_step, self.workload.images_per_step
         figures: Figures = {
             "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
             "rows": plan.rows_per_step,
             "filled": tokens / (plan.rows_per_step * self.workload.packing.length),
             "step_s": seconds,
             "tokens_per_s": tokens / seconds,
-            "pictures_per_s": pictures / seconds,
+            "images_per_s": images / seconds,
             "memory_gb": peak_memory() / 1e9,
         }
         peak = PEAK_FLOPS.get(self.mesh.devices.flat[0].device_kind)
@@ -94,7 +94,7 @@ class Stepper:
             config = self.config
             sizes = matrix_sizes(merge(self.state.params, self.state.frozen), logits=bool(config.text.weight))
             draws = config.reconstruction.draws if config.reconstruction.kind == "denoise" else 0
-            flops = step_flops(config.model, sizes, set(self.state.params), draws, tokens, pictures)
+            flops = step_flops(config.model, sizes, set(self.state.params), draws, tokens, images)
             figures["mfu"] = flops / seconds / (peak * self.mesh.size)
         return figures
 
@@ -189,7 +189,7 @@ def against_padding(config: RunConfig, repeats: int, rows: int | None = None) ->
     rates = packed.figures(medians["packed"]), padded.figures(medians["padded"])
     return {
         **rates[0],
-        **{f"padded_{name}": rates[1][name] for name in ("filled", "step_s", "tokens_per_s", "pictures_per_s")},
+        **{f"padded_{name}": rates[1][name] for name in ("filled", "step_s", "tokens_per_s", "images_per_s")},
         "packed_over_padded": rates[0]["tokens_per_s"] / rates[1]["tokens_per_s"],
     }
 

@@ -34,11 +34,11 @@ def conversation_lengths(count: int, image_tokens: int) -> Lengths:
       image_tokens: N, tokens per picture.
     """
     random = np.random.RandomState(0)
-    sizes, pictures, medians, spreads = (np.array(column) for column in zip(*PARTS, strict=True))
+    sizes, image_counts, medians, spreads = (np.array(column) for column in zip(*PARTS, strict=True))
     part = random.choice(len(PARTS), count, p=sizes / sizes.sum())
     text = np.exp(np.log(medians[part]) + spreads[part] * random.standard_normal(count))
     text = np.clip(np.round(text), 16, 2048).astype(np.int32)
-    images = pictures[part].astype(np.int32)
+    images = image_counts[part].astype(np.int32)
     return Lengths(text + images * image_tokens, images, text - _prompt(text))
 
 
@@ -67,7 +67,7 @@ class Workload:
         return float(self.lengths.tokens[self.plan.samples].sum(dtype=np.int64)) / self.plan.steps
 
     @property
-    def pictures_per_step(self) -> float:
+    def images_per_step(self) -> float:
         """Mean of a step, empty slots not counted."""
         return float(self.lengths.images[self.plan.samples].sum(dtype=np.int64)) / self.plan.steps
 
@@ -78,8 +78,8 @@ class Workload:
 
         def distance(step: int) -> tuple[float, float]:
             samples = np.concatenate([self.plan.row(row) for row in range(step * rows, (step + 1) * rows)])
-            pictures, tokens = self.lengths.images[samples].sum(), self.lengths.tokens[samples].sum()
-            return abs(pictures - self.pictures_per_step), abs(tokens - self.tokens_per_step)
+            image_count, tokens = self.lengths.images[samples].sum(), self.lengths.tokens[samples].sum()
+            return abs(image_count - self.images_per_step), abs(tokens - self.tokens_per_step)
 
         return min(range(self.plan.steps), key=distance)
 
@@ -93,9 +93,9 @@ class Workload:
             for segment, sample in enumerate(self.plan.row(first + row), 1):
                 conversation = expand(self._conversation(int(sample), random), self.shape.image_tokens)
                 side, images = self.shape.image_size, int(self.lengths.images[sample])
-                pictures = [random.randint(0, 256, (side, side, 3), np.uint8) for _ in range(images)]
+                pixels = [random.randint(0, 256, (side, side, 3), np.uint8) for _ in range(images)]
                 where = {"start": start, "slot": slot, "segment": segment}
-                place(batch, row, conversation, pictures, **where, first_image_id=int(identities[sample]))
+                place(batch, row, conversation, pixels, **where, first_image_id=int(identities[sample]))
                 start, slot = start + len(conversation.tokens), slot + images
         return batch
 

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from ross_jax.config import ConfigError, freeze
+from ross_jax.config import ConfigError, from_dict
 from ross_jax.convert.mapping import BATCHED, POINTWISE, Row, Table, dense
 from ross_jax.models.denoiser import NUM_HEADS, DenoiserConfig
 
@@ -55,7 +55,7 @@ def read_denoiser_config(
         "num_heads": num_heads,
         "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
     }
-    return freeze(DenoiserConfig, fields, "mm_inv_projector")
+    return from_dict(DenoiserConfig, fields, "mm_inv_projector")
 
 
 def table(config: DenoiserConfig) -> Table:

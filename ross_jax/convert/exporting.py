@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ross_jax import checkpoints
-from ross_jax.config import UserError, freeze, nearest
+from ross_jax.config import UserError, from_dict, nearest
 from ross_jax.convert import vision
 from ross_jax.convert.importing import SCOPES, TABLES, is_finite
 from ross_jax.convert.mapping import Piece, expand, raise_all
@@ -65,7 +65,9 @@ class Component:
 
 def read_config(model: Path) -> RossConfig:
     """The config of a model directory."""
-    return freeze(RossConfig, checkpoints.read_manifest(model).get("config"), f"{model / checkpoints.MANIFEST}: config")
+    return from_dict(
+        RossConfig, checkpoints.read_manifest(model).get("config"), f"{model / checkpoints.MANIFEST}: config"
+    )
 
 
 def _read_foreign(model: Path) -> dict[str, Any]:

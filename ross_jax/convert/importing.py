@@ -11,7 +11,7 @@ import numpy as np
 
 from ross_jax import checkpoints
 from ross_jax.checkpoints import StreamedLeaf
-from ross_jax.config import ConfigError, UserError, thaw
+from ross_jax.config import ConfigError, UserError, to_dict
 from ross_jax.convert import autoencoder, denoiser, language, projector, vision
 from ross_jax.convert.mapping import ConversionError, Piece, Table, collecting, match, raise_all
 from ross_jax.convert.parts import SCOPES as SCOPES
@@ -235,7 +235,7 @@ def write(plan: Plan, output: Path, progress: Progress = lambda _: None) -> None
         if plan.problems:
             raise ConversionError(_origins(plan), plan.problems)
         _write_files(plan, folder / "files")
-        checkpoints.write_manifest(folder, {"config": thaw(plan.config), "foreign": _foreign(plan)})
+        checkpoints.write_manifest(folder, {"config": to_dict(plan.config), "foreign": _foreign(plan)})
 
 
 class _Reporter:
@@ -286,7 +286,7 @@ def _write_files(plan: Plan, folder: Path) -> None:
     for source in plan.sources:
         target = folder / source.kind
         target.mkdir(parents=True, exist_ok=True)
-        for path in source.passengers():
+        for path in source.extra_files():
             shutil.copyfile(path, target / path.name)
         if source.settings:
             shutil.copyfile(source.folder / "config.json", target / "config.json")

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from ross_jax.config import ConfigError, freeze
+from ross_jax.config import ConfigError, from_dict
 from ross_jax.convert.mapping import LINEAR, Row, Table
 from ross_jax.models.projector import ProjectorConfig
 
@@ -22,7 +22,7 @@ def projector_config(kind: str, in_size: int, out_size: int, where: str) -> Proj
     fields = {"kind": "identity" if kind == "identity" else "mlp", "in_size": in_size, "out_size": out_size}
     if kind != "identity":
         fields["depth"] = int(depth[1]) if depth else 1
-    return freeze(ProjectorConfig, fields, f"{where}: mm_projector_type {kind!r}")
+    return from_dict(ProjectorConfig, fields, f"{where}: mm_projector_type {kind!r}")
 
 
 def read_projector_config(shapes: Mapping[str, tuple[int, ...]]) -> ProjectorConfig:

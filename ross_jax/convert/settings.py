@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ross_jax.config import ConfigError, freeze
+from ross_jax.config import ConfigError, from_dict
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class Settings:
     def build(self, cls: type[T], **fields: Any) -> T:
         """The config `cls`, or a ConfigError."""
         self.check()
-        return freeze(cls, fields, self.where)
+        return from_dict(cls, fields, self.where)
 
     def _read(self, name: str, default: Any, stand_in: Any, expected: str, fits: Callable[[Any], bool]) -> Any:
         value = self.values.get(name)

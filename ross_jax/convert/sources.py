@@ -48,7 +48,7 @@ class Source:
     settings: dict[str, Any]
     files: list[TensorFiles]
 
-    def passengers(self) -> list[Path]:
+    def extra_files(self) -> list[Path]:
         """Files beside the weights that travel along: tokenizer, processor, generation settings."""
         return [path for path in sorted(self.folder.iterdir()) if _travels(path)]
 

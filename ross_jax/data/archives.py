@@ -19,7 +19,7 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", 
 
 
 @runtime_checkable
-class PictureStore(Protocol):
+class ImageStore(Protocol):
     """Pictures by name. Names are relative and use forward slashes."""
 
     path: str
@@ -35,7 +35,7 @@ class PictureStore(Protocol):
         ...
 
 
-def open_store(path: str | Path) -> PictureStore:
+def open_store(path: str | Path) -> ImageStore:
     """Opens a folder, a .zip or an uncompressed .tar.
 
     Raises:
@@ -100,7 +100,7 @@ class Folder:
 
     def names(self) -> list[str]:
         root = Path(self.path)
-        return _pictures([file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()])
+        return _images([file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()])
 
     def __contains__(self, name: str) -> bool:
         return (Path(self.path) / name).is_file()
@@ -119,7 +119,7 @@ class Tar:
         self._file = FileRange(path)
 
     def names(self) -> list[str]:
-        return _pictures(self._members)
+        return _images(self._members)
 
     def __contains__(self, name: str) -> bool:
         return _clean(name) in self._members
@@ -147,7 +147,7 @@ class Zip:
         return {**self.__dict__, "_archive": None}
 
     def names(self) -> list[str]:
-        return _pictures(self._members)
+        return _images(self._members)
 
     def __contains__(self, name: str) -> bool:
         return _clean(name) in self._members
@@ -160,7 +160,7 @@ def _clean(name: str) -> str:
     return name.removeprefix("./")
 
 
-def _pictures(names) -> list[str]:
+def _images(names) -> list[str]:
     return sorted(name for name in names if Path(name).suffix.lower() in _SUFFIXES)
 
 

@@ -126,7 +126,7 @@ def place(
     batch: Batch,
     row: int,
     conversation: Expanded,
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     *,
     start: int,
     slot: int,
@@ -140,7 +140,7 @@ def place(
     broken one leaves its place empty and nothing moves.
 
     Args:
-      pictures: uint8 [H, W, 3] each, as many as the conversation has.
+      images: uint8 [H, W, 3] each, as many as the conversation has.
       start: its first position in the row.
       slot: its first picture slot.
       segment: its number in the row, from 1.
@@ -155,8 +155,8 @@ def place(
     batch["segments"][span] = segment
     batch["image_start"][slots] = start + conversation.image_start
     batch["image_ids"][slots] = first_image_id + np.arange(count)
-    for offset, picture in enumerate(pictures[:count]):
-        batch["images"][row, slot + offset] = picture
+    for offset, image in enumerate(images[:count]):
+        batch["images"][row, slot + offset] = image
     for offset, values in enumerate(precomputed[:count]):
         for name, value in values.items():
             batch[name][row, slot + offset] = value

@@ -89,7 +89,7 @@ def build_prompt_encoder(template: str, tokenizer: Any, compat: str = "default")
 
 
 @dataclass(frozen=True, eq=False)
-class PictureEncoder:
+class ImageEncoder:
     """Record -> ids of its pictures alone: an empty question that ends with its last picture. Nothing is supervised.
 
     What else the record says, its conversation included, stays out.
@@ -113,29 +113,29 @@ class TrainingEncoder:
     """Record -> ids and labels of its conversation, or of its pictures alone where it has none."""
 
     conversation: Encoder
-    pictures: PictureEncoder
+    images: ImageEncoder
 
     def __call__(self, record: Record) -> EncodedConversation:
-        return self.conversation(record) if "conversations" in record else self.pictures(record)
+        return self.conversation(record) if "conversations" in record else self.images(record)
 
 
-def build_picture_encoder(template: str, tokenizer: Any, compat: str = "default") -> PictureEncoder:
+def build_image_encoder(template: str, tokenizer: Any, compat: str = "default") -> ImageEncoder:
     """The function that encodes a record's pictures alone. Arguments and errors are those of `build_encoder`."""
     question = {"from": "human", "value": IMAGE_MARKER}
     ids = build_prompt_encoder(template, tokenizer, compat)({"image": "picture", "conversations": [question]})
-    return PictureEncoder(ids[: np.flatnonzero(ids == IMAGE_ID)[0]])
+    return ImageEncoder(ids[: np.flatnonzero(ids == IMAGE_ID)[0]])
 
 
 def build_training_encoder(
     template: str, tokenizer: Any, compat: str = "default", text_loss: bool = True
-) -> TrainingEncoder | PictureEncoder:
+) -> TrainingEncoder | ImageEncoder:
     """The function that encodes whatever a source gives. Arguments and errors are those of `build_encoder`.
 
     Args:
       text_loss: whether there is one. Without it, every record is its pictures alone.
     """
-    pictures = build_picture_encoder(template, tokenizer, compat)
-    return TrainingEncoder(build_encoder(template, tokenizer, compat), pictures) if text_loss else pictures
+    images = build_image_encoder(template, tokenizer, compat)
+    return TrainingEncoder(build_encoder(template, tokenizer, compat), images) if text_loss else images
 
 
 def stop_id(template: str, tokenizer: Any) -> int:

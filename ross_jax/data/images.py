@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from ross_jax.config import ConfigError, UserError, freeze
+from ross_jax.config import ConfigError, UserError, from_dict
 
 # Pillow refuses a file beyond this by itself. The same limit holds here for what a picture becomes on the way (the
 # padded square, the picture before its centre crop): a 1 x 100000 file is small, its padded square is not.
@@ -120,7 +120,7 @@ def read_image_config(processor: Mapping[str, Any] | str | Path, mode: str = "pa
         "resample": processor.get("resample", 3),
         "rescale_factor": processor.get("rescale_factor", 1 / 255),
     }
-    return freeze(ImageConfig, values, name)
+    return from_dict(ImageConfig, values, name)
 
 
 def decode(data: bytes | np.ndarray, name: str) -> Image.Image:

@@ -21,7 +21,7 @@ import grain
 import numpy as np
 from grain.experimental import BestFitPackIterDataset
 
-from ross_jax.config import UserError, thaw
+from ross_jax.config import UserError, to_dict
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
 
 _OPEN_ROWS = 512  # rows that a sample may still go into: more of them pack no better, and cost time
@@ -273,7 +273,7 @@ def cached_plan(
     """
     settings = dict(batch=batch, multiple=multiple, rows_per_step=rows_per_step, seed=seed, epoch=epoch)
     described = json.dumps(
-        {"format": _FORMAT, "lengths": lengths.hash, "row": thaw(config), **settings}, sort_keys=True
+        {"format": _FORMAT, "lengths": lengths.hash, "row": to_dict(config), **settings}, sort_keys=True
     )
     path = Path(folder) / f"plan-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz"
     arrays = load_arrays(path, described)

@@ -20,7 +20,7 @@ from absl import flags
 from grain.experimental import DatasetOptions, WithOptionsIterDataset
 from grain.sources import RandomAccessDataSource
 
-from ross_jax.config import UserError, thaw
+from ross_jax.config import UserError, to_dict
 from ross_jax.data.batches import Batch, Encoded, Expanded, RowShape, empty_batch, expand, place
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
 from ross_jax.data.conversation import IMAGE_ID
@@ -199,21 +199,21 @@ class _Steps:
             start = slot = 0
             for segment, index in enumerate(plan.row(first_row + self._offset + row).tolist(), start=1):
                 try:
-                    conversation, pictures, precomputed = pipeline.read(index)
+                    conversation, images, precomputed = pipeline.read(index)
                 except (SampleError, ImageError) as error:
                     broken.append((index, str(error)))
                 else:
                     image_id = int(pipeline.first_image_ids[index])
                     where = dict(start=start, slot=slot, segment=segment, first_image_id=image_id)
-                    place(batch, row, conversation, pictures, **where, precomputed=precomputed)
+                    place(batch, row, conversation, images, **where, precomputed=precomputed)
                 seen += 1
                 start += int(lengths.tokens[index])
                 slot += int(lengths.images[index])
         return batch, seen, broken
 
 
-class _Pictures:
-    """Pictures by their identities, chunk by chunk; see `Pipeline.pictures`."""
+class _Images:
+    """Pictures by their identities, chunk by chunk; see `Pipeline.images`."""
 
     def __init__(self, pipeline: "Pipeline", chunks: Sequence[range]):
         self._pipeline, self._chunks = pipeline, chunks
@@ -223,16 +223,16 @@ class _Pictures:
 
     def __getitem__(self, chunk: int) -> tuple[np.ndarray, dict[int, tuple[int, str]]]:
         identities, size = self._chunks[chunk], self._pipeline.shape.image_size
-        pictures, broken = np.zeros((len(identities), size, size, 3), np.uint8), {}
+        images, broken = np.zeros((len(identities), size, size, 3), np.uint8), {}
         for place_in_chunk, image_id in enumerate(identities):
             if not image_id:
                 continue
             index = self._pipeline.sample_of(image_id)
             try:
-                pictures[place_in_chunk] = self._pipeline.picture(index, image_id)
+                images[place_in_chunk] = self._pipeline.image(index, image_id)
             except (SampleError, ImageError) as error:
                 broken[image_id] = index, str(error)
-        return pictures, broken
+        return images, broken
 
 
 class Pipeline:
@@ -295,7 +295,7 @@ class Pipeline:
             "count": int(self.lengths.images.sum()),
             "source_hash": self._source.fingerprint,
             "counts_hash": hash_arrays(self.lengths.images),
-            "image": thaw(self._image_config),
+            "image": to_dict(self._image_config),
             "decoded_by": self._decode.__name__,
         }
 
@@ -303,21 +303,21 @@ class Pipeline:
         """The sample that a picture belongs to."""
         return int(np.searchsorted(self.first_image_ids, image_id, side="right")) - 1
 
-    def picture(self, index: int, image_id: int) -> np.ndarray:
+    def image(self, index: int, image_id: int) -> np.ndarray:
         """One picture of sample `index`, uint8 [H, W, 3].
 
         Raises:
           SampleError, ImageError: it is broken.
         """
-        return self._picture(self._source[index], image_id - int(self.first_image_ids[index]))
+        return self._image(self._source[index], image_id - int(self.first_image_ids[index]))
 
-    def pictures(self, chunks: Sequence[range]) -> Iterator[tuple[np.ndarray, dict[int, tuple[int, str]]]]:
+    def images(self, chunks: Sequence[range]) -> Iterator[tuple[np.ndarray, dict[int, tuple[int, str]]]]:
         """Pictures by their identities, of which 0 is a black one: in order, read ahead.
 
         Returns:
           For each chunk: uint8 [chunk, H, W, 3], black where one is broken; identity -> its sample, and why, of those.
         """
-        return _read_in_order(_Pictures(self, chunks), 0, self.config)
+        return _read_in_order(_Images(self, chunks), 0, self.config)
 
     def empty_batch(self, rows: int) -> Batch:
         """A batch of padding."""
@@ -344,16 +344,16 @@ class Pipeline:
                 f"planned were {planned}: data or tokenizer changed; remove the cache {self.config.cache}"
             )
         numbers = range(len(expanded.image_start))
-        pictures = [self._picture(sample, k) for k in numbers] if self._pixels else []
+        images = [self._image(sample, k) for k in numbers] if self._pixels else []
         if self.precomputed is None:
-            return expanded, pictures, []
+            return expanded, images, []
         first = int(self.first_image_ids[index])
-        return expanded, pictures, [self.precomputed.read(first + k) for k in numbers]
+        return expanded, images, [self.precomputed.read(first + k) for k in numbers]
 
-    def _picture(self, sample: Sample, number: int) -> np.ndarray:
-        picture = sample.images[number]
+    def _image(self, sample: Sample, number: int) -> np.ndarray:
+        image = sample.images[number]
         try:
-            return preprocess(self._decode(picture.read(), picture.name), self._image_config, picture.name)
+            return preprocess(self._decode(image.read(), image.name), self._image_config, image.name)
         except ImageError as error:
             raise ImageError(f"sample {sample.id!r}: {error}") from error
 

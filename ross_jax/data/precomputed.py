@@ -196,7 +196,7 @@ class Precomputed:
 
     Attributes:
       parts: that are read.
-      made_of: what it was made of: `pictures`, and each part's.
+      made_of: what it was made of: `images`, and each part's.
 
     Raises:
       UserError: the folder is none or incomplete; a shard is missing or has another size, by name.

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from ross_jax.config import UserError
-from ross_jax.data.archives import FileRange, PictureStore, open_store
+from ross_jax.data.archives import FileRange, ImageStore, open_store
 from ross_jax.data.images import ImageError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class SourceConfig:
     """
 
     path: str
-    kind: Literal["llava", "pictures", "tfds"] = "llava"
+    kind: Literal["llava", "images", "tfds"] = "llava"
     images: tuple[str, ...] = ()
     split: str = "train"
     data_dir: str | None = None
@@ -52,7 +52,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class Picture:
+class LazyImage:
     """A picture that is read when it is needed: its name, and a function returning file bytes or a uint8 array."""
 
     name: str
@@ -71,7 +71,7 @@ class Sample:
 
     id: str
     record: dict[str, Any]
-    images: tuple[Picture, ...]
+    images: tuple[LazyImage, ...]
 
 
 @runtime_checkable
@@ -91,8 +91,8 @@ def open_source(config: SourceConfig) -> Source:
     Raises:
       UserError: it does not exist, is empty, or is corrupt (with line and column).
     """
-    if config.kind == "pictures":
-        return PictureSource(config.path)
+    if config.kind == "images":
+        return ImageSource(config.path)
     if config.kind == "tfds":
         return TfdsSource(config.path, config.split, config.data_dir, config.caption)
     return LlavaSource(config.path, config.images)
@@ -213,7 +213,7 @@ class LlavaSource:
 
     def __init__(self, path: str | Path, images: Sequence[str] = ()):
         self._records = RecordFile(path)
-        self._pictures = _Mounts(images)
+        self._images = _Mounts(images)
         self.fingerprint = self._records.fingerprint
 
     def __len__(self) -> int:
@@ -230,20 +230,20 @@ class LlavaSource:
             images += value if isinstance(value, list) else [value]
         if not all(isinstance(image, str) and image for image in images):
             raise SampleError(f"sample {name!r}: a picture must be a file name, found {str(images)[:80]}")
-        return Sample(name, record, tuple(self._pictures.picture(image) for image in images))
+        return Sample(name, record, tuple(self._images.image(image) for image in images))
 
 
 class _Mounts:
     """Several places of pictures behind one name space; see `SourceConfig.images`."""
 
     def __init__(self, places: Sequence[str]):
-        self._stores: list[tuple[str, PictureStore]] = []
+        self._stores: list[tuple[str, ImageStore]] = []
         for place in places:
             prefix, _, path = ("", "", place) if Path(place).exists() else place.rpartition("=")
             self._stores.append((prefix.rstrip("/") + "/" if prefix else "", open_store(path)))
 
-    def picture(self, name: str) -> Picture:
-        return Picture(name, lambda: self._read(name))
+    def image(self, name: str) -> LazyImage:
+        return LazyImage(name, lambda: self._read(name))
 
     def _read(self, name: str) -> bytes:
         if not self._stores:
@@ -255,7 +255,7 @@ class _Mounts:
         raise ImageError(f"{name}: no such picture in {', '.join(p + s.path for p, s in self._stores)}")
 
 
-class PictureSource:
+class ImageSource:
     """Bare pictures: every picture file below a folder or in an archive, in the order of their names."""
 
     def __init__(self, path: str | Path):
@@ -263,14 +263,14 @@ class PictureSource:
         self._names = self._store.names()
         if not self._names:
             raise UserError(f"{path}: no picture in it")
-        self.fingerprint = _hash("pictures", *self._names)
+        self.fingerprint = _hash("images", *self._names)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Sample:
         name = self._names[index]
-        return Sample(name, {"id": name, "image": name}, (Picture(name, lambda: self._store.read(name)),))
+        return Sample(name, {"id": name, "image": name}, (LazyImage(name, lambda: self._store.read(name)),))
 
 
 class TfdsSource:
@@ -309,12 +309,12 @@ class TfdsSource:
         name = f"{self._prefix}/{index}"
         sample = {"id": name, "image": name}
         if not self._caption:  # nothing is read before the picture is: measuring lengths takes no pass over the data
-            return Sample(name, sample, (Picture(name, lambda: self._data[index]["image"]),))
+            return Sample(name, sample, (LazyImage(name, lambda: self._data[index]["image"]),))
         record = self._data[index]
         caption = record[self._caption]
         caption = caption.decode() if isinstance(caption, bytes) else str(caption)
         sample["conversations"] = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
-        return Sample(name, sample, (Picture(name, lambda: record["image"]),))
+        return Sample(name, sample, (LazyImage(name, lambda: record["image"]),))
 
 
 class Concatenated:

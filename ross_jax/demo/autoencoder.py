@@ -18,13 +18,13 @@ import optax.contrib
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from ross_jax.config import thaw
+from ross_jax.config import to_dict
 from ross_jax.convert.autoencoder import table
 from ross_jax.convert.importing import load, plan_import
 from ross_jax.convert.mapping import expand
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.demo.once import file_hash, make_once
-from ross_jax.evaluation.pictures import to_uint8
+from ross_jax.evaluation.images import to_uint8
 from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from ross_jax.tree import flatten, unflatten
 
@@ -43,7 +43,7 @@ class FitConfig:
       channels: of each level, finest first; the number of levels decides the downsampling (4 levels: 8).
       latent_channels: of a latent.
       norm_groups: of every group norm.
-      pictures: how many of the data set's training pictures are used.
+      images: how many of the data set's training pictures are used.
       steps, batch: optimizer steps, and crops in each.
       crop: side of the crops in pixels. Convolutions do not care, and smaller crops give more varied batches.
       learning_rate: the highest; it rises over a tenth of the steps and then falls as a cosine.
@@ -54,7 +54,7 @@ class FitConfig:
     channels: tuple[int, ...] = (8, 16, 32, 64)
     latent_channels: int = 16
     norm_groups: int = 4
-    pictures: int = 3000
+    images: int = 3000
     steps: int = 1000
     batch: int = 16
     crop: int = 32
@@ -97,29 +97,29 @@ def write_autoencoder(
     """
     config = config or FitConfig()
     dataset = Path(dataset)
-    settings = {**thaw(config), "content": file_hash(dataset / "pretrain.json", dataset / "stamp.json", __file__)}
+    settings = {**to_dict(config), "content": file_hash(dataset / "pretrain.json", dataset / "stamp.json", __file__)}
 
     def make(target: Path) -> None:
-        records = json.loads((dataset / "pretrain.json").read_text())[: config.pictures]
-        pictures = load_pictures([dataset / "images" / record["image"] for record in records])
-        architecture, params = fit(pictures, config, progress)
+        records = json.loads((dataset / "pretrain.json").read_text())[: config.images]
+        images = load_images([dataset / "images" / record["image"] for record in records])
+        architecture, params = fit(images, config, progress)
         save_diffusers(architecture, params, target)
 
     return make_once(Path(folder), settings, make)
 
 
-def load_pictures(paths: list[Path]) -> UInt8[np.ndarray, "items height width 3"]:
+def load_images(paths: list[Path]) -> UInt8[np.ndarray, "items height width 3"]:
     """Pictures of one size as one array."""
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
 
 
-def to_float(pictures: Array | np.ndarray) -> Float[Array, "items height width 3"]:
+def to_float(images: Array | np.ndarray) -> Float[Array, "items height width 3"]:
     """uint8 pictures to [-1, 1]."""
-    return jnp.asarray(pictures, jnp.float32) / 127.5 - 1.0
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def fit(
-    pictures: UInt8[np.ndarray, "items height width 3"], config: FitConfig, progress: Progress = lambda _: None
+    images: UInt8[np.ndarray, "items height width 3"], config: FitConfig, progress: Progress = lambda _: None
 ) -> tuple[AutoencoderConfig, Params]:
     """Fits an autoencoder.
 
@@ -151,11 +151,11 @@ def fit(
     state = optimizer.init(params)
     rng = np.random.default_rng(config.seed)
     for i in range(config.steps):
-        crops = _random_crops(pictures, config.batch, config.crop, rng)
+        crops = _random_crops(images, config.batch, config.crop, rng)
         params, state, error = step(params, state, crops, jax.random.fold_in(noise_key, i))
         if (i + 1) % 100 == 0 or i + 1 == config.steps:
             progress(f"autoencoder: step {i + 1} of {config.steps}, mean squared error {float(error):.4f}")
-    return _scaled(config.architecture, params, pictures), params
+    return _scaled(config.architecture, params, images), params
 
 
 def _muon_dimensions(params: Params) -> Params:
@@ -174,17 +174,17 @@ def _gentle_start(params: Params) -> Params:
     return unflatten(flat)
 
 
-def _random_crops(pictures: np.ndarray, batch: int, crop: int, rng: np.random.Generator) -> np.ndarray:
-    chosen = rng.integers(len(pictures), size=batch)
-    tops, lefts = rng.integers(pictures.shape[1] - crop + 1, size=(2, batch))
+def _random_crops(images: np.ndarray, batch: int, crop: int, rng: np.random.Generator) -> np.ndarray:
+    chosen = rng.integers(len(images), size=batch)
+    tops, lefts = rng.integers(images.shape[1] - crop + 1, size=(2, batch))
     return np.stack(
-        [pictures[i, t : t + crop, s : s + crop] for i, t, s in zip(chosen, tops, lefts, strict=True)],
+        [images[i, t : t + crop, s : s + crop] for i, t, s in zip(chosen, tops, lefts, strict=True)],
     )
 
 
-def _scaled(architecture: AutoencoderConfig, params: Params, pictures: np.ndarray) -> AutoencoderConfig:
+def _scaled(architecture: AutoencoderConfig, params: Params, images: np.ndarray) -> AutoencoderConfig:
     encode = jax.jit(lambda x: Autoencoder(architecture).apply({"params": params}, to_float(x), method="encode"))
-    posteriors = [encode(pictures[i : i + 64]) for i in range(0, min(len(pictures), 512) // 64 * 64 or 1, 64)]
+    posteriors = [encode(images[i : i + 64]) for i in range(0, min(len(images), 512) // 64 * 64 or 1, 64)]
     mean = np.concatenate([np.asarray(p.mean, np.float64) for p in posteriors])
     noise = np.concatenate([np.exp(np.asarray(p.logvar, np.float64)) for p in posteriors])
     deviation = float(np.sqrt(mean.var() + noise.mean()))
@@ -192,11 +192,11 @@ def _scaled(architecture: AutoencoderConfig, params: Params, pictures: np.ndarra
 
 
 def reconstruct(
-    architecture: AutoencoderConfig, params: Params, pictures: UInt8[np.ndarray, "items height width 3"]
+    architecture: AutoencoderConfig, params: Params, images: UInt8[np.ndarray, "items height width 3"]
 ) -> UInt8[np.ndarray, "items height width 3"]:
     """The autoencoder's own reconstruction of uint8 pictures, from the mean of the posterior."""
     run = jax.jit(lambda x: Autoencoder(architecture).apply({"params": params}, to_float(x)))
-    return np.concatenate([to_uint8(run(pictures[i : i + 64])) for i in range(0, len(pictures), 64)])
+    return np.concatenate([to_uint8(run(images[i : i + 64])) for i in range(0, len(images), 64)])
 
 
 def save_diffusers(architecture: AutoencoderConfig, params: Params, folder: Path) -> None:

@@ -81,13 +81,12 @@ def rows(scores: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 
     made = []
     for kind, runs in scores.items():
-        pictures = [run["reconstruction"] for run in runs.values() if run["reconstruction"]]
+        images = [run["reconstruction"] for run in runs.values() if run["reconstruction"]]
         gain = None
         if kind != "none" and "none" in scores:
             gain = Spread(tuple(accuracies(kind) - accuracies("none")))
         psnr, other = (
-            Spread(tuple(values[name] for values in pictures)) if pictures else None
-            for name in ("psnr_own", "psnr_other")
+            Spread(tuple(values[name] for values in images)) if images else None for name in ("psnr_own", "psnr_other")
         )
         made.append(Row(kind, Spread(tuple(accuracies(kind))), gain, psnr, other))
     return made

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ross_jax.config import thaw
+from ross_jax.config import to_dict
 from ross_jax.demo import questions, scenes
 from ross_jax.demo.once import file_hash, make_once
 from ross_jax.demo.photographs import PHOTOGRAPHS, Split, load_photographs
@@ -34,7 +34,7 @@ class DatasetConfig:
     Attributes:
       seed: of everything random.
       pretrain, finetune: pictures of the two stages.
-      questions_per_picture: most questions about one picture; a conversation in training, single records in the
+      questions_per_image: most questions about one picture; a conversation in training, single records in the
         held-out part.
       heldout_per_type: held-out questions of each type, spread evenly over the answers that the type can have.
       labels_per_type: the same of `labels.json`.
@@ -44,13 +44,13 @@ class DatasetConfig:
     seed: int = 0
     pretrain: int = 4000
     finetune: int = 8000
-    questions_per_picture: int = 4
+    questions_per_image: int = 4
     heldout_per_type: int = 360
     labels_per_type: int = 0
     unlabelled: int = 0
 
     def __post_init__(self):
-        for name in ("pretrain", "finetune", "questions_per_picture", "heldout_per_type"):
+        for name in ("pretrain", "finetune", "questions_per_image", "heldout_per_type"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("labels_per_type", "unlabelled"):
@@ -70,7 +70,7 @@ def write_dataset(folder: str | Path, config: DatasetConfig | None = None) -> bo
     config = config or DatasetConfig()
     photographs = [photo.path for photo in PHOTOGRAPHS.values()]
     code = [module.__file__ for module in (scenes, questions)]
-    settings = {**thaw(config), "content": file_hash(*photographs, *code, __file__)}
+    settings = {**to_dict(config), "content": file_hash(*photographs, *code, __file__)}
     return make_once(Path(folder), settings, lambda target: _write(target, config))
 
 
@@ -110,7 +110,7 @@ def _finetune(folder: Path, config: DatasetConfig, photographs, rng: np.random.G
     records = []
     for i in range(config.finetune):
         scene = random_scene(photographs, rng)
-        chosen = _rarest(possible_questions(scene, rng), asked, config.questions_per_picture)
+        chosen = _rarest(possible_questions(scene, rng), asked, config.questions_per_image)
         asked.update((question.type, question.answer) for question in chosen)
         chosen = [chosen[k] for k in rng.permutation(len(chosen))]
         turns = _turns([(question.text, question.answer) for question in chosen])
@@ -129,15 +129,15 @@ def _balanced(
     }
     asked: Counter[tuple[str, str]] = Counter()
     records: list[Record] = []
-    pictures = 0
+    images = 0
     while len(records) < sum(quotas.values()):
         scene = random_scene(photographs, rng)
         wanted = [q for q in possible_questions(scene, rng) if asked[q.type, q.answer] < quotas[q.type, q.answer]]
         if not wanted:
             continue
-        image = _save(folder, f"{name}_{pictures:05d}", scene)
-        pictures += 1
-        for question in _rarest(wanted, asked, config.questions_per_picture):
+        image = _save(folder, f"{name}_{images:05d}", scene)
+        images += 1
+        for question in _rarest(wanted, asked, config.questions_per_image):
             asked[question.type, question.answer] += 1
             turns = _turns([(question.text, question.answer)])
             record = _record(f"{name}_{len(records):05d}", image, scene, turns)

@@ -13,16 +13,16 @@ from jaxtyping import UInt8
 
 from ross_jax.data.images import decode, preprocess
 from ross_jax.demo.scoring import Accuracy, score_answers
-from ross_jax.evaluation.pictures import is_nearest, psnr, to_uint8
+from ross_jax.evaluation.images import is_nearest, psnr, to_uint8
 from ross_jax.inference.answer import answer
 from ross_jax.inference.model import Model
-from ross_jax.inference.reconstruct import autoencode, outputs_of_pictures, target_pictures
+from ross_jax.inference.reconstruct import autoencode, outputs_of_images, target_images
 from ross_jax.objectives.reconstruction import reconstructor
 
 LONGEST_ANSWER = 6
 """Tokens; the longest right one has three, its stop token included."""
 ROWS = 60
-PICTURES = 32
+IMAGES = 32
 """Held-out pictures that are reconstructed."""
 
 
@@ -31,7 +31,7 @@ def read_heldout(data: Path) -> list[dict[str, Any]]:
     return json.loads((data / "heldout.json").read_text())
 
 
-def read_pictures(model: Model, data: Path, records: list[dict[str, Any]]) -> list[UInt8[np.ndarray, "side side 3"]]:
+def read_images(model: Model, data: Path, records: list[dict[str, Any]]) -> list[UInt8[np.ndarray, "side side 3"]]:
     """Each record's picture, resized for the model."""
     names = [record["image"] for record in records]
     made = {
@@ -44,8 +44,8 @@ def answer_heldout(model: Model, data: Path) -> list[Accuracy]:
     """Accuracy of each question type on the held-out questions."""
     records = read_heldout(data)
     prompts = [{**record, "conversations": record["conversations"][:1]} for record in records]
-    pictures = [(picture,) for picture in read_pictures(model, data, records)]
-    predictions = answer(model, prompts, pictures, LONGEST_ANSWER, ROWS)
+    images = [(image,) for image in read_images(model, data, records)]
+    predictions = answer(model, prompts, images, LONGEST_ANSWER, ROWS)
     return score_answers([r["type"] for r in records], [r["answer"] for r in records], predictions)
 
 
@@ -68,12 +68,12 @@ class Reconstructions:
     def scores(self) -> dict[str, float]:
         """Mean PSNR of each in dB, and how often a reconstruction is nearest to its own picture."""
         kinds = {"autoencoder": self.autoencoder, "own": self.own, "other": self.other}
-        made = {name: pictures for name, pictures in kinds.items() if pictures is not None}
-        values = {f"psnr_{name}": float(psnr(pictures, self.originals).mean()) for name, pictures in made.items()}
+        made = {name: images for name, images in kinds.items() if images is not None}
+        values = {f"psnr_{name}": float(psnr(images, self.originals).mean()) for name, images in made.items()}
         return {**values, "nearest": float(is_nearest(self.own, self.originals).mean())}
 
 
-def reconstruct_heldout(model: Model, data: Path, count: int = PICTURES, seed: int = 0) -> Reconstructions:
+def reconstruct_heldout(model: Model, data: Path, count: int = IMAGES, seed: int = 0) -> Reconstructions:
     """Reconstructs pictures spread evenly over the held-out ones.
 
     Args:
@@ -82,14 +82,14 @@ def reconstruct_heldout(model: Model, data: Path, count: int = PICTURES, seed: i
     """
     records = list({record["image"]: record for record in read_heldout(data)}.values())
     records = [records[i * len(records) // count] for i in range(min(count, len(records)))]
-    pictures = read_pictures(model, data, records)
-    outputs = jnp.asarray(outputs_of_pictures(model, pictures, ROWS))
+    images = read_images(model, data, records)
+    outputs = jnp.asarray(outputs_of_images(model, images, ROWS))
     objective = reconstructor(model.config)
     make = jax.jit(lambda params, given, keys: objective.reconstruct(params, params, given, keys).pixels)
-    keys = jax.random.split(jax.random.key(seed), len(pictures))
+    keys = jax.random.split(jax.random.key(seed), len(images))
     own, other = (make(model.params, given, keys) for given in (outputs, jnp.roll(outputs, 1, axis=0)))
-    originals = target_pictures(model.config, np.stack(pictures))
+    originals = target_images(model.config, np.stack(images))
     ceiling = None
     if model.config.autoencoder is not None:
-        ceiling = to_uint8(jax.jit(partial(autoencode, model.config))(model.params, np.stack(pictures)))
+        ceiling = to_uint8(jax.jit(partial(autoencode, model.config))(model.params, np.stack(images)))
     return Reconstructions(to_uint8(originals), ceiling, to_uint8(own), to_uint8(other))

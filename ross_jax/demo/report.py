@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ross_jax.config import thaw
+from ross_jax.config import to_dict
 from ross_jax.demo.evaluate import Reconstructions, answer_heldout, reconstruct_heldout
 from ross_jax.demo.figures import plot_losses
 from ross_jax.demo.scoring import Accuracy, format_accuracies
-from ross_jax.evaluation.pictures import draw_grid
+from ross_jax.evaluation.images import draw_grid
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, Model, load_model
 
 STAGES = ("pretrain", "finetune")
@@ -45,12 +45,12 @@ def score_run(root: Path, kind: str, seed: int) -> dict[str, Any]:
     if path.is_file():
         return json.loads(path.read_text())
     model = _load(root, kind, seed, STAGES[-1])
-    scores: dict[str, Any] = {"answers": [thaw(each) for each in answer_heldout(model, root / "data")]}
+    scores: dict[str, Any] = {"answers": [to_dict(each) for each in answer_heldout(model, root / "data")]}
     scores["reconstruction"] = None
     if kind != "none":
-        pictures = reconstruct_heldout(model, root / "data")
-        scores["reconstruction"] = pictures.scores()
-        draw_pictures(path.with_name("pictures.png"), pictures)
+        images = reconstruct_heldout(model, root / "data")
+        scores["reconstruction"] = images.scores()
+        draw_images(path.with_name("pictures.png"), images)
     path.write_text(json.dumps(scores, indent=1) + "\n")
     return scores
 
@@ -60,11 +60,11 @@ def score_denoiser(root: Path, seed: int) -> dict[str, float]:
     path = root / "denoise" / f"seed{seed}" / f"{DENOISER}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    pictures = reconstruct_heldout(_load(root, "denoise", seed, DENOISER), root / "data")
+    images = reconstruct_heldout(_load(root, "denoise", seed, DENOISER), root / "data")
     columns = ("picture", "from visual outputs", "autoencoder")
-    shown = (pictures.originals, pictures.own, pictures.autoencoder)
+    shown = (images.originals, images.own, images.autoencoder)
     draw_grid(path.with_suffix(".png"), {name: each[:SHOWN] for name, each in zip(columns, shown, strict=True)})
-    scores = pictures.scores()
+    scores = images.scores()
     path.write_text(json.dumps(scores, indent=1) + "\n")
     return scores
 
@@ -73,13 +73,13 @@ def _load(root: Path, kind: str, seed: int, stage: str) -> Model:
     return load_model(run_folder(root, kind, seed, stage), TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
 
 
-def draw_pictures(path: Path, pictures: Reconstructions) -> None:
+def draw_images(path: Path, images: Reconstructions) -> None:
     """The grid: one held-out picture in each row."""
     columns = {
-        "picture": pictures.originals,
-        "from visual outputs": pictures.own,
-        "from another's": pictures.other,
-        "autoencoder": pictures.autoencoder,
+        "picture": images.originals,
+        "from visual outputs": images.own,
+        "from another's": images.other,
+        "autoencoder": images.autoencoder,
     }
     draw_grid(path, {name: shown[:SHOWN] for name, shown in columns.items() if shown is not None})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ross_jax.config import freeze
+from ross_jax.config import from_dict
 from ross_jax.evaluation.reconstruction import make_evaluator
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run
@@ -28,6 +28,6 @@ def train(recipe: ConfigDict, folder: Path) -> None:
       UserError: as `Run`.
     """
     say(f"{folder}: training")
-    run = Run(freeze(RunConfig, recipe.to_dict()), folder)
+    run = Run(from_dict(RunConfig, recipe.to_dict()), folder)
     if run.train(evaluate=make_evaluator(run.config, run.mesh)) < run.steps:
         raise Interrupted

@@ -14,13 +14,13 @@ from jaxtyping import Array, Float, UInt8
 
 from ross_jax.config import ConfigError
 from ross_jax.data.batches import Batch, expand
-from ross_jax.data.encoders import build_picture_encoder
+from ross_jax.data.encoders import build_image_encoder
 from ross_jax.data.images import decode, decode_official, preprocess
 from ross_jax.data.sources import Concatenated, open_source
 from ross_jax.data.tokenizer import load_tokenizer
-from ross_jax.evaluation.pictures import psnr, ssim, to_uint8
+from ross_jax.evaluation.images import psnr, ssim, to_uint8
 from ross_jax.inference.prompts import prompt_batches
-from ross_jax.inference.reconstruct import autoencode, encode_latents, target_pictures, visual_outputs
+from ross_jax.inference.reconstruct import autoencode, encode_latents, target_images, visual_outputs
 from ross_jax.objectives.reconstruction import reconstructor
 from ross_jax.sharding import batch_sharding
 from ross_jax.training.recipe import RunConfig
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _INPUTS = ("tokens", "positions", "segments", "images", "image_start")
 
 
-def read_pictures(config: RunConfig) -> list[UInt8[np.ndarray, "side side 3"]]:
+def read_images(config: RunConfig) -> list[UInt8[np.ndarray, "side side 3"]]:
     """The pictures of `config.evaluation`, resized for the vision encoder: the first of each sample that has one.
 
     Raises:
@@ -41,18 +41,18 @@ def read_pictures(config: RunConfig) -> list[UInt8[np.ndarray, "side side 3"]]:
     source = Concatenated([open_source(each) for each in config.evaluation.sources])
     read = decode_official if config.text.compat == "official" else decode
     count = min(config.evaluation.count, len(source))
-    found = [picture for i in range(count) for picture in source[i * len(source) // count].images[:1]]
+    found = [image for i in range(count) for image in source[i * len(source) // count].images[:1]]
     if not found:
         raise ConfigError("config.evaluation.sources: none of the samples that were looked at has a picture")
-    return [preprocess(read(picture.read(), picture.name), config.images, picture.name) for picture in found]
+    return [preprocess(read(image.read(), image.name), config.images, image.name) for image in found]
 
 
-def _batches(config: RunConfig, pictures: list[np.ndarray], rows: int) -> list[Batch]:
+def _batches(config: RunConfig, images: list[np.ndarray], rows: int) -> list[Batch]:
     """Each picture behind the empty question that it has in training."""
     text, tokens = config.text, config.model.vision.num_tokens
-    encode = build_picture_encoder(text.template, load_tokenizer(text.tokenizer), text.compat)
+    encode = build_image_encoder(text.template, load_tokenizer(text.tokenizer), text.compat)
     prompt = expand(encode({"id": "picture", "image": "picture"}), tokens)
-    own = [(picture,) for picture in pictures]
+    own = [(image,) for image in images]
     return list(prompt_batches([prompt] * len(own), own, rows, tokens, config.images.size))
 
 
@@ -63,12 +63,12 @@ class ReconstructionEvaluator:
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, seed: int = 0):
-        """Reads the pictures; errors are those of `read_pictures`. `seed` is of the noise."""
+        """Reads the pictures; errors are those of `read_images`. `seed` is of the noise."""
         settings, model = config.evaluation, config.model
         objective, key = reconstructor(model), jax.random.key(seed)
         replicas = mesh.shape["data"] * mesh.shape["fsdp"]
         rows = -(-settings.rows // replicas) * replicas
-        pictures = read_pictures(config)
+        images = read_images(config)
         split = batch_sharding(mesh)
 
         def place(values: np.ndarray) -> jax.Array:
@@ -76,9 +76,9 @@ class ReconstructionEvaluator:
 
         self._batches = [
             {name: place(batch[name]) for name in _INPUTS} | {"number": place(np.arange(rows) + rows * i)}
-            for i, batch in enumerate(_batches(config, pictures, rows))
+            for i, batch in enumerate(_batches(config, images, rows))
         ]
-        self._count, self._shown = len(pictures), settings.shown
+        self._count, self._shown = len(images), settings.shown
         self._bounds: dict[str, np.ndarray] | None = None
         self._has_ssim = importlib.util.find_spec("skimage") is not None
         if not self._has_ssim:
@@ -86,7 +86,7 @@ class ReconstructionEvaluator:
 
         def bounds(params: Any, frozen: Any, batch: dict[str, Array]) -> dict[str, Array]:
             tree, images = merge(params, frozen), batch["images"][:, 0]
-            found = {"pictures": target_pictures(model, images)}
+            found = {"images": target_images(model, images)}
             if model.autoencoder is not None:
                 found["latents"] = encode_latents(model, tree, images)
                 found["autoencoder"] = autoencode(model, tree, images)
@@ -103,7 +103,7 @@ class ReconstructionEvaluator:
         self._compute_bounds = jax.jit(bounds, out_shardings=everywhere)
         self._reconstruct = jax.jit(reconstruct, out_shardings=everywhere)
 
-    def _run(self, function: Any, state: Any) -> dict[str, Float[np.ndarray, "pictures ..."]]:
+    def _run(self, function: Any, state: Any) -> dict[str, Float[np.ndarray, "images ..."]]:
         parts = [jax.device_get(function(state.params, state.frozen, batch)) for batch in self._batches]
         return {name: np.concatenate([part[name] for part in parts])[: self._count] for name in parts[0]}
 
@@ -120,7 +120,7 @@ class ReconstructionEvaluator:
         if self._bounds is None:  # no run changes its autoencoder
             self._bounds = self._run(self._compute_bounds, state)
         made = self._run(self._reconstruct, state)
-        originals = to_uint8(self._bounds["pictures"])
+        originals = to_uint8(self._bounds["images"])
         columns = {"": to_uint8(made["pixels"])}
         scores = {}
         if "autoencoder" in self._bounds:

@@ -11,14 +11,14 @@ from jaxtyping import Array
 from ross_jax.data.encoders import build_prompt_encoder, stop_id
 from ross_jax.inference.generate import generate
 from ross_jax.inference.model import Model
-from ross_jax.inference.prompts import Pictures, expand_prompt, prompt_batches
+from ross_jax.inference.prompts import Images, expand_prompt, prompt_batches
 from ross_jax.models.ross import normalise
 
 
 def answer(
     model: Model,
     records: Sequence[dict[str, Any]],
-    pictures: Sequence[Pictures],
+    images: Sequence[Images],
     max_new_tokens: int = 64,
     rows: int = 8,
     template: str | None = None,
@@ -29,7 +29,7 @@ def answer(
     Args:
       model: with vision encoder, projector and language model.
       records: in LLaVA's format.
-      pictures: of each record, resized to the encoder's size.
+      images: of each record, resized to the encoder's size.
       max_new_tokens: of an answer; a longer one is cut.
       rows: prompts that are answered at once.
       template: of the conversations; None: the model's own.
@@ -44,7 +44,7 @@ def answer(
     tokenizer = model.tokenizer()
     encode = build_prompt_encoder(template, tokenizer)
     stop = stop_id(template, tokenizer)
-    prompts = [expand_prompt(model, encode, *each) for each in zip(records, pictures, strict=True)]
+    prompts = [expand_prompt(model, encode, *each) for each in zip(records, images, strict=True)]
 
     @jax.jit
     def run(params: Any, batch: dict[str, Array]):
@@ -55,7 +55,7 @@ def answer(
 
     texts: list[str] = []
     vision = model.config.vision
-    for batch in prompt_batches(prompts, pictures, rows, vision.num_tokens, vision.image_size):
+    for batch in prompt_batches(prompts, images, rows, vision.num_tokens, vision.image_size):
         tokens, lengths = map(np.asarray, run(model.params, batch))
         for ids, length in zip(tokens, lengths, strict=True):
             texts.append(tokenizer.decode([i for i in ids[:length] if i != stop], skip_special_tokens=False).strip())

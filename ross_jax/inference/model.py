@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ross_jax import checkpoints
-from ross_jax.config import UserError, freeze
+from ross_jax.config import UserError, from_dict
 from ross_jax.data.images import ImageConfig, encoder_image_config
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig, abstract_params
@@ -77,7 +77,7 @@ def load_model(
     """
     folder = Path(folder)
     manifest = checkpoints.read_manifest(folder)
-    config = freeze(RossConfig, manifest["config"], f"{folder}: config")
+    config = from_dict(RossConfig, manifest["config"], f"{folder}: config")
     missing = [name for name in components if getattr(config, name) is None]
     if missing:
         raise UserError(f"{folder}: this model has no {', '.join(missing)}")

@@ -11,10 +11,10 @@ from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, expand
 from ross_jax.data.conversation import IGNORE, EncodedConversation
 from ross_jax.inference.model import Model
 
-Pictures = Sequence[UInt8[np.ndarray, "height width 3"]]
+Images = Sequence[UInt8[np.ndarray, "height width 3"]]
 
 
-def expand_prompt(model: Model, encode: Any, record: dict[str, Any], pictures: Pictures) -> Expanded:
+def expand_prompt(model: Model, encode: Any, record: dict[str, Any], images: Images) -> Expanded:
     """A prompt with room for its pictures; `expand` without anything supervised.
 
     Raises:
@@ -22,22 +22,22 @@ def expand_prompt(model: Model, encode: Any, record: dict[str, Any], pictures: P
     """
     ids = encode(record)
     prompt = expand(EncodedConversation(ids, np.full_like(ids, IGNORE)), model.config.vision.num_tokens)
-    if len(prompt.image_start) != len(pictures):
+    if len(prompt.image_start) != len(images):
         raise UserError(
-            f"prompt {record.get('id', '')}: {len(prompt.image_start)} <image> marks for {len(pictures)} pictures"
+            f"prompt {record.get('id', '')}: {len(prompt.image_start)} <image> marks for {len(images)} pictures"
         )
     return prompt
 
 
 def prompt_batches(
-    prompts: Sequence[Expanded], pictures: Sequence[Pictures], rows: int, image_tokens: int, image_size: int
+    prompts: Sequence[Expanded], images: Sequence[Images], rows: int, image_tokens: int, image_size: int
 ) -> Iterator[Batch]:
     """Batches of `rows` prompts, padded on the left to the longest of all; the last one's free rows stay empty."""
     length = max(len(prompt.tokens) for prompt in prompts)
-    shape = RowShape(length, max(len(each) for each in pictures), image_tokens, image_size)
+    shape = RowShape(length, max(len(each) for each in images), image_tokens, image_size)
     for first in range(0, len(prompts), rows):
         batch = empty_batch(rows, shape)
         for row, prompt in enumerate(prompts[first : first + rows]):
-            start, own = length - len(prompt.tokens), pictures[first + row]
+            start, own = length - len(prompt.tokens), images[first + row]
             place(batch, row, prompt, own, start=start, slot=0, segment=1, first_image_id=0)
         yield batch

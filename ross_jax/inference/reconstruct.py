@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from ross_jax.data.batches import expand
-from ross_jax.data.encoders import build_picture_encoder
+from ross_jax.data.encoders import build_image_encoder
 from ross_jax.inference.model import Model
-from ross_jax.inference.prompts import Pictures, prompt_batches
+from ross_jax.inference.prompts import Images, prompt_batches
 from ross_jax.models.ross import Ross, RossConfig, normalise
 from ross_jax.objectives.reconstruction import reconstructor
 from ross_jax.objectives.targets import decode, encode, normalised_latents, target_pixels
@@ -37,14 +37,14 @@ def visual_outputs(
     return Ross(config, dtype).apply({"params": params}, *arguments, images, batch["image_start"]).visual_outputs
 
 
-def outputs_of_pictures(
-    model: Model, pictures: Pictures, rows: int = 8, template: str | None = None, dtype: str = "float32"
-) -> Float[np.ndarray, "pictures tokens embed"]:
+def outputs_of_images(
+    model: Model, images: Images, rows: int = 8, template: str | None = None, dtype: str = "float32"
+) -> Float[np.ndarray, "images tokens embed"]:
     """Visual outputs of pictures on their own, each behind an empty question, as in training without a text loss.
 
     Args:
       model: with vision encoder, projector and language model.
-      pictures: resized to the encoder's size.
+      images: resized to the encoder's size.
       rows: pictures that are computed at once.
       template: of the conversation; None: the model's own.
       dtype: of activations.
@@ -52,15 +52,15 @@ def outputs_of_pictures(
     Raises:
       UserError: no template, a tokenizer that does not fit.
     """
-    encode = build_picture_encoder(model.choose_template(template), model.tokenizer())
+    encode = build_image_encoder(model.choose_template(template), model.tokenizer())
     vision = model.config.vision
-    prompts = [expand(encode({"id": "picture", "image": "picture"}), vision.num_tokens)] * len(pictures)
+    prompts = [expand(encode({"id": "picture", "image": "picture"}), vision.num_tokens)] * len(images)
     run = jax.jit(lambda params, batch: visual_outputs(model.config, params, batch, dtype)[:, 0])
-    batches = prompt_batches(prompts, [[each] for each in pictures], rows, vision.num_tokens, vision.image_size)
-    return np.concatenate([np.asarray(run(model.params, batch)) for batch in batches])[: len(pictures)]
+    batches = prompt_batches(prompts, [[each] for each in images], rows, vision.num_tokens, vision.image_size)
+    return np.concatenate([np.asarray(run(model.params, batch)) for batch in batches])[: len(images)]
 
 
-def target_pictures(
+def target_images(
     config: RossConfig, images: UInt8[Array | np.ndarray, "items height width 3"]
 ) -> Float[Array, "items side side 3"]:
     """The pictures in [-1, 1] at the autoencoder's size: what a reconstruction is held against."""
@@ -81,7 +81,7 @@ def autoencode(
     return jnp.clip(decode(config, params, encode_latents(config, params, images)), -1.0, 1.0)
 
 
-class PictureDrawer:
+class ImageDrawer:
     """Draws some pictures of a training batch beside their reconstruction, for TensorBoard.
 
     One row for each: picture, reconstruction from its visual outputs, the autoencoder's own if there is one. The
@@ -96,12 +96,12 @@ class PictureDrawer:
 
         def draw(params: Any, frozen: Any, batch: dict[str, Array]) -> UInt8[Array, "height width 3"]:
             tree = merge(params, frozen)
-            rows, slots = _first_pictures(batch, count)
+            rows, slots = _first_images(batch, count)
             chosen = {name: batch[name][rows] for name in _DRAWN}
             outputs = visual_outputs(config, tree, chosen, dtype)[jnp.arange(len(rows)), slots]
             made = objective.reconstruct(tree, tree, outputs.astype(jnp.float32), keys[: len(rows)]).pixels
             images = chosen["images"][jnp.arange(len(rows)), slots]
-            columns = [target_pictures(config, images), made]
+            columns = [target_images(config, images), made]
             if config.autoencoder is not None:
                 columns.append(autoencode(config, tree, images))
             pixels = rearrange(jnp.stack(columns), "column row h w c -> (row h) (column w) c")
@@ -113,7 +113,7 @@ class PictureDrawer:
         return np.asarray(self._draw(state.params, state.frozen, {name: batch[name] for name in _DRAWN}))
 
 
-def _first_pictures(batch: Mapping[str, Array], count: int) -> tuple[Int[Array, " items"], Int[Array, " items"]]:
+def _first_images(batch: Mapping[str, Array], count: int) -> tuple[Int[Array, " items"], Int[Array, " items"]]:
     """Row and slot of the first `count` pictures; where a batch has fewer, of empty slots after them."""
     rows, slots = batch["image_start"].shape
     empty = (batch["image_start"] >= batch["tokens"].shape[1]).reshape(-1)

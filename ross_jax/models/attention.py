@@ -9,13 +9,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ross_jax.models.blockwise import blockwise_attention
-from ross_jax.models.layers import KEPT, keep
+from ross_jax.models.image_attention import fits, image_attention
+from ross_jax.models.layers import SAVED_ATTENTION
 from ross_jax.models.packed_attention import packed_attention
-from ross_jax.models.picture_attention import fits, picture_attention
 from ross_jax.sharding import partition
 
 SPLASH_BLOCKS = (512, 256, 128)
@@ -91,7 +92,9 @@ def causal_attention(
     """
     if mask is not None:
         run = functools.partial(attention, causal=True)
-        return keep(_by_device(run, ROWS, query, key, value, mask))  # the others keep it themselves
+        return checkpoint_name(
+            _by_device(run, ROWS, query, key, value, mask), SAVED_ATTENTION
+        )  # the others keep it themselves
     if _platform() == "tpu" and query.shape[1] >= SPLASH_BLOCKS[-1]:
         return splash_attention(query, key, value, segments)
     return _by_device(packed_attention, ROWS, query, key, value, segments)
@@ -123,7 +126,7 @@ def splash_attention(
     padding = -length % SPLASH_BLOCKS[-1]
     arrays = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
     run = functools.partial(_splash, causal=causal, interpret=interpret)
-    axes = ROWS if causal else ("pictures",)
+    axes = ROWS if causal else ("images",)
     return _by_device(run, axes, *arrays, jnp.pad(segments, ((0, 0), (0, padding))))[:, :length]
 
 
@@ -133,7 +136,7 @@ def bidirectional_attention(
     value: Float[Array, "batch tokens kv_heads dim"],
     interpret: bool = False,
 ) -> Float[Array, "batch tokens heads dim"]:
-    """Of all positions to all on TPU: `picture_attention` where it fits, else `splash_attention`.
+    """Of all positions to all on TPU: `image_attention` where it fits, else `splash_attention`.
 
     Args:
       interpret: as in `splash_attention`.
@@ -142,7 +145,7 @@ def bidirectional_attention(
     if _platform() == "tpu" and jax.config.jax_default_matmul_precision is None:
         dtype = jnp.bfloat16  # as XLA's products round operands
     if fits(query.shape, key.shape, dtype):
-        return _picture_attention(query, key, value, dtype, interpret)
+        return _image_attention(query, key, value, dtype, interpret)
     everywhere = jnp.ones(query.shape[:2], jnp.int32)
     rounded = (x.astype(dtype) for x in (query, key, value))
     with jax.named_scope(BIDIRECTIONAL):
@@ -168,19 +171,19 @@ def _by_device(
     return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, which)
 
 
-def _picture_attention(query: Array, key: Array, value: Array, dtype: DTypeLike, interpret: bool) -> Array:
+def _image_attention(query: Array, key: Array, value: Array, dtype: DTypeLike, interpret: bool) -> Array:
     """Each device computes its pictures. What surrounds the kernel sees heads side by side, as projections write them:
     else XLA moves them to rows of their own and back."""
     batch, tokens, heads, dim = query.shape
     flat = [x.reshape(batch, tokens, heads * dim).astype(dtype) for x in (query, key, value)]
 
     def run(*arrays: Array) -> Array:
-        return picture_attention(*arrays, dim, interpret)
+        return image_attention(*arrays, dim, interpret)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not (mesh.empty or mesh.are_all_axes_manual):
-        pictures = partition(flat[0].shape, ("pictures",), mesh)
-        run = jax.shard_map(run, in_specs=pictures, out_specs=pictures, check_vma=False)
+        images = partition(flat[0].shape, ("images",), mesh)
+        run = jax.shard_map(run, in_specs=images, out_specs=images, check_vma=False)
     return run(*flat).astype(query.dtype).reshape(query.shape)
 
 
@@ -196,7 +199,7 @@ def _splash(query: Array, key: Array, value: Array, segments: Array, causal: boo
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(**sizes, block_q_dq=block, block_kv_dq=block),
-        residual_checkpoint_name=KEPT,
+        residual_checkpoint_name=SAVED_ATTENTION,
         interpret=interpret,
     )
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from ross_jax.models.layers import keep
+from ross_jax.models.layers import SAVED_ATTENTION
 
 BLOCK = 256
 """Queries whose scores are computed at once."""
@@ -39,7 +40,7 @@ def _forward(query: Array, key: Array, value: Array):
         weights.append(block.astype(value.dtype))
         outputs.append(_product(weights[-1], values) / sums[-1])
     output = jnp.concatenate(outputs, axis=3).astype(query.dtype)
-    return keep(_by_position(output)), weights, jnp.concatenate(sums, axis=3)
+    return checkpoint_name(_by_position(output), SAVED_ATTENTION), weights, jnp.concatenate(sums, axis=3)
 
 
 def _forward_rule(query: Array, key: Array, value: Array):

@@ -11,11 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention
-from ross_jax.models.layers import Dense, Mlp, RematPolicy, keep, layer_norm, part, stack
+from ross_jax.models.layers import SAVED_ATTENTION, Dense, Mlp, RematPolicy, fusion_barrier, layer_norm, stack
 from ross_jax.sharding import constrain
 
 TIMESTEP_FEATURES = 256
@@ -119,7 +120,9 @@ class SelfAttention(nn.Module):
         init = nn.initializers.xavier_uniform()
         qkv = Dense(3 * width, dtype=self.dtype, kernel_init=init, outputs=3, name="qkv")(x)
         y = attention(*(part.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads) for part in qkv))
-        return Dense(width, dtype=self.dtype, kernel_init=init, name="out")(keep(y.reshape(x.shape)))
+        return Dense(width, dtype=self.dtype, kernel_init=init, name="out")(
+            checkpoint_name(y.reshape(x.shape), SAVED_ATTENTION)
+        )
 
 
 class DenoiserBlock(nn.Module):
@@ -131,9 +134,9 @@ class DenoiserBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"], condition: Float[Array, "batch tokens width"]):
-        """`condition`: activated. In parts where XLA for TPU fuses what is slow together (see `part`)."""
+        """Runs the block; `condition` is activated already."""
         cfg = self.config
-        x = constrain(x, "pictures")
+        x = constrain(x, "images")
         xavier = nn.initializers.xavier_uniform()
         attention = SelfAttention(cfg.num_heads, self.dtype, name="attention")
         mlp = Mlp(int(cfg.width * cfg.mlp_ratio), "gelu_tanh", self.dtype, kernel_init=xavier, name="mlp")
@@ -150,9 +153,11 @@ class DenoiserBlock(nn.Module):
         norm = layer_norm(NORM_EPS, self.dtype, affine=False)
         attended = None
         if first:
-            attended = keep(attention(part(modulate(norm(x), first[0], first[1]))))
+            attended = attention(fusion_barrier(modulate(norm(x), first[0], first[1])))
+            attended = checkpoint_name(attended, SAVED_ATTENTION)
             x = x + first[2] * attended
-        x = x + gate * keep(part(mlp(part(modulate(norm(x), shift, scale)))))
+        y = fusion_barrier(mlp(fusion_barrier(modulate(norm(x), shift, scale))))
+        x = x + gate * checkpoint_name(y, SAVED_ATTENTION)
         return x, ((attended, x) if self.collect else None)
 
 
@@ -236,7 +241,7 @@ class Denoiser(nn.Module):
         if cfg.block == "vit":
             x = x + per_token
         blocks = stack(DenoiserBlock, cfg.depth, self.remat, constant=1)
-        x, outputs = blocks(cfg, self.dtype, internals, name="blocks")(x, part(nn.silu(per_token)))
+        x, outputs = blocks(cfg, self.dtype, internals, name="blocks")(x, fusion_barrier(nn.silu(per_token)))
         if cfg.block == "vit":
             x = self.final(self.final_norm(x))
         else:

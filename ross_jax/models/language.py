@@ -11,11 +11,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention, causal_attention, needs_mask, segment_mask
-from ross_jax.models.layers import KEPT_GATE, KEPT_UP, Dense, RematPolicy, keep, part_gradients, stack
+from ross_jax.models.layers import (
+    SAVED_ATTENTION,
+    SAVED_GATE,
+    SAVED_UP,
+    Dense,
+    RematPolicy,
+    gradient_fusion_barrier,
+    stack,
+)
 from ross_jax.sharding import constrain
 
 
@@ -144,14 +153,15 @@ class Decoder(nn.Module):
         cfg = self.config
         x, keys, values = carry
         x = constrain(x, "batch")
-        y = part_gradients(nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="attention_norm")(x))
+        y = gradient_fusion_barrier(nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="attention_norm")(x))
         query = self._heads(y, cfg.num_heads, "query")
         key = self._heads(y, cfg.num_kv_heads, "key")
         value = self._heads(y, cfg.num_kv_heads, "value")
         if cfg.qk_norm:
             query = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="query_norm")(query)
             key = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="key_norm")(key)
-        query, key, value = keep(rotate(query, cos, sin)), keep(rotate(key, cos, sin)), keep(value)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = (checkpoint_name(y, SAVED_ATTENTION) for y in (query, key, value))
         if keys is not None:
             start = (layer, 0, length, 0, 0)
             keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), start)
@@ -163,11 +173,11 @@ class Decoder(nn.Module):
         else:
             y = causal_attention(query, key, value, segments, mask)
         x = x + self._dense(cfg.hidden_size, cfg.out_bias, "out", ("heads", "embed"))(y.reshape(*y.shape[:2], -1))
-        y = part_gradients(nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="mlp_norm")(x))
-        gate, up = (
-            part_gradients(keep(self._dense(cfg.intermediate_size, cfg.mlp_bias, name, ("embed", "mlp"))(y), kept))
-            for name, kept in (("gate", KEPT_GATE), ("up", KEPT_UP))
-        )
+        y = gradient_fusion_barrier(nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="mlp_norm")(x))
+        gate = self._dense(cfg.intermediate_size, cfg.mlp_bias, "gate", ("embed", "mlp"))(y)
+        up = self._dense(cfg.intermediate_size, cfg.mlp_bias, "up", ("embed", "mlp"))(y)
+        gate = gradient_fusion_barrier(checkpoint_name(gate, SAVED_GATE))
+        up = gradient_fusion_barrier(checkpoint_name(up, SAVED_UP))
         y = nn.silu(gate) * up
         x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down", ("mlp", "embed"))(y)
         return (x, keys, values), (x if self.collect else None)

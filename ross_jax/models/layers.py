@@ -15,12 +15,12 @@ from ross_jax.sharding import gather, scatter
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 RematPolicy = Literal["none", "full", "attention", "gate", "mlp", "offload", "dots"]
-KEPT = "attention"
+SAVED_ATTENTION = "attention"
 """Name of what the policies `attention` and `offload` keep: queries, keys, values, and what attention made of them; of
 the denoiser also what both branches of a block add, which its gates multiply."""
-KEPT_GATE = "gate"
+SAVED_GATE = "gate"
 """Name of what the policies `gate` and `mlp` keep beside that: what an MLP's activation reads."""
-KEPT_UP = "up"
+SAVED_UP = "up"
 """Name of what the policy `mlp` keeps beside that: what a gated MLP's activation is multiplied with."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -34,11 +34,6 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def activate(name: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The activation called `name` (`quick_gelu` is CLIP's)."""
     return _ACTIVATIONS[name](x)
-
-
-def keep(x: Float[Array, "..."], name: str = KEPT) -> Float[Array, "..."]:
-    """Names an activation, for the policies that keep some."""
-    return checkpoint_name(x, name)
 
 
 def layer_norm(eps: float, dtype: DTypeLike, *, affine: bool = True, name: str | None = None) -> nn.LayerNorm:
@@ -78,16 +73,16 @@ def _linear_backward(
     x, kernel, bias = residuals
     rows = tuple(range(x.ndim - 1))
     product = functools.partial(jax.lax.dot_general, preferred_element_type=dtype)
-    of_x = product(gradient, gather(kernel, axes), (((x.ndim - 1,), (1,)), ((), ()))).astype(x.dtype)
+    grad_x = product(gradient, gather(kernel, axes), (((x.ndim - 1,), (1,)), ((), ()))).astype(x.dtype)
     if kernel.shape[0] > kernel.shape[1]:
-        of_kernel = product(gradient, x, ((rows, rows), ((), ()))).T
+        grad_kernel = product(gradient, x, ((rows, rows), ((), ()))).T
     else:
-        of_kernel = product(x, gradient, ((rows, rows), ((), ())))
-    of_kernel = scatter(of_kernel.astype(kernel.dtype), axes)
+        grad_kernel = product(x, gradient, ((rows, rows), ((), ())))
+    grad_kernel = scatter(grad_kernel.astype(kernel.dtype), axes)
     if bias is None:
-        return of_x, of_kernel, None
+        return grad_x, grad_kernel, None
     ones = jax.lax.optimization_barrier(jnp.ones((*gradient.shape[:-1], ONES), gradient.dtype))
-    return of_x, of_kernel, product(ones, gradient, ((rows, rows), ((), ())))[0].astype(bias.dtype)
+    return grad_x, grad_kernel, product(ones, gradient, ((rows, rows), ((), ())))[0].astype(bias.dtype)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -127,7 +122,7 @@ class Dense(nn.Module):
 
 
 @jax.custom_vjp
-def part(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def fusion_barrier(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x`; neither it nor its gradient is fused with what uses it.
 
     Next to products in float32. Between that of an MLP and its activation, XLA for TPU otherwise makes one fusion of
@@ -137,11 +132,11 @@ def part(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.optimization_barrier(x)
 
 
-part.defvjp(lambda x: (part(x), None), lambda _, gradient: (part(gradient),))
+fusion_barrier.defvjp(lambda x: (fusion_barrier(x), None), lambda _, gradient: (fusion_barrier(gradient),))
 
 
 @jax.custom_vjp
-def part_gradients(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def gradient_fusion_barrier(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x`; what computes its gradient is not fused with what uses it.
 
     Between a norm and a matrix product: XLA for TPU otherwise has the product's gradient also sum up that of the norm's
@@ -150,7 +145,7 @@ def part_gradients(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x
 
 
-part_gradients.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+gradient_fusion_barrier.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
 
 
 class Mlp(nn.Module):
@@ -165,7 +160,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
         width = x.shape[-1]
         x = Dense(self.features, dtype=self.dtype, kernel_init=self.kernel_init, name="up")(x)
-        x = activate(self.activation, part(keep(x, KEPT_GATE)))
+        x = activate(self.activation, fusion_barrier(checkpoint_name(x, SAVED_GATE)))
         return Dense(width, dtype=self.dtype, kernel_init=self.kernel_init, name="down")(x)
 
 
@@ -176,9 +171,14 @@ def stack(block: type[nn.Module], length: int, remat: RematPolicy = "none", scan
     (leading axis = layer).
 
     Args:
-      remat: what the backward pass recomputes: nothing (`none`); everything (`full`); all but what is named `KEPT`,
-        which stays on the device (`attention`) or goes to its host and back (`offload`); all but that and `KEPT_GATE`
-        (`gate`), or `KEPT_UP` too (`mlp`); all but matrix products (`dots`).
+      remat: what the backward pass recomputes.
+        none       nothing
+        full       everything
+        attention  everything but what is named `SAVED_ATTENTION`
+        offload    likewise; what is named goes to the host's memory and back
+        gate       everything but what is named `SAVED_ATTENTION` or `SAVED_GATE`
+        mlp        everything but what is named `SAVED_ATTENTION`, `SAVED_GATE` or `SAVED_UP`
+        dots       everything but matrix products
       scanned: how many of the arguments after the carry are split along their leading axis.
       constant: how many arguments follow that every layer sees whole.
     """
@@ -186,12 +186,12 @@ def stack(block: type[nn.Module], length: int, remat: RematPolicy = "none", scan
         policies = jax.checkpoint_policies
         policy = {
             "full": None,
-            "attention": policies.save_only_these_names(KEPT),
-            "gate": policies.save_only_these_names(KEPT, KEPT_GATE),
-            "mlp": policies.save_only_these_names(KEPT, KEPT_GATE, KEPT_UP),
+            "attention": policies.save_only_these_names(SAVED_ATTENTION),
+            "gate": policies.save_only_these_names(SAVED_ATTENTION, SAVED_GATE),
+            "mlp": policies.save_only_these_names(SAVED_ATTENTION, SAVED_GATE, SAVED_UP),
             "offload": policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[],
-                names_which_can_be_offloaded=[KEPT],
+                names_which_can_be_offloaded=[SAVED_ATTENTION],
                 offload_src="device",
                 offload_dst="pinned_host",
             ),

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ross_jax.models.layers import keep
+from ross_jax.models.layers import SAVED_ATTENTION
 
 BLOCK = 128
 """Queries whose scores are computed at once; keys are left out by as many, or more where rows are long."""
@@ -59,7 +60,7 @@ def _forward(query: Array, key: Array, value: Array, segments: Array) -> Array:
         attended = _product(weights.astype(value.dtype), _keys(values, place, bias)) / sums
         return _write(output, attended, place, bias)
 
-    return keep(_for_each_block(segments, step, jnp.zeros_like(query)))
+    return checkpoint_name(_for_each_block(segments, step, jnp.zeros_like(query)), SAVED_ATTENTION)
 
 
 def _forward_rule(query: Array, key: Array, value: Array, segments: Array):

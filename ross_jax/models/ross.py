@@ -136,7 +136,7 @@ def normalise(
     return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
 
 
-def scatter_pictures(
+def scatter_images(
     embeddings: Float[Array, "batch seq embed"],
     projected: Float[Array, "batch images tokens embed"],
     image_start: Int[Array, "batch images"],
@@ -155,19 +155,19 @@ def scatter_pictures(
 
 
 @jax.custom_vjp
-def _write(embeddings: Array, pictures: Array, image_start: Array) -> Array:
-    if pictures.shape[2] > embeddings.shape[1]:
+def _write(embeddings: Array, images: Array, image_start: Array) -> Array:
+    if images.shape[2] > embeddings.shape[1]:
         return embeddings
     piece = jax.lax.ScatterDimensionNumbers((1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,))
     write = functools.partial(jax.lax.scatter, dimension_numbers=piece, mode="drop", unique_indices=True)
-    return jax.vmap(write)(embeddings, image_start[..., None], pictures)
+    return jax.vmap(write)(embeddings, image_start[..., None], images)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def gather_pictures(
+def gather_images(
     hidden: Float[Array, "batch seq embed"], image_start: Int[Array, "batch images"], tokens: int
 ) -> Float[Array, "batch images tokens embed"]:
-    """Reads the hidden states at each picture's place; zeros for those that `scatter_pictures` does not write."""
+    """Reads the hidden states at each picture's place; zeros for those that `scatter_images` does not write."""
     last = hidden.shape[1] - tokens
     if last < 0:
         return jnp.zeros((*image_start.shape, tokens, hidden.shape[-1]), hidden.dtype)
@@ -175,24 +175,24 @@ def gather_pictures(
     def read(row: Array, start: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(row, start, tokens)
 
-    pictures = jax.vmap(jax.vmap(read, (None, 0)))(hidden, jnp.minimum(image_start, last))
-    return jnp.where((image_start <= last)[..., None, None], pictures, 0)
+    images = jax.vmap(jax.vmap(read, (None, 0)))(hidden, jnp.minimum(image_start, last))
+    return jnp.where((image_start <= last)[..., None, None], images, 0)
 
 
-def _write_forward(embeddings: Array, pictures: Array, image_start: Array):
-    return _write(embeddings, pictures, image_start), (pictures, image_start)
+def _write_forward(embeddings: Array, images: Array, image_start: Array):
+    return _write(embeddings, images, image_start), (images, image_start)
 
 
 def _write_backward(residuals: tuple[Array, Array], gradient: Array):
-    pictures, image_start = residuals
-    tokens, length = pictures.shape[2], gradient.shape[1]
+    images, image_start = residuals
+    tokens, length = images.shape[2], gradient.shape[1]
     offset = jnp.arange(length) - image_start[..., None]
     covered = ((offset >= 0) & (offset < tokens) & (image_start <= length - tokens)[..., None]).any(axis=1)
-    return jnp.where(covered[..., None], 0, gradient), gather_pictures(gradient, image_start, tokens), None
+    return jnp.where(covered[..., None], 0, gradient), gather_images(gradient, image_start, tokens), None
 
 
 def _gather_forward(hidden: Array, image_start: Array, tokens: int):
-    return gather_pictures(hidden, image_start, tokens), (hidden, image_start)
+    return gather_images(hidden, image_start, tokens), (hidden, image_start)
 
 
 def _gather_backward(tokens: int, residuals: tuple[Array, Array], gradient: Array):
@@ -201,7 +201,7 @@ def _gather_backward(tokens: int, residuals: tuple[Array, Array], gradient: Arra
 
 
 _write.defvjp(_write_forward, _write_backward)
-gather_pictures.defvjp(_gather_forward, _gather_backward)
+gather_images.defvjp(_gather_forward, _gather_backward)
 
 
 class Ross(nn.Module):
@@ -215,8 +215,8 @@ class Ross(nn.Module):
         """Shapes of the arguments of `__call__`."""
         vision = self.config.vision
         ids = jax.ShapeDtypeStruct((batch, length or images * vision.num_tokens + 2), jnp.int32)
-        pictures = jax.ShapeDtypeStruct((batch, images, vision.image_size, vision.image_size, 3), jnp.float32)
-        return (ids, ids, ids, pictures, jax.ShapeDtypeStruct((batch, images), jnp.int32))
+        pixels = jax.ShapeDtypeStruct((batch, images, vision.image_size, vision.image_size, 3), jnp.float32)
+        return (ids, ids, ids, pixels, jax.ShapeDtypeStruct((batch, images), jnp.int32))
 
     def setup(self):
         cfg = self.config
@@ -236,7 +236,7 @@ class Ross(nn.Module):
         """The same of features that the vision encoder has computed before."""
         return self._by_row(self.projector(features.reshape(-1, *features.shape[2:])), features)
 
-    def _by_row(self, projected: Float[Array, "pictures tokens embed"], images: Array):
+    def _by_row(self, projected: Float[Array, "images tokens embed"], images: Array):
         # No -1 for the tokens: a batch without pictures would leave it undecided.
         return projected.reshape(*images.shape[:2], *projected.shape[1:])
 
@@ -247,7 +247,7 @@ class Ross(nn.Module):
         image_start: Int[Array, "batch images"],
     ) -> Float[Array, "batch seq embed"]:
         """Embeddings of text with the pictures in their places."""
-        return scatter_pictures(self.language.embed(tokens), projected, image_start)
+        return scatter_images(self.language.embed(tokens), projected, image_start)
 
     def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Next-token scores, float32."""
@@ -289,7 +289,7 @@ class Ross(nn.Module):
             projected = self.encode_images(images)
         embeddings = self.embed(tokens, projected, image_start)
         output = self.language(embeddings, positions, segments, hidden_states=internals)
-        visual_outputs = gather_pictures(output.hidden, image_start, count)
+        visual_outputs = gather_images(output.hidden, image_start, count)
         if not internals:
             return RossOutput(output.hidden, visual_outputs, None)
         collected |= {"embeddings": embeddings, "hidden_states": output.hidden_states}

@@ -12,11 +12,12 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ross_jax.models.attention import attention
-from ross_jax.models.layers import KEPT_GATE, Activation, Dense, Mlp, RematPolicy, keep, layer_norm, stack
+from ross_jax.models.layers import SAVED_ATTENTION, SAVED_GATE, Activation, Dense, Mlp, RematPolicy, layer_norm, stack
 from ross_jax.sharding import constrain
 
 
@@ -95,7 +96,7 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens embed"]):
         cfg = self.config
-        x = constrain(x, "pictures")
+        x = constrain(x, "images")
         y = layer_norm(cfg.norm_eps, self.dtype, name="norm1")(x)
         x = x + self._scaled(VisionAttention(cfg.num_heads, self.dtype, name="attention")(y), "scale1")
         y = layer_norm(cfg.norm_eps, self.dtype, name="norm2")(x)
@@ -124,9 +125,11 @@ class VisionAttention(nn.Module):
         width = x.shape[-1]
         split = (*x.shape[:-1], self.num_heads, width // self.num_heads)
         query, key, value = (
-            keep(Dense(width, dtype=self.dtype, name=name)(x)).reshape(split) for name in ("query", "key", "value")
+            checkpoint_name(Dense(width, dtype=self.dtype, name=name)(x), SAVED_ATTENTION).reshape(split)
+            for name in ("query", "key", "value")
         )
-        return Dense(width, dtype=self.dtype, name="out")(keep(attention(query, key, value)).reshape(x.shape))
+        y = checkpoint_name(attention(query, key, value), SAVED_ATTENTION)
+        return Dense(width, dtype=self.dtype, name="out")(y.reshape(x.shape))
 
 
 class SwiGlu(nn.Module):
@@ -137,7 +140,7 @@ class SwiGlu(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
-        both = keep(nn.DenseGeneral((2, self.features), dtype=self.dtype, name="gate_up")(x), KEPT_GATE)
+        both = checkpoint_name(nn.DenseGeneral((2, self.features), dtype=self.dtype, name="gate_up")(x), SAVED_GATE)
         y = nn.silu(both[..., 0, :]) * both[..., 1, :]
         return Dense(x.shape[-1], dtype=self.dtype, name="down")(y)
 

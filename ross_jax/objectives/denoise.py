@@ -35,7 +35,7 @@ from ross_jax.sharding import gather, logical_axes
 from ross_jax.tree import flatten, unflatten
 
 
-class Draw(NamedTuple):
+class NoiseSample(NamedTuple):
     """The randomness of one picture's loss.
 
     Attributes:
@@ -64,7 +64,7 @@ class DenoiseObjective(Objective):
       remat: what the backward pass through the denoiser recomputes.
     """
 
-    made_by = "autoencoder"
+    target_encoder = "autoencoder"
     draws: int = 4
     condition_dropout: float = 0.0
     dtype: str = "float32"
@@ -94,7 +94,7 @@ class DenoiseObjective(Objective):
             normalised_latents(self.config, targets.sample(posterior_noise)), self.config.latent_window
         )
 
-    def draw(self, key: Array) -> Draw:
+    def draw(self, key: Array) -> NoiseSample:
         """The randomness of one picture, from its key."""
         cfg = self.config.denoiser
         side = cfg.grid * self.config.latent_window
@@ -102,7 +102,7 @@ class DenoiseObjective(Objective):
         dropped = None
         if self.condition_dropout:
             dropped = jax.random.bernoulli(jax.random.fold_in(key, 3), self.condition_dropout, (self.draws,))
-        return Draw(
+        return NoiseSample(
             jax.random.randint(step_key, (self.draws,), 0, self.process.steps),
             jax.random.normal(noise_key, (self.draws, cfg.num_tokens, cfg.latent_size)),
             jax.random.normal(posterior_key, (side, side, self.config.autoencoder.latent_channels)),
@@ -114,7 +114,7 @@ class DenoiseObjective(Objective):
         params: Params,
         visual_outputs: Float[Array, "items tokens embed"],
         targets: Posterior,
-        draw: Draw,
+        draw: NoiseSample,
     ) -> Float[Array, "items draws"]:
         """Mean squared error of the prediction for each (t, epsilon) draw of each picture, float32."""
         # Small, and read in every block, forward and back: gathered once.

@@ -13,7 +13,7 @@ from ross_jax.models.ross import RossConfig
 
 Params = Any
 
-_FIELD = "picture_targets"
+_FIELD = "image_targets"
 
 
 class Reconstruction(NamedTuple):
@@ -58,7 +58,7 @@ class Objective(abc.ABC):
       made_by: the frozen component that the targets cost; None: they are the picture itself.
     """
 
-    made_by: ClassVar[Literal["autoencoder", "teacher"] | None] = None
+    target_encoder: ClassVar[Literal["autoencoder", "teacher"] | None] = None
     config: RossConfig
 
     @abc.abstractmethod

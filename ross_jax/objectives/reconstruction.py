@@ -119,12 +119,12 @@ def reconstructor(config: RossConfig) -> Objective | None:
     return _regression(config)
 
 
-def picture_mean(losses: Float[Array, "*items"], real: Float[Array, "*items"]) -> Float[Array, ""]:
+def image_mean(losses: Float[Array, "*items"], real: Float[Array, "*items"]) -> Float[Array, ""]:
     """Mean over the pictures that exist; 0 without any."""
     return jnp.sum(losses * real) / jnp.maximum(jnp.sum(real), 1.0)
 
 
 def official_mean(losses: Float[Array, "*items"], real: Float[Array, "*items"], draws: int = 4) -> Float[Array, ""]:
     """The reference's reduction (`compat = "official"`): text-only rows count too, as soon as one picture exists."""
-    pictures = draws * jnp.sum(real)
-    return jnp.mean(losses) * pictures / (pictures + 1e-6)
+    images = draws * jnp.sum(real)
+    return jnp.mean(losses) * images / (images + 1e-6)

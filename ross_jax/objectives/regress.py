@@ -90,7 +90,7 @@ class PixelObjective(_Regress):
 class LatentObjective(_Regress):
     """Ross^R-Latent with a KL autoencoder: the mean of its posterior, on the denoiser's scale."""
 
-    made_by = "autoencoder"
+    target_encoder = "autoencoder"
 
     def targets(
         self, frozen: Params, images: Float[Array, "batch height width 3"], wanted: Bool[Array, " batch"] | None = None
@@ -120,7 +120,7 @@ class LatentObjective(_Regress):
 class Latent2PixelObjective(LatentObjective):
     """Ross^R-Latent2Pixel: regressed latents go through the frozen decoder, and its pixels are compared."""
 
-    made_by = None
+    target_encoder = None
 
     def targets(
         self, frozen: Params, images: Float[Array, "batch height width 3"], wanted: Bool[Array, " batch"] | None = None
@@ -138,7 +138,7 @@ class Latent2PixelObjective(LatentObjective):
 class FeatureObjective(_Regress):
     """Ross^R-Latent with a vision encoder: its layer-normalised features. They cannot be made into a picture."""
 
-    made_by = "teacher"
+    target_encoder = "teacher"
 
     def targets(
         self, frozen: Params, images: Float[Array, "batch height width 3"], wanted: Bool[Array, " batch"] | None = None

@@ -140,7 +140,7 @@ def _few_at_once(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(autoencoder, items, wanted)
-    split = partition(items.shape[:1], ("pictures",), mesh)
+    split = partition(items.shape[:1], ("images",), mesh)
     specs = (jax.sharding.PartitionSpec(), split, split)
     return jax.shard_map(local, in_specs=specs, out_specs=split, check_vma=False)(autoencoder, items, wanted)
 

@@ -91,7 +91,7 @@ def merge(
     input_ids: np.ndarray,
     labels: np.ndarray,
     attention_mask: np.ndarray,
-    picture_tokens: int,
+    image_tokens: int,
     max_length: int,
     left: bool = False,
 ) -> Merged:
@@ -99,40 +99,40 @@ def merge(
 
     Args:
       input_ids: [batch, text] with -200 where a picture goes.
-      picture_tokens: N.
+      image_tokens: N.
       max_length: rows are cut to it after pictures are in.
       left: pad on the left.
     """
-    rows, next_picture = [], 0
+    rows, next_image = [], 0
     for ids, wanted, valid in zip(input_ids, labels, attention_mask, strict=True):
         ids, wanted = ids[valid != 0], wanted[valid != 0]
-        row_ids, row_labels, starts, pictures = [], [], [], []
+        row_ids, row_labels, starts, images = [], [], [], []
         for token, label in zip(ids.tolist(), wanted.tolist(), strict=True):
             if token == IMAGE_TOKEN:
                 starts.append(len(row_ids))
-                pictures.append(next_picture + len(pictures))
-                row_ids += [0] * picture_tokens
-                row_labels += [IGNORE] * picture_tokens
+                images.append(next_image + len(images))
+                row_ids += [0] * image_tokens
+                row_labels += [IGNORE] * image_tokens
             else:
                 row_ids.append(token)
                 row_labels.append(label)
         # A row without pictures uses up the dummy picture that the data set gives it.
-        next_picture += max(len(pictures), 1)
-        rows.append((row_ids[:max_length], row_labels[:max_length], starts, pictures or [next_picture - 1]))
+        next_image += max(len(images), 1)
+        rows.append((row_ids[:max_length], row_labels[:max_length], starts, images or [next_image - 1]))
     length = max(len(ids) for ids, *_ in rows)
-    slots = max(len(pictures) for *_, pictures in rows)
+    slots = max(len(images) for *_, images in rows)
     batch = len(rows)
     tokens, mask, positions = (np.zeros((batch, length), np.int32) for _ in range(3))
     merged_labels = np.full((batch, length), IGNORE, np.int32)
     image_start = np.full((batch, slots), length, np.int32)
     image_rows = np.zeros((batch, slots), np.int32)
     first = np.array([starts[0] if starts else -1 for *_, starts, _ in rows], np.int32)
-    for b, (ids, wanted, starts, pictures) in enumerate(rows):
+    for b, (ids, wanted, starts, images) in enumerate(rows):
         offset = length - len(ids) if left else 0
         here = slice(offset, offset + len(ids))
         tokens[b, here], merged_labels[b, here], mask[b, here] = ids, wanted, 1
         positions[b, here] = np.arange(len(ids))
         image_start[b, : len(starts)] = np.array(starts, np.int32) + offset
-        image_rows[b, : len(pictures)] = pictures
-    last = np.where(first < 0, -1, first + picture_tokens - 1).astype(np.int32)
+        image_rows[b, : len(images)] = images
+    last = np.where(first < 0, -1, first + image_tokens - 1).astype(np.int32)
     return Merged(tokens, merged_labels, mask, positions, image_start, image_rows, first, last)

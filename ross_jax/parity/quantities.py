@@ -15,7 +15,7 @@ from ross_jax.inference.generate import generate
 from ross_jax.models.denoiser import Denoiser, normalise_condition
 from ross_jax.models.ross import Ross, RossConfig, RossOutput, build_autoencoder
 from ross_jax.models.vision import VisionEncoder
-from ross_jax.objectives.denoise import DenoiseObjective, Draw
+from ross_jax.objectives.denoise import DenoiseObjective, NoiseSample
 from ross_jax.objectives.diffusion import add_noise, make_diffusion, sample_ancestral, step_distribution
 from ross_jax.objectives.reconstruction import official_mean
 from ross_jax.objectives.targets import group_latents, target_pixels
@@ -93,19 +93,19 @@ class Batch(NamedTuple):
     """A batch, ready for the model.
 
     Attributes:
-      pictures: [batch, slots, height, width, 3] normalised.
+      images: [batch, slots, height, width, 3] normalised.
       targets: shifted labels.
       real: [batch, slots] 1 where there is a picture.
     """
 
     merged: Merged
-    pictures: jax.Array
+    images: jax.Array
     targets: np.ndarray
     real: np.ndarray
 
 
 def make_batch(
-    reference: Reference, golden: Golden, prefix: str, pictures: jax.Array, left: bool = False, rows: Any = slice(None)
+    reference: Reference, golden: Golden, prefix: str, images: jax.Array, left: bool = False, rows: Any = slice(None)
 ) -> Batch:
     """A batch of recorded ids; `rows` selects some of them."""
     ids, labels, mask = (golden.take(f"{prefix}{name}")[rows] for name in ("input_ids", "labels", "attention_mask"))
@@ -115,7 +115,7 @@ def make_batch(
     merged = merge(ids, labels, mask, count, limit, left)
     targets = np.pad(merged.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
     real = (merged.image_start < merged.tokens.shape[1]).astype(np.float32)
-    return Batch(merged, pictures[merged.image_rows], targets, real)
+    return Batch(merged, images[merged.image_rows], targets, real)
 
 
 def run(config: RossConfig, params: Params, batch: Batch, internals: bool = False) -> RossOutput:
@@ -123,7 +123,7 @@ def run(config: RossConfig, params: Params, batch: Batch, internals: bool = Fals
     merged = batch.merged
     text = (jnp.asarray(array) for array in (merged.tokens, merged.positions, merged.mask))
     start = jnp.asarray(merged.image_start)
-    return Ross(config).apply({"params": params}, *text, batch.pictures, start, internals)
+    return Ross(config).apply({"params": params}, *text, batch.images, start, internals)
 
 
 def text_loss(config: RossConfig, params: Params, batch: Batch, hidden: jax.Array) -> jax.Array:
@@ -135,15 +135,15 @@ def text_loss(config: RossConfig, params: Params, batch: Batch, hidden: jax.Arra
 
 def forward(reference: Reference, golden: Golden) -> Group:
     """`vision/*`, `merge/*`, `llm/*`: the evaluation-mode forward pass."""
-    pictures = channels_last(golden.take("inputs/pixel_values"))
-    batch = make_batch(reference, golden, "inputs/", pictures)
+    images = channels_last(golden.take("inputs/pixel_values"))
+    batch = make_batch(reference, golden, "inputs/", images)
     config = reference.config
 
     def compute(params: Params) -> dict[str, Any]:
         encoder = VisionEncoder(reference.whole.vision)
-        _, states = encoder.apply({"params": params["vision"]}, pictures, hidden_states=True)
+        _, states = encoder.apply({"params": params["vision"]}, images, hidden_states=True)
         params = reference.used(params)
-        projected = Ross(config).apply({"params": params}, pictures[:, None], method="encode_images")
+        projected = Ross(config).apply({"params": params}, images[:, None], method="encode_images")
         output = run(config, params, batch, internals=True)
         return {
             "vision/hidden_states": states,
@@ -174,13 +174,13 @@ def merged_quantities(prefix: str, batch: Batch, embeddings: jax.Array) -> dict[
 
 def autoencoder(reference: Reference, golden: Golden) -> Group:
     """`vae/*`."""
-    pictures = channels_last(golden.take("inputs/pixel_values"))
+    images = channels_last(golden.take("inputs/pixel_values"))
     module = build_autoencoder(reference.config.autoencoder)
     window = reference.config.latent_window
 
     def compute(params: Params) -> dict[str, Any]:
         variables = {"params": params["autoencoder"]}
-        pixels = target_pixels(reference.config, pictures)
+        pixels = target_pixels(reference.config, images)
         posterior = module.apply(variables, pixels, method="encode")
         latents = module.normalise(posterior.mean)
         decoded = module.apply(variables, module.denormalise(latents[:1]), method="decode")
@@ -196,12 +196,12 @@ def autoencoder(reference: Reference, golden: Golden) -> Group:
     return Group(compute)
 
 
-def recorded_draw(golden: Golden, rows: int) -> Draw:
+def recorded_draw(golden: Golden, rows: int) -> NoiseSample:
     """The reference's draws for the first `rows` pictures; it repeats the batch, draw by draw."""
     draws = len(golden.take("vm/t")) // len(golden.take("vm/posterior_noise"))
     timesteps = golden.take("vm/t")[: rows * draws].reshape(draws, rows).T
     noise = rearrange(from_grid(golden.take("vm/noise")[: rows * draws]), "(k b) n c -> b k n c", k=draws)
-    return Draw(jnp.asarray(timesteps), noise, channels_last(golden.take("vm/posterior_noise")[:rows]))
+    return NoiseSample(jnp.asarray(timesteps), noise, channels_last(golden.take("vm/posterior_noise")[:rows]))
 
 
 class Losses(NamedTuple):
@@ -214,13 +214,13 @@ class Losses(NamedTuple):
     visual_outputs: jax.Array
 
 
-def training_losses(config: RossConfig, params: Params, batch: Batch, draw: Draw) -> Losses:
+def training_losses(config: RossConfig, params: Params, batch: Batch, draw: NoiseSample) -> Losses:
     """The reference's training-mode losses (`compat = "official"`): every row counts, with a picture or without."""
     objective = DenoiseObjective(config, draws=draw.timesteps.shape[1])
     output = run(config, params, batch)
     text = text_loss(config, params, batch, output.hidden)
     visual_outputs = output.visual_outputs[:, 0]
-    draws = objective.draw_losses(params, visual_outputs, objective.targets(params, batch.pictures[:, 0]), draw)
+    draws = objective.draw_losses(params, visual_outputs, objective.targets(params, batch.images[:, 0]), draw)
     reconstruction = official_mean(draws.mean(axis=1), jnp.asarray(batch.real[:, 0]), objective.draws)
     return Losses(text, reconstruction, text + reconstruction, draws, visual_outputs)
 
@@ -237,9 +237,9 @@ def loss_quantities(prefix: str, losses: Losses) -> dict[str, Any]:
 
 def reconstruction(reference: Reference, golden: Golden) -> Group:
     """`vm/*`, `grad/*`, `grad_norms/*`: the training-mode forward and backward pass."""
-    pictures = channels_last(golden.take("inputs/pixel_values"))
-    batch = make_batch(reference, golden, "inputs/", pictures)
-    draw = recorded_draw(golden, len(pictures))
+    images = channels_last(golden.take("inputs/pixel_values"))
+    batch = make_batch(reference, golden, "inputs/", images)
+    draw = recorded_draw(golden, len(images))
     config = reference.config
     objective = DenoiseObjective(config, draws=draw.timesteps.shape[1])
 
@@ -252,7 +252,7 @@ def reconstruction(reference: Reference, golden: Golden) -> Group:
 
         gradients, losses = jax.grad(total, has_aux=True)({name: params[name] for name in TRAINED})
         context = normalise_condition(losses.visual_outputs)
-        latents = objective.latents(objective.targets(params, batch.pictures[:, 0]), draw.posterior_noise)
+        latents = objective.latents(objective.targets(params, batch.images[:, 0]), draw.posterior_noise)
         timesteps, noise = draw.timesteps[:, 0], draw.noise[:, 0]
         noised = add_noise(objective.process, latents, timesteps, noise)
         predicted = Denoiser(config.denoiser).apply({"params": params["denoiser"]}, noised, timesteps, context)
@@ -343,21 +343,21 @@ def sampling(reference: Reference, golden: Golden) -> Group:
 
 def generation(reference: Reference, golden: Golden) -> Group:
     """`generate/*`: greedy decoding of recorded prompts."""
-    pictures = channels_last(golden.take("inputs/pixel_values"))
+    images = channels_last(golden.take("inputs/pixel_values"))
     prompts = {}
     for name in golden.children("generate/"):
         ids = golden.take(f"generate/{name}/input_ids")
         used = golden.take(f"generate/{name}/pixel_values_index") if golden.has(f"generate/{name}/pixel") else 0
-        picture = pictures[np.atleast_1d(used)][None]
+        image = images[np.atleast_1d(used)][None]
         count = reference.config.vision.num_tokens
         merged = merge(ids, np.full_like(ids, IGNORE), np.ones_like(ids), count, reference.max_length)
-        prompts[name] = merged, picture, golden.tensors[f"generate/{name}/new_tokens"].shape[-1]
+        prompts[name] = merged, image, golden.tensors[f"generate/{name}/new_tokens"].shape[-1]
 
     def compute(params: Params) -> dict[str, Any]:
         values, params = {}, reference.used(params)
-        for name, (merged, picture, steps) in prompts.items():
+        for name, (merged, image, steps) in prompts.items():
             tokens, mask, start = (jnp.asarray(array) for array in (merged.tokens, merged.mask, merged.image_start))
-            result = generate(reference.config, params, tokens, mask, picture, start, steps, return_logits=True)
+            result = generate(reference.config, params, tokens, mask, image, start, steps, return_logits=True)
             values[f"generate/{name}/new_tokens"] = result.tokens
             values[f"generate/{name}/logits"] = result.logits[0]
         return values
@@ -367,24 +367,24 @@ def generation(reference: Reference, golden: Golden) -> Group:
 
 def edges(reference: Reference, golden: Golden) -> Group:
     """`edge/*`: padding sides, truncation, several pictures, and batches with and without pictures."""
-    pictures = channels_last(golden.take("inputs/pixel_values"))
+    images = channels_last(golden.take("inputs/pixel_values"))
     config = reference.config
     merges, batches = {}, {}
     for name in golden.children("edge/"):
         prefix = f"edge/{name}/"
         if golden.has(f"{prefix}in/"):
-            used = pictures[golden.take(f"{prefix}in/pixel_values_index")]
+            used = images[golden.take(f"{prefix}in/pixel_values_index")]
             merges[prefix] = make_batch(reference, golden, f"{prefix}in/", used, left=name == "left_padding")
         else:
             rows = golden.take(f"{prefix}sample_index")
-            batch = make_batch(reference, golden, "inputs/", pictures[rows], rows=rows)
+            batch = make_batch(reference, golden, "inputs/", images[rows], rows=rows)
             batches[prefix] = batch, recorded_draw(golden, len(rows))
 
     def compute(params: Params) -> dict[str, Any]:
         values, params = {}, reference.used(params)
         for prefix, batch in merges.items():
             tokens, start = jnp.asarray(batch.merged.tokens), jnp.asarray(batch.merged.image_start)
-            projected = Ross(config).apply({"params": params}, batch.pictures, method="encode_images")
+            projected = Ross(config).apply({"params": params}, batch.images, method="encode_images")
             embeddings = Ross(config).apply({"params": params}, tokens, projected, start, method="embed")
             values |= merged_quantities(prefix, batch, embeddings)
         for prefix, (batch, draw) in batches.items():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ross_jax.models.attention import BIDIRECTIONAL
-from ross_jax.models.picture_attention import LANES
+from ross_jax.models.image_attention import LANES
 from ross_jax.plan.hlo import Bindings, Computation, Instruction, Module, evaluate, trip_count, unknown
 
 COLLECTIVES = (
@@ -75,8 +75,8 @@ def is_kernel(instruction: Instruction) -> bool:
 
 ATTENTION = {"fwd": 2, "dkv": 4, "dq": 3, "bwd": 5, "Softmax": 2, "SoftmaxBackward": 5}
 """Products of queries by keys in kernels of attention, by a part of their name: Pallas' (splash attention and
-`picture_attention`) and cuDNN's."""
-_PALLAS_ATTENTION = r"(splash_m[hq]a|picture_attention)_(fwd|dkv|dq|bwd)(?:_(\d+))?"
+`image_attention`) and cuDNN's."""
+_PALLAS_ATTENTION = r"(splash_m[hq]a|image_attention)_(fwd|dkv|dq|bwd)(?:_(\d+))?"
 """Which, the products, and the size of a head where the shapes do not tell."""
 
 
@@ -89,7 +89,7 @@ def _attention(computation: Computation, instruction: Instruction) -> int:
     pallas = re.search(_PALLAS_ATTENTION, instruction.name + instruction.op_name)
     if pallas:
         square = math.prod(query[:-1]) * key[-2]
-        causal = pallas[1] != "picture_attention" and BIDIRECTIONAL not in instruction.op_name
+        causal = pallas[1] != "image_attention" and BIDIRECTIONAL not in instruction.op_name
         return ATTENTION[pallas[2]] * (1 if causal else 2) * square * query[-1]
     cudnn = re.search(r"__cudnn\$fmha(?:ScaleBias)?(SoftmaxBackward|Softmax)", instruction.attributes)
     scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)

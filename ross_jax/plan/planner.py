@@ -34,7 +34,7 @@ class Options:
     objective: Literal["train", "generate"] = "train"
     rows: int | None = None
     tokens: float | None = None
-    pictures: float | None = None
+    images: float | None = None
     epoch: int | None = None
     cached: tuple[str, ...] = ()
     prompt: int = 1024
@@ -54,7 +54,7 @@ def plan(config: RunConfig, target: Target, options: Options) -> Report:
     training = options.objective == "train"
     if training:
         multiple = replicas * config.step.accumulate
-        workload = assume(config, multiple, options.rows, options.tokens, options.pictures, options.epoch)
+        workload = assume(config, multiple, options.rows, options.tokens, options.images, options.epoch)
         steps = int(workload.epoch / workload.conversations * config.data.epochs) if workload.epoch else _STEPS
         program = train_program(config, mesh, workload.rows, max(1, steps), options.cached)
     else:

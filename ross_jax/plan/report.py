@@ -196,7 +196,7 @@ def complete(
     spared = spared_components(config, report.cached)
     sizes = matrix_sizes(abstract_tree(config.model, config.freeze, mesh), logits=bool(config.text.weight))
     sizes = {path: size for path, size in sizes.items() if path.partition("/")[0] not in spared}
-    useful = step_flops(config.model, sizes, trained, draws, workload.tokens, workload.pictures)
+    useful = step_flops(config.model, sizes, trained, draws, workload.tokens, workload.images)
     steps = math.ceil(workload.epoch / workload.conversations) if workload.epoch else None
     return dataclasses.replace(
         report,
@@ -204,7 +204,7 @@ def complete(
         mfu=useful / step / (target.chip.peak * mesh.size),
         rates={
             "tokens": workload.tokens / step,
-            "pictures": workload.pictures / step,
+            "images": workload.images / step,
             "conversations": workload.conversations / step,
         },
         steps_per_epoch=steps,

@@ -18,8 +18,8 @@ EPOCHS = {"blip_laion_cc_sbu_558k": 558_128, "llava_v1_5_mix665k": 665_298, "cam
 TEXT_TOKENS = {"plain": 35}
 """Mean tokens of text in a caption, by template; of a conversation `CONVERSATION_TOKENS`."""
 CONVERSATION_TOKENS = 300
-PICTURES = {"plain": 1.0}
-MIXED_PICTURES = 0.94
+IMAGES = {"plain": 1.0}
+MIXED_IMAGES = 0.94
 """Pictures per conversation: one per caption; of LLaVA-1.5's mix, 94 % of the conversations have one."""
 FILLED = 0.95
 """Share of a packed row's positions that hold a token."""
@@ -39,7 +39,7 @@ class Workload:
     rows: int
     conversations: float
     tokens: float
-    pictures: float
+    images: float
     epoch: int | None
     assumptions: list[str]
 
@@ -49,7 +49,7 @@ def assume(
     multiple: int,
     rows: int | None = None,
     tokens: float | None = None,
-    pictures: float | None = None,
+    images: float | None = None,
     epoch: int | None = None,
 ) -> Workload:
     """A step's input from a recipe.
@@ -58,26 +58,24 @@ def assume(
       multiple: what the rows must be a multiple of.
       rows: of the global batch; None: as many as the packing plan would have, from the figures below.
       tokens: mean of a conversation, pictures included; None: assumed.
-      pictures: mean of a conversation; None: assumed.
+      images: mean of a conversation; None: assumed.
       epoch: conversations; None: known from the name of the recipe's data, or unknown.
 
     Raises:
       ConfigError: rows that do not divide among the devices.
     """
-    packing, template, picture_tokens = config.data.packing, config.text.template, config.model.vision.num_tokens
+    packing, template, image_tokens = config.data.packing, config.text.template, config.model.vision.num_tokens
     lines = []
     if not packing.images:
-        pictures = 0.0
-    if pictures is None:
-        pictures = PICTURES.get(template, MIXED_PICTURES)
-        lines.append(f"{pictures:g} pictures per conversation (--pictures)")
+        images = 0.0
+    if images is None:
+        images = IMAGES.get(template, MIXED_IMAGES)
+        lines.append(f"{images:g} pictures per conversation (--pictures)")
     if tokens is None:
         text = TEXT_TOKENS.get(template, CONVERSATION_TOKENS)
-        tokens = pictures * picture_tokens + text
-        lines.append(
-            f"{tokens:.0f} tokens per conversation: {text} of text and {picture_tokens} per picture (--tokens)"
-        )
-    per_row = min(FILLED * packing.length / tokens, packing.images / pictures if pictures else float("inf"))
+        tokens = images * image_tokens + text
+        lines.append(f"{tokens:.0f} tokens per conversation: {text} of text and {image_tokens} per picture (--tokens)")
+    per_row = min(FILLED * packing.length / tokens, packing.images / images if images else float("inf"))
     if packing.layout == "pad":
         per_row = 1.0
     lines.append(f"{per_row:.2f} conversations per row of {packing.length} tokens and {packing.images} pictures")
@@ -99,7 +97,7 @@ def assume(
             else "the data set's size is not known here: no hours (--epoch)"
         )
     conversations = rows * per_row
-    return Workload(rows, conversations, conversations * tokens, conversations * pictures, epoch, lines)
+    return Workload(rows, conversations, conversations * tokens, conversations * images, epoch, lines)
 
 
 def abstract_batch(
@@ -120,8 +118,8 @@ def abstract_batch(
     tree = abstract_tree(config.model, config.freeze, mesh)
     params = {name: tree[name] for name in spared_components(config, cached)}
     side = vision.image_size
-    pictures = jax.ShapeDtypeStruct((packing.images, side, side, 3), "uint8")
-    made = jax.eval_shape(partial(compute, config, cached), params, pictures)
+    images = jax.ShapeDtypeStruct((packing.images, side, side, 3), "uint8")
+    made = jax.eval_shape(partial(compute, config, cached), params, images)
     for fields in made.values():
         one |= {name: jax.ShapeDtypeStruct((1, *array.shape), array.dtype) for name, array in fields.items()}
     sharding = batch_sharding(mesh)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt32
 
-from ross_jax.config import ConfigError, UserError, nearest, thaw
+from ross_jax.config import ConfigError, UserError, nearest, to_dict
 from ross_jax.data.pipeline import Pipeline
 from ross_jax.data.precomputed import Precomputed, differences
 from ross_jax.models.ross import abstract_params, normalise
@@ -67,21 +67,21 @@ def find_part(config: RunConfig, name: str) -> Part:
                 "features: config.freeze.trainable has the vision encoder learn, so its features change with every "
                 "step; cache targets alone, or freeze it (vision=frozen)"
             )
-        return Part("vision", {"vision": thaw(model.vision), "activations": config.step.dtype})
+        return Part("vision", {"vision": to_dict(model.vision), "activations": config.step.dtype})
     kind, objective = config.reconstruction.kind, objective_of(config)
     if objective is None:
         raise ConfigError(f"targets: config.reconstruction.kind is {kind!r}, which has none")
-    if objective.made_by is None:
+    if objective.target_encoder is None:
         raise ConfigError(
             f"targets: those of config.reconstruction.kind {kind!r} are the pictures themselves, so nothing is computed"
         )
-    settings: dict[str, Any] = {objective.made_by: thaw(getattr(model, objective.made_by))}
-    if objective.made_by == "teacher":
-        mean, std = thaw(model.teacher_mean), thaw(model.teacher_std)
+    settings: dict[str, Any] = {objective.target_encoder: to_dict(getattr(model, objective.target_encoder))}
+    if objective.target_encoder == "teacher":
+        mean, std = to_dict(model.teacher_mean), to_dict(model.teacher_std)
         settings |= {"mean": mean, "std": std, "grid": model.vision.grid, "activations": config.step.dtype}
     else:
         settings |= {"pixels": model.target_size}
-    return Part(objective.made_by, settings)
+    return Part(objective.target_encoder, settings)
 
 
 def compute(
@@ -92,13 +92,13 @@ def compute(
     Args:
       params: of the components that compute the parts.
     """
-    pictures, made = normalise(config.model, images), {}
+    normalised, made = normalise(config.model, images), {}
     if "targets" in parts:
         objective = objective_of(config)
-        made["targets"] = objective.pack(objective.targets(params, pictures))
+        made["targets"] = objective.pack(objective.targets(params, normalised))
     if "features" in parts:
         encoder = VisionEncoder(config.model.vision, jnp.dtype(config.step.dtype))
-        made["features"] = {"picture_features": encoder.apply({"params": params["vision"]}, pictures)}
+        made["features"] = {"image_features": encoder.apply({"params": params["vision"]}, normalised)}
     return made
 
 
@@ -128,7 +128,7 @@ def open_cached(config: RunConfig) -> Precomputed | None:
 def needs_pixels(config: RunConfig, cached: Collection[str]) -> bool:
     """Whether anything of a run that reads these parts still looks at the pictures themselves."""
     encodes = "features" not in cached
-    return encodes or (config.reconstruction.kind != "none" and "targets" not in cached) or config.loop.pictures > 0
+    return encodes or (config.reconstruction.kind != "none" and "targets" not in cached) or config.loop.images > 0
 
 
 def spared_components(config: RunConfig, cached: Collection[str]) -> set[str]:
@@ -138,7 +138,7 @@ def spared_components(config: RunConfig, cached: Collection[str]) -> set[str]:
 
 def describe(config: RunConfig, parts: tuple[str, ...], pipeline: Pipeline) -> dict[str, Any]:
     """What parts of a cache are made of, parameters apart."""
-    return {"pictures": pipeline.described, **{name: dict(find_part(config, name).settings) for name in parts}}
+    return {"images": pipeline.described, **{name: dict(find_part(config, name).settings) for name in parts}}
 
 
 def check_settings(config: RunConfig, cache: Precomputed, pipeline: Pipeline) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from ross_jax.checkpoints import RunCheckpoints
 from ross_jax.config import UserError
-from ross_jax.training.metrics import Meter, RangeWatch, Writer
+from ross_jax.training.metrics import LossRangeMonitor, Meter, Writer
 from ross_jax.training.state import TrainState
 
 Hook = Callable[[int, TrainState, Mapping[str, Any]], None]
@@ -29,7 +29,7 @@ class LoopConfig:
       log: numbers are fetched and written.
       save: a checkpoint is made; the last step always is one.
       keep: newest checkpoints that stay on disk.
-      pictures: reconstructions are drawn for TensorBoard; 0 never.
+      images: reconstructions are drawn for TensorBoard; 0 never.
       evaluate: pictures that are not trained on are reconstructed and scored, before the first step and after the last
         too; 0 never.
       expected_reconstruction: lowest and highest reconstruction loss after the warmup, averaged over ten logs; a
@@ -39,12 +39,12 @@ class LoopConfig:
     log: int = 10
     save: int = 500
     keep: int = 2
-    pictures: int = 0
+    images: int = 0
     evaluate: int = 0
     expected_reconstruction: tuple[float, float] | None = None
 
     def __post_init__(self):
-        if min(self.log, self.save, self.keep) < 1 or min(self.pictures, self.evaluate) < 0:
+        if min(self.log, self.save, self.keep) < 1 or min(self.images, self.evaluate) < 0:
             raise ValueError("log, save and keep must be at least 1, pictures and evaluate at least 0")
 
 
@@ -96,7 +96,7 @@ def check(steps: list[dict[str, float]], first: int) -> None:
         any picture); names the step.
     """
     for step, values in enumerate(steps, start=first):
-        if "text_loss" not in values and values["pictures"] == 0:
+        if "text_loss" not in values and values["images"] == 0:
             raise UserError(f"step {step}: the batch has no picture, and without a text loss nothing to learn from")
         if "text_loss" in values and values["supervised_tokens"] == 0:
             raise UserError(
@@ -122,7 +122,7 @@ def run_loop(
     saver: RunCheckpoints,
     meter: Meter,
     writer: Writer | None = None,
-    watch: RangeWatch | None = None,
+    watch: LossRangeMonitor | None = None,
     hooks: tuple[Hook, ...] = (),
     draw: Draw | None = None,
     stop_at: Callable[[int], bool] = lambda _: False,
@@ -137,7 +137,7 @@ def run_loop(
       writer: on the process that reports.
       watch: of the reconstruction loss.
       hooks: called as (step, state, batch) after every step.
-      draw: called likewise as often as `config.pictures` says, by all processes; gives a uint8 [height, width, 3]
+      draw: called likewise as often as `config.images` says, by all processes; gives a uint8 [height, width, 3]
         picture for TensorBoard.
       stop_at: asked after every step, by all processes alike: whether to save and end here.
       evaluate: called as (state,) as often as `config.evaluate` says, by all processes; gives scores by name, and a
@@ -174,7 +174,7 @@ def run_loop(
         scores, grid = evaluate(state)
         if writer is not None:
             writer.write(step, {f"evaluation/{name}": score for name, score in scores.items()})
-            writer.picture("evaluation", step, grid)
+            writer.image("evaluation", step, grid)
         meter.skip(time.perf_counter() - begun)
 
     if evaluate is not None and config.evaluate and step == 0:
@@ -190,10 +190,10 @@ def run_loop(
             settle()
         for hook in hooks:
             hook(step, state, batch)
-        if draw is not None and config.pictures and step % config.pictures == 0:
+        if draw is not None and config.images and step % config.images == 0:
             grid = draw(step, state, batch)
             if writer is not None:
-                writer.picture("reconstruction", step, grid)
+                writer.image("reconstruction", step, grid)
         if evaluating:
             report_evaluation()
         if step % config.save == 0 or stopping or step == steps:

@@ -65,7 +65,7 @@ def matrix_sizes(params: Mapping[str, Any], logits: bool = True) -> dict[str, in
 
 
 def step_flops(
-    config: RossConfig, sizes: Mapping[str, int], trained: set[str], draws: int, tokens: float, pictures: float
+    config: RossConfig, sizes: Mapping[str, int], trained: set[str], draws: int, tokens: float, images: float
 ) -> float:
     """FLOPs that one step needs, recomputation not counted.
 
@@ -77,21 +77,21 @@ def step_flops(
       trained: components that learn; a frozen one passes gradients on to what learns before it.
       draws: noise levels per picture; 0 without a denoiser that is used.
       tokens: of text and pictures, padding not counted.
-      pictures: real ones.
+      images: real ones.
     """
-    picture_tokens = pictures * config.vision.num_tokens
+    image_tokens = images * config.vision.num_tokens
 
     def uses(path: str) -> float:
         """How often the matrix is applied."""
         if path.startswith("denoiser/timestep"):
-            return pictures * draws
+            return images * draws
         if path.startswith("denoiser/condition"):
-            return picture_tokens * min(draws, 1)  # once for all draws
+            return image_tokens * min(draws, 1)  # once for all draws
         component = path.partition("/")[0]
         if component in ("vision", "teacher"):
             tower = getattr(config, component)
-            return pictures * (tower.num_tokens + (0 if "patch_embedding" in path else tower.extra_tokens))
-        return {"language": tokens, "denoiser": picture_tokens * draws}.get(component, picture_tokens)
+            return images * (tower.num_tokens + (0 if "patch_embedding" in path else tower.extra_tokens))
+        return {"language": tokens, "denoiser": image_tokens * draws}.get(component, image_tokens)
 
     def passes(path: str) -> int:
         """Forward, and the gradients that are needed."""
@@ -135,18 +135,18 @@ class Meter:
         """Rates over the steps since the last reading."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        tokens, pictures = (sum(step[name] for step in steps) for name in ("tokens", "pictures"))
+        tokens, images = (sum(step[name] for step in steps) for name in ("tokens", "images"))
         rates = {
             "seconds_per_step": seconds / len(steps),
             "tokens_per_second": tokens / seconds,
-            "pictures_per_second": pictures / seconds,
+            "images_per_second": images / seconds,
             "input_wait": self.waited / seconds,
             "memory_gb": peak_memory() / 1e9,
         }
         self.waited = 0.0
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         if peak:
-            flops = step_flops(self.config, self.sizes, self.trained, self.draws, tokens, pictures)
+            flops = step_flops(self.config, self.sizes, self.trained, self.draws, tokens, images)
             rates["mfu"] = flops / seconds / (peak * jax.device_count())
         return rates
 
@@ -157,7 +157,7 @@ def peak_memory() -> int:
     return statistics.get("peak_bytes_in_use") or process.peak_memory()
 
 
-class RangeWatch:
+class LossRangeMonitor:
     """Warns when a loss, averaged over the last logs, leaves the range that is expected of it.
 
     Args:
@@ -246,7 +246,7 @@ class Writer:
         with writing(self._board.path, self._folder):
             self._board.add(step, *(scalar(name, value) for name, value in values.items()))
 
-    def picture(self, name: str, step: int, grid: Any) -> None:
+    def image(self, name: str, step: int, grid: Any) -> None:
         """A uint8 [height, width, 3] picture for TensorBoard."""
         from tensorboardX.summary import image
 

@@ -76,13 +76,13 @@ class Made:
     """What a call of `precompute` did.
 
     Attributes:
-      pictures: that it computed.
+      images: that it computed.
       broken: samples among them whose pictures cannot be used.
       seconds: that it took.
       missing: shards that other processes still have to write.
     """
 
-    pictures: int
+    images: int
     broken: int
     seconds: float
     missing: int
@@ -228,9 +228,9 @@ class _Maker:
     def _records(self, chunks: list[range]) -> Iterator[dict[str, bytes]]:
         """Every picture's record of every part, in order."""
         ahead = None
-        pictures = self._pipeline.pictures(chunks)
+        reads = self._pipeline.images(chunks)
         try:
-            for chunk, (images, broken) in zip(chunks, pictures, strict=True):
+            for chunk, (images, broken) in zip(chunks, reads, strict=True):
                 self._broken.update(len({self._pipeline.sample_of(i) for i in chunk if i}), list(broken.values()))
                 images = np.pad(images, [(0, self._rows - len(images)), *[(0, 0)] * 3])
                 running = chunk, self._run(images), broken
@@ -240,7 +240,7 @@ class _Maker:
             if ahead is not None:
                 yield from self._encoded(*ahead)
         finally:
-            pictures.close()
+            reads.close()
 
     def _encoded(self, chunk: range, made: Tree, broken: dict[int, tuple[int, str]]) -> Iterator[dict[str, bytes]]:
         values = jax.tree.map(np.asarray, made)

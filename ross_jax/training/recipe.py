@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from ross_jax.config import freeze, thaw, variant
+from ross_jax.config import from_dict, to_dict, variant
 from ross_jax.data.images import ImageConfig, encoder_image_config
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
@@ -123,7 +123,7 @@ def complete(values: Mapping[str, Any]) -> ConfigDict:
             return {name: with_tuples(inner) for name, inner in value.items()}
         return tuple(with_tuples(inner) for inner in value) if isinstance(value, list) else value
 
-    return ConfigDict(_with_types(RunConfig, with_tuples(thaw(freeze(RunConfig, values)))))
+    return ConfigDict(_with_types(RunConfig, with_tuples(to_dict(from_dict(RunConfig, values)))))
 
 
 def _with_types(cls: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from ross_jax import checkpoints
-from ross_jax.config import ConfigError, UserError, freeze, thaw
+from ross_jax.config import ConfigError, UserError, from_dict, to_dict
 from ross_jax.data.encoders import build_training_encoder
 from ross_jax.data.images import decode, decode_official
 from ross_jax.data.pipeline import Pipeline, open_pipeline
@@ -23,7 +23,7 @@ from ross_jax.training import agreement
 from ross_jax.training.build import build_step
 from ross_jax.training.cached import check_parameters, check_settings, needs_pixels, open_cached, spared_components
 from ross_jax.training.loop import Draw, Evaluate, Hook, Stop, global_batches, run_loop
-from ross_jax.training.metrics import Meter, RangeWatch, Writer, matrix_sizes
+from ross_jax.training.metrics import LossRangeMonitor, Meter, Writer, matrix_sizes
 from ross_jax.training.optimizer import warmup_steps
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.state import TrainState, Tree, init_components, split
@@ -46,7 +46,7 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, t
         )
     encode = build_training_encoder(text.template, tokenizer, text.compat, text_loss=bool(text.weight))
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    key = json.dumps([thaw(text), len(tokenizer)])
+    key = json.dumps([to_dict(text), len(tokenizer)])
     cached = open_cached(config)
 
     plan = agreement.Turn()
@@ -86,13 +86,13 @@ def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, P
     origins: dict[str, Path] = {}
     for folder in map(Path, config.init):
         manifest = checkpoints.read_manifest(folder)
-        theirs = freeze(RossConfig, manifest["config"], f"{folder}: config")
+        theirs = from_dict(RossConfig, manifest["config"], f"{folder}: config")
         for name, ours in wanted.items():
             found = getattr(theirs, name)
             if found is None:
                 continue
             if found != ours:
-                there, here = thaw(found), thaw(ours)
+                there, here = to_dict(found), to_dict(ours)
                 differences = [
                     f"{field}: {there.get(field)} there, {value} in config.model"
                     for field, value in here.items()
@@ -163,7 +163,7 @@ class Run:
         return state
 
     def _record(self) -> dict[str, Any]:
-        return json.loads(json.dumps(thaw(self.config)))
+        return json.loads(json.dumps(to_dict(self.config)))
 
     def _check_directory(self) -> None:
         """A directory that holds another run is refused, with what differs."""
@@ -171,8 +171,8 @@ class Run:
         if not path.is_file():
             return
         # Frozen, so that a field younger than the run has its default.
-        recorded = freeze(RunConfig, json.loads(path.read_text())["config"], f"{path}: config")
-        theirs, ours = flatten_config(thaw(recorded)), flatten_config(thaw(self.config))
+        recorded = from_dict(RunConfig, json.loads(path.read_text())["config"], f"{path}: config")
+        theirs, ours = flatten_config(to_dict(recorded)), flatten_config(to_dict(self.config))
         free = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
         free += ("data.precomputed",)
         differ = [
@@ -206,9 +206,9 @@ class Run:
         settings = {
             "template": self.config.text.template,
             "image_mode": self.config.image_mode,
-            "reconstruction": thaw(self.config.reconstruction),
+            "reconstruction": to_dict(self.config.reconstruction),
         }
-        checkpoints.write_manifest(self.folder, {"config": thaw(self.config.model), "foreign": foreign, **settings})
+        checkpoints.write_manifest(self.folder, {"config": to_dict(self.config.model), "foreign": foreign, **settings})
         record = {"config": self._record(), "rows_per_step": self.data.rows_per_step, "data": self.data.hash}
         partial = self.folder / "run.json.partial"
         partial.write_text(json.dumps(record, indent=1) + "\n")
@@ -230,7 +230,7 @@ class Run:
         draws = config.reconstruction.draws if kind == "denoise" else 0
         meter = Meter(config.model, sizes, set(self.state.params), draws)
         expected, warmup = config.loop.expected_reconstruction, warmup_steps(self.steps, config.optimizer.warmup_ratio)
-        watch = RangeWatch(expected, warmup) if expected and kind != "none" else None
+        watch = LossRangeMonitor(expected, warmup) if expected and kind != "none" else None
         writer = Writer(self.folder, self.step) if jax.process_index() == 0 else None
         share, shares = process_share(self.mesh)
         batches = self.data.batches(self.step, share, shares)

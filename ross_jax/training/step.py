@@ -42,14 +42,14 @@ class StepConfig:
 def counts(batch: Batch, compat: str) -> tuple[Array, Array, Array]:
     """Supervised tokens, pictures, and what the reconstruction loss is divided by: of the whole batch."""
     tokens = jnp.sum(batch["targets"] != IGNORE)
-    pictures = jnp.sum(real_pictures(batch))
+    images = jnp.sum(real_images(batch))
     if compat == "default":
-        return tokens, pictures, jnp.maximum(pictures, 1.0)
+        return tokens, images, jnp.maximum(images, 1.0)
     # Of the reference: every row is an item, and the mean is scaled by m / (m + 1e-6), m = 4 x pictures.
-    return tokens, pictures, batch["image_start"].size * (4 * pictures + 1e-6) / jnp.maximum(4 * pictures, 1e-30)
+    return tokens, images, batch["image_start"].size * (4 * images + 1e-6) / jnp.maximum(4 * images, 1e-30)
 
 
-def real_pictures(batch: Batch) -> Float[Array, "batch images"]:
+def real_images(batch: Batch) -> Float[Array, "batch images"]:
     """1 where a slot holds a picture."""
     return (batch["image_start"] < batch["tokens"].shape[1]).astype(jnp.float32)
 
@@ -83,7 +83,7 @@ def make_train_step(
         variables = {"params": tree}
         images = normalise(config, batch["images"], jnp.float32) if "images" in batch else None
         text = (batch[name] for name in ("tokens", "positions", "segments"))
-        output = model.apply(variables, *text, images, batch["image_start"], features=batch.get("picture_features"))
+        output = model.apply(variables, *text, images, batch["image_start"], features=batch.get("image_features"))
         text_loss = jnp.zeros(())
         if text_weight:
             hidden, labels = constrain(output.hidden, "batch"), batch["targets"]
@@ -95,12 +95,12 @@ def make_train_step(
             text_loss = total / jnp.maximum(totals[0], 1)
         if objective is None:
             return text_weight * text_loss, (text_loss, jnp.zeros(()))
-        weights = real_pictures(batch) if reconstruction.compat == "default" else jnp.ones(batch["image_ids"].shape)
+        weights = real_images(batch) if reconstruction.compat == "default" else jnp.ones(batch["image_ids"].shape)
         targets = objective.unpack(frozen, batch)
         if targets is None:
             with jax.named_scope("targets"):
-                pictures = images.reshape(-1, *images.shape[2:])
-                targets = objective.targets(frozen, pictures, weights.reshape(-1) != 0)
+                images = images.reshape(-1, *images.shape[2:])
+                targets = objective.targets(frozen, images, weights.reshape(-1) != 0)
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(batch["image_ids"].reshape(-1))
         keys = keys.reshape(batch["image_ids"].shape)
         with jax.named_scope("reconstruction"):
@@ -138,7 +138,7 @@ def make_train_step(
             "loss": text_weight * text_loss + reconstruction.weight * reconstruction_loss,
             "reconstruction_loss": reconstruction_loss,
             "gradient_norm": optax.tree.norm(grads),
-            "pictures": totals[1],
+            "images": totals[1],
             "tokens": jnp.sum(batch["segments"] != 0),
             **{
                 f"learning_rate/{name}": schedule(peak, steps, optimizer_config.warmup_ratio)(state.step)

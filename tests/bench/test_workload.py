@@ -7,12 +7,12 @@ import pytest
 
 from configs import bench as recipe
 from ross_jax.bench.workload import PARTS, conversation_lengths, make_workload
-from ross_jax.config import freeze
+from ross_jax.config import from_dict
 from ross_jax.training.recipe import RunConfig
 
 
 def config(**packing) -> RunConfig:
-    whole = freeze(RunConfig, recipe.get_config().to_dict())
+    whole = from_dict(RunConfig, recipe.get_config().to_dict())
     packing = dataclasses.replace(whole.data.packing, **packing)
     return dataclasses.replace(whole, data=dataclasses.replace(whole.data, packing=packing))
 
@@ -27,8 +27,8 @@ def test_lengths_are_the_same_for_ever():
 def test_lengths_resemble_the_mix():
     lengths = conversation_lengths(20000, 100)
     total = sum(size for size, *_ in PARTS)
-    pictures = sum(size for size, picture, *_ in PARTS if picture)
-    assert lengths.images.mean() == pytest.approx(pictures / total, abs=0.01)
+    images = sum(size for size, image, *_ in PARTS if image)
+    assert lengths.images.mean() == pytest.approx(images / total, abs=0.01)
     text = lengths.tokens - 100 * lengths.images
     assert 250 < text.mean() < 350 and (lengths.supervised < text).all() and lengths.supervised.min() > 0
 
@@ -53,4 +53,4 @@ def test_the_batch_is_a_typical_one():
     workload = make_workload(config(), multiple=1)
     batch = workload.batch()
     assert np.count_nonzero(batch["segments"]) == pytest.approx(workload.tokens_per_step, rel=0.03)
-    assert np.count_nonzero(batch["image_ids"]) == pytest.approx(workload.pictures_per_step, abs=0.5)
+    assert np.count_nonzero(batch["image_ids"]) == pytest.approx(workload.images_per_step, abs=0.5)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import comparison
-from ross_jax.config import ConfigError, freeze
+from ross_jax.config import ConfigError, from_dict
 from ross_jax.demo.autoencoder import FitConfig, diffusers_settings
 from ross_jax.training.recipe import RunConfig
 
@@ -19,7 +19,7 @@ def root(tmp_path):
 
 
 def arm(root, kind: str, stage: str = "arm") -> RunConfig:
-    return freeze(RunConfig, comparison.get_config(f"stage={stage},kind={kind},seed=2,root={root}").to_dict())
+    return from_dict(RunConfig, comparison.get_config(f"stage={stage},kind={kind},seed=2,root={root}").to_dict())
 
 
 def test_arms_differ_in_reconstruction_alone(root):

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import demo
-from ross_jax.config import ConfigError, freeze
+from ross_jax.config import ConfigError, from_dict
 from ross_jax.demo.autoencoder import FitConfig, diffusers_settings
 from ross_jax.models.ross import abstract_params
 from ross_jax.sharding import AXES, parameter_shardings
@@ -28,7 +28,7 @@ def root(tmp_path):
 @pytest.mark.parametrize("kind", demo.CHOICES["kind"])
 @pytest.mark.parametrize("stage", ("pretrain", "finetune"))
 def test_recipe(stage, kind, root):
-    config = freeze(RunConfig, demo.get_config(f"stage={stage},kind={kind},seed=3,root={root}").to_dict())
+    config = from_dict(RunConfig, demo.get_config(f"stage={stage},kind={kind},seed=3,root={root}").to_dict())
     model = config.model
     assert (model.vision.num_tokens, config.seed, config.data.seed) == (16, 3, 3)
     reads = {"denoise": "denoiser", "none": None}.get(kind, "regressor")
@@ -51,7 +51,7 @@ def test_recipe(stage, kind, root):
 
 def test_the_denoiser_alone(root):
     """After stage 2, on all training pictures, evaluated on held-out ones."""
-    config = freeze(RunConfig, demo.get_config(f"stage=denoiser,seed=3,root={root}").to_dict())
+    config = from_dict(RunConfig, demo.get_config(f"stage=denoiser,seed=3,root={root}").to_dict())
     trained = {path.partition("/")[0] for path in flatten(abstract_params(config.model)) if config.freeze.trains(path)}
     assert trained == {"denoiser"} and config.text.weight == 0 and config.loop.evaluate
     assert list(config.init) == [str(root / "model"), str(root / "denoise" / "seed3" / "finetune")]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configs import imagenet_denoiser, ross
-from ross_jax.config import ConfigError, freeze
-from ross_jax.data.encoders import build_picture_encoder
+from ross_jax.config import ConfigError, from_dict
+from ross_jax.data.encoders import build_image_encoder
 from ross_jax.models.ross import abstract_params
 from ross_jax.training.recipe import RunConfig
 from ross_jax.tree import flatten
@@ -17,8 +17,8 @@ from tokenizer_fixtures import tokenizer_folder  # noqa: F401
 @pytest.mark.parametrize(("encoder", "llm"), list(itertools.product(ross.ENCODERS, ross.LLMS)))
 def test_recipe(encoder, llm):
     arguments = f"encoder={encoder},llm={llm}"
-    config = freeze(RunConfig, imagenet_denoiser.get_config(f"{arguments},root=/data/imagenet").to_dict())
-    stage2 = freeze(RunConfig, ross.get_config(f"{arguments},stage=finetune").to_dict())
+    config = from_dict(RunConfig, imagenet_denoiser.get_config(f"{arguments},root=/data/imagenet").to_dict())
+    stage2 = from_dict(RunConfig, ross.get_config(f"{arguments},stage=finetune").to_dict())
     assert config.model == stage2.model and config.image_mode == stage2.image_mode
     assert (config.text.template, config.text.weight) == (stage2.text.template, 0.0)
     trained = {path.partition("/")[0] for path in flatten(abstract_params(config.model)) if config.freeze.trains(path)}
@@ -26,12 +26,12 @@ def test_recipe(encoder, llm):
     assert config.data.packing.length in (896, 640) and config.data.packing.images == 1
     assert [source.path for source in config.data.sources] == ["/data/imagenet/train"]
     assert [source.path for source in config.evaluation.sources] == ["/data/imagenet/val"]
-    assert {source.kind for source in config.data.sources + config.evaluation.sources} == {"pictures"}
+    assert {source.kind for source in config.data.sources + config.evaluation.sources} == {"images"}
     assert config.loop.evaluate and config.data.epochs == 5
 
 
 def test_imagenet_of_tfds():
-    config = freeze(RunConfig, imagenet_denoiser.get_config().to_dict())
+    config = from_dict(RunConfig, imagenet_denoiser.get_config().to_dict())
     sources = config.data.sources + config.evaluation.sources
     assert [(source.path, source.kind, source.split, source.caption) for source in sources] == [
         ("imagenet2012", "tfds", "train", None),
@@ -43,7 +43,7 @@ def test_imagenet_of_tfds():
 def test_every_prompt_fits(template, name, tokenizer_folder):  # noqa: F811
     from transformers import AutoTokenizer
 
-    encode = build_picture_encoder(template, AutoTokenizer.from_pretrained(tokenizer_folder(name)))
+    encode = build_image_encoder(template, AutoTokenizer.from_pretrained(tokenizer_folder(name)))
     ids = encode({"image": "a"}).input_ids
     assert np.count_nonzero(ids >= 0) <= imagenet_denoiser.PROMPT
 

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import config_flags
 
 from configs import language_only, llava, ross
-from ross_jax.config import ConfigError, freeze
+from ross_jax.config import ConfigError, from_dict
 from ross_jax.models.ross import abstract_params
 from ross_jax.sharding import AXES, parameter_shardings
 from ross_jax.training.recipe import RunConfig
@@ -36,7 +36,7 @@ def count(tree) -> int:
 @pytest.mark.parametrize("recipe", [ross, llava], ids=["ross", "llava"])
 @pytest.mark.parametrize(("encoder", "llm", "stage"), PARTS)
 def test_recipe(recipe, encoder, llm, stage):
-    config = freeze(RunConfig, recipe.get_config(f"encoder={encoder},llm={llm},stage={stage}").to_dict())
+    config = from_dict(RunConfig, recipe.get_config(f"encoder={encoder},llm={llm},stage={stage}").to_dict())
     tree = abstract_params(config.model)
     assert count(tree["language"]) == LANGUAGE_PARAMETERS[llm]
     assert ("denoiser" in tree) == ("autoencoder" in tree) == (recipe is ross)
@@ -54,9 +54,9 @@ def test_recipe(recipe, encoder, llm, stage):
     assert sum(held.values()) < 0.03 * count(tree)
 
 
-def test_language_only_is_ross_without_pictures():
+def test_language_only_is_ross_without_images():
     arguments = "encoder=siglip,llm=qwen2_7b,stage=finetune"
-    whole, alone = (freeze(RunConfig, recipe.get_config(arguments).to_dict()) for recipe in (ross, language_only))
+    whole, alone = (from_dict(RunConfig, recipe.get_config(arguments).to_dict()) for recipe in (ross, language_only))
     assert alone.data.packing == dataclasses.replace(whole.data.packing, images=0)
     assert alone.model.language == whole.model.language and alone.reconstruction.kind == "none"
     assert {path.partition("/")[0] for path in flatten(abstract_params(alone.model)) if alone.freeze.trains(path)} == {
@@ -68,7 +68,7 @@ def test_language_only_is_ross_without_pictures():
 @pytest.mark.parametrize("recipe", [ross, llava], ids=["ross", "llava"])
 def test_the_encoder_learns_on_request(recipe):
     for part, trains in (("", False), ("vision=frozen", False), ("vision=trained,stage=pretrain", True)):
-        config = freeze(RunConfig, recipe.get_config(part).to_dict())
+        config = from_dict(RunConfig, recipe.get_config(part).to_dict())
         tree = abstract_params(config.model)
         assert {config.freeze.trains(f"vision/{path}") for path in flatten(tree["vision"])} == {trains}
 
@@ -88,7 +88,7 @@ KINDS = {
 @pytest.mark.parametrize("parts", KINDS)
 def test_kinds(parts):
     """Each with what it is made of, and nothing else; what targets are made by stays frozen; all of it is sharded."""
-    config = freeze(RunConfig, ross.get_config(f"{parts},stage=pretrain").to_dict())
+    config = from_dict(RunConfig, ross.get_config(f"{parts},stage=pretrain").to_dict())
     added, size = KINDS[parts]
     tree = abstract_params(config.model)
     assert set(tree) == {"vision", "projector", "language"} | added
@@ -119,15 +119,15 @@ def test_a_flag_can_set_what_is_none(monkeypatch):
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values)
     values(sys.argv)
-    config = freeze(RunConfig, holder.value.to_dict())
+    config = from_dict(RunConfig, holder.value.to_dict())
     assert (config.data.packing.supervised, config.loop.expected_reconstruction) == (100, (0.1, 0.2))
-    assert freeze(RunConfig, llava.get_config().to_dict()).data.packing.supervised is None
+    assert from_dict(RunConfig, llava.get_config().to_dict()).data.packing.supervised is None
     with pytest.raises(TypeError):
         llava.get_config().data.packing.supervised = "many"
 
 
 def test_learning_rates_of_stage_one():
-    config = freeze(RunConfig, ross.get_config("stage=pretrain").to_dict())
+    config = from_dict(RunConfig, ross.get_config("stage=pretrain").to_dict())
     for path in ("denoiser/blocks/mlp/up/kernel", "regressor/linear_0/kernel"):
         assert config.optimizer.rates()[config.optimizer.group(path)] == 1e-4
     assert config.optimizer.rates()["rest"] == 1e-3

@@ -300,4 +300,4 @@ def test_passengers(tmp_path):
     for name in travel + stay:
         (tmp_path / name).write_text(json.dumps({}))
     (tmp_path / "folder.json").mkdir()
-    assert [path.name for path in open_source(str(tmp_path)).passengers()] == sorted(travel)
+    assert [path.name for path in open_source(str(tmp_path)).extra_files()] == sorted(travel)

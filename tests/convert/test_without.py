@@ -20,7 +20,7 @@ from convert.foreign import (
     state_of,
 )
 from ross_jax import checkpoints
-from ross_jax.config import UserError, thaw
+from ross_jax.config import UserError, to_dict
 from ross_jax.convert.exporting import export, read_config
 from ross_jax.convert.importing import SCOPES
 from ross_jax.models.regressor import RegressorConfig
@@ -55,7 +55,7 @@ def regressing(model, tmp_path_factory) -> Path:
         for path, leaf in flatten(tree).items()
     }
     checkpoints.save_streamed(folder / "params", unflatten(leaves))
-    checkpoints.write_manifest(folder, checkpoints.read_manifest(model) | {"config": thaw(config)})
+    checkpoints.write_manifest(folder, checkpoints.read_manifest(model) | {"config": to_dict(config)})
     return folder
 
 

@@ -45,7 +45,7 @@ def test_the_first_label_is_no_target():
         (PackingConfig(10, 2, supervised=1), 9, 1, [1, 6]),
     ],
 )
-def test_truncation_never_cuts_a_picture(limits, tokens, targets, starts):
+def test_truncation_never_cuts_a_image(limits, tokens, targets, starts):
     result = expand(encoded([11, P, 12, 13, P, 14], [X, X, 12, X, X, 14]), 3, limits)
     assert (len(result.tokens), result.supervised, result.image_start.tolist()) == (tokens, targets, starts)
 
@@ -103,7 +103,7 @@ def test_expand_and_truncate_by_definition(conversation, image_tokens, limits):
 SHAPE = RowShape(length=12, images=3, image_tokens=3, image_size=2)
 
 
-def picture(value: int) -> np.ndarray:
+def image(value: int) -> np.ndarray:
     return np.full((2, 2, 3), value, np.uint8)
 
 
@@ -112,8 +112,8 @@ def example(broken: bool):
     one = expand(encoded([11, P, 12], [X, X, 12]), 3)
     two = expand(encoded([P, 21, 22], [X, 21, 22]), 3)
     if not broken:
-        place(batch, 1, one, [picture(1)], start=0, slot=0, segment=1, first_image_id=70)
-    place(batch, 1, two, [picture(2)], start=5, slot=1, segment=2, first_image_id=80)
+        place(batch, 1, one, [image(1)], start=0, slot=0, segment=1, first_image_id=70)
+    place(batch, 1, two, [image(2)], start=5, slot=1, segment=2, first_image_id=80)
     return batch
 
 

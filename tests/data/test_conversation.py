@@ -271,7 +271,7 @@ def test_a_generation_prompt_is_what_precedes_the_answer(template, tiny):
         prompt(record("<image>", "an answer", images=1))
 
 
-def test_plain_keeps_only_the_pictures_and_the_caption():
+def test_plain_keeps_only_the_images_and_the_caption():
     tokenizer, encode = tiny_encoder("plain", "sentencepiece")
     encoded = encode(record("Describe <image> and <image>.", "an A.", images=2))
     assert encoded.input_ids[:3].tolist() == [tokenizer.bos_token_id, IMAGE_ID, IMAGE_ID]
@@ -313,20 +313,20 @@ def test_a_leading_answer_is_supervised_too():
         (" no picture ", (" no picture ",)),
     ],
 )
-def test_where_pictures_stand(text, expected):
+def test_where_images_stand(text, expected):
     conversation = parse_conversation(record(text, "a", images=text.count("<image>")))
     assert conversation.turns[0].texts == expected
     assert conversation.num_images == text.count("<image>")
 
 
-def test_image_marker_is_text_where_no_picture_is():
+def test_image_marker_is_text_where_no_image_is():
     tokenizer, encode = tiny_encoder("v1", "byte_level")
     encoded = encode(record("What does <image> do in SVG?", "<image> embeds one."))
     assert encoded.num_images == 0
     assert supervised_texts(tokenizer, encoded) == [" <image> embeds one.</s>"]
 
 
-def test_length_counts_the_tokens_of_pictures():
+def test_length_counts_the_tokens_of_images():
     _, encode = tiny_encoder("v1", "byte_level")
     encoded = encode(record("<image><image>", "a", images=2))
     assert encoded.length(729) == len(encoded.input_ids) - 2 + 2 * 729
@@ -387,7 +387,7 @@ def test_broken_records(bad, message):
 
 
 @pytest.mark.parametrize("image", [None, "", []])
-def test_no_picture(image):
+def test_no_image(image):
     assert parse_conversation({"conversations": [GOOD, ANSWER], "image": image}).num_images == 0
 
 

@@ -127,7 +127,7 @@ def test_a_leading_answer_is_dropped():
     np.testing.assert_array_equal(with_it.labels, without.labels)
 
 
-def test_pictures_of_a_message_shrink_to_one_in_front():
+def test_images_of_a_message_shrink_to_one_in_front():
     several = official("llama3", ("human", "Is <image> like <image>?"), ("gpt", "Yo"), image=True)
     one = official("llama3", ("human", "<image>\nIs  like ?"), ("gpt", "Yo"), image=True)
     assert several.num_images == 1
@@ -147,7 +147,7 @@ def test_what_the_reference_raises_is_an_error_here(turns, message):
         official("qwen_2", *turns)
 
 
-def test_v1_needs_a_marker_for_its_picture():
+def test_v1_needs_a_marker_for_its_image():
     with pytest.raises(ConversationError, match="has a picture, its text no <image>"):
         official("v1", ("human", "Hi"), ("gpt", "Yo"), image=True)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 
-from ross_jax.config import ConfigError, UserError, freeze, thaw
+from ross_jax.config import ConfigError, UserError, from_dict, to_dict
 from ross_jax.data.images import (
     ImageConfig,
     ImageError,
@@ -70,7 +70,7 @@ def bilinear(image: np.ndarray, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("processor", "size"), [("siglip384", 432), ("clip336", 384)])
-def test_uint8_picture_holds_what_the_autoencoder_sees(processor, size):
+def test_uint8_image_holds_what_the_autoencoder_sees(processor, size):
     image = "photo_astronaut_120x90"
     record = next(r for r in RECORDS["records"] if (r["processor"], r["mode"], r["image"]) == (processor, "pad", image))
     pixels, _ = golden_pixels(record)
@@ -94,7 +94,7 @@ def test_processor_files(tmp_path):
     assert (siglip.size, siglip.shortest_edge, siglip.mode) == (384, None, "pad")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(clip))
     assert read_image_config(tmp_path, "square") == config
-    assert freeze(ImageConfig, thaw(config)) == config
+    assert from_dict(ImageConfig, to_dict(config)) == config
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ross_jax.config import ConfigError, UserError, freeze
+from ross_jax.config import ConfigError, UserError, from_dict
 from ross_jax.data.packing import Lengths, PackingConfig, cached_plan, make_plan
 
 
@@ -128,16 +128,16 @@ def test_padding_groups_by_modality_and_length():
     plan = make_plan(lengths, config, batch=10)
     check(plan, lengths, config)
     steps = [plan.samples[i : i + 10] for i in range(0, 205, 10)]
-    pictures = [{bool(lengths.images[s]) for s in step} for step in steps]
-    mixed = [i for i, kinds in enumerate(pictures) if len(kinds) == 2]
+    images = [{bool(lengths.images[s]) for s in step} for step in steps]
+    mixed = [i for i, kinds in enumerate(images) if len(kinds) == 2]
     # Only what is left over of both kinds mixes, at the end.
     text = int(np.sum(lengths.images == 0))
     assert len(mixed) <= 2 and all(i >= len(steps) - 2 for i in mixed)
-    assert sum(kinds == {False} for kinds in pictures) >= text // 10
+    assert sum(kinds == {False} for kinds in images) >= text // 10
     for step in steps[:-2]:
         assert (np.diff(lengths.tokens[step]) <= 0).all()
-    only_pictures = [kinds == {True} for kinds in pictures[:-2]]
-    assert not all(only_pictures) and only_pictures != sorted(only_pictures, reverse=True)  # groups are shuffled
+    only_images = [kinds == {True} for kinds in images[:-2]]
+    assert not all(only_images) and only_images != sorted(only_images, reverse=True)  # groups are shuffled
 
 
 def test_too_long_is_counted():
@@ -172,7 +172,7 @@ def test_image_ids_are_unique_and_stay():
 )
 def test_config_errors(values, message):
     with pytest.raises(ConfigError, match=message):
-        freeze(PackingConfig, values)
+        from_dict(PackingConfig, values)
 
 
 # The cache

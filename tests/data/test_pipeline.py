@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ross_jax.config import ConfigError, UserError, freeze
+from ross_jax.config import ConfigError, UserError, from_dict
 from ross_jax.data.images import ImageConfig, decode_official
 from ross_jax.data.packing import PackingConfig
 from ross_jax.data.pipeline import DataConfig, Pipeline, open_pipeline
@@ -118,11 +118,11 @@ def test_an_epoch_holds_every_sample_once(folder, reference):
     records = json.loads((folder / "data.json").read_text())
     expected, next_id = [], 1
     for i, record in enumerate(records):
-        pictures = len(record.get("image", []))
-        length = IMAGE_TOKENS * pictures + 1 + len(record["conversations"][1]["value"].split())
-        ids = list(range(next_id, next_id + pictures))
-        expected.append((1 + i % 50, length, [(i, k, 99) for k in range(pictures)], ids))
-        next_id += pictures
+        images = len(record.get("image", []))
+        length = IMAGE_TOKENS * images + 1 + len(record["conversations"][1]["value"].split())
+        ids = list(range(next_id, next_id + images))
+        expected.append((1 + i % 50, length, [(i, k, 99) for k in range(images)], ids))
+        next_id += images
     first, second = batches[: pipeline.plans[0].steps], batches[pipeline.plans[0].steps :]
     for epoch in (first, second):
         assert sorted(conversations(epoch)) == sorted(expected)
@@ -210,7 +210,7 @@ def test_layouts_hold_the_same_conversations(folder, reference, layout):
 # Broken samples
 
 
-def break_picture(folder: Path, index: int, content: bytes | None) -> None:
+def break_image(folder: Path, index: int, content: bytes | None) -> None:
     path = folder / "images" / f"{index}_0.png"
     path.write_bytes(content) if content is not None else path.unlink()
 
@@ -226,11 +226,11 @@ def truncated() -> bytes:
     [(None, 0), (b"", 0), (truncated(), 0), (None, 1)],
     ids=["missing", "empty", "truncated", "missing-in-worker"],
 )
-def test_a_broken_picture_empties_its_place(tmp_path, reference, caplog, content, workers):
+def test_a_broken_image_empties_its_place(tmp_path, reference, caplog, content, workers):
     folder = write_data(tmp_path / "set")
     broken = [1, 4, 5, 7, 8, 14, 20, 32]
     for index in broken:
-        break_picture(folder, index, content)
+        break_image(folder, index, content)
     _, expected = reference
     batches = list(open_(config_for(folder, epochs=2, workers=workers, max_broken=0.2)).batches())
     for index in broken:
@@ -254,10 +254,10 @@ def test_a_broken_picture_empties_its_place(tmp_path, reference, caplog, content
     assert gone_samples == 2 * len(broken)
 
 
-def test_too_many_broken_pictures_stop_the_run(tmp_path):
+def test_too_many_broken_images_stop_the_run(tmp_path):
     folder = write_data(tmp_path / "set")
     for index in (1, 4, 7):
-        break_picture(folder, index, b"")
+        break_image(folder, index, b"")
     pipeline = open_(config_for(folder))
     with pytest.raises(UserError, match=r"are broken.*1\.0%.*\n  sample 's\d+': \d_0\.png"):
         list(pipeline.batches())
@@ -309,8 +309,8 @@ def test_supervised_limit(folder):
 # Other sources, options
 
 
-def test_bare_pictures(folder):
-    source = SourceConfig(str(folder / "images"), kind="pictures")
+def test_bare_images(folder):
+    source = SourceConfig(str(folder / "images"), kind="images")
     pipeline = open_(config_for(folder, sources=(source,), packing=PackingConfig(8, 2)))
     batches = list(pipeline.batches())
     assert sum(np.count_nonzero(batch["image_ids"]) for batch in batches) == 60
@@ -320,7 +320,7 @@ def test_bare_pictures(folder):
 
 def test_several_sources(folder):
     (source,) = config_for(folder).sources
-    pipeline = open_(config_for(folder, sources=(source, SourceConfig(str(folder / "images"), kind="pictures"))))
+    pipeline = open_(config_for(folder, sources=(source, SourceConfig(str(folder / "images"), kind="images"))))
     ids = np.concatenate([batch["image_ids"].ravel() for batch in pipeline.batches()])
     assert sorted(ids[ids > 0].tolist()) == list(range(1, 121))
 
@@ -375,7 +375,7 @@ def test_changed_tokenizer_is_noticed(folder):
 )
 def test_config_errors(values, message):
     with pytest.raises(ConfigError, match=message):
-        freeze(DataConfig, {"sources": [{"path": "x"}], **values}, "data")
+        from_dict(DataConfig, {"sources": [{"path": "x"}], **values}, "data")
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_differences_are_named():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_hold_what_was_computed_of_their_pictures(tmp_path, cache, workers, caplog):
+def test_batches_hold_what_was_computed_of_their_images(tmp_path, cache, workers, caplog):
     """At the place of each picture its own record; where a slot is empty, record 0; no pixels that nothing needs."""
     config = config_for(write_data(tmp_path / "set"), workers=workers, max_broken=0.1)
     seen, without = set(), open_(config)
@@ -165,7 +165,7 @@ def test_pixels_stay_where_they_are_needed(tmp_path, cache):
         assert (batch["features"][row, slot] == values(int(batch["image_ids"][row, slot]))["features"]).all()
 
 
-def test_pictures_by_identity(tmp_path):
+def test_images_by_identity(tmp_path):
     """Of samples with none, one and two pictures: those that `batches` puts under the same identities."""
     folder = write_data(tmp_path / "set")
     (folder / "images" / "4_0.png").unlink()
@@ -175,18 +175,18 @@ def test_pictures_by_identity(tmp_path):
         for row, slot in np.ndindex(batch["image_ids"].shape):
             found[int(batch["image_ids"][row, slot])] = batch["images"][row, slot]
     chunks, broken = [range(0, 7), range(7, 61)], {}
-    for chunk, (pictures, lost) in zip(chunks, pipeline.pictures(chunks), strict=True):
+    for chunk, (images, lost) in zip(chunks, pipeline.images(chunks), strict=True):
         broken |= lost
-        for image_id, picture in zip(chunk, pictures, strict=True):
+        for image_id, image in zip(chunk, images, strict=True):
             if image_id not in lost:
-                np.testing.assert_array_equal(picture, found[image_id])
+                np.testing.assert_array_equal(image, found[image_id])
             else:
-                assert not picture.any()
+                assert not image.any()
     ((image_id, (index, reason)),) = broken.items()
     assert index == pipeline.sample_of(image_id) == 4 and "sample 's4': 4_0.png: no such picture" in reason
 
 
-def test_what_describes_the_pictures(tmp_path):
+def test_what_describes_the_images(tmp_path):
     folder = write_data(tmp_path / "set")
     before = open_(config_for(folder)).described
     assert json.loads(json.dumps(before)) == open_(config_for(folder, seed=9, batch=24)).described

@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorflow_datasets.core.features import image_feature
 
-from ross_jax.config import UserError, freeze
+from ross_jax.config import UserError, from_dict
 from ross_jax.data.archives import open_store
 from ross_jax.data.images import ImageError, decode
 from ross_jax.data.sources import (
     BrokenSamples,
     Concatenated,
+    ImageSource,
     LlavaSource,
-    PictureSource,
     RecordFile,
     SampleError,
     SourceConfig,
@@ -221,13 +221,13 @@ def test_llava_samples(llava):
     samples = [pickle.loads(pickle.dumps(llava))[i] for i in range(len(llava))]
     assert [sample.id for sample in samples] == ["a", "7", "data.json[2]", "a"]
     assert [sample.record for sample in samples] == RECORDS
-    assert [[picture.name for picture in sample.images] for sample in samples] == [
+    assert [[image.name for image in sample.images] for sample in samples] == [
         ["sub/0.png"],
         ["0.png", "1.png"],
         [],
         [],
     ]
-    assert [picture.read() for picture in samples[1].images] == [FILES["0.png"], FILES["1.png"]]
+    assert [image.read() for image in samples[1].images] == [FILES["0.png"], FILES["1.png"]]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_bad_records_name_the_sample(tmp_path, record, message):
         LlavaSource(tmp_path / "data.json")[0]
 
 
-def test_missing_pictures(tmp_path, llava):
+def test_missing_images(tmp_path, llava):
     with pytest.raises(UserError, match=r"image folder '.*/nowhere' does not exist"):
         LlavaSource(tmp_path / "data.json", [str(tmp_path / "nowhere")])
     (tmp_path / "images" / "1.png").unlink()
@@ -255,33 +255,33 @@ def test_missing_pictures(tmp_path, llava):
     assert not isinstance(error.value, ImageError)  # a wrong config, not a broken sample
 
 
-def test_several_places_of_pictures(tmp_path):
+def test_several_places_of_images(tmp_path):
     one = write(tmp_path / "one.zip", {"0.png": b"one"})
     two = write(tmp_path / "two=2", {"0.png": b"hidden", "sub/0.png": b"two"})
     three = write(tmp_path / "three.tar", {"1.png": b"three"})
     (tmp_path / "data.json").write_text(json.dumps([{**RECORDS[0], "image": ["0.png", "sub/0.png", "coco/1.png"]}]))
     source = LlavaSource(tmp_path / "data.json", [one, two, f"coco={three}"])
-    assert [picture.read() for picture in source[0].images] == [b"one", b"two", b"three"]
+    assert [image.read() for image in source[0].images] == [b"one", b"two", b"three"]
 
 
 # Bare pictures, several sources, TFDS
 
 
 @pytest.mark.parametrize("name", STORES)
-def test_bare_pictures(tmp_path, name):
-    source = open_source(freeze(SourceConfig, {"path": write(tmp_path / name), "kind": "pictures"}))
+def test_bare_images(tmp_path, name):
+    source = open_source(from_dict(SourceConfig, {"path": write(tmp_path / name), "kind": "images"}))
     assert [source[i].id for i in range(len(source))] == NAMES
     assert "conversations" not in source[0].record
     assert source[2].images[0].read() == FILES["sub/0.png"]
     with pytest.raises(UserError, match="no picture in it"):
-        PictureSource(write(tmp_path / "texts", {"a.txt": b""}))
+        ImageSource(write(tmp_path / "texts", {"a.txt": b""}))
 
 
 def test_concatenated(tmp_path, llava):
-    pictures = PictureSource(tmp_path / "images")
-    both = Concatenated([pictures, llava, pictures])
+    images = ImageSource(tmp_path / "images")
+    both = Concatenated([images, llava, images])
     assert [both[i].id for i in range(len(both))] == [*NAMES, "a", "7", "data.json[2]", "a", *NAMES]
-    assert both.fingerprint != Concatenated([llava, pictures, pictures]).fingerprint
+    assert both.fingerprint != Concatenated([llava, images, images]).fingerprint
 
 
 TFDS_PREPARE = """
@@ -349,15 +349,15 @@ def test_imagenet_from_mock_data(pillow_encodes):
     with tfds.testing.mock_data(num_examples=5):
         source = pickle.loads(pickle.dumps(open_source(config)))
         assert len(source) == 5
-        pictures = set()
+        images = set()
         for i in range(5):
             sample = source[i]
             assert sample.record == {"id": f"imagenet2012/validation/{i}", "image": f"imagenet2012/validation/{i}"}
-            pictures.add(np.asarray(decode(sample.images[0].read(), sample.id)).tobytes())
-        assert len(pictures) == 5
+            images.add(np.asarray(decode(sample.images[0].read(), sample.id)).tobytes())
+        assert len(images) == 5
 
 
-def test_bare_pictures_of_tfds_are_not_read_before_they_are_asked_for(pillow_encodes, monkeypatch):
+def test_bare_images_of_tfds_are_not_read_before_they_are_asked_for(pillow_encodes, monkeypatch):
     """So that measuring lengths takes no pass over ImageNet."""
     with tfds.testing.mock_data(num_examples=3):
         source = open_source(SourceConfig("imagenet2012", "tfds"))

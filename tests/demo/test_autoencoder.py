@@ -13,18 +13,18 @@ from ross_jax.demo.autoencoder import (
     FitConfig,
     fit,
     load_diffusers,
-    load_pictures,
+    load_images,
     reconstruct,
     to_float,
     write_autoencoder,
 )
 from ross_jax.demo.dataset import DatasetConfig, write_dataset
-from ross_jax.evaluation.pictures import psnr, to_uint8
+from ross_jax.evaluation.images import psnr, to_uint8
 from ross_jax.models.autoencoder import Autoencoder
 
 pytest.importorskip("skimage", reason="the `demo` extra is not installed")
 pytest.importorskip("sklearn", reason="the `demo` extra is not installed")
-BRIEF = FitConfig(channels=(4, 8), latent_channels=4, norm_groups=2, pictures=64, steps=12, batch=4, crop=16)
+BRIEF = FitConfig(channels=(4, 8), latent_channels=4, norm_groups=2, images=64, steps=12, batch=4, crop=16)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def folders(tmp_path_factory):
     return root / "data", root / "vae"
 
 
-def training_pictures(data):
-    return load_pictures(sorted((data / "images").glob("pretrain_*.png")))
+def training_images(data):
+    return load_images(sorted((data / "images").glob("pretrain_*.png")))
 
 
 def test_latents_are_normalised(folders):
@@ -46,8 +46,8 @@ def test_latents_are_normalised(folders):
     assert architecture.downsampling == 2 and BRIEF.architecture == dataclasses.replace(
         architecture, scaling_factor=1.0, shift_factor=0.0
     )
-    module, pictures = Autoencoder(architecture), to_float(training_pictures(folders[0]))
-    posterior = module.apply({"params": params}, pictures, method="encode")
+    module, images = Autoencoder(architecture), to_float(training_images(folders[0]))
+    posterior = module.apply({"params": params}, images, method="encode")
     latents = posterior.sample(jax.random.normal(jax.random.key(3), posterior.mean.shape))
     latents = np.asarray(module.apply({"params": params}, latents, method="normalise"))
     assert abs(latents.mean()) < 0.05 and latents.std() == pytest.approx(1.0, abs=0.05)
@@ -67,7 +67,7 @@ def test_our_import_reads_it(folders, tmp_path):
 def test_fitted_once_and_reproducible(folders):
     data, vae = folders
     assert not write_autoencoder(vae, data, BRIEF)
-    architecture, params = fit(training_pictures(data), BRIEF)
+    architecture, params = fit(training_images(data), BRIEF)
     saved_architecture, saved = load_diffusers(vae)
     assert architecture == saved_architecture
     jax.tree.map(np.testing.assert_array_equal, params, saved)
@@ -75,11 +75,11 @@ def test_fitted_once_and_reproducible(folders):
 
 def test_other_settings_fit_anew_and_better(folders, tmp_path):
     data, vae = folders
-    pictures = training_pictures(data)
-    before = psnr(reconstruct(*load_diffusers(vae), pictures), pictures).mean()
+    images = training_images(data)
+    before = psnr(reconstruct(*load_diffusers(vae), images), images).mean()
     shutil.copytree(vae, tmp_path / "vae")
     assert write_autoencoder(tmp_path / "vae", data, dataclasses.replace(BRIEF, steps=100))
-    assert psnr(reconstruct(*load_diffusers(tmp_path / "vae"), pictures), pictures).mean() > before + 1.0
+    assert psnr(reconstruct(*load_diffusers(tmp_path / "vae"), images), images).mean() > before + 1.0
 
 
 def test_pixels_there_and_back():

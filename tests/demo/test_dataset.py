@@ -191,7 +191,7 @@ def test_photographs_are_on_one_side(dataset):
     assert sum(map(len, images)) == len(set.union(*images)) == len(open_store(dataset / "images").names())
 
 
-def test_photographs_are_colour_pictures():
+def test_photographs_are_colour_images():
     for pixels in (*load_photographs("train").values(), *load_photographs("heldout").values()):
         assert pixels.dtype == np.uint8 and pixels.shape[2] == 3 and min(pixels.shape[:2]) >= 256
         assert (pixels[..., 0] != pixels[..., 2]).any()
@@ -258,7 +258,7 @@ def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_labels_and_pictures_without_a_word(dataset, tmp_path):
+def test_labels_and_images_without_a_word(dataset, tmp_path):
     """As many questions of each type, spread over its answers; the rest of the data set stays as it is."""
     folder = tmp_path / "data"
     assert write_dataset(folder, dataclasses.replace(SMALL, labels_per_type=8, unlabelled=3))

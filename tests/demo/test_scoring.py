@@ -67,7 +67,7 @@ def test_loss_curves(tmp_path):
     pytest.importorskip("matplotlib", reason="the `demo` extra is not installed")
     curves = {
         "text": {"Ross": ([1, 2, 3], [3.0, 2.0, 1.5]), "baseline": ([1, 2], [3.0, 2.5])},
-        "pictures": {"Ross": ([1], [1.0])},
+        "images": {"Ross": ([1], [1.0])},
     }
     for name in ("a.png", "b.png"):
         plot_losses(tmp_path / name, curves)

@@ -16,10 +16,10 @@ from ross_jax.data.images import ImageError
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
 from ross_jax.evaluation import reconstruction
-from ross_jax.evaluation.pictures import psnr, ssim, to_uint8
-from ross_jax.evaluation.reconstruction import make_evaluator, read_pictures
+from ross_jax.evaluation.images import psnr, ssim, to_uint8
+from ross_jax.evaluation.reconstruction import make_evaluator, read_images
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
-from ross_jax.inference.reconstruct import autoencode, encode_latents, outputs_of_pictures, target_pictures
+from ross_jax.inference.reconstruct import autoencode, encode_latents, outputs_of_images, target_images
 from ross_jax.objectives.denoise import DenoiseObjective
 from ross_jax.objectives.objective import Sampling
 from ross_jax.sharding import MeshConfig, make_mesh
@@ -37,11 +37,11 @@ SAMPLING = Sampling("ddpm", 4)
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_model(folder / "model")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     for i in range(5):
         pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((40, 30)).save(folder / "pictures" / f"{i}.png")
+        Image.fromarray(pixels).resize((40, 30)).save(folder / "images" / f"{i}.png")
     return folder
 
 
@@ -51,7 +51,7 @@ def model(folder):
 
 
 def make_config(folder, rows=2, **changes) -> RunConfig:
-    source = SourceConfig(str(folder / "pictures"), "pictures")
+    source = SourceConfig(str(folder / "images"), "images")
     return RunConfig(
         model=SIZED,
         text=TextConfig("qwen_2", str(folder / "model" / "files" / "language"), weight=0.0),
@@ -82,13 +82,13 @@ def evaluate(config, model, mesh, devices=1):
 def expected(folder, model):
     """Scores and pictures from the parts that launch/reconstruct.py is made of."""
     pytest.importorskip("skimage", reason="the `demo` extra is not installed")
-    pictures = read_pictures(make_config(folder))
-    assert len(pictures) == 5
+    images = read_images(make_config(folder))
+    assert len(images) == 5
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(np.arange(5))
-    outputs = jnp.asarray(outputs_of_pictures(model, pictures))
+    outputs = jnp.asarray(outputs_of_images(model, images))
     made = DenoiseObjective(SIZED).reconstruct(model.params, model.params, outputs, keys, SAMPLING)
-    stack = np.stack(pictures)
-    originals, ceiling = target_pictures(SIZED, stack), autoencode(SIZED, model.params, stack)
+    stack = np.stack(images)
+    originals, ceiling = target_images(SIZED, stack), autoencode(SIZED, model.params, stack)
     originals, own, ceiling = map(to_uint8, (originals, made.pixels, ceiling))
     latents = encode_latents(SIZED, model.params, stack)
     scores = {
@@ -104,7 +104,7 @@ def expected(folder, model):
 @pytest.mark.parametrize(
     ("mesh", "devices", "rows"), [((1, 1, 1), 1, 2), ((1, 1, 1), 1, 8), ((8, 1, 1), 8, 1), ((2, 2, 2), 8, 3)]
 )
-def test_scores_are_those_of_each_picture(mesh, devices, rows, folder, model, expected):
+def test_scores_are_those_of_each_image(mesh, devices, rows, folder, model, expected):
     """However the pictures are spread over batches, padded, and over devices."""
     scores, columns = expected
     found, grid = evaluate(make_config(folder, rows), model, mesh, devices)
@@ -125,18 +125,18 @@ def test_without_scikit_image(folder, model, monkeypatch):
     assert set(scores) == {"psnr", "psnr_autoencoder", "latent_error"}
 
 
-def test_pictures_are_spread_over_the_sources(folder):
-    pictures = read_pictures(make_config(folder))
-    fewer = read_pictures(make_config(folder, count=2))
-    for found, picture in zip(fewer, (pictures[0], pictures[2]), strict=True):
-        np.testing.assert_array_equal(found, picture)
+def test_images_are_spread_over_the_sources(folder):
+    images = read_images(make_config(folder))
+    fewer = read_images(make_config(folder, count=2))
+    for found, image in zip(fewer, (images[0], images[2]), strict=True):
+        np.testing.assert_array_equal(found, image)
 
 
 def test_what_cannot_be_evaluated(folder, tmp_path):
     (tmp_path / "0.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"0\.png"):
-        read_pictures(make_config(folder, sources=(SourceConfig(str(tmp_path), "pictures"),)))
+        read_images(make_config(folder, sources=(SourceConfig(str(tmp_path), "images"),)))
     with pytest.raises(UserError, match="does not exist"):
-        read_pictures(make_config(folder, sources=(SourceConfig(str(tmp_path / "absent"), "pictures"),)))
+        read_images(make_config(folder, sources=(SourceConfig(str(tmp_path / "absent"), "images"),)))
     config = dataclasses.replace(make_config(folder), loop=LoopConfig())
     assert make_evaluator(config, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])) is None

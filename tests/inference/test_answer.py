@@ -17,9 +17,9 @@ from ross_jax.models.ross import Ross, normalise
 NEW = 5
 
 
-def question(number: int, text: str, pictures: int) -> dict:
-    value = "<image>\n" * pictures + text
-    images = [f"{i}.png" for i in range(pictures)]
+def question(number: int, text: str, count: int) -> dict:
+    value = "<image>\n" * count + text
+    images = [f"{i}.png" for i in range(count)]
     return {"id": f"q{number}", "image": images, "conversations": [{"from": "human", "value": value}]}
 
 
@@ -37,7 +37,7 @@ def asked():
     return records, [[rng.integers(0, 256, (28, 28, 3), dtype=np.uint8) for _ in range(count)] for count in counts]
 
 
-def one_by_one(model, record, pictures) -> str:
+def one_by_one(model, record, pixels) -> str:
     """Greedy decoding without a cache, without padding: the whole sequence again for every token."""
     tokenizer = model.tokenizer()
     ids = build_prompt_encoder("qwen_2", tokenizer)(record)
@@ -47,7 +47,7 @@ def one_by_one(model, record, pictures) -> str:
         if i == IMAGE_ID:
             starts.append(len(tokens))
         tokens += [0] * count if i == IMAGE_ID else [int(i)]
-    images = normalise(model.config, jnp.asarray(np.stack(pictures))[None])
+    images = normalise(model.config, jnp.asarray(np.stack(pixels))[None])
     ross, new = Ross(model.config), []
     forward = jax.jit(lambda *arguments: ross.apply({"params": model.params}, *arguments).hidden[0, -1])
     for _ in range(NEW):
@@ -62,21 +62,21 @@ def one_by_one(model, record, pictures) -> str:
 
 @pytest.mark.slow
 def test_batches_answer_as_single_prompts_do(model, asked):
-    records, pictures = asked
-    found = answer(model, records, pictures, NEW, rows=2)
+    records, images = asked
+    found = answer(model, records, images, NEW, rows=2)
     assert len(set(found)) > 3
-    with_pictures = [i for i, record in enumerate(records) if record["image"]]
-    assert [found[i] for i in with_pictures] == [one_by_one(model, records[i], pictures[i]) for i in with_pictures]
-    assert answer(model, records, pictures, NEW, rows=5) == found
+    with_images = [i for i, record in enumerate(records) if record["image"]]
+    assert [found[i] for i in with_images] == [one_by_one(model, records[i], images[i]) for i in with_images]
+    assert answer(model, records, images, NEW, rows=5) == found
 
 
 def test_bad_prompts_are_refused(model, asked):
-    records, pictures = asked
+    records, images = asked
     assert answer(model, [], []) == []
     with pytest.raises(UserError, match="q0: 1 <image> marks for 0 pictures"):
         answer(model, records[:1], [[]])
     answered = {**records[0], "conversations": [*records[0]["conversations"], {"from": "gpt", "value": "Yes."}]}
     with pytest.raises(UserError, match="must end with a human turn"):
-        answer(model, [answered], pictures[:1])
+        answer(model, [answered], images[:1])
     with pytest.raises(UserError, match="does not say its conversation template"):
-        answer(dataclasses.replace(model, template=None), records, pictures)
+        answer(dataclasses.replace(model, template=None), records, images)

@@ -42,7 +42,7 @@ def prompt(rng: np.random.Generator, text: int, padding: int = 0):
     return tokens, segments, np.array([[padding + 2]], np.int32)
 
 
-def greedy_by_full_forward(params, tokens, picture, start, steps):
+def greedy_by_full_forward(params, tokens, image, start, steps):
     """The same without a cache: one full forward pass per new id, over a row padded to its final length."""
     model, given = Ross(CONFIG), tokens.shape[1]
     row = np.pad(tokens, [(0, 0), (0, steps)])
@@ -55,16 +55,16 @@ def greedy_by_full_forward(params, tokens, picture, start, steps):
 
     for length in range(given, given + steps):
         segments = (positions < length).astype(np.int32)
-        row[0, length] = scores(row, positions, segments, picture, start)[length - 1].argmax()
+        row[0, length] = scores(row, positions, segments, image, start)[length - 1].argmax()
     return row[0, given:].tolist()
 
 
 def test_equals_the_full_forward_pass(params):
     rng = np.random.default_rng(0)
     tokens, segments, start = prompt(rng, 3)
-    picture = rng.normal(size=(1, 1, 28, 28, 3)).astype(np.float32)
-    result = compiled(CONFIG, params, tokens, segments, picture, start, 6, None, jnp.float32, True)
-    expected = greedy_by_full_forward(params, tokens, picture, start, 6)
+    image = rng.normal(size=(1, 1, 28, 28, 3)).astype(np.float32)
+    result = compiled(CONFIG, params, tokens, segments, image, start, 6, None, jnp.float32, True)
+    expected = greedy_by_full_forward(params, tokens, image, start, 6)
     assert result.tokens[0].tolist() == expected
     assert len(set(expected)) > 1  # a constant answer would show little
     assert result.logits.argmax(-1)[0].tolist() == expected
@@ -72,28 +72,28 @@ def test_equals_the_full_forward_pass(params):
 
 def test_left_padding_changes_nothing(params):
     rng = np.random.default_rng(1)
-    picture = rng.normal(size=(2, 1, 28, 28, 3)).astype(np.float32)
+    image = rng.normal(size=(2, 1, 28, 28, 3)).astype(np.float32)
     short, long = prompt(np.random.default_rng(2), 1, padding=4), prompt(np.random.default_rng(3), 5)
     both = [np.concatenate(pair) for pair in zip(short, long, strict=True)]
-    together = compiled(CONFIG, params, both[0], both[1], picture, both[2], 5)
+    together = compiled(CONFIG, params, both[0], both[1], image, both[2], 5)
     for i, (tokens, segments, start) in enumerate([prompt(np.random.default_rng(2), 1), long]):
-        alone = compiled(CONFIG, params, tokens, segments, picture[i : i + 1], start, 5)
+        alone = compiled(CONFIG, params, tokens, segments, image[i : i + 1], start, 5)
         assert together.tokens[i].tolist() == alone.tokens[0].tolist()
 
 
 def test_stop_token_ends_a_row(params):
     rng = np.random.default_rng(0)
     tokens, segments, start = prompt(rng, 3)
-    picture = rng.normal(size=(1, 1, 28, 28, 3)).astype(np.float32)
-    free = compiled(CONFIG, params, tokens, segments, picture, start, 6).tokens[0].tolist()
+    image = rng.normal(size=(1, 1, 28, 28, 3)).astype(np.float32)
+    free = compiled(CONFIG, params, tokens, segments, image, start, 6).tokens[0].tolist()
     stop = free[2]
     first = free.index(stop)
-    result = compiled(CONFIG, params, tokens, segments, picture, start, 6, stop)
+    result = compiled(CONFIG, params, tokens, segments, image, start, 6, stop)
     assert result.tokens[0].tolist() == free[: first + 1] + [stop] * (5 - first)
     assert result.lengths.tolist() == [first + 1]
 
 
-def test_text_without_pictures(params):
+def test_text_without_images(params):
     tokens = np.array([[3, 4, 5]], np.int32)
     none = np.zeros((1, 0, 28, 28, 3), np.float32)
     empty = np.zeros((1, 0), np.int32)

@@ -13,10 +13,10 @@ from ross_jax.data.encoders import build_prompt_encoder
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
 from ross_jax.inference.prompts import expand_prompt, prompt_batches
 from ross_jax.inference.reconstruct import (
-    PictureDrawer,
+    ImageDrawer,
     autoencode,
-    outputs_of_pictures,
-    target_pictures,
+    outputs_of_images,
+    target_images,
     visual_outputs,
 )
 from ross_jax.models.autoencoder import Autoencoder
@@ -43,7 +43,7 @@ def batch():
     return jax.tree.map(jnp.asarray, batch)
 
 
-def test_visual_outputs_are_hidden_states_at_the_pictures(model, batch):
+def test_visual_outputs_are_hidden_states_at_the_images(model, batch):
     outputs = visual_outputs(model.config, model.params, batch)
     images = normalise(model.config, batch["images"])
     arguments = (batch["tokens"], batch["positions"], batch["segments"], images, batch["image_start"])
@@ -53,15 +53,15 @@ def test_visual_outputs_are_hidden_states_at_the_pictures(model, batch):
     np.testing.assert_array_equal(outputs[1, 1], 0.0)
 
 
-def test_outputs_of_pictures_on_their_own(model):
+def test_outputs_of_images_on_their_own(model):
     """As the same pictures have them in a conversation, whatever is asked after them."""
     rng = np.random.default_rng(3)
-    pictures = [rng.integers(0, 256, (28, 28, 3), dtype=np.uint8) for _ in range(3)]
-    found = outputs_of_pictures(model, pictures, rows=2)
+    images = [rng.integers(0, 256, (28, 28, 3), dtype=np.uint8) for _ in range(3)]
+    found = outputs_of_images(model, images, rows=2)
     encode = build_prompt_encoder("qwen_2", model.tokenizer())
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}]
-    prompts = [expand_prompt(model, encode, {"id": "x", "image": "x", "conversations": turns}, [p]) for p in pictures]
-    (batch,) = prompt_batches(prompts, [[picture] for picture in pictures], 3, model.config.vision.num_tokens, 28)
+    prompts = [expand_prompt(model, encode, {"id": "x", "image": "x", "conversations": turns}, [p]) for p in images]
+    (batch,) = prompt_batches(prompts, [[image] for image in images], 3, model.config.vision.num_tokens, 28)
     expected = visual_outputs(model.config, model.params, jax.tree.map(jnp.asarray, batch))[:, 0]
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -101,7 +101,7 @@ def test_sampling_is_the_tested_process_under_this_condition(model, batch):
 
 def test_the_ceiling_is_the_autoencoder_itself(model, batch):
     images = batch["images"][:, 0]
-    pixels, made = target_pictures(model.config, images), autoencode(model.config, model.params, images)
+    pixels, made = target_images(model.config, images), autoencode(model.config, model.params, images)
     side = model.config.target_size
     assert pixels.shape == made.shape == (2, side, side, 3)
     whole = Autoencoder(model.config.autoencoder).apply({"params": model.params["autoencoder"]}, pixels)
@@ -110,7 +110,7 @@ def test_the_ceiling_is_the_autoencoder_itself(model, batch):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_pictures_of_a_batch_for_tensorboard(model, batch, devices):
+def test_images_of_a_batch_for_tensorboard(model, batch, devices):
     """Whatever the mesh, and whichever slots are empty, real pictures come first."""
     rows = 4 * (devices // 8) + 4
     wide = {name: np.tile(values, (rows // 2, *[1] * (values.ndim - 1))) for name, values in batch.items()}
@@ -126,12 +126,12 @@ def test_pictures_of_a_batch_for_tensorboard(model, batch, devices):
     )
     state = jax.device_put(vars(state), NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        grid = PictureDrawer(model.config, mesh, count=2)(7, SimpleNamespace(**state), placed)
+        grid = ImageDrawer(model.config, mesh, count=2)(7, SimpleNamespace(**state), placed)
     side = model.config.target_size
     assert grid.shape == (2 * side, 3 * side, 3)
     first, second = wide["images"][1, 1], wide["images"][3, 0]
     images = jnp.stack([first, second])
-    originals, ceilings = target_pictures(model.config, images), autoencode(model.config, model.params, images)
+    originals, ceilings = target_images(model.config, images), autoencode(model.config, model.params, images)
     for row, (original, ceiling) in enumerate(zip(originals, ceilings, strict=True)):
         cells = grid[row * side : (row + 1) * side].reshape(side, 3, side, 3).swapaxes(0, 1).astype(int)
         for cell, expected in ((cells[0], original), (cells[2], ceiling)):

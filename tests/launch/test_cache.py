@@ -13,7 +13,7 @@ from launcher import REPOSITORY, environment, losses, train
 pytestmark = pytest.mark.slow
 
 
-def cache_pictures(recipe: Path, folder: Path, *more: str, cache: Path | None = None) -> subprocess.CompletedProcess:
+def cache_images(recipe: Path, folder: Path, *more: str, cache: Path | None = None) -> subprocess.CompletedProcess:
     script = str(REPOSITORY / "launch" / "cache.py")
     command = [sys.executable, script, f"--config={recipe}", f"--output={folder}", *more]
     environ = environment(cache, devices=2)
@@ -22,7 +22,7 @@ def cache_pictures(recipe: Path, folder: Path, *more: str, cache: Path | None = 
 
 def test_a_run_on_what_was_computed_before(recipe, cache, tmp_path):
     """On two devices, pixels and cache; said are what will be made, how it goes on, and what came of it."""
-    done = cache_pictures(recipe, tmp_path / "cache", "--what=targets,features", "--rows=5", cache=cache)
+    done = cache_images(recipe, tmp_path / "cache", "--what=targets,features", "--rows=5", cache=cache)
     assert done.returncode == 0, done.stderr
     assert "25/25 pictures" in done.stderr
     first, *_, timed, last = done.stdout.splitlines()
@@ -37,7 +37,7 @@ def test_a_run_on_what_was_computed_before(recipe, cache, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "cached"), expected, rtol=1e-6)
     refused = train(recipe, tmp_path / "other", "--config.image_mode=crop", flag, cache=cache, devices=2)
     assert refused.returncode == 1 and "pictures.image.mode: 'pad' there, 'crop' now" in refused.stderr
-    again = cache_pictures(recipe, tmp_path / "cache", "--what=targets,features", cache=cache)
+    again = cache_images(recipe, tmp_path / "cache", "--what=targets,features", cache=cache)
     assert again.returncode == 0 and "0 pictures in 0 s" in again.stdout, again.stderr
 
 
@@ -49,14 +49,14 @@ def test_a_full_disk(recipe, cache, tmp_path):
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        done = cache_pictures(recipe, disk / "cache", cache=cache)
+        done = cache_images(recipe, disk / "cache", cache=cache)
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
         assert re.search(r"^warning: \S+ GB are free in", done.stderr, re.MULTILINE)
         said = r"^error: \S+-00000-of-00001.arrayrecord.partial: cannot be written \(.*No space left on device"
         assert re.search(said, done.stderr, re.MULTILINE), done.stderr
         assert [path.name for path in (disk / "cache").iterdir()] == ["cache.json.partial"]
         subprocess.run(["mount", "-o", "remount,size=2M", str(disk)], check=True)
-        done = cache_pictures(recipe, disk / "cache", cache=cache)
+        done = cache_images(recipe, disk / "cache", cache=cache)
         assert done.returncode == 0, done.stderr
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -84,7 +84,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize(("flag", "message"), BAD_FLAGS.values(), ids=BAD_FLAGS)
 def test_what_cannot_be_cached(flag, message, recipe, cache, tmp_path):
-    done = cache_pictures(recipe, tmp_path / "cache", flag, cache=cache)
+    done = cache_images(recipe, tmp_path / "cache", flag, cache=cache)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1, done.stderr
     error = done.stderr[done.stderr.index("error: ") :].strip()

@@ -12,7 +12,7 @@ launcher = load_script("generate")
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     return tmp_path / "a.png", pixels
@@ -23,8 +23,8 @@ def run(capsys, *args) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
-def test_answers(model_folder, picture, capsys):
-    path, pixels = picture
+def test_answers(model_folder, image, capsys):
+    path, pixels = image
     common = ("--checkpoint", model_folder, "--max-new-tokens", 4)
     code, output, _ = run(capsys, *common, "--image", path, "--prompt", "What is it?")
     record = {"id": "x", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}]}
@@ -33,12 +33,12 @@ def test_answers(model_folder, picture, capsys):
     assert code == 0 and other != output
 
 
-def test_mistakes_end_in_one_line(model_folder, picture, tmp_path, capsys):
+def test_mistakes_end_in_one_line(model_folder, image, tmp_path, capsys):
     for args, message in [
         (("--checkpoint", tmp_path, "--prompt", "x"), "no ross_jax.json in it"),
         (("--checkpoint", model_folder, "--prompt", "x", "--image", tmp_path / "b.png"), "b.png: cannot be read"),
         (("--checkpoint", model_folder, "--prompt", "x", "--template", "qwen"), "did you mean 'qwen_2'"),
-        (("--checkpoint", model_folder, "--prompt", "<image> <image>", "--image", picture[0]), "<image>"),
+        (("--checkpoint", model_folder, "--prompt", "<image> <image>", "--image", image[0]), "<image>"),
     ]:
         code, output, error = run(capsys, *args)
         assert (code, output) == (1, "") and error.startswith("error: ") and message in error, error

@@ -103,8 +103,8 @@ def test_packing_efficiency(run):
     status, out, _, _ = run(records, "--length", str(length - 1))
     assert status == 0
     assert "none of 4 samples fits a row" in out
-    pictures = [conversation("<image>", "Yo", image="x")] * 4
-    assert "1 pictures: 4 rows" in run(pictures, "--image-tokens", "4", "--image-slots", "1")[1]
+    images = [conversation("<image>", "Yo", image="x")] * 4
+    assert "1 pictures: 4 rows" in run(images, "--image-tokens", "4", "--image-slots", "1")[1]
 
 
 def test_histogram(inspect_data):

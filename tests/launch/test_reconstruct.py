@@ -13,7 +13,7 @@ launcher = load_script("reconstruct")
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def image_files(tmp_path):
     """A folder of two, and one outside of the same name."""
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -33,8 +33,19 @@ def run(capsys, *args) -> tuple[int, str, str]:
     ("sampler", "steps"),
     [pytest.param("ddpm", 4, marks=pytest.mark.slow), pytest.param("ddim", 3, marks=pytest.mark.slow), ("dpm", 3)],
 )
-def test_pictures_and_table(sampler, steps, model_folder, pictures, tmp_path, capsys):
-    common = ("--checkpoint", model_folder, "--images", *pictures, "--sampler", sampler, "--steps", steps, "--rows", 2)
+def test_images_and_table(sampler, steps, model_folder, image_files, tmp_path, capsys):
+    common = (
+        "--checkpoint",
+        model_folder,
+        "--images",
+        *image_files,
+        "--sampler",
+        sampler,
+        "--steps",
+        steps,
+        "--rows",
+        2,
+    )
     code, output, error = run(capsys, *common, "--output", tmp_path / "out")
     assert code == 0, error
     rows = {row.split()[0]: [float(value) for value in row.split()[1:]] for row in output.splitlines()[1:4]}
@@ -54,15 +65,15 @@ def test_pictures_and_table(sampler, steps, model_folder, pictures, tmp_path, ca
     assert (tmp_path / "again" / "grid.png").read_bytes() == (tmp_path / "out" / "grid.png").read_bytes()
 
 
-def test_mistakes_end_in_one_line(model_folder, pictures, tmp_path, capsys):
+def test_mistakes_end_in_one_line(model_folder, image_files, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for images, more, message in [
         ([tmp_path / "empty"], (), "empty: no picture in this folder"),
         ([tmp_path / "nowhere"], (), "nowhere: no such file or folder"),
         ([tmp_path / "broken.png"], (), "broken.png"),
-        (pictures, ("--rows", 0), "--rows 0: at least 1"),
-        (pictures, ("--steps", 1), "at least 2 steps"),
+        (image_files, ("--rows", 0), "--rows 0: at least 1"),
+        (image_files, ("--steps", 1), "at least 2 steps"),
     ]:
         common = ("--checkpoint", model_folder, "--output", tmp_path / "out", "--images", *images)
         code, output, error = run(capsys, *common, *more)

@@ -66,7 +66,7 @@ BAD_FLAGS = {
         r"\d+ of \d+ samples read are broken, more than the allowed share of 1.0%.*\n.*absent.png: no such picture",
     ),
     "nothing supervised": (
-        lambda new, old: f"--config.data.sources=({dict(path=str(old), kind='pictures')},)",
+        lambda new, old: f"--config.data.sources=({dict(path=str(old), kind='images')},)",
         "step 1: the batch has no supervised token; check the data with launch/inspect_data.py",
     ),
     "a flag's name": (
@@ -145,7 +145,7 @@ def test_another_config(recipe, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_missing_picture_is_skipped_and_counted(recipe, cache, tmp_path):
+def test_a_missing_image_is_skipped_and_counted(recipe, cache, tmp_path):
     flag = sources(tmp_path, missing(1), images=(str(recipe.parent),))
     done = train(recipe, tmp_path / "run", flag, cache=cache)
     assert done.returncode == 0, done.stderr

@@ -87,11 +87,11 @@ def test_two_processes_are_as_one(mesh, recipe, alone, cache, tmp_path):
 @pytest.mark.parametrize("mesh", [SPREAD, ACROSS], ids=["spread", "across"])
 def test_two_processes_evaluate_as_one(mesh, recipe, cache, tmp_path):
     """The denoiser alone, on pictures alone, with reconstructions of three pictures that do not fill their rows."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(folder / f"{i}.png")
-    source = f"({ {'path': str(folder), 'kind': 'pictures'}!r},)"
+    source = f"({ {'path': str(folder), 'kind': 'images'}!r},)"
     flags = (
         "--config.text.weight=0.0",
         "--config.freeze.trainable=('denoiser/.*',)",

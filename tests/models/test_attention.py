@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from ross_jax.models.attention import (
@@ -18,9 +19,9 @@ from ross_jax.models.attention import (
     splash_attention,
 )
 from ross_jax.models.blockwise import blockwise_attention
-from ross_jax.models.layers import KEPT, keep
+from ross_jax.models.image_attention import fits, image_attention
+from ross_jax.models.layers import SAVED_ATTENTION
 from ross_jax.models.packed_attention import BLOCK, packed_attention
-from ross_jax.models.picture_attention import fits, picture_attention
 from ross_jax.plan.program import GPU_OPTIONS, answering_for
 from ross_jax.plan.targets import open_target
 from ross_jax.sharding import AXES, MeshConfig, make_mesh
@@ -94,7 +95,7 @@ def test_bidirectional_splash_is_attention(batch, length, heads, dim):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
 
 
-def interpreted_pictures(query, key, value, _):
+def interpreted_images(query, key, value, _):
     assert fits(query.shape, key.shape, query.dtype)
     return bidirectional_attention(query, key, value, interpret=True)
 
@@ -103,7 +104,7 @@ def interpreted_pictures(query, key, value, _):
     ("batch", "length", "heads", "dim"),
     [(3, 128, 2, 64), (1, 729, 4, 64), (2, 1, 4, 32), (1, 577, 2, 128), (2, 50, 8, 16)],
 )
-def test_picture_attention_is_attention(batch, length, heads, dim):
+def test_image_attention_is_attention(batch, length, heads, dim):
     """Outputs and all gradients, one to eight heads in a row of lanes: as far from float32 as XLA's own."""
     *arrays, segments = inputs(batch, length, heads, heads, dim)
     segments = jnp.ones_like(segments)
@@ -111,7 +112,7 @@ def test_picture_attention_is_attention(batch, length, heads, dim):
     halves = [array.astype(jnp.bfloat16) for array in arrays]
     with jax.default_matmul_precision("highest"):
         exact = real(whole)(*arrays, segments, weights)
-    found, others = (real(each)(*halves, segments, weights) for each in (interpreted_pictures, whole))
+    found, others = (real(each)(*halves, segments, weights) for each in (interpreted_images, whole))
     for ours, theirs, wanted in zip(found, others, exact, strict=True):
         assert ours.dtype == theirs.dtype
         errors = [float(jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32) - wanted)))) for x in (ours, theirs)]
@@ -128,28 +129,28 @@ def test_picture_attention_is_attention(batch, length, heads, dim):
         (729, 2, 2, 64, "float32"),
     ],
 )
-def test_what_picture_attention_leaves_to_splash(length, heads, kv_heads, dim, dtype):
+def test_what_image_attention_leaves_to_splash(length, heads, kv_heads, dim, dtype):
     assert fits((2, 729, 16, 64), (2, 729, 16, 64), "bfloat16")
     assert not fits((2, length, heads, dim), (2, length, kv_heads, dim), dtype)
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize(("length", "dim"), [(729, 64), (1024, 128)])
-def test_picture_attention_compiles(topology, length, dim):
+def test_image_attention_compiles(topology, length, dim):
     """For each TPU, with room for its scores on chip, forward and back."""
     pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
     device = open_target(topology).devices[0]
     array = jax.ShapeDtypeStruct((2, length, 256), jnp.bfloat16, sharding=SingleDeviceSharding(device))
 
     def run(query, key, value, gradient):
-        output, pull = jax.vjp(lambda *arrays: picture_attention(*arrays, dim), query, key, value)
+        output, pull = jax.vjp(lambda *arrays: image_attention(*arrays, dim), query, key, value)
         return output, *pull(gradient)
 
     text = jax.jit(run).lower(*[array] * 4).compile().as_text()
-    assert all(f"picture_attention_{way}_{dim}" in text for way in ("fwd", "bwd"))
+    assert all(f"image_attention_{way}_{dim}" in text for way in ("fwd", "bwd"))
 
 
-def test_a_batch_without_pictures_compiles():
+def test_a_batch_without_images_compiles():
     """As where a recipe has no picture slots: nothing to attend to, forward and back."""
     pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
     mesh = make_mesh(MeshConfig(1, -1, 1), open_target("v5e:2x2").devices)
@@ -159,14 +160,14 @@ def test_a_batch_without_pictures_compiles():
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 4)])
-def test_picture_attention_on_a_mesh(sizes):
+def test_image_attention_on_a_mesh(sizes):
     """Each device computes its pictures, whichever axes the mesh has; nothing changes by it."""
     *arrays, segments = inputs(8, 130, 2, 2, 64)
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
     arguments = (*(array.astype(jnp.bfloat16) for array in arrays), jnp.ones_like(segments), weights)
-    expected = real(interpreted_pictures)(*arguments)
+    expected = real(interpreted_images)(*arguments)
     with jax.set_mesh(make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])):
-        found = real(interpreted_pictures)(*arguments)
+        found = real(interpreted_images)(*arguments)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -204,10 +205,10 @@ def test_packed_attention_leaves_out_other_conversations():
 def test_what_packed_attention_returns_can_be_kept(sizes):
     """By its name, and then a layer that is computed again does not make it again; on a mesh, too."""
     *arrays, segments = inputs(8, 300, 4, 2, 8)
-    names, policies = jax.checkpoint_policies.save_only_these_names(KEPT), jax.checkpoint_policies
+    names, policies = jax.checkpoint_policies.save_only_these_names(SAVED_ATTENTION), jax.checkpoint_policies
 
     def layer(*arrays):
-        return jnp.sin(causal_attention(*map(keep, arrays), segments, None)).sum()
+        return jnp.sin(causal_attention(*(checkpoint_name(x, SAVED_ATTENTION) for x in arrays), segments, None)).sum()
 
     def loops(policy) -> int:
         run = jax.jit(jax.value_and_grad(jax.checkpoint(layer, policy=policy), (0, 1, 2)))

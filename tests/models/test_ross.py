@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ross_jax.models.language import LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
-from ross_jax.models.ross import Ross, RossConfig, abstract_params, gather_pictures, scatter_pictures
+from ross_jax.models.ross import Ross, RossConfig, abstract_params, gather_images, scatter_images
 from ross_jax.models.vision import VisionConfig
 from ross_jax.sharding import MeshConfig, make_mesh
 
@@ -63,28 +63,28 @@ def test_scatter_and_gather(starts):
     rng = np.random.default_rng(0)
     embeddings = rng.normal(size=(4, LENGTH, 5)).astype(np.float32)
     projected = rng.normal(size=(*starts.shape, TOKENS, 5)).astype(np.float32)
-    found = scatter_pictures(jnp.asarray(embeddings), jnp.asarray(projected), jnp.asarray(starts))
+    found = scatter_images(jnp.asarray(embeddings), jnp.asarray(projected), jnp.asarray(starts))
     np.testing.assert_array_equal(found, scatter_by_hand(embeddings, projected, starts))
-    gathered = gather_pictures(found, jnp.asarray(starts), TOKENS)
+    gathered = gather_images(found, jnp.asarray(starts), TOKENS)
     real = (starts < LENGTH)[..., None, None]
     np.testing.assert_array_equal(gathered, np.where(real, projected, 0.0))
 
 
 @pytest.mark.parametrize("length", [TOKENS - 1, TOKENS, LENGTH])
-def test_a_picture_that_does_not_fit(length):
+def test_a_image_that_does_not_fit(length):
     """Nothing is written of it, nothing read, and nothing goes back to it: in rows shorter than a picture, too."""
     rng = np.random.default_rng(0)
     starts = jnp.asarray([[length - TOKENS + 1], [length - 1], [length], [length + 5]], jnp.int32)
     embeddings = jnp.asarray(rng.normal(size=(4, length, 5)), jnp.float32)
     projected = jnp.asarray(rng.normal(size=(4, 1, TOKENS, 5)), jnp.float32)
-    np.testing.assert_array_equal(scatter_pictures(embeddings, projected, starts), embeddings)
-    assert not np.any(gather_pictures(embeddings, starts, TOKENS))
-    to_text, to_pictures = jax.grad(
-        lambda text, pictures: (scatter_pictures(text, pictures, starts) * embeddings).sum(), argnums=(0, 1)
+    np.testing.assert_array_equal(scatter_images(embeddings, projected, starts), embeddings)
+    assert not np.any(gather_images(embeddings, starts, TOKENS))
+    to_text, to_images = jax.grad(
+        lambda text, images: (scatter_images(text, images, starts) * embeddings).sum(), argnums=(0, 1)
     )(embeddings, projected)
     np.testing.assert_array_equal(to_text, embeddings)
-    assert not np.any(to_pictures)
-    assert not np.any(jax.grad(lambda hidden: (gather_pictures(hidden, starts, TOKENS) * projected).sum())(embeddings))
+    assert not np.any(to_images)
+    assert not np.any(jax.grad(lambda hidden: (gather_images(hidden, starts, TOKENS) * projected).sum())(embeddings))
 
 
 def test_gradients_of_scatter_and_gather():
@@ -93,14 +93,14 @@ def test_gradients_of_scatter_and_gather():
     weights = rng.normal(size=(4, LENGTH, 5)).astype(np.float32)
     zeros = jnp.zeros((4, LENGTH, 5)), jnp.zeros((*STARTS.shape, TOKENS, 5))
     starts = jnp.asarray(STARTS)
-    to_text, to_pictures = jax.grad(
-        lambda text, pictures: (scatter_pictures(text, pictures, starts) * weights).sum(), argnums=(0, 1)
+    to_text, to_images = jax.grad(
+        lambda text, images: (scatter_images(text, images, starts) * weights).sum(), argnums=(0, 1)
     )(*zeros)
-    np.testing.assert_array_equal(to_pictures, gather_pictures(jnp.asarray(weights), starts, TOKENS))
-    np.testing.assert_array_equal(to_text, scatter_by_hand(weights, np.zeros_like(to_pictures), STARTS))
-    picture_weights = rng.normal(size=to_pictures.shape).astype(np.float32)
-    back = jax.grad(lambda hidden: (gather_pictures(hidden, starts, TOKENS) * picture_weights).sum())(zeros[0])
-    np.testing.assert_array_equal(back, scatter_by_hand(zeros[0], picture_weights, STARTS))
+    np.testing.assert_array_equal(to_images, gather_images(jnp.asarray(weights), starts, TOKENS))
+    np.testing.assert_array_equal(to_text, scatter_by_hand(weights, np.zeros_like(to_images), STARTS))
+    image_weights = rng.normal(size=to_images.shape).astype(np.float32)
+    back = jax.grad(lambda hidden: (gather_images(hidden, starts, TOKENS) * image_weights).sum())(zeros[0])
+    np.testing.assert_array_equal(back, scatter_by_hand(zeros[0], image_weights, STARTS))
 
 
 def test_forward_is_its_parts():
@@ -122,7 +122,7 @@ def test_forward_is_its_parts():
         np.testing.assert_array_equal(found.visual_outputs[row, slot], there)
 
 
-def test_batch_without_pictures():
+def test_batch_without_images():
     """`[B, 0, H, W, 3]` is a batch of text; so is one whose slots are all empty."""
     tokens, positions, segments, images, _ = batch()
     found = run(params(), tokens, positions, segments, images[:, :0], STARTS[:, :0], internals=True)
@@ -153,7 +153,7 @@ def test_what_is_ignored():
     np.testing.assert_array_equal(found.visual_outputs, other.visual_outputs)
 
 
-@pytest.mark.parametrize("what", ["tokens", "pictures"])
+@pytest.mark.parametrize("what", ["tokens", "images"])
 def test_rows_do_not_see_each_other(what):
     arguments, changed = batch(), batch()  # not one list: a step still running reads the arrays it was given
     if what == "tokens":
@@ -234,14 +234,14 @@ def test_no_collective_in_scatter_and_gather():
     rows, slots = 16, 3
     embeddings, projected = spec(rows, LENGTH, WIDTH), spec(rows, slots, TOKENS, WIDTH)
     starts = spec(rows, slots, dtype=jnp.int32)
-    gather = functools.partial(gather_pictures, tokens=TOKENS)
-    assert not collectives(scatter_pictures, embeddings, projected, starts)
+    gather = functools.partial(gather_images, tokens=TOKENS)
+    assert not collectives(scatter_images, embeddings, projected, starts)
     assert not collectives(gather, embeddings, starts)
 
     def square(function, *arguments):
         return jnp.square(function(*arguments)).sum()
 
-    backward = jax.grad(functools.partial(square, scatter_pictures), argnums=(0, 1))
+    backward = jax.grad(functools.partial(square, scatter_images), argnums=(0, 1))
     assert not collectives(backward, embeddings, projected, starts)
     assert not collectives(jax.grad(functools.partial(square, gather)), embeddings, starts)
 
@@ -263,7 +263,7 @@ def test_no_collective_in_the_forward_pass():
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (SIZE, 31), (44, 44)])
-def test_wrong_picture_size(shape):
+def test_wrong_image_size(shape):
     tokens, positions, segments, images, starts = batch()
     wrong = np.zeros((*images.shape[:2], *shape, 3), np.float32)
     with pytest.raises(

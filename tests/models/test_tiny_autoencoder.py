@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from ross_jax.config import freeze, thaw
+from ross_jax.config import from_dict, to_dict
 from ross_jax.models.autoencoder import Autoencoder
 from ross_jax.models.ross import RossConfig, abstract_params, build_autoencoder, components
 from ross_jax.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
@@ -62,8 +62,8 @@ def test_the_config_chooses_the_module():
     ross = RossConfig(autoencoder=CONFIG)
     assert type(components(ross)["autoencoder"]) is TinyAutoencoder
     # Manifests that are older than the choice.
-    plain = thaw(KL)
-    assert plain["autoencoder"].pop("kind") == "kl" and freeze(RossConfig, plain) == KL
+    plain = to_dict(KL)
+    assert plain["autoencoder"].pop("kind") == "kl" and from_dict(RossConfig, plain) == KL
 
 
 def test_lives_where_the_kl_autoencoder_does():
@@ -82,7 +82,7 @@ def test_lives_where_the_kl_autoencoder_does():
 def test_recipes_can_name_it():
     model = dataclasses.replace(KL, autoencoder=CONFIG)
     values = {
-        "model": thaw(model),
+        "model": to_dict(model),
         "text": {"template": "plain", "tokenizer": "x"},
         "data": {"sources": [{"path": "x"}], "packing": {"length": 64, "images": 1}, "batch": 2},
         "freeze": {"trainable": [".*"]},
@@ -90,4 +90,4 @@ def test_recipes_can_name_it():
     }
     recipe = complete(values)
     assert recipe.model.autoencoder.encoder_blocks == (1, 2, 1)
-    assert freeze(RossConfig, recipe.to_dict()["model"]) == model
+    assert from_dict(RossConfig, recipe.to_dict()["model"]) == model

@@ -19,7 +19,7 @@ from ross_jax.models.vision import VisionConfig
 from ross_jax.objectives.denoise import DenoiseObjective
 from ross_jax.objectives.diffusion import SCHEDULES, make_diffusion, sample_ancestral
 from ross_jax.objectives.objective import Sampling
-from ross_jax.objectives.reconstruction import official_mean, picture_mean
+from ross_jax.objectives.reconstruction import image_mean, official_mean
 from ross_jax.objectives.targets import group_latents, target_pixels, ungroup_latents
 from ross_jax.sharding import MeshConfig, logical_axes, make_mesh, partition
 from ross_jax.tree import flatten
@@ -53,7 +53,7 @@ def random_params(ross: RossConfig):
     return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
 
 
-def pictures(ross: RossConfig, count: int, seed: int = 0) -> jax.Array:
+def random_images(ross: RossConfig, count: int, seed: int = 0) -> jax.Array:
     size = ross.vision.image_size
     return jax.random.normal(jax.random.key(seed), (count, size, size, 3))
 
@@ -65,7 +65,7 @@ def setting():
     objective, params = DenoiseObjective(ross), random_params(ross)
     outputs = jax.random.normal(jax.random.key(1), (2, 2, GRID**2, WIDTH))
     keys = jax.random.split(jax.random.key(2), (2, 2))
-    targets = jax.jit(objective.targets)(params, pictures(ross, 4))
+    targets = jax.jit(objective.targets)(params, random_images(ross, 4))
     return objective, params, outputs, targets, keys
 
 
@@ -86,16 +86,16 @@ def test_grouped_channels(window):
     np.testing.assert_array_equal(ungroup_latents(tokens, window), latents)
 
 
-def bilinear(picture: np.ndarray, size: int) -> np.ndarray:
+def bilinear(image: np.ndarray, size: int) -> np.ndarray:
     """Half-pixel centres, borders repeated, no antialiasing."""
     for axis in (0, 1):
-        old = picture.shape[axis]
+        old = image.shape[axis]
         places = np.maximum((np.arange(size) + 0.5) * old / size - 0.5, 0)
         low = np.minimum(places.astype(int), old - 1)
         high = np.minimum(low + 1, old - 1)
         share = (places - low).reshape([-1 if i == axis else 1 for i in range(3)])
-        picture = (1 - share) * picture.take(low, axis) + share * picture.take(high, axis)
-    return picture
+        image = (1 - share) * image.take(low, axis) + share * image.take(high, axis)
+    return image
 
 
 # Enlarged as 384 to 432, kept, and shrunk, where antialiasing would show.
@@ -105,12 +105,12 @@ RESIZED = [(44, 14), (60, 14), (32, 16), (90, 30), (101, 25)]
 @pytest.mark.parametrize(("image_size", "patch_size"), RESIZED)
 def test_target_pixels(image_size, patch_size):
     ross = config(image_size, patch_size)
-    images = 2 * pictures(ross, 2)
+    images = 2 * random_images(ross, 2)
     found = target_pixels(ross, images)
     assert found.shape == (2, *(2 * (image_size // patch_size * 16,)), 3)
     plain = np.float64(images) * ross.image_std + ross.image_mean
-    for ours, picture in zip(found, np.clip(2 * plain - 1, -1, 1), strict=True):
-        np.testing.assert_allclose(ours, bilinear(picture, found.shape[1]), rtol=0, atol=COORDINATES)
+    for ours, image in zip(found, np.clip(2 * plain - 1, -1, 1), strict=True):
+        np.testing.assert_allclose(ours, bilinear(image, found.shape[1]), rtol=0, atol=COORDINATES)
     assert (np.abs(found) == 1).any()  # clipping was needed
 
 
@@ -119,7 +119,7 @@ def test_target_pixels(image_size, patch_size):
 def test_target_pixels_of_torch(image_size, patch_size):
     torch = pytest.importorskip("torch")
     ross = config(image_size, patch_size)
-    images = pictures(ross, 2)
+    images = random_images(ross, 2)
     mean, std = (torch.tensor(x)[:, None, None] for x in (ross.image_mean, ross.image_std))
     pixels = ((torch.tensor(np.asarray(images)).movedim(-1, 1) * std + mean) * 2 - 1).clamp(-1, 1)
     theirs = torch.nn.functional.interpolate(
@@ -133,7 +133,7 @@ def test_targets_are_the_posterior(channels):
     """Deterministic; latents are shifted, scaled and grouped by the autoencoder's own downsampling."""
     ross = config(channels=channels)
     objective, params = DenoiseObjective(ross), random_params(ross)
-    images = pictures(ross, 2)
+    images = random_images(ross, 2)
     targets = jax.jit(objective.targets)(params, images)
     encode = jax.jit(lambda p, x: Autoencoder(ross.autoencoder).apply({"params": p}, x, method="encode"))
     expected = encode(params["autoencoder"], target_pixels(ross, images))
@@ -184,7 +184,7 @@ def test_loss_is_the_formula(setting):
         np.testing.assert_allclose(found[row, slot], np.mean(errors), rtol=1e-5)
 
 
-def test_loss_of_a_picture_does_not_depend_on_the_others(setting):
+def test_loss_of_a_image_does_not_depend_on_the_others(setting):
     """Other neighbours, another order, another shape of the batch: the same key gives the same loss."""
     objective, params, outputs, targets, keys = setting
     found = loss(*setting).reshape(-1)
@@ -208,8 +208,8 @@ def test_loss_of_a_picture_does_not_depend_on_the_others(setting):
 
 def test_reductions():
     losses, real = jnp.array([[1.0, 2.0], [4.0, 8.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
-    assert float(picture_mean(losses, real)) == 2.5
-    assert float(picture_mean(losses, jnp.ones((2, 2)))) == 3.75
+    assert float(image_mean(losses, real)) == 2.5
+    assert float(image_mean(losses, jnp.ones((2, 2)))) == 3.75
     # The reference averages over rows without a picture too.
     assert float(official_mean(losses, real)) == pytest.approx(3.75 * 8 / (8 + 1e-6), rel=1e-7)
     assert float(official_mean(losses, real, draws=1)) == pytest.approx(3.75 * 2 / (2 + 1e-6), rel=1e-7)
@@ -261,8 +261,8 @@ def constraints(jaxpr):
             yield from constraints(inner)
 
 
-@pytest.mark.parametrize("reduce", [picture_mean, official_mean])
-def test_no_pictures_no_loss(setting, reduce):
+@pytest.mark.parametrize("reduce", [image_mean, official_mean])
+def test_no_images_no_loss(setting, reduce):
     """Neither slots that are all empty, nor a batch without slots: exactly zero, and so is every gradient."""
     objective, params, outputs, targets, keys = setting
 

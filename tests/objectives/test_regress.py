@@ -123,9 +123,9 @@ def test_gradient(kind, target, distance):
         return objective.loss({"regressor": regressor}, params, outputs, targets, keys).sum()
 
     kernel = params["regressor"]["linear_1"]["kernel"]
-    of_outputs, of_kernel = jax.jit(jax.grad(run, argnums=(0, 1)))(outputs, kernel)
+    of_outputs, grad_kernel = jax.jit(jax.grad(run, argnums=(0, 1)))(outputs, kernel)
     assert_gradient(of_outputs, lambda shift: run(outputs + shift, kernel), 1e-2)
-    assert_gradient(of_kernel, lambda shift: run(outputs, kernel + shift), 3e-3)
+    assert_gradient(grad_kernel, lambda shift: run(outputs, kernel + shift), 3e-3)
 
 
 def test_the_decoder_is_recomputed():
@@ -211,7 +211,7 @@ def test_reconstruct_is_what_was_regressed(target, latents):
         np.testing.assert_allclose(made.latents[0], ungroup_latents(whole, 2)[0], atol=1e-5)
 
 
-def test_what_makes_no_picture():
+def test_what_makes_no_image():
     assert reconstructor(config("features")) is None
     assert reconstructor(dataclasses.replace(config("pixels"), regressor=None)) is None
     assert make_objective(config("pixels"), ReconstructionConfig("none")) is None

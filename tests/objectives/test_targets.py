@@ -23,9 +23,9 @@ def params():
     return {"autoencoder": jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), "float32"), shapes)}
 
 
-def run(params, pictures):
+def run(params, images):
     """Posterior of pictures, pictures of its means, and a gradient through these."""
-    posterior = targets.encode(CONFIG, params, pictures)
+    posterior = targets.encode(CONFIG, params, images)
 
     def decoded(latents):
         pixels = targets.decode(CONFIG, params, latents, remat=True)
@@ -43,29 +43,29 @@ def scans(jaxpr) -> list[int]:
 @pytest.mark.parametrize(("count", "most", "turns"), [(6, 1, 6), (6, 4, 2), (5, 2, 5), (4, 4, None), (0, 1, None)])
 def test_some_after_others_are_all_at_once(params, monkeypatch, count, most, turns):
     """However many fit at once, and whether or not they divide the pictures; none at all are none."""
-    pictures = jax.random.normal(jax.random.key(1), (count, SIDE, SIDE, 3))
-    expected = jax.jit(run)(params, pictures)
+    images = jax.random.normal(jax.random.key(1), (count, SIDE, SIDE, 3))
+    expected = jax.jit(run)(params, images)
     monkeypatch.setattr(targets, "PIXELS_AT_ONCE", most * CONFIG.target_size**2)
-    found = jax.jit(lambda *arguments: run(*arguments))(params, pictures)
+    found = jax.jit(lambda *arguments: run(*arguments))(params, images)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert set(scans(jax.make_jaxpr(lambda *arguments: run(*arguments))(params, pictures))) == ({turns} - {None})
+    assert set(scans(jax.make_jaxpr(lambda *arguments: run(*arguments))(params, images))) == ({turns} - {None})
 
 
 @pytest.mark.parametrize(("sizes", "count"), [((2, 2, 2), 16), ((1, 4, 2), 4), ((1, 2, 4), 6)])
 def test_each_device_has_its_own(params, monkeypatch, sizes, count):
     """Pictures are split over all mesh axes that divide them, and nothing is sent while they are encoded."""
     monkeypatch.setattr(targets, "PIXELS_AT_ONCE", 1)
-    pictures = jax.random.normal(jax.random.key(1), (count, SIDE, SIDE, 3))
-    expected = jax.jit(lambda *arguments: run(*arguments))(params, pictures)
+    images = jax.random.normal(jax.random.key(1), (count, SIDE, SIDE, 3))
+    expected = jax.jit(lambda *arguments: run(*arguments))(params, images)
     mesh = make_mesh(MeshConfig(*sizes))
     with jax.set_mesh(mesh):
         step = jax.jit(lambda *arguments: run(*arguments), in_shardings=(None, batch_sharding(mesh)))
-        found = step(params, pictures)
+        found = step(params, images)
         encode = jax.jit(
             lambda *arguments: targets.encode(CONFIG, *arguments), in_shardings=(None, batch_sharding(mesh))
         )
-        text = encode.lower(params, pictures).compile().as_text()
+        text = encode.lower(params, images).compile().as_text()
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not re.search(r"all-(gather|reduce|to-all)|reduce-scatter|collective-permute", text)
@@ -76,15 +76,15 @@ def test_what_nobody_wants_is_not_encoded(params, monkeypatch, sizes):
     """Of some pictures, wherever they are; a NaN that were looked at would stay one."""
     monkeypatch.setattr(targets, "PIXELS_AT_ONCE", 1)
     wanted = jnp.array([True, False, False, True, False, True, True, False])
-    pictures = jax.random.normal(jax.random.key(1), (8, SIDE, SIDE, 3))
-    expected = jax.jit(lambda *arguments: targets.encode(CONFIG, *arguments))(params, pictures)
-    pictures = jnp.where(wanted[:, None, None, None], pictures, jnp.nan)
+    images = jax.random.normal(jax.random.key(1), (8, SIDE, SIDE, 3))
+    expected = jax.jit(lambda *arguments: targets.encode(CONFIG, *arguments))(params, images)
+    images = jnp.where(wanted[:, None, None, None], images, jnp.nan)
     with (
         contextlib.nullcontext()
         if sizes is None
         else jax.set_mesh(make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)]))
     ):
-        found = jax.jit(lambda *arguments: targets.encode(CONFIG, *arguments))(params, pictures, wanted)
+        found = jax.jit(lambda *arguments: targets.encode(CONFIG, *arguments))(params, images, wanted)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours[wanted], theirs[wanted], rtol=1e-4, atol=1e-5)
         assert not np.asarray(ours[~wanted]).any()
@@ -95,12 +95,12 @@ def test_computed_in_the_type_of_its_weights(params, dtype):
     """Every convolution; results are float32, and in half precision near those of the same weights in full."""
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
     full = jax.tree.map(lambda leaf: leaf.astype("float32"), half)
-    pictures = jax.random.normal(jax.random.key(1), (2, SIDE, SIDE, 3))
+    images = jax.random.normal(jax.random.key(1), (2, SIDE, SIDE, 3))
     weights = half if dtype == "bfloat16" else full
-    program = str(jax.make_jaxpr(run)(weights, pictures))
+    program = str(jax.make_jaxpr(run)(weights, images))
     short = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     assert set(re.findall(r":(\w+)\[[\d,]*\] = conv_general_dilated", program)) == {short}
-    for ours, theirs in zip(jax.jit(run)(weights, pictures), jax.jit(run)(full, pictures), strict=True):
+    for ours, theirs in zip(jax.jit(run)(weights, images), jax.jit(run)(full, images), strict=True):
         assert ours.dtype == "float32"
         error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
         assert error < 0.05 and (error > 0) == (dtype == "bfloat16")

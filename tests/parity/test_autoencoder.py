@@ -60,7 +60,7 @@ def saved(tmp_path_factory):
     return save
 
 
-def pictures(height: int, width: int, batch: int = 2) -> np.ndarray:
+def random_images(height: int, width: int, batch: int = 2) -> np.ndarray:
     return np.random.default_rng(1).uniform(-1, 1, (batch, height, width, 3)).astype(np.float32)
 
 
@@ -99,7 +99,7 @@ def test_encode_and_decode(saved, name):
     module, folder = saved(name)
     config, params = imported(folder)
     scale = config.downsampling
-    compare(config, params, module, pictures(2 * scale, 3 * scale))
+    compare(config, params, module, random_images(2 * scale, 3 * scale))
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -116,12 +116,12 @@ def test_attention_keys(saved, old, tmp_path):
         weights[key] = value
     assert sum("attentions" in key and ".query." in key for key in weights) == old * 2 * 7  # weight and bias
     safetensors.save_file(weights, path)
-    compare(*imported(tmp_path), module, pictures(16, 16, batch=1))
+    compare(*imported(tmp_path), module, random_images(16, 16, batch=1))
 
 
 @pytest.mark.parametrize("colour", [(0.0, 0.0, 0.0), (1.0, -1.0, 0.3)])
 @pytest.mark.parametrize("name", ["flux", "one_channel_per_group"])
-def test_pictures_of_one_colour(saved, name, colour):
+def test_images_of_one_colour(saved, name, colour):
     """As the dummy picture of a text-only row is.
 
     A group of one channel is constant there but for the borders: torch's float32 norm is off by 1e-3, so its float64
@@ -139,7 +139,7 @@ def test_log_variance_is_clipped(saved, tmp_path):
         module.encoder.conv_out.bias[16:24], module.encoder.conv_out.bias[24:] = 90.0, -90.0
     module.save_pretrained(tmp_path)
     config, params = imported(tmp_path)
-    images = pictures(16, 16)
+    images = random_images(16, 16)
     noise = np.zeros((2, 2, 2, 16), np.float32)
     ours, theirs = run(config, jnp.float32, params, images, noise)[1], run_torch(module, images, noise)[1]
     assert (float(ours.min()), float(ours.max())) == (-30.0, 20.0)
@@ -160,7 +160,7 @@ def test_bfloat16(name, tmp_path):
     config, params = imported(tmp_path)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     side = 2 * config.downsampling
-    images, noise = pictures(side, side, 4), np.zeros((4, 2, 2, config.latent_channels), np.float32)
+    images, noise = random_images(side, side, 4), np.zeros((4, 2, 2, config.latent_channels), np.float32)
     rounded, exact = run_torch(module, images, noise), run_torch(module.float(), images, noise)
     assert_close(run(config, jnp.float32, params, images, noise)[-1], exact[-1])
     ours = run(config, jnp.bfloat16, params, images, noise)

@@ -8,7 +8,7 @@ import pytest
 from configs import bench as recipe
 from parity.helpers import torch
 from ross_jax.bench import step as bench
-from ross_jax.config import ConfigError, UserError, freeze
+from ross_jax.config import ConfigError, UserError, from_dict
 from ross_jax.sharding import MeshConfig
 from ross_jax.training.recipe import RunConfig
 from tiny import CONFIG
@@ -30,7 +30,7 @@ def one_device(monkeypatch):
 
 def tiny(**changes) -> RunConfig:
     """Two rows of two conversations and more, with pictures; gradients are clipped, and a step is large."""
-    config = freeze(RunConfig, recipe.get_config().to_dict())
+    config = from_dict(RunConfig, recipe.get_config().to_dict())
     packing = dataclasses.replace(config.data.packing, length=256)
     step = dataclasses.replace(config.step, remat="none")
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2, max_gradient_norm=0.1)

@@ -274,23 +274,23 @@ def speaker(saved, tmp_path_factory):
             for row, slots in enumerate(starts):
                 for slot, start in enumerate(slots):
                     if start < tokens.shape[1]:
-                        picture = torch.tensor(images[row, slot]).movedim(-1, 0)[None]
-                        states = tower(picture, output_hidden_states=True).hidden_states
+                        image = torch.tensor(images[row, slot]).movedim(-1, 0)[None]
+                        states = tower(image, output_hidden_states=True).hidden_states
                         embeddings[row, start : start + GRID**2] = projector(states[-2])[0]
         return embeddings
 
     return config, params, module, embed
 
 
-@pytest.mark.parametrize("pictures", [0, 2])
+@pytest.mark.parametrize("images", [0, 2])
 @pytest.mark.parametrize("stops", [False, True])
-def test_greedy_generation(speaker, pictures, stops):
+def test_greedy_generation(speaker, image_count, stops):
     """Left-padded prompts of different lengths, with no, one or two pictures."""
     config, params, module, embed = speaker
     new = 12
     tokens, mask, _ = padded([22, 25, 14, 5], left=True)
-    images = np.random.default_rng(3).normal(size=(4, pictures, 14 * GRID, 14 * GRID, 3)).astype(np.float32)
-    starts = np.array([[4, 14], [25, 16], [12, 25], [25, 25]])[:, :pictures]
+    images = np.random.default_rng(3).normal(size=(4, image_count, 14 * GRID, 14 * GRID, 3)).astype(np.float32)
+    starts = np.array([[4, 14], [25, 16], [12, 25], [25, 25]])[:, :image_count]
     embeddings = embed(tokens, mask, images, starts)
     attended = torch.as_tensor(mask)
 

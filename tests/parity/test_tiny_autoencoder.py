@@ -55,7 +55,7 @@ def saved(tmp_path_factory):
     return save
 
 
-def pictures(config, rows: int = 2, columns: int = 3) -> np.ndarray:
+def random_images(config, rows: int = 2, columns: int = 3) -> np.ndarray:
     """Of so many latents."""
     scale = config.downsampling
     return np.random.default_rng(1).uniform(-1, 1, (2, rows * scale, columns * scale, 3)).astype(np.float32)
@@ -88,7 +88,7 @@ def test_encode_and_decode(saved, name):
     module, folder = saved(name)
     config, params = imported(folder)
     assert config.downsampling == 2 ** (len(module.config.num_encoder_blocks) - 1)
-    images, latents = pictures(config), latents_of(config)
+    images, latents = random_images(config), latents_of(config)
     ours, theirs = run(config, jnp.float32, params, images, latents), run_torch(module, images, latents)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.dtype == jnp.float32
@@ -97,7 +97,7 @@ def test_encode_and_decode(saved, name):
 
 
 @pytest.mark.parametrize("name", ["taesd", "32_channels"])
-def test_gradient_of_a_picture_with_respect_to_its_latents(saved, name):
+def test_gradient_of_a_image_with_respect_to_its_latents(saved, name):
     module, folder = saved(name)
     config, params = imported(folder)
     latents = latents_of(config)
@@ -120,7 +120,7 @@ def test_bfloat16(name, tmp_path):
     module.save_pretrained(tmp_path)
     config, params = imported(tmp_path)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    images, latents = pictures(config, 4, 4), latents_of(config, 4, 4)
+    images, latents = random_images(config, 4, 4), latents_of(config, 4, 4)
     rounded, exact = run_torch(module, images, latents), run_torch(module.float(), images, latents)
     for mine, other in zip(run(config, jnp.float32, params, images, latents), exact, strict=True):
         assert_close(mine, other)

@@ -156,10 +156,10 @@ def test_another_shape_or_nan_fails(fixture):
     assert rows["llm/logits"].verdict == rows["vision/features"].verdict == "FAIL"
 
 
-def test_merge_of_several_pictures_and_truncation():
+def test_merge_of_several_images_and_truncation():
     ids = np.array([[7, -200, 8, -200, 9], [5, 6, 0, 0, 0]])
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-    merged = merge(ids, ids, mask, picture_tokens=2, max_length=6)
+    merged = merge(ids, ids, mask, image_tokens=2, max_length=6)
     assert merged.tokens.tolist() == [[7, 0, 0, 8, 0, 0], [5, 6, 0, 0, 0, 0]]
     assert merged.image_start.tolist() == [[1, 4], [6, 6]]
     assert merged.image_rows.tolist() == [[0, 1], [2, 0]]  # the text-only row uses up a dummy picture

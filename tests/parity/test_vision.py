@@ -78,7 +78,7 @@ TOWERS = {
 SELECTED = [(name, select) for name in TOWERS for select in ((-1, -2, -3, 0, 1) if name.endswith("14") else (-2,))]
 
 
-def pictures(tower: Tower, batch: int = 2) -> np.ndarray:
+def random_images(tower: Tower, batch: int = 2) -> np.ndarray:
     size = tower.image_size
     return np.random.default_rng(1).normal(size=(batch, size, size, 3)).astype(np.float32)
 
@@ -124,7 +124,7 @@ def test_features(saved, name, select):
     config, params = imported(folder, select_layer=select)
     used = select if select >= 0 else sizes.layers + 1 + select
     assert [leaf.shape[0] for leaf in jax.tree.leaves(params.get("layers", {}))][:1] == [used] * (used > 0)
-    images = pictures(sizes)
+    images = random_images(sizes)
     theirs = their_states(module, images)
     assert len(theirs) == sizes.layers + 1
     features, states = our_features(config, params, images, hidden_states=True)
@@ -139,10 +139,10 @@ def test_features(saved, name, select):
 def test_hidden_states_are_those_of_transformers(saved, name):
     """The layer is counted as transformers' own `hidden_states` is, whose last one has no final norm."""
     sizes, module, _ = saved(name)
-    images = torch.tensor(pictures(sizes)).movedim(-1, 1)
+    images = torch.tensor(random_images(sizes)).movedim(-1, 1)
     with torch.no_grad():
         named = module(images, output_hidden_states=True).hidden_states
-    assert_close(np.stack([numpy(state) for state in named]), np.stack(their_states(module, pictures(sizes))), 0)
+    assert_close(np.stack([numpy(state) for state in named]), np.stack(their_states(module, random_images(sizes))), 0)
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -154,7 +154,7 @@ def test_teacher(saved, name):
     plan.close()
     config = plan.config.teacher
     assert (config.select_layer, config.final_norm) == (-1, sizes.kind != "clip") == (-1, "final_norm" in params)
-    images = pictures(sizes)
+    images = random_images(sizes)
     with torch.no_grad():
         theirs = numpy(module(torch.tensor(images).movedim(-1, 1)).last_hidden_state)
     assert_close(our_features(config, params, images), theirs[:, sizes.extra :])
@@ -167,7 +167,7 @@ def test_last_pixels_are_not_seen(saved, name):
     """A remainder of the picture beyond the last whole patch changes nothing."""
     sizes, _, folder = saved(name)
     config, params = imported(folder)
-    images = pictures(sizes)
+    images = random_images(sizes)
     seen = sizes.image_size // sizes.patch_size * sizes.patch_size
     changed = images.copy()
     changed[:, seen:], changed[:, :, seen:] = 9.0, 9.0
@@ -197,8 +197,8 @@ def test_whole_model(name, tmp_path):
     plan = importing.plan_import([str(tmp_path)])
     assert {key for key in keys if not key.startswith("vision_model.")} <= set(plan.unused["vision"])
     config, params = imported(tmp_path)
-    theirs = their_states(module.vision_model, pictures(sizes))[-2]
-    assert_close(our_features(config, params, pictures(sizes)), theirs[:, sizes.kind == "clip" :])
+    theirs = their_states(module.vision_model, random_images(sizes))[-2]
+    assert_close(our_features(config, params, random_images(sizes)), theirs[:, sizes.kind == "clip" :])
 
 
 @pytest.mark.parametrize("prefix", ["", "vision_model."])
@@ -213,8 +213,8 @@ def test_key_prefix(name, prefix, tmp_path):
     bare["embeddings.position_ids"] = torch.arange(len(bare["embeddings.position_embedding.weight"]))[None]
     safetensors.save_file({prefix + key: value for key, value in bare.items()}, tmp_path / "model.safetensors")
     config, params = imported(tmp_path)
-    theirs = their_states(module, pictures(sizes))[-2]
-    assert_close(our_features(config, params, pictures(sizes)), theirs[:, sizes.kind == "clip" :])
+    theirs = their_states(module, random_images(sizes))[-2]
+    assert_close(our_features(config, params, random_images(sizes)), theirs[:, sizes.kind == "clip" :])
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_bfloat16(name, tmp_path):
     module.save_pretrained(tmp_path)
     config, params = imported(tmp_path)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    images = pictures(sizes, batch=8)
+    images = random_images(sizes, batch=8)
     rounded = their_states(module, images)[-2][:, skip:]
     exact = their_states(module.float(), images)[-2][:, skip:]
     assert_close(our_features(config, params, images), exact)

@@ -234,8 +234,8 @@ INTERMEDIATE = '"intermediate_tensor_shape": {"dimensions": ["2", "8", "256", "2
     [
         ("mine", "tpu_custom_call", '"cost_estimate":{"flops":"12345"}', 12345),
         ("mine", "tpu_custom_call", "", 0),
-        ("picture_attention_fwd_32", "tpu_custom_call", "", 2 * 2 * SQUARE),
-        ("picture_attention_bwd_32", "tpu_custom_call", "", 5 * 2 * SQUARE),
+        ("image_attention_fwd_32", "tpu_custom_call", "", 2 * 2 * SQUARE),
+        ("image_attention_bwd_32", "tpu_custom_call", "", 5 * 2 * SQUARE),
         ("splash_mha_fwd_residuals", "tpu_custom_call", "", 2 * 2 * SQUARE // 2),
         ("splash_mqa_dkv_no_residuals", "tpu_custom_call", "", 4 * 2 * SQUARE // 2),
         ("splash_mha_dq_no_residuals", "tpu_custom_call", "", 3 * 2 * SQUARE // 2),

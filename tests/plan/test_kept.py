@@ -63,7 +63,6 @@ def test_a_plan_that_fails_is_not_kept(planned, tmp_path):
 
 def read(_: str):
     from configs import ross
-    from ross_jax.config import freeze
     from ross_jax.training.recipe import RunConfig
 
-    return freeze(RunConfig, ross.get_config("").to_dict())
+    return from_dict(RunConfig, ross.get_config("").to_dict())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ross_jax.config import ConfigError, freeze, thaw
+from ross_jax.config import ConfigError, from_dict, to_dict
 from ross_jax.plan import cost, hlo
 from ross_jax.plan.figure import draw
 from ross_jax.plan.planner import Options, plan
@@ -25,17 +25,17 @@ from tiny import CONFIG
 
 def recipe(**changes) -> RunConfig:
     values = {
-        "model": thaw(CONFIG),
+        "model": to_dict(CONFIG),
         "text": {"template": "qwen_2", "tokenizer": "none"},
         "data": {"sources": [{"path": "none.json"}], "packing": {"length": 64, "images": 2}, "batch": 8},
         "freeze": {"trainable": ["language/.*", "projector/.*", "denoiser/.*"]},
         "optimizer": {"learning_rate": 1e-3},
         "step": {"dtype": "bfloat16", "remat": "full", "text_chunk": 32},
     }
-    return freeze(RunConfig, complete(values | changes).to_dict())
+    return from_dict(RunConfig, complete(values | changes).to_dict())
 
 
-OPTIONS = Options("tiny", tokens=20.0, pictures=1.0, epoch=1000)
+OPTIONS = Options("tiny", tokens=20.0, images=1.0, epoch=1000)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,9 @@ def target():
 def test_workload():
     config = recipe()
     # 2 slots at one picture each hold fewer conversations than 64 * 0.95 / 20 tokens do.
-    found = assume(config, 4, tokens=20.0, pictures=1.0, epoch=1000)
-    assert (found.rows, found.conversations, found.tokens, found.pictures) == (4, 8, 160, 8)
-    found = assume(config, 1, tokens=40.0, pictures=1.0)
+    found = assume(config, 4, tokens=20.0, images=1.0, epoch=1000)
+    assert (found.rows, found.conversations, found.tokens, found.images) == (4, 8, 160, 8)
+    found = assume(config, 1, tokens=40.0, images=1.0)
     assert found.rows == round(8 / (64 * 0.95 / 40)) and found.epoch is None
     assert any("--epoch" in line for line in found.assumptions)
     assert assume(config, 4, rows=12).rows == 12
@@ -74,7 +74,7 @@ def test_cached_parts_take_the_place_of_pixels():
     """The step's batch has what a cache would hold, and the step no convolution but the patch embedding, or none."""
     config = recipe()
     mesh = make_mesh(MeshConfig(), jax.devices()[:4])
-    fields = ("picture_targets_mean", "picture_targets_logvar")
+    fields = ("image_targets_mean", "image_targets_logvar")
 
     def convolutions(program) -> int:
         return program.lowered.as_text().count("stablehlo.convolution")
@@ -86,23 +86,23 @@ def test_cached_parts_take_the_place_of_pixels():
         assert targets.arguments[f"batch/{name}"].shape == both.arguments[f"batch/{name}"].shape == (8, 2, 8, 8, 4)
         assert f"batch/{name}" not in live.arguments
     assert "batch/images" in targets.arguments and "batch/images" not in both.arguments
-    assert both.arguments["batch/picture_features"].dtype == jnp.bfloat16
+    assert both.arguments["batch/image_features"].dtype == jnp.bfloat16
     assert convolutions(live) > convolutions(targets) == 1 and convolutions(both) == 0
     with pytest.raises(ConfigError, match=r"features: config\.freeze\.trainable has the vision encoder learn"):
         learns = recipe(freeze={"trainable": ["language/.*", "vision/.*"]})
         abstract_batch(learns, mesh, 8, ("features",))
     with pytest.raises(ConfigError, match="pictures: no such part"):
-        abstract_batch(config, mesh, 8, ("pictures",))
+        abstract_batch(config, mesh, 8, ("images",))
 
 
-def test_rows_without_picture_slots():
+def test_rows_without_image_slots():
     """A step of text alone: no picture is assumed, and the batch has room for none."""
     config = recipe(
         data={"sources": [{"path": "none.json"}], "packing": {"length": 64, "images": 0}, "batch": 8},
         reconstruction={"kind": "none"},
     )
     found = assume(config, 4, tokens=20.0)
-    assert found.pictures == 0 and found.tokens == pytest.approx(0.95 * 64 * found.rows)
+    assert found.images == 0 and found.tokens == pytest.approx(0.95 * 64 * found.rows)
     program = train_program(config, make_mesh(MeshConfig(), jax.devices()[:4]), 8, 10)
     assert program.arguments["batch/images"].size == 0
 
@@ -270,7 +270,7 @@ def test_what_does_not_fit():
     """Head and embedding of 4 GiB each, with two moments, on a chip that has 15.75."""
     pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
     model = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=2**24))
-    found = plan(recipe(model=thaw(model)), open_target("v5e:1x1"), OPTIONS)
+    found = plan(recipe(model=to_dict(model)), open_target("v5e:1x1"), OPTIONS)
     assert not found.fits and "does not fit" in text(found)
     assert found.needed is None or found.needed > found.capacity
 

@@ -159,7 +159,7 @@ def test_stored_dtypes(data, tmp_path):
         assert str(rounded.dtype) == "bfloat16" and np.ptp(exact.astype(np.float32)) > 0
         np.testing.assert_array_equal(exact.astype(rounded.dtype), rounded)
     made = make_cache(config, tmp_path / "full")
-    assert made.pictures == 0
+    assert made.images == 0
 
 
 # What is refused
@@ -206,7 +206,7 @@ def test_what_was_made_of_something_else(data, cache, changes, message):
         open_data(reading(config, cache), make_mesh(config.mesh))
 
 
-def test_other_pictures(data, cache, tmp_path):
+def test_other_images(data, cache, tmp_path):
     records = json.loads((data / "data.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps(records[1:]))
     config = make_config(data)
@@ -234,11 +234,11 @@ def test_a_cache_that_is_of_no_use(data, tmp_path):
         open_data(reading(baseline, tmp_path / "targets"), make_mesh(config.mesh))
     make_cache(config, tmp_path / "both")
     batch = next(open_data(reading(baseline, tmp_path / "both"), make_mesh(config.mesh)).batches())
-    assert "picture_features" in batch and not [x for x in batch if x == "images" or x.startswith("picture_targets")]
+    assert "image_features" in batch and not [x for x in batch if x == "images" or x.startswith("image_targets")]
     regressed = dataclasses.replace(config, model=PIXELS, reconstruction=ReconstructionConfig("pixel"))
     batch = next(open_data(reading(regressed, tmp_path / "both"), make_mesh(config.mesh)).batches())
-    assert {"picture_features", "images"} <= batch.keys()  # the pixels are what is regressed
-    drawn = dataclasses.replace(config, loop=LoopConfig(pictures=5))
+    assert {"image_features", "images"} <= batch.keys()  # the pixels are what is regressed
+    drawn = dataclasses.replace(config, loop=LoopConfig(images=5))
     assert "images" in next(open_data(reading(drawn, tmp_path / "both"), make_mesh(config.mesh)).batches())
 
 
@@ -271,15 +271,15 @@ def test_what_is_missing_is_made_anew(data, cache, tmp_path):
     assert first.missing > 0
     with pytest.raises(UserError, match=r"not complete: run the same launch/cache.py again"):
         Precomputed(tmp_path / "cache")
-    with pytest.raises(UserError, match=r"parts.targets.picture_targets_mean.dtype: 'float32' there, 'bfloat16' now"):
+    with pytest.raises(UserError, match=r"parts.targets.image_targets_mean.dtype: 'float32' there, 'bfloat16' now"):
         make_cache(config, tmp_path / "cache", dtype="bfloat16")
     second = make_cache(config, tmp_path / "cache", processes=2, process=0)
-    assert second.missing == 0 and first.pictures + second.pictures == Precomputed(cache).layout.records
+    assert second.missing == 0 and first.images + second.images == Precomputed(cache).layout.records
     lost = sorted((tmp_path / "cache").glob("features-*"))[1]
     lost.unlink()
     with pytest.raises(UserError, match=f"{lost.name}: missing"):
         open_data(reading(config, tmp_path / "cache"), make_mesh(config.mesh))
-    assert make_cache(config, tmp_path / "cache").pictures == Precomputed(cache).layout.shard_records
+    assert make_cache(config, tmp_path / "cache").images == Precomputed(cache).layout.shard_records
     for path in cache.glob("*.arrayrecord"):
         assert path.read_bytes() == (tmp_path / "cache" / path.name).read_bytes(), path.name
     (tmp_path / "other").mkdir()

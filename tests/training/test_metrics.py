@@ -15,7 +15,7 @@ from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import batch_sharding, make_mesh
 from ross_jax.training import metrics
 from ross_jax.training.loop import global_batches
-from ross_jax.training.metrics import Meter, RangeWatch, matrix_sizes, step_flops
+from ross_jax.training.metrics import LossRangeMonitor, Meter, matrix_sizes, step_flops
 from ross_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ross_jax.training.state import FreezeConfig, abstract_tree, split
 from ross_jax.training.step import StepConfig, make_state, make_train_step
@@ -91,7 +91,7 @@ def test_flops_are_those_of_the_program(stage, kind, text):
     batch["segments"][:], batch["image_start"][:] = 1, (2, 11)
     freeze, model = FREEZE[stage], MODELS[kind]
     jaxpr, tree = program(model, freeze, ReconstructionConfig(kind.split()[0], remat="none"), batch, text)
-    tokens, pictures = float(batch["tokens"].size), float(batch["image_start"].size)
+    tokens, images = float(batch["tokens"].size), float(batch["image_start"].size)
     found = 0
     for form, flops, sizes in products(jaxpr):
         patches = {CONFIG.vision.patch_size, model.teacher.patch_size if model.teacher else None}
@@ -104,7 +104,7 @@ def test_flops_are_those_of_the_program(stage, kind, text):
     draws = 4 if kind == "denoise" else 0
     trained = set(split(tree, freeze)[0]) - ({"denoiser"} if kind == "none" else set())
     sizes = matrix_sizes(tree, logits=bool(text))
-    assert step_flops(model, sizes, trained, draws, tokens, pictures) == pytest.approx(found, rel=1e-9)
+    assert step_flops(model, sizes, trained, draws, tokens, images) == pytest.approx(found, rel=1e-9)
 
 
 def test_a_tied_head_counts_and_a_looked_up_table_does_not():
@@ -118,7 +118,7 @@ def test_mfu_is_work_over_time_and_devices(monkeypatch):
     monkeypatch.setitem(metrics.PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
     meter = Meter(CONFIG, sizes, {"language"}, 4)
     begin = time.perf_counter()
-    rates = meter.read([{"tokens": 10.0, "pictures": 0.0}, {"tokens": 30.0, "pictures": 0.0}])
+    rates = meter.read([{"tokens": 10.0, "images": 0.0}, {"tokens": 30.0, "images": 0.0}])
     assert rates["seconds_per_step"] * 2 <= time.perf_counter() - begin + 0.1
     # 40 tokens, 2 FLOPs each for the logits and for both gradients.
     work = 40 * 1000 * 2 * 3
@@ -149,17 +149,17 @@ def test_waiting_counts_where_the_device_is_idle(ready, expected):
     assert meter.waited == pytest.approx(expected, abs=0.2 if ready else 0)
 
 
-def warnings(watch: RangeWatch, values: list[float], start: int = 0) -> list[int]:
+def warnings(watch: LossRangeMonitor, values: list[float], start: int = 0) -> list[int]:
     return [step for step, value in enumerate(values, start=start + 1) if watch.update(step, value)]
 
 
 def test_a_loss_outside_its_range_is_said_once():
-    watch = RangeWatch((0.1, 0.3), start=5, logs=4)
+    watch = LossRangeMonitor((0.1, 0.3), start=5, logs=4)
     assert warnings(watch, [9.0] * 5) == []  # the warmup
     assert warnings(watch, [0.2] * 4, 5) == []
     assert warnings(watch, [0.5] * 9, 9) == [11]  # when the mean of four is above, and not again
     assert warnings(watch, [0.2] * 9, 18) == []
     assert warnings(watch, [0.0] * 9, 27) == [30]  # it was back
-    assert RangeWatch((0.1, 0.3), 0, 1).update(7, 0.25) is None
+    assert LossRangeMonitor((0.1, 0.3), 0, 1).update(7, 0.25) is None
     message = "step 7: the reconstruction loss is 0.400 on average over the last 1 logs; expected are 0.1 to 0.3"
-    assert RangeWatch((0.1, 0.3), 0, 1).update(7, 0.4).startswith(message)
+    assert LossRangeMonitor((0.1, 0.3), 0, 1).update(7, 0.4).startswith(message)

@@ -105,7 +105,7 @@ def test_reports_every_step(whole):
     folder, _, steps = whole
     found = lines(folder)
     assert [line["step"] for line in found] == list(range(1, steps + 1))
-    names = {"text_loss", "reconstruction_loss", "gradient_norm", "supervised_tokens", "pictures_per_second"}
+    names = {"text_loss", "reconstruction_loss", "gradient_norm", "supervised_tokens", "images_per_second"}
     assert names | {"tokens_per_second", "input_wait", "memory_gb", "learning_rate/rest"} <= set(found[0])
     assert found[-1]["text_loss"] < found[0]["text_loss"]
     assert list((folder / "tensorboard").iterdir())
@@ -334,8 +334,8 @@ def board_images(folder: Path) -> list[tuple[int, str, tuple[int, int]]]:
     return found
 
 
-def test_pictures_go_to_tensorboard(data, tmp_path):
-    config = make_config(data, loop=LoopConfig(log=2, save=100, pictures=2))
+def test_images_go_to_tensorboard(data, tmp_path):
+    config = make_config(data, loop=LoopConfig(log=2, save=100, images=2))
     run = Run(config, tmp_path)
     grids = {}
 

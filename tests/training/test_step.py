@@ -113,12 +113,12 @@ def test_packing_changes_nothing():
                 apart["image_ids"][there, 0] = packed["image_ids"][row, half]
                 apart["images"][there, 0] = packed["images"][row, half]
     one, two = Run().run(packed), Run().run(apart)
-    assert one["pictures"] == 3
-    for name in ("text_loss", "reconstruction_loss", "gradient_norm", "supervised_tokens", "pictures"):
+    assert one["images"] == 3
+    for name in ("text_loss", "reconstruction_loss", "gradient_norm", "supervised_tokens", "images"):
         assert two[name] == pytest.approx(one[name], rel=2e-5), name
 
 
-def test_rows_without_picture_slots():
+def test_rows_without_image_slots():
     """As rows whose slots are all empty; and it learns, on a mesh too."""
     freeze, options = FreezeConfig((r"language/.*",)), {"reconstruction": ReconstructionConfig("none")}
     options |= {"config": MODELS["none"], "freeze": freeze, "learning_rate": 1e-2}
@@ -162,7 +162,7 @@ def test_empty_slots_and_padding_do_not_matter():
     assert one == two
 
 
-def test_no_pictures_no_reconstruction():
+def test_no_images_no_reconstruction():
     batch = make_batch()
     batch["image_start"][:] = 24
     metrics = Run().run(batch)

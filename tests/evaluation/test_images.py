@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from ross_jax.config import UserError
-from ross_jax.evaluation.pictures import draw_grid, is_nearest, nearest_originals, psnr, ssim, to_uint8
+from ross_jax.evaluation.images import draw_grid, is_nearest, nearest_originals, psnr, ssim, to_uint8
 
 
-def test_float_pictures_become_bytes():
+def test_float_images_become_bytes():
     assert to_uint8(np.array([[[[-3.0, 0.0, 3.0]]]], np.float32)).tolist() == [[[[0, 128, 255]]]]
 
 

@@ -20,33 +20,33 @@ def to_uint8(pixels: Float[Array | np.ndarray, "items height width 3"]) -> UInt8
 
 
 def psnr(
-    pictures: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
+    images: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
 ) -> Float[np.ndarray, " items"]:
     """Peak signal-to-noise ratio of each picture in dB; both in units of 0 to 255. Infinite where they are equal."""
-    error = np.mean(np.square(pictures.astype(np.float64) - originals.astype(np.float64)), axis=(1, 2, 3))
+    error = np.mean(np.square(images.astype(np.float64) - originals.astype(np.float64)), axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255.0**2 / error)
 
 
 def nearest_originals(
-    pictures: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
+    images: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
 ) -> Int[np.ndarray, " items"]:
     """For each picture the index of the original with the smallest mean squared error."""
-    flat = pictures.reshape(len(pictures), -1).astype(np.float64)
+    flat = images.reshape(len(images), -1).astype(np.float64)
     others = originals.reshape(len(originals), -1).astype(np.float64)
     distances = np.square(flat).sum(1)[:, None] - 2 * flat @ others.T + np.square(others).sum(1)
     return np.argmin(distances, axis=1)
 
 
 def is_nearest(
-    pictures: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
+    images: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
 ) -> Bool[np.ndarray, " items"]:
     """Whether each picture is nearer to its own original than to every other. The mean is the retrieval accuracy."""
-    return nearest_originals(pictures, originals) == np.arange(len(pictures))
+    return nearest_originals(images, originals) == np.arange(len(images))
 
 
 def ssim(
-    pictures: UInt8[np.ndarray, "items height width 3"], originals: UInt8[np.ndarray, "items height width 3"]
+    images: UInt8[np.ndarray, "items height width 3"], originals: UInt8[np.ndarray, "items height width 3"]
 ) -> Float[np.ndarray, " items"]:
     """Structural similarity of each picture (Wang et al., 2004), 1 where both are equal.
 
@@ -57,7 +57,7 @@ def ssim(
         from skimage.metrics import structural_similarity
     except ImportError as error:
         raise UserError("SSIM: scikit-image is not installed; run `pip install -e '.[demo]'`") from error
-    pairs = zip(pictures, originals, strict=True)
+    pairs = zip(images, originals, strict=True)
     return np.array([structural_similarity(a, b, channel_axis=-1, data_range=255) for a, b in pairs])
 
 
@@ -72,7 +72,7 @@ def draw_grid(path: str | Path, columns: Mapping[str, UInt8[np.ndarray, "items h
     Raises:
       UserError: the columns differ in shape.
     """
-    shapes = {pictures.shape for pictures in columns.values()}
+    shapes = {images.shape for images in columns.values()}
     if len(shapes) != 1:
         raise UserError(f"columns of a grid must have one shape, found {sorted(shapes)}")
     items, height, width, _ = shapes.pop()
@@ -81,10 +81,10 @@ def draw_grid(path: str | Path, columns: Mapping[str, UInt8[np.ndarray, "items h
     row = height * scale + _GAP
     grid = Image.new("RGB", (_GAP + cell * len(columns), _LABEL_HEIGHT + _GAP + row * items), "white")
     draw = ImageDraw.Draw(grid)
-    for j, (label, pictures) in enumerate(columns.items()):
+    for j, (label, images) in enumerate(columns.items()):
         left = _GAP + cell * j
         draw.text((left, 1), label, fill="black", font=font)
-        for i, pixels in enumerate(pictures):
-            picture = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            grid.paste(picture, (left, _LABEL_HEIGHT + _GAP + row * i))
+        for i, pixels in enumerate(images):
+            image = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            grid.paste(image, (left, _LABEL_HEIGHT + _GAP + row * i))
     grid.save(path)

@@ -18,9 +18,9 @@ from ross_jax.data.images import decode, preprocess
 from ross_jax.data.packing import PackingConfig
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
-from ross_jax.evaluation.reconstruction import make_evaluator, read_pictures
+from ross_jax.evaluation.reconstruction import make_evaluator, read_images
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
-from ross_jax.inference.reconstruct import outputs_of_pictures, visual_outputs
+from ross_jax.inference.reconstruct import outputs_of_images, visual_outputs
 from ross_jax.objectives.objective import Sampling
 from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import MeshConfig
@@ -58,7 +58,7 @@ def make_config(data: Path, **changes) -> RunConfig:
         text=TextConfig("qwen_2", str(data / "model" / "files" / "language"), weight=0.0),
         image_mode="square",
         data=DataConfig(
-            sources=(SourceConfig(str(data / "train"), "pictures"),),
+            sources=(SourceConfig(str(data / "train"), "images"),),
             packing=PackingConfig(length=256, images=1, layout="pad"),
             batch=4,
             epochs=2,
@@ -69,7 +69,7 @@ def make_config(data: Path, **changes) -> RunConfig:
         mesh=MeshConfig(2, 1, -1),
         loop=LoopConfig(log=2, save=2, evaluate=4),
         evaluation=EvaluationConfig(
-            (SourceConfig(str(data / "val"), "pictures"),), rows=3, shown=2, sampling=Sampling("dpm", 3)
+            (SourceConfig(str(data / "val"), "images"),), rows=3, shown=2, sampling=Sampling("dpm", 3)
         ),
     )
     return dataclasses.replace(config, **changes)
@@ -132,7 +132,7 @@ def test_continues_bit_for_bit(data, whole, tmp_path):
 
 
 def test_training_sees_what_inference_sees(data, whole):
-    """Visual outputs of a batch's pictures are those of `outputs_of_pictures`, which launch/reconstruct.py uses."""
+    """Visual outputs of a batch's pictures are those of `outputs_of_images`, which launch/reconstruct.py uses."""
     run, folder, _ = whole
     model = load_model(folder, TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
     (batch, *_) = run.data.batches()
@@ -144,11 +144,11 @@ def test_training_sees_what_inference_sees(data, whole):
     found = jax.jit(lambda params, batch: visual_outputs(SIZED, params, batch))(
         model.params, jax.tree.map(jnp.asarray, batch)
     )
-    expected = outputs_of_pictures(model, list(batch["images"][:, 0]))
+    expected = outputs_of_images(model, list(batch["images"][:, 0]))
     np.testing.assert_allclose(found[:, 0], expected, atol=2e-5)
     names = sorted((data / "train").rglob("*.JPEG"))
     pixels = {preprocess(decode(name.read_bytes(), ""), run.config.images).tobytes() for name in names}
-    assert {picture.tobytes() for picture in batch["images"][:, 0]} <= pixels
+    assert {image.tobytes() for image in batch["images"][:, 0]} <= pixels
 
 
 def test_conversations_are_left_out(data, whole, tmp_path):
@@ -182,7 +182,7 @@ def test_mock_imagenet(data, tmp_path, monkeypatch):
     assert run.step == run.steps == 2
     found = lines(tmp_path)
     assert [line["step"] for line in found if "evaluation/psnr" in line] == [0, 2]
-    assert {line["pictures"] for line in found if "pictures" in line} == {4.0}
+    assert {line["images"] for line in found if "images" in line} == {4.0}
 
 
 def test_nothing_supervised_still_stops_a_run_with_a_text_loss(data, tmp_path):
@@ -192,11 +192,11 @@ def test_nothing_supervised_still_stops_a_run_with_a_text_loss(data, tmp_path):
         Run(config, tmp_path).train()
 
 
-def test_a_step_without_pictures_stops_a_run_without_text_loss():
-    good = {"reconstruction_loss": 1.0, "gradient_norm": 1.0, "pictures": 3.0}
+def test_a_step_without_images_stops_a_run_without_text_loss():
+    good = {"reconstruction_loss": 1.0, "gradient_norm": 1.0, "images": 3.0}
     check([good], 6)
     with pytest.raises(UserError, match="step 7: the batch has no picture"):
-        check([good, {**good, "pictures": 0.0}], 6)
+        check([good, {**good, "images": 0.0}], 6)
     with pytest.raises(UserError, match="step 6: reconstruction_loss is not finite"):
         check([{**good, "reconstruction_loss": float("nan")}], 6)
 
@@ -216,8 +216,8 @@ def test_configs_that_make_no_run(data, changes, message):
         TextConfig("v1", "tokenizer", weight=-1.0)
 
 
-def test_evaluation_needs_pictures(data, tmp_path):
+def test_evaluation_needs_images(data, tmp_path):
     (tmp_path / "text.json").write_text(json.dumps([{"conversations": [{"from": "human", "value": "Hello"}]}]))
     config = make_config(data, evaluation=EvaluationConfig((SourceConfig(str(tmp_path / "text.json")),)))
     with pytest.raises(ConfigError, match="none of the samples that were looked at has a picture"):
-        read_pictures(config)
+        read_images(config)

@@ -22,7 +22,7 @@ LONGEST = 1024
 
 
 def fits(query: tuple[int, ...], key: tuple[int, ...], dtype: DTypeLike) -> bool:
-    """Whether `picture_attention` computes queries and keys of these shapes, `[batch, tokens, heads, dim]`.
+    """Whether `image_attention` computes queries and keys of these shapes, `[batch, tokens, heads, dim]`.
 
     It does in bfloat16, for whole groups of heads in 128 lanes and at most 1024 tokens.
     """
@@ -32,7 +32,7 @@ def fits(query: tuple[int, ...], key: tuple[int, ...], dtype: DTypeLike) -> bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def picture_attention(
+def image_attention(
     query: Float[Array, "batch tokens width"],
     key: Float[Array, "batch tokens width"],
     value: Float[Array, "batch tokens width"],
@@ -45,18 +45,18 @@ def picture_attention(
       dim: size of a head; heads lie side by side.
       interpret: runs on any platform, slowly.
     """
-    return _run(_forward, 1, (query, key, value), "picture_attention_fwd", dim, interpret)[0]
+    return _run(_forward, 1, (query, key, value), "image_attention_fwd", dim, interpret)[0]
 
 
 def _vjp_forward(query: Array, key: Array, value: Array, dim: int, interpret: bool):
-    return picture_attention(query, key, value, dim, interpret), (query, key, value)
+    return image_attention(query, key, value, dim, interpret), (query, key, value)
 
 
 def _vjp_backward(dim: int, interpret: bool, residuals: tuple[Array, Array, Array], gradient: Array):
-    return tuple(_run(_backward, 3, (*residuals, gradient), "picture_attention_bwd", dim, interpret))
+    return tuple(_run(_backward, 3, (*residuals, gradient), "image_attention_bwd", dim, interpret))
 
 
-picture_attention.defvjp(_vjp_forward, _vjp_backward)
+image_attention.defvjp(_vjp_forward, _vjp_backward)
 
 
 def _run(kernel, outputs: int, arrays: tuple[Array, ...], name: str, dim: int, interpret: bool) -> Sequence[Array]:
@@ -65,7 +65,7 @@ def _run(kernel, outputs: int, arrays: tuple[Array, ...], name: str, dim: int, i
     Its name ends in the size of a head, which the shapes of what it reads do not tell (see `plan.cost`).
     """
     batch, length, width = arrays[0].shape
-    block = pl.BlockSpec((1, length, LANES), lambda picture, group: (picture, 0, group))
+    block = pl.BlockSpec((1, length, LANES), lambda image, group: (image, 0, group))
     return pl.pallas_call(
         functools.partial(kernel, dim),
         grid=(batch, width // LANES),
@@ -89,24 +89,24 @@ def _forward(dim: int, query_ref, key_ref, value_ref, output_ref):
     output_ref[0] = output.astype(output_ref.dtype)
 
 
-def _backward(dim: int, query_ref, key_ref, value_ref, gradient_ref, of_query_ref, of_key_ref, of_value_ref):
+def _backward(dim: int, query_ref, key_ref, value_ref, gradient_ref, grad_query_ref, grad_key_ref, grad_value_ref):
     key, value, dtype = key_ref[0], value_ref[0], key_ref.dtype
 
     def head(index: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        of_query, of_key, of_value = sums
+        grad_query, grad_key, grad_value = sums
         own = _lanes_of(index, key.shape, dim)
         query, gradient = _only(own, query_ref[0]), _only(own, gradient_ref[0])
         weights = _weights(query, key, dim)
-        of_value += _product(weights.astype(dtype), gradient, 1, 0)
-        of_weights = _product(value, gradient, 1, 1)
-        of_scores = weights * (of_weights - jnp.sum(weights * of_weights, axis=0, keepdims=True))
-        of_scores = (of_scores * dim**-0.5).astype(dtype)
-        of_key += _product(of_scores, query, 1, 0)
-        return jnp.where(own, _product(of_scores, key, 0, 0), of_query), of_key, of_value
+        grad_value += _product(weights.astype(dtype), gradient, 1, 0)
+        grad_weights = _product(value, gradient, 1, 1)
+        grad_scores = weights * (grad_weights - jnp.sum(weights * grad_weights, axis=0, keepdims=True))
+        grad_scores = (grad_scores * dim**-0.5).astype(dtype)
+        grad_key += _product(grad_scores, query, 1, 0)
+        return jnp.where(own, _product(grad_scores, key, 0, 0), grad_query), grad_key, grad_value
 
     zeros = (jnp.zeros(key.shape, jnp.float32),) * 3
     results = jax.lax.fori_loop(0, LANES // dim, head, zeros)
-    for ref, result in zip((of_query_ref, of_key_ref, of_value_ref), results, strict=True):
+    for ref, result in zip((grad_query_ref, grad_key_ref, grad_value_ref), results, strict=True):
         ref[0] = result.astype(dtype)
 
 
