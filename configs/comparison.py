@@ -1,4 +1,4 @@
-"""The kinds of reconstruction side by side, where answers are scarce and pictures are many.
+"""The kinds of reconstruction side by side, where answers are scarce and images are many.
 
   --config=configs/comparison.py:stage=arm,kind=denoise,seed=0,root=runs/comparison
 
@@ -8,9 +8,8 @@
   seed    of parameters, order and noise
   root    where data, tokenizer, autoencoder and runs lie
 
-`python launch/compare.py` trains and scores all of it. The regime below was fixed before any arm with reconstruction
-was trained, from a run of seed 0 without: its accuracy, 0.545, lies between chance, 0.352, and what the demo reaches
-with all its labels, 0.839.
+`python launch/compare.py` trains and scores all arms. The regime is chosen by a run without reconstruction alone: its
+accuracy lies between chance and the accuracy that the demo reaches with all its labels.
 """
 
 from pathlib import Path
@@ -20,14 +19,16 @@ from ml_collections import ConfigDict
 from configs import demo
 from ross_jax.config import to_dict
 from ross_jax.demo.dataset import DatasetConfig
+from ross_jax.models.ross import HEADS
+from ross_jax.objectives.reconstruction import kinds
 from ross_jax.training.recipe import complete
 
-KINDS = ("none", "pixel", "latent", "latent2pixel", "denoise")
+KINDS = kinds()
 SEEDS = (0, 1, 2, 3, 4)
 DATASET = DatasetConfig(pretrain=6000, finetune=1, heldout_per_type=360, labels_per_type=32, unlabelled=6000)
 """Captions for the base; 32 labels for each of 9 types of question, 288 in all; pictures; held-out questions."""
 LABELS_REPEATED = 10
-"""How often a label comes in the time that each picture takes to come once."""
+"""Times that a label is seen while each image is seen once."""
 STAGES = {
     "base": {"template": "plain", "learning_rate": 3e-3, "epochs": 6, "length": 256, "images": 4},
     "arm": {"template": "qwen_2", "learning_rate": 1e-3, "epochs": 3, "length": 66, "images": 2},
@@ -42,7 +43,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     root, seed = Path(parts["root"]), int(parts["seed"])
     base = parts["stage"] == "base"
     kind, stage = "none" if base else parts["kind"], STAGES[parts["stage"]]
-    init = [str(root / "model")] if kind in demo.NEEDS_AUTOENCODER else []
+    init = [str(root / "model")] if demo.needs_autoencoder(kind) else []
     images = [str(root / "data" / "images")]
     if base:
         sources = [{"path": str(root / "data" / "pretrain.json"), "images": images}]
@@ -65,7 +66,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "cache": str(root / "cache"),
             },
             "freeze": {
-                "trainable": [".*"] if base else [r"(language|projector|denoiser|regressor)/.*"],
+                "trainable": [".*"] if base else [rf"(language|projector|{'|'.join(HEADS)})/.*"],
                 "dtype": "float32",
                 "autoencoder_dtype": "float32",
             },

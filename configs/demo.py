@@ -8,30 +8,29 @@
   seed    of parameters, order and noise
   root    where data, tokenizer, autoencoder and runs lie
 
-No pretrained encoder or language model is at hand here, so, unlike in the full-size recipes, stage 1 trains them too;
-and Muon, which learns in a third of AdamW's steps at this size, takes its place.
+The demo has no pretrained encoder or language model, so stage 1 trains them too, unlike in the full-size recipes. Muon
+takes AdamW's place, since at this size it learns in a third of the steps.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ross_jax.config import ConfigError, nearest, to_dict
+from ross_jax.config import ConfigError, to_dict
 from ross_jax.convert.autoencoder import autoencoder_config
-from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
-from ross_jax.models.regressor import RegressorConfig
-from ross_jax.models.ross import TARGET_PIXELS, RossConfig
+from ross_jax.models.ross import RossConfig
 from ross_jax.models.vision import VisionConfig
-from ross_jax.training.recipe import complete
+from ross_jax.objectives.reconstruction import add_heads, find_objective, kinds
+from ross_jax.training.recipe import complete, parse_parts
 
 DEFAULTS = {"stage": "finetune", "kind": "denoise", "seed": "0", "root": "runs/demo"}
 PARTS = ("pretrain", "finetune", "heldout")
-"""Of the data set."""
-NEEDS_AUTOENCODER = ("denoise", "latent", "latent2pixel")
+"""Parts of the data set."""
 STAGES = {
     "pretrain": {"data": ("pretrain",), "template": "plain", "epochs": 5, "length": 256, "images": 4},
     "finetune": {"data": ("finetune",), "template": "qwen_2", "epochs": 6, "length": 66, "after": "pretrain"},
@@ -57,8 +56,8 @@ EVERY_STAGE = {
     "after": None,
     "evaluate": 0,
 }
-"""Unless the stage says otherwise. `after` is the stage whose model it begins with."""
-CHOICES = {"stage": tuple(STAGES), "kind": ("denoise", "pixel", "latent", "latent2pixel", "none")}
+"""Settings of every stage that does not set its own. `after` is the stage whose model a stage starts from."""
+CHOICES = {"stage": tuple(STAGES), "kind": kinds()}
 
 
 def parse(
@@ -71,14 +70,7 @@ def parse(
     Raises:
       ConfigError: an unknown part or value; names the nearest.
     """
-    chosen = dict(defaults)
-    for item in filter(None, (arguments or "").split(",")):
-        name, _, value = item.partition("=")
-        if name not in chosen:
-            raise ConfigError(f"recipe part {name!r}: no such part{nearest(name, chosen)}; there are {list(chosen)}")
-        if value not in choices.get(name, (value,)):
-            raise ConfigError(f"{name}={value!r}: unknown{nearest(value, choices[name])}; one of {list(choices[name])}")
-        chosen[name] = value
+    chosen = parse_parts(arguments, defaults, choices)
     if not chosen["seed"].isdecimal():
         raise ConfigError(f"seed={chosen['seed']!r}: a whole number, 0 or more")
     if chosen["stage"] == "denoiser" and chosen["kind"] != "denoise":
@@ -86,26 +78,27 @@ def parse(
     return chosen
 
 
+def needs_autoencoder(kind: str) -> bool:
+    """Whether a kind of reconstruction reads an autoencoder."""
+    objective = find_objective(kind)
+    return objective is not None and "autoencoder" in objective.requires(RossConfig())
+
+
 def model_config(autoencoder: Path, kind: str = "denoise") -> RossConfig:
-    """Sizes of the demo's model; those of the autoencoder come from its `config.json`."""
-    config = {
-        "vision": VisionConfig("siglip", 64, 16, 128, 384, 5, 4, "gelu_tanh", 1e-6),
-        "projector": ProjectorConfig("mlp", 128, 128, 2),
-        "language": LanguageConfig(512, 128, 384, 4, 4, 2, 32, 1e4, 1e-6, qkv_bias=True, tied_head=True),
-    }
-    if kind in NEEDS_AUTOENCODER:
+    """Sizes of the demo's model; the autoencoder's are read from its `config.json`."""
+    config = RossConfig(
+        vision=VisionConfig("siglip", 64, 16, 128, 384, 5, 4, "gelu_tanh", 1e-6),
+        projector=ProjectorConfig("mlp", 128, 128, 2),
+        language=LanguageConfig(512, 128, 384, 4, 4, 2, 32, 1e4, 1e-6, qkv_bias=True, tied_head=True),
+    )
+    if needs_autoencoder(kind):
         try:
             settings = json.loads((autoencoder / "config.json").read_text())
         except FileNotFoundError as error:
             raise ConfigError(f"{autoencoder}: not there yet; `bash launch/demo.sh` fits it") from error
-        config["autoencoder"] = autoencoder_config(settings, str(autoencoder))
-    if kind == "denoise":
-        config["denoiser"] = DenoiserConfig(128, 64, 4, 128, 3, 4, prediction="v")
-    elif kind == "pixel":
-        config["regressor"] = RegressorConfig("pixels", 128, 3 * TARGET_PIXELS**2, 512)
-    elif kind != "none":
-        config["regressor"] = RegressorConfig("latents", 128, 64, 512)
-    return RossConfig(**config)
+        config = dataclasses.replace(config, autoencoder=autoencoder_config(settings, str(autoencoder)))
+    denoiser = {"width": 128, "depth": 3, "num_heads": 4, "prediction": "v"}
+    return add_heads(config, kind, denoiser=denoiser, regressor={"width": 512})
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
@@ -113,7 +106,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     parts = parse(arguments)
     root, kind = Path(parts["root"]), parts["kind"]
     stage = EVERY_STAGE | STAGES[parts["stage"]]
-    init = [str(root / "model")] if kind in NEEDS_AUTOENCODER else []
+    init = [str(root / "model")] if needs_autoencoder(kind) else []
     if stage["after"]:
         init.append(str(root / kind / f"seed{parts['seed']}" / stage["after"]))
     images = [str(root / "data" / "images")]

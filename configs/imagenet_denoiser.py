@@ -1,4 +1,4 @@
-r"""A finished Ross whose denoiser alone learns on, from pictures alone, to show what its visual outputs hold:
+r"""A finished Ross whose denoiser alone is trained further, on images alone, to show what its visual outputs hold:
 
   --config=configs/imagenet_denoiser.py:encoder=siglip,llm=qwen2_7b,root=/data/imagenet \
       --config.init="('runs/ross-7b',)" --config.text.tokenizer=runs/ross-7b/files/language
@@ -19,34 +19,16 @@ stage 1, and its batch.
 from ml_collections import ConfigDict
 
 from configs import ross
-from ross_jax.config import ConfigError, nearest, to_dict
-from ross_jax.training.recipe import complete
+from ross_jax.config import to_dict
+from ross_jax.training.recipe import complete, parse_parts
 
 DEFAULTS = {"encoder": "siglip", "llm": "qwen2_7b", "root": ""}
 PROMPT = 64
-"""Room for what the template says before a picture; the longest, Vicuna's, takes some 40 tokens."""
-
-
-def parse(arguments: str | None) -> dict[str, str]:
-    """`encoder=...,llm=...,root=...` over the defaults.
-
-    Raises:
-      ConfigError: an unknown part or value; names the nearest.
-    """
-    chosen = dict(DEFAULTS)
-    choices = {"encoder": ross.ENCODERS, "llm": ross.LLMS}
-    for item in filter(None, (arguments or "").split(",")):
-        name, _, value = item.partition("=")
-        if name not in chosen:
-            raise ConfigError(f"recipe part {name!r}: no such part{nearest(name, chosen)}; there are {list(chosen)}")
-        if value not in choices.get(name, (value,)):
-            raise ConfigError(f"{name}={value!r}: unknown{nearest(value, choices[name])}; one of {list(choices[name])}")
-        chosen[name] = value
-    return chosen
+"""Tokens left for the template's text before an image; the longest, Vicuna's, takes some 40."""
 
 
 def sources(root: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """What is trained on, and what is reconstructed meanwhile."""
+    """Sources of training and of evaluation."""
     if not root:
         splits = ({"path": "imagenet2012", "kind": "tfds", "split": split} for split in ("train", "validation"))
     else:
@@ -57,11 +39,11 @@ def sources(root: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The recipe as a ConfigDict that command-line flags can override."""
-    parts = parse(arguments)
+    parts = parse_parts(arguments, DEFAULTS, {"encoder": ross.ENCODERS, "llm": ross.LLMS})
     model = ross.model_config(parts["encoder"], parts["llm"])
     _, template = ross.LLMS[parts["llm"]]
     train, heldout = sources(parts["root"])
-    # One picture a row, in whole blocks of 128 tokens.
+    # One image per row, in whole blocks of 128 tokens.
     length = -(-(model.vision.num_tokens + PROMPT) // 128) * 128
     return complete(
         {

@@ -6,7 +6,8 @@
   llm       qwen2_7b | vicuna_7b | vicuna_13b | llama3_8b
   stage     pretrain (projector and denoiser learn) | finetune (all but vision encoder and autoencoder)
   vision    frozen | trained (the vision encoder learns too)
-  kind      of reconstruction: denoise (Ross^D) | pixel | latent | latent2pixel (Ross^R) | none (LLaVA)
+  kind      of reconstruction: denoise (Ross^D) | pixel | latent | latent2pixel (Ross^R) | none (LLaVA), or another
+            objective of the registry
   teacher   of kind=latent: autoencoder | siglip | clip | dinov2
 
 Hyper-parameters are those of the paper and the reference. Point `config.data.sources`, `config.text.tokenizer` and
@@ -14,20 +15,20 @@ Hyper-parameters are those of the paper and the reference. Point `config.data.so
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Collection
 
 from ml_collections import ConfigDict
 
-from ross_jax.config import ConfigError, nearest, to_dict
+from ross_jax.config import ConfigError, to_dict
 from ross_jax.convert import known
 from ross_jax.convert.autoencoder import autoencoder_config
 from ross_jax.convert.language import language_config
 from ross_jax.convert.vision import NORMALISATION, teacher_config, vision_config
-from ross_jax.models.denoiser import DenoiserConfig, default_width
+from ross_jax.models.denoiser import default_width
 from ross_jax.models.projector import ProjectorConfig
-from ross_jax.models.regressor import RegressorConfig
-from ross_jax.models.ross import TARGET_PIXELS, RossConfig
-from ross_jax.training.recipe import complete
+from ross_jax.models.ross import HEADS, RossConfig
+from ross_jax.objectives.reconstruction import add_heads, find_objective, kinds
+from ross_jax.training.recipe import complete, parse_parts
 
 ENCODERS = {"siglip": "google/siglip-so400m-patch14-384", "clip": "openai/clip-vit-large-patch14-336"}
 LLMS = {
@@ -37,29 +38,28 @@ LLMS = {
     "llama3_8b": ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
 }
 """Name -> hub id and conversation template."""
-READERS = r"(denoiser|regressor)/.*"
-"""What reads the visual outputs, whatever the kind."""
+HEADS_PATTERN = rf"({'|'.join(HEADS)})/.*"
+"""Paths of the heads, whatever the kind."""
 STAGES = {
     "pretrain": {
-        "trainable": (r"projector/.*", READERS),
+        "trainable": (r"projector/.*", HEADS_PATTERN),
         "learning_rate": 1e-3,
-        "groups": ((READERS, 1e-4),),
+        "groups": ((HEADS_PATTERN, 1e-4),),
         "batch": 256,
         "data": ("blip_laion_cc_sbu_558k.json", "images"),
-        # Reported of Ross^D: from about 1 down to about 0.3.
-        "expected": (0.2, 1.1),
+        "expected": {"denoise": (0.2, 1.1)},
     },
     "finetune": {
-        "trainable": (r"language/.*", r"projector/.*", READERS),
+        "trainable": (r"language/.*", r"projector/.*", HEADS_PATTERN),
         "learning_rate": 2e-5,
         "groups": (),
         "batch": 128,
         "data": ("cambrian737k.jsonl", "images"),
-        "expected": (0.1, 0.3),
+        "expected": {"denoise": (0.1, 0.3)},
     },
 }
+"""Stage -> hyper-parameters; `expected` is the range of the reconstruction loss reported of each kind."""
 VISION = {"frozen": (), "trained": (r"vision/.*",)}
-KINDS = ("denoise", "pixel", "latent", "latent2pixel", "none")
 TEACHERS = {
     "autoencoder": None,
     "siglip": "google/siglip-so400m-patch14-384",
@@ -76,14 +76,12 @@ DEFAULTS = {
     "kind": "denoise",
     "teacher": "autoencoder",
 }
-CHOICES = {
-    "encoder": ENCODERS,
-    "llm": LLMS,
-    "stage": STAGES,
-    "vision": VISION,
-    "kind": KINDS,
-    "teacher": TEACHERS,
-}
+
+
+def choices() -> dict[str, Collection[str]]:
+    """Part of the recipe -> the values that it can have."""
+    parts = {"encoder": ENCODERS, "llm": LLMS, "stage": STAGES, "vision": VISION, "teacher": TEACHERS}
+    return parts | {"kind": kinds()}
 
 
 def parse(arguments: str | None) -> dict[str, str]:
@@ -92,14 +90,7 @@ def parse(arguments: str | None) -> dict[str, str]:
     Raises:
       ConfigError: an unknown part or value, and names the nearest; a teacher for another kind than `latent`.
     """
-    chosen = dict(DEFAULTS)
-    for item in filter(None, (arguments or "").split(",")):
-        name, _, value = item.partition("=")
-        if name not in CHOICES:
-            raise ConfigError(f"recipe part {name!r}: no such part{nearest(name, CHOICES)}; there are {list(CHOICES)}")
-        if value not in CHOICES[name]:
-            raise ConfigError(f"{name}={value!r}: unknown{nearest(value, CHOICES[name])}; one of {list(CHOICES[name])}")
-        chosen[name] = value
+    chosen = parse_parts(arguments, DEFAULTS, choices())
     if chosen["teacher"] != DEFAULTS["teacher"] and chosen["kind"] != "latent":
         raise ConfigError(f"teacher={chosen['teacher']!r} is of kind=latent, not kind={chosen['kind']}")
     return chosen
@@ -118,28 +109,16 @@ def model_config(encoder: str, llm: str, kind: str = "denoise", teacher: str = "
         image_mean=mean,
         image_std=std,
     )
-    return dataclasses.replace(config, **reconstruction_parts(config, kind, teacher))
-
-
-def reconstruction_parts(config: RossConfig, kind: str, teacher: str) -> dict[str, Any]:
-    """The components that a kind of reconstruction adds to a model."""
-    width = config.language.hidden_size
-    if kind == "none":
-        return {}
-    if kind == "pixel":
-        return {"regressor": RegressorConfig("pixels", width, 3 * TARGET_PIXELS**2, width)}
+    objective = find_objective(kind)
     if TEACHERS[teacher]:
         tower = teacher_config(known.VISION_TOWERS[TEACHERS[teacher]], teacher)
         mean, std = NORMALISATION[tower.kind]
-        regressor = RegressorConfig("features", width, tower.hidden_size, width)
-        return {"teacher": tower, "teacher_mean": mean, "teacher_std": std, "regressor": regressor}
-    autoencoder = autoencoder_config(known.AUTOENCODERS[AUTOENCODER], AUTOENCODER)
-    size = dataclasses.replace(config, autoencoder=autoencoder).latent_size
-    if kind == "denoise":
-        reader = {"denoiser": DenoiserConfig(width, size, config.vision.grid, default_width(3), 3)}
-    else:
-        reader = {"regressor": RegressorConfig("latents", width, size, width)}
-    return {"autoencoder": autoencoder, **reader}
+        config = dataclasses.replace(config, teacher=tower, teacher_mean=mean, teacher_std=std)
+    elif objective and "autoencoder" in objective.requires(config):
+        autoencoder = autoencoder_config(known.AUTOENCODERS[AUTOENCODER], AUTOENCODER)
+        config = dataclasses.replace(config, autoencoder=autoencoder)
+    denoiser = {"width": default_width(3), "depth": 3}
+    return add_heads(config, kind, denoiser=denoiser, regressor={"width": language.hidden_size})
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
@@ -149,8 +128,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     stage = STAGES[parts["stage"]]
     _, template = LLMS[parts["llm"]]
     annotations, images = stage["data"]
-    # A recipe is LLaVA's where nothing is reconstructed: no rate for what is not there.
-    groups = () if kind == "none" else stage["groups"]
+    groups = stage["groups"] if find_objective(kind) else ()
     return complete(
         {
             "model": to_dict(model_config(parts["encoder"], parts["llm"], kind, parts["teacher"])),
@@ -175,7 +153,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             },
             "reconstruction": {"kind": kind},
             "step": {"dtype": "bfloat16", "remat": "full"},
-            "loop": {"expected_reconstruction": stage["expected"] if kind == "denoise" else None},
+            "loop": {"expected_reconstruction": stage["expected"].get(kind)},
             "mesh": {"data": -1, "fsdp": -1, "tensor": 1},
             "seed": 0,
         }

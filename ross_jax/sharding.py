@@ -1,4 +1,7 @@
-"""Where arrays live: one mesh, one table from parameter paths to logical axes, one from logical axes to mesh axes.
+"""Where arrays live: one mesh, one table of parameters' logical axes, one table from logical axes to mesh axes.
+
+To change how one array is split, change its row of `PARAMETER_AXES`; to change an axis of all arrays, set
+`config.mesh.rules`.
 
 mesh axis   what is split over it
 data        replicas of the model; the batch. The axis that crosses slices.
@@ -6,12 +9,14 @@ fsdp        parameters, gathered as they are needed; the batch
 tensor      heads, hidden units of MLPs, vocabulary
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +24,7 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ross_jax.config import ConfigError
+from ross_jax.config import ConfigError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -33,36 +38,42 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
-"""Logical axis -> mesh axes; a logical axis that is not here is never split."""
+"""Logical axis -> mesh axes. A logical axis that is not in the table is never split. `config.mesh.rules` overrides
+rows of the table, except those of `ROW_AXES`."""
+ROW_AXES = ("batch", "replicas")
+"""Logical axes of a batch's rows. The data pipeline divides rows among processes by them."""
 
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"language/embedding", ("vocab", "embed")),
     (r"language/head", ("embed", "vocab")),
-    (r".*/layers/(attention/)?(query|key|value)/kernel", (None, "embed", "heads")),
-    (r".*/layers/(attention/)?(query|key|value)/bias", (None, "heads")),
-    (r".*/layers/(attention/)?out/kernel", (None, "heads", "embed")),
-    (r".*/layers/(mlp/)?(gate|up)/kernel", (None, "embed", "mlp")),
-    (r".*/layers/(mlp/)?(gate|up)/bias", (None, "mlp")),
-    (r".*/layers/mlp/gate_up/kernel", (None, "embed", None, "mlp")),
-    (r".*/layers/mlp/gate_up/bias", (None, None, "mlp")),
-    (r".*/layers/(mlp/)?down/kernel", (None, "mlp", "embed")),
-    # In turn by columns and by rows: split by columns alone, XLA computed wrong gradients on a 2x2x2 mesh.
+    (r"(.*/)?layers/(attention/)?(query|key|value)/kernel", (None, "embed", "heads")),
+    (r"(.*/)?layers/(attention/)?(query|key|value)/bias", (None, "heads")),
+    (r"(.*/)?layers/(attention/)?out/kernel", (None, "heads", "embed")),
+    (r"(.*/)?layers/(mlp/)?(gate|up)/kernel", (None, "embed", "mlp")),
+    (r"(.*/)?layers/(mlp/)?(gate|up)/bias", (None, "mlp")),
+    (r"(.*/)?layers/mlp/gate_up/kernel", (None, "embed", None, "mlp")),
+    (r"(.*/)?layers/mlp/gate_up/bias", (None, None, "mlp")),
+    (r"(.*/)?layers/(mlp/)?down/kernel", (None, "mlp", "embed")),
+    # Columns and rows take turns: split by columns alone, XLA computes wrong gradients on a 2x2x2 mesh.
     (r"(projector|regressor)/linear_\d*[02468]/kernel", ("embed", "mlp")),
     (r"(projector|regressor)/linear_\d*[13579]/kernel", ("mlp", "embed")),
     (r"(vision|teacher)/position_embedding", (None, "embed")),
     (r"(vision|teacher)/patch_embedding/kernel", (None, None, None, "embed")),
-    # Every matrix of the denoiser runs on all tokens of a picture: split the rows only, and gather.
+    # Every matrix of the denoiser runs on all tokens of an image: only rows are split, and gathered before use.
     (r"denoiser/blocks/.*/kernel", (None, "embed", None)),
     (r"denoiser/(\w+)/kernel", ("embed", None)),
-    # Norm scales, remaining biases, the autoencoder (84 M parameters, frozen): small, on every device.
+    # Norm scales, remaining biases and the frozen autoencoder are small: replicated on every device.
     (r".*", ()),
 )
-"""Path pattern -> logical axis of each dimension; the first match counts."""
+"""Path pattern -> logical axis of each dimension; the first match counts. The only declaration of a parameter's axes:
+`models.layers.Dense` looks its kernel up here too."""
 LARGE = 2**22
-"""Elements from which an array that stays whole on every device is worth a line in the log."""
+"""Elements from which a replicated array is worth a line in the log."""
 FSDP_AT_MOST = 64
-"""Devices that share one copy of the parameters where the mesh is left to us: by then they take little of a device's
-memory, and a wider axis only makes each gather slower."""
+"""Devices that share one copy of the parameters if the recipe leaves the mesh open. Parameters then take little of a
+device's memory, and a wider axis would only make each gather slower."""
+
+_rules: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.ContextVar("rules", default=RULES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +81,24 @@ class MeshConfig:
     """Devices along each mesh axis; one of them may be -1: all that are left.
 
     With both `data` and `fsdp` -1, fsdp takes what is left, at most 64 devices and a TPU slice, and data the rest.
+
+    Attributes:
+      rules: (logical axis, mesh axes) pairs that override rows of `RULES`: `(("vocab", ()), ("mlp", ("tensor",)))`.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __post_init__(self):
+        for axis, names in self.rules:
+            free = [name for name in RULES if name not in ROW_AXES]
+            if axis not in free:
+                raise ValueError(f"rules: {axis!r} is no logical axis to set{nearest(axis, free)}; there are {free}")
+            for name in names:
+                if name not in AXES or names.count(name) > 1:
+                    raise ValueError(f"rules: {axis!r} -> {names}: expected some of the mesh axes {AXES}, each once")
         sizes = (self.data, self.fsdp, self.tensor)
         both = self.data == self.fsdp == -1 != self.tensor
         if any(size < 1 and size != -1 for size in sizes) or (sizes.count(-1) > 1 and not both):
@@ -120,48 +142,84 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(array, AXES, axis_types=types)
 
 
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh, config: MeshConfig | None = None) -> Iterator[None]:
+    """Makes `mesh` ambient, with the rules of `config`, for everything that is traced inside."""
+    with jax.set_mesh(mesh):
+        token = _rules.set(_rules.get() if config is None else RULES | dict(config.rules))
+        try:
+            yield
+        finally:
+            _rules.reset(token)
+
+
 def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How an array with these logical axes is split.
+    """How an array with these logical axes is split, by the ambient rules.
 
     A dimension that its mesh axes do not divide is split over the first of them that do, or stays whole.
 
     Raises:
-      ConfigError: two dimensions that claim the same mesh axis.
+      ConfigError: two dimensions claim the same mesh axis.
     """
-    spec, taken = [], set()
+    rules, spec, claimed = _rules.get(), [], {}
     for size, axis in zip(shape, axes + (None,) * (len(shape) - len(axes)), strict=True):
-        names = tuple(name for name in RULES.get(axis, ()) if mesh.shape[name] > 1) if axis else ()
-        if taken & set(names):
-            raise ConfigError(f"axes {axes}: two dimensions claim mesh axis {sorted(taken & set(names))}")
+        names = tuple(name for name in rules.get(axis, ()) if mesh.shape[name] > 1) if axis else ()
+        for name in names:
+            if name in claimed:
+                raise ConfigError(
+                    f"mesh.rules: logical axes {claimed[name]!r} and {axis!r} of one array are both split over mesh "
+                    f"axis {name!r}"
+                )
         while size % math.prod(mesh.shape[name] for name in names):
             names = names[:-1]
-        taken |= set(names)
+        claimed |= dict.fromkeys(names, axis)
         spec.append(names[0] if len(names) == 1 else names or None)
     return PartitionSpec(*spec)
 
 
-def logical_axes(path: str) -> tuple[str | None, ...]:
-    """The logical axis of each dimension of the parameter at `path`."""
-    return next(axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path))
+def logical_axes(path: str, ndim: int | None = None) -> tuple[str | None, ...]:
+    """The logical axis of each dimension of the parameter at `path`.
+
+    Args:
+      ndim: dimensions of the array at hand, if it is one layer of a stacked parameter. None: of the whole parameter.
+    """
+    axes = next(axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path))
+    return axes if ndim is None else axes[max(0, len(axes) - ndim) :]
 
 
-def why_whole(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> str | None:
-    """Why a parameter stays whole on every device; None if it is split."""
+def why_replicated(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> str | None:
+    """Why a parameter is replicated on every device; None if it is split."""
     axes = logical_axes(path)
     if any(partition(shape, axes, mesh)):
         return None
-    wanted = [axis for axis in axes if axis]
-    return f"no dimension of {wanted} divides its mesh axes" if wanted else "the table keeps it whole"
+    named = [axis for axis in axes if axis]
+    return f"no dimension of {named} divides its mesh axes" if named else "the table replicates it"
 
 
-def parameter_shardings(shapes: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
-    """A sharding for each leaf (path -> anything with a shape); logs large leaves that stay whole, and why."""
+def parameter_shardings(
+    shapes: Mapping[str, Any], mesh: Mesh | AbstractMesh, config: MeshConfig | None = None
+) -> dict[str, NamedSharding]:
+    """A sharding for each leaf (path -> anything with a shape). Logs large leaves that are replicated, and why.
+
+    Args:
+      config: its rules count. None: the ambient rules.
+
+    Raises:
+      ConfigError: a rule that cannot split an array; names the axes and the array.
+    """
     shardings = {}
-    for path, leaf in shapes.items():
-        why = why_whole(path, leaf.shape, mesh)
-        if why and mesh.size > 1 and math.prod(leaf.shape) >= LARGE:
-            logger.info("%s %s stays on every device: %s", path, leaf.shape, why)
-        shardings[path] = NamedSharding(mesh, partition(leaf.shape, logical_axes(path), mesh))
+    token = _rules.set(_rules.get() if config is None else RULES | dict(config.rules))
+    try:
+        for path, leaf in shapes.items():
+            try:
+                shardings[path] = NamedSharding(mesh, partition(leaf.shape, logical_axes(path), mesh))
+            except ConfigError as error:
+                raise ConfigError(f"{path} {list(leaf.shape)}: {error}") from error
+            why = why_replicated(path, leaf.shape, mesh)
+            if why and mesh.size > 1 and math.prod(leaf.shape) >= LARGE:
+                logger.info("%s %s is replicated on every device: %s", path, leaf.shape, why)
+    finally:
+        _rules.reset(token)
     return shardings
 
 
@@ -192,9 +250,9 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def axis_size(logical: str) -> int:
-    """How many shares a logical axis is split into on the ambient mesh; 1 outside one."""
+    """Shares that a logical axis is split into on the ambient mesh; 1 outside one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[logical])
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in _rules.get()[logical])
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -207,16 +265,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Asks for a parameter that is split along logical axes to be whole along `embed`, and its gradient split again.
+    """Asks the compiler to gather a parameter along `embed`, and to split its gradient again.
 
-    Left to itself, as it is without axes, XLA may move activations in the place of parameters; the gradient of
-    `constrain` would be whole on every device before it is split.
+    Without axes XLA decides, and may move activations instead of parameters. The gradient of `constrain` would be
+    gathered on every device before it is split.
     """
     return constrain(x, *(None if axis == "embed" else axis for axis in axes)) if axes else x
 
 
 def scatter(gradient: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Asks for the gradient of what was gathered to be split as its parameter is."""
+    """Asks the compiler to split the gradient of a gathered parameter as the parameter is split."""
     return constrain(gradient, *axes) if axes else gradient
 
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ross_jax.config import ConfigError
-from ross_jax.sharding import MeshConfig, gather, make_mesh, partition
+from ross_jax.sharding import MeshConfig, gather, make_mesh, parameter_shardings, partition, use_mesh
 
 
 def devices(slices: int, platform: str = "tpu", kind: str = "TPU v4") -> list[jax.Device]:
@@ -131,3 +131,38 @@ def test_mesh_on_every_torus():
         for x in range(8)
     ]
     assert make_mesh(MeshConfig(2, 32, 1), chips).devices.shape == (2, 32, 1)
+
+
+LEAVES = {"language/layers/gate/kernel": jax.ShapeDtypeStruct((2, 16, 8), np.float32)}
+
+
+def test_rules_override_how_arrays_are_split():
+    """Of parameters, and of activations while the mesh is ambient; afterwards the usual rules are back."""
+    config = MeshConfig(2, 2, 2, (("embed", ("tensor",)), ("mlp", ())))
+    mesh = make_mesh(config)
+    spec = {path: at.spec for path, at in parameter_shardings(LEAVES, mesh, config).items()}
+    assert spec == {"language/layers/gate/kernel": PartitionSpec(None, "tensor", None)}
+    with use_mesh(mesh, config):
+        assert partition((16, 8), ("embed", "mlp"), mesh) == PartitionSpec("tensor", None)
+    assert partition((16, 8), ("embed", "mlp"), mesh) == PartitionSpec("fsdp", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((("embd", ("fsdp",)),), r"rules: 'embd' is no logical axis to set \(did you mean 'embed'\?\)"),
+        ((("batch", ("data",)),), "rules: 'batch' is no logical axis to set"),
+        ((("mlp", ("tensr",)),), r"rules: 'mlp' -> \('tensr',\): expected some of the mesh axes"),
+        ((("mlp", ("fsdp", "fsdp")),), "each once"),
+    ],
+)
+def test_rules_that_name_nothing(rules, message):
+    with pytest.raises(ValueError, match=message):
+        MeshConfig(rules=rules)
+
+
+def test_a_rule_that_splits_an_array_twice_names_axes_and_array():
+    config = MeshConfig(1, 4, 2, (("mlp", ("fsdp",)),))
+    message = r"language/layers/gate/kernel \[2, 16, 8\]: .*'embed' and 'mlp' .* split over mesh axis 'fsdp'"
+    with pytest.raises(ConfigError, match=message):
+        parameter_shardings(LEAVES, make_mesh(config), config)

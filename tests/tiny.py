@@ -13,9 +13,10 @@ from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.regressor import RegressorConfig
 from ross_jax.models.ross import RossConfig
 from ross_jax.models.vision import VisionConfig
+from ross_jax.objectives.loss import make_loss
 from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh
-from ross_jax.training.optimizer import OptimizerConfig, make_optimizer
+from ross_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from ross_jax.training.state import (
     FreezeConfig,
     abstract_tree,
@@ -23,7 +24,7 @@ from ross_jax.training.state import (
     split,
     state_shardings,
 )
-from ross_jax.training.step import StepConfig, compile_step, make_state, make_train_step
+from ross_jax.training.step import compile_step, make_state, make_train_step
 
 CONFIG = RossConfig(
     vision=VisionConfig("siglip", 28, 14, 32, 48, 2, 4, "gelu_tanh", 1e-6),
@@ -107,17 +108,9 @@ class Run:
         shapes = jax.eval_shape(lambda p, f: make_state(p, f, optimizer), params, frozen)
         self.shardings = state_shardings(shapes, self.tree, self.mesh)
         self.state = jax.jit(lambda p, f: make_state(p, f, optimizer), out_shardings=self.shardings)(params, frozen)
-        step = make_train_step(
-            config,
-            StepConfig(accumulate, dtype, remat, text_chunk=32),
-            reconstruction,
-            optimizer,
-            settings,
-            10,
-            jax.random.fold_in(key, 1),
-            text_weight,
-            supervised,
-        )
+        text = {"text_weight": text_weight, "chunk": 32, "supervised": supervised}
+        loss = make_loss(config, reconstruction, dtype, remat, **text)
+        step = make_train_step(loss, optimizer, jax.random.fold_in(key, 1), accumulate, learning_rates(settings, 10))
         self.step = compile_step(step, self.shardings, batch_sharding(self.mesh))
 
     def run(self, batch: dict[str, np.ndarray]) -> dict[str, float]:

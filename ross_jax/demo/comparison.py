@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from ross_jax.config import UserError
+from ross_jax.objectives.reconstruction import find_objective
 
-NAMES = {
-    "none": "none (LLaVA)",
-    "pixel": "Ross^R-Pixel",
-    "latent": "Ross^R-Latent",
-    "latent2pixel": "Ross^R-Latent2Pixel",
-    "denoise": "Ross^D",
-}
+
+def kind_title(kind: str) -> str:
+    """A kind's name in tables."""
+    objective = find_objective(kind)
+    return objective.title if objective else f"{kind} (LLaVA)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +99,7 @@ def markdown(table: Sequence[Row]) -> str:
     ]
     for row in table:
         cells = [
-            NAMES[row.kind],
+            kind_title(row.kind),
             row.accuracy.format(3),
             "-" if row.gain is None else row.gain.format(3, signed=True),
             "-" if row.psnr is None else row.psnr.format(1),
@@ -126,7 +125,7 @@ def draw(path: Path, table: Sequence[Row], title: str) -> None:
     figure.suptitle(title)
     panels = {"held-out accuracy": "accuracy", "PSNR from visual outputs, dB": "psnr"}
     for panel, (label, name) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        shown = [(NAMES[row.kind], getattr(row, name)) for row in table if getattr(row, name) is not None]
+        shown = [(kind_title(row.kind), getattr(row, name)) for row in table if getattr(row, name) is not None]
         for height, (_, spread) in enumerate(shown):
             panel.barh(height, spread.mean, color="tab:blue", alpha=0.35)
             panel.plot(spread.values, [height] * len(spread.values), "o", color="tab:blue", markersize=4)

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ross_jax.models.attention import attention, causal_attention, needs_mask, segment_mask
+from ross_jax.models.image_tokens import gather_images
 from ross_jax.models.layers import (
     SAVED_ATTENTION,
     SAVED_GATE,
@@ -26,6 +27,9 @@ from ross_jax.models.layers import (
     stack,
 )
 from ross_jax.sharding import constrain
+
+FINAL = -1
+"""The tap behind the final norm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +81,25 @@ class Cache(NamedTuple):
     Attributes:
       keys, values: rotated keys and values of each layer.
       segments: conversation number of each slot; 0 = padding or not yet filled.
-      length: slots filled, the same for every row (shorter prompts are padded on their left, with segment 0).
+      length: slots filled, equal for all rows (shorter prompts are padded on their left, with segment 0).
     """
 
     keys: Float[Array, "layers batch slots kv_heads dim"]
     values: Float[Array, "layers batch slots kv_heads dim"]
     segments: Int[Array, "batch slots"]
     length: Int[Array, ""]
+
+
+class ImagePlaces(NamedTuple):
+    """Where images stand in the rows of a batch.
+
+    Attributes:
+      start: where each image's tokens begin; the row's length where the slot is empty.
+      tokens: tokens of each image.
+    """
+
+    start: Int[Array, "batch images"]
+    tokens: int
 
 
 class LanguageOutput(NamedTuple):
@@ -93,11 +109,13 @@ class LanguageOutput(NamedTuple):
       hidden: output of the final norm: what head and reconstruction read.
       cache: filled further, if one was given.
       hidden_states: on request, the input embeddings, each layer's output, and `hidden` in place of the last.
+      taps: layer -> hidden states at the image positions, for the layers asked for.
     """
 
     hidden: Float[Array, "batch seq embed"]
     cache: Cache | None
     hidden_states: Float[Array, "states batch seq embed"] | None
+    taps: dict[int, Float[Array, "batch images tokens embed"]]
 
 
 def rotary_frequencies(config: LanguageConfig) -> np.ndarray:
@@ -128,8 +146,8 @@ def rotate(
 ) -> Float[Array, "batch seq heads dim"]:
     """Rotary embedding on the (first half, second half) pairs, in float32.
 
-    Halves change places in a product with a constant matrix, which is exact. TPUs keep a head's values in one register,
-    where slices of half of it are slow: they would take 30 of the 1960 ms of a step of Qwen2-7B.
+    A product with a constant matrix swaps the halves, which is exact. TPUs keep a head's values in one register, where
+    slices of half of it are slow.
     """
     half = x.shape[-1] // 2
     swap = np.zeros((2, half, 2, half), np.float32)
@@ -146,12 +164,18 @@ class Decoder(nn.Module):
     config: LanguageConfig
     dtype: DTypeLike
     collect: bool = False
+    taps: tuple[int, ...] = ()
+    image_tokens: int = 0
 
     @nn.compact
-    def __call__(self, carry, layer, cos, sin, segments, mask, length):
-        """Carry: hidden states and, when decoding, the keys and values of all layers (updated in place)."""
+    def __call__(self, carry, layer, cos, sin, segments, mask, length, image_start):
+        """Runs layer number `layer`.
+
+        Carry: hidden states; when decoding, the keys and values of all layers (updated in place); and one array
+        `[batch, images, tokens, embed]` for each of `taps`, which the layer with that output fills.
+        """
         cfg = self.config
-        x, keys, values = carry
+        x, keys, values, tapped = carry
         x = constrain(x, "batch")
         y = gradient_fusion_barrier(nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="attention_norm")(x))
         query = self._heads(y, cfg.num_heads, "query")
@@ -172,22 +196,27 @@ class Decoder(nn.Module):
             y = attention(query, key, value, mask)
         else:
             y = causal_attention(query, key, value, segments, mask)
-        x = x + self._dense(cfg.hidden_size, cfg.out_bias, "out", ("heads", "embed"))(y.reshape(*y.shape[:2], -1))
+        x = x + self._dense(cfg.hidden_size, cfg.out_bias, "out")(y.reshape(*y.shape[:2], -1))
         y = gradient_fusion_barrier(nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="mlp_norm")(x))
-        gate = self._dense(cfg.intermediate_size, cfg.mlp_bias, "gate", ("embed", "mlp"))(y)
-        up = self._dense(cfg.intermediate_size, cfg.mlp_bias, "up", ("embed", "mlp"))(y)
+        gate = self._dense(cfg.intermediate_size, cfg.mlp_bias, "gate")(y)
+        up = self._dense(cfg.intermediate_size, cfg.mlp_bias, "up")(y)
         gate = gradient_fusion_barrier(checkpoint_name(gate, SAVED_GATE))
         up = gradient_fusion_barrier(checkpoint_name(up, SAVED_UP))
         y = nn.silu(gate) * up
-        x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down", ("mlp", "embed"))(y)
-        return (x, keys, values), (x if self.collect else None)
+        x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down")(y)
+        # A select instead of a split scan: slices of stacked parameters would be copied, and the carry is no residual.
+        tapped = tuple(
+            jnp.where(layer + 1 == tap, gather_images(x, image_start, self.image_tokens), held)
+            for tap, held in zip(self.taps, tapped, strict=True)
+        )
+        return (x, keys, values, tapped), (x if self.collect else None)
 
-    def _dense(self, features: int, bias: bool, name: str, axes: tuple[str, str]) -> Dense:
+    def _dense(self, features: int, bias: bool, name: str) -> Dense:
         init = nn.initializers.normal(0.02)
-        return Dense(features, use_bias=bias, dtype=self.dtype, kernel_init=init, axes=axes, name=name)
+        return Dense(features, use_bias=bias, dtype=self.dtype, kernel_init=init, gathered=True, name=name)
 
     def _heads(self, x: Float[Array, "batch seq embed"], heads: int, name: str):
-        y = self._dense(heads * self.config.head_dim, self.config.qkv_bias, name, ("embed", "heads"))(x)
+        y = self._dense(heads * self.config.head_dim, self.config.qkv_bias, name)(x)
         return y.reshape(*y.shape[:2], heads, self.config.head_dim)
 
 
@@ -213,7 +242,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
         """Embeddings of token ids."""
-        # Split by columns first, as the table is: so are its gradients then, which rows would all have to add up whole.
+        # Split by columns first, like the table: its gradient is then summed split, not gathered on every device.
         columns = constrain(jnp.take(self.embedding, tokens, axis=0).astype(self.dtype), "replicas", None, "embed")
         return constrain(columns, "batch")
 
@@ -223,7 +252,7 @@ class LanguageModel(nn.Module):
         return jnp.matmul(hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
 
     def head_kernel(self) -> Float[Array, "embed vocab"]:
-        """What `logits` multiplies with, as it is stored."""
+        """The matrix that `logits` multiplies with, as it is stored."""
         return self.embedding.T if self.config.tied_head else self.head
 
     @nn.compact
@@ -234,15 +263,23 @@ class LanguageModel(nn.Module):
         segments: Int[Array, "batch seq"],
         cache: Cache | None = None,
         hidden_states: bool = False,
+        taps: tuple[int, ...] = (),
+        places: ImagePlaces | None = None,
     ) -> LanguageOutput:
         """Runs the decoder.
 
         Args:
-          embeddings: of tokens and pictures.
-          positions: rotary position of each, inside its segment.
-          segments: conversation number of each, 0 = padding; attention never crosses it.
-          cache: what came before; `seq` slots are appended. The caller sees to it that they fit.
+          embeddings: of tokens and images.
+          positions: rotary position inside the segment.
+          segments: conversation number, 0 = padding; attention never crosses segments.
+          cache: what came before; `seq` slots are appended. The caller makes sure that they fit.
           hidden_states: also return every layer's output.
+          taps: numbers of hidden states whose values at the images' places are returned, counted as in transformers'
+            `hidden_states`: 0 the embeddings, k the output of k layers, -1 (`FINAL`) the output of the final norm.
+          places: of the images that `taps` read.
+
+        Raises:
+          ValueError: a tap that the model has not.
         """
         cfg = self.config
         angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(cfg)
@@ -255,16 +292,37 @@ class LanguageModel(nn.Module):
             all_segments = jax.lax.dynamic_update_slice(all_segments, segments, (0, length))
             mask = segment_mask(segments, all_segments, length)
         x = embeddings.astype(self.dtype)
-        layers = stack(Decoder, cfg.num_layers, self.remat, scanned=1, constant=5)
-        (x, keys, values), states = layers(cfg, self.dtype, hidden_states, name="layers")(
-            (x, keys, values), jnp.arange(cfg.num_layers), jnp.cos(angles), jnp.sin(angles), segments, mask, length
+        numbers = {tap: tap_number(cfg, tap) for tap in taps}
+        inner = tuple(sorted({number for number in numbers.values() if 0 < number < cfg.num_layers}))
+        start, count = places or (None, 0)
+        tapped = tuple(jnp.zeros((*start.shape, count, cfg.hidden_size), self.dtype) for _ in inner)
+        constants = (jnp.cos(angles), jnp.sin(angles), segments, mask, length, start if inner else None)
+        layers = stack(Decoder, cfg.num_layers, self.remat, scanned=1, constant=len(constants))
+        (x, keys, values, tapped), states = layers(cfg, self.dtype, hidden_states, inner, count, name="layers")(
+            (x, keys, values, tapped), jnp.arange(cfg.num_layers), *constants
         )
         hidden = self.final_norm(x)
+        found = dict(zip(inner, tapped, strict=True))
+        for number, states_read in ((0, embeddings.astype(self.dtype)), (cfg.num_layers, hidden)):
+            if number in numbers.values():
+                found[number] = gather_images(states_read, start, count)
         if cache is not None:
             cache = Cache(keys, values, all_segments, length + segments.shape[1])
         if hidden_states:
             states = jnp.concatenate([embeddings.astype(self.dtype)[None], states[:-1], hidden[None]])
-        return LanguageOutput(hidden, cache, states)
+        return LanguageOutput(hidden, cache, states, {tap: found[number] for tap, number in numbers.items()})
+
+
+def tap_number(config: LanguageConfig, tap: int) -> int:
+    """The number of a tap's hidden state, from 0 to `num_layers`.
+
+    Raises:
+      ValueError: there is no such hidden state.
+    """
+    states = config.num_layers + 1
+    if not -states <= tap < states:
+        raise ValueError(f"tap {tap}: a language model of {config.num_layers} layers has {-states} to {states - 1}")
+    return tap % states
 
 
 def empty_cache(config: LanguageConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> Cache:

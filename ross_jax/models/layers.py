@@ -1,4 +1,4 @@
-"""What several models share: norms, activations, and the stacking of identical blocks."""
+"""Layers that several models share: norms, activations, dense layers, and the stacking of identical blocks."""
 
 import functools
 from collections.abc import Callable
@@ -11,17 +11,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ross_jax.sharding import gather, scatter
+from ross_jax.sharding import gather, logical_axes, scatter
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 RematPolicy = Literal["none", "full", "attention", "gate", "mlp", "offload", "dots"]
 SAVED_ATTENTION = "attention"
-"""Name of what the policies `attention` and `offload` keep: queries, keys, values, and what attention made of them; of
-the denoiser also what both branches of a block add, which its gates multiply."""
+"""Checkpoint name of queries, keys, values and the output of attention; in the denoiser also of what both branches of
+a block add, before their gates."""
 SAVED_GATE = "gate"
-"""Name of what the policies `gate` and `mlp` keep beside that: what an MLP's activation reads."""
+"""Checkpoint name of the input of an MLP's activation."""
 SAVED_UP = "up"
-"""Name of what the policy `mlp` keeps beside that: what a gated MLP's activation is multiplied with."""
+"""Checkpoint name of the factor that a gated MLP's activation is multiplied with."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -42,7 +42,7 @@ def layer_norm(eps: float, dtype: DTypeLike, *, affine: bool = True, name: str |
 
 
 ONES = 8
-"""Rows of ones that a bias's gradient is multiplied with; of a single one XLA makes a sum."""
+"""Rows of ones in the product that sums a bias's gradient. XLA would turn a single row back into a sum."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -56,8 +56,8 @@ def linear(
     """`x @ kernel + bias`, with the gradients that `Dense` describes.
 
     Args:
-      axes: as in `Dense`.
-      dtype: of the product if not the operands'.
+      axes: logical axes of the kernel, to gather it by; none: XLA decides.
+      dtype: of the product. None: the operands'.
     """
     return _linear_forward(x, kernel, bias, axes, dtype)[0]
 
@@ -89,23 +89,24 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Dense(nn.Module):
-    """Linen's, with gradients that are computed in another way.
+    """Linen's Dense with its own derivative, which compiles to faster programs.
 
-    For the kernel's, whichever factor is narrower is turned round; JAX's own always turns the gradient of the output,
-    and XLA takes up to twice as long on a CPU. The bias's, the sum of all rows, is a product too: XLA for TPU sums
-    columns at a fourth of its memory's speed, and keeps the rows in float32 for it.
+    Kernel gradient: the narrower of the two factors is transposed; JAX always transposes the output's gradient, which
+    XLA for CPU computes up to twice as slowly. Bias gradient: a product with ones instead of a sum over rows, since XLA
+    for TPU sums columns at a fourth of its memory's speed and keeps the rows in float32 for it.
 
     Attributes:
-      axes: logical axes of the kernel, to be gathered before it is multiplied with; without them XLA decides.
-      outputs: into how many arrays of equal width the features go, each by a product of its own, which costs less than
-        to take the result of one product apart.
+      gathered: the kernel is gathered before the product, by its logical axes in `sharding.PARAMETER_AXES`. False: XLA
+        decides.
+      outputs: number of arrays of equal width that the features are returned in, each from a product of its own. That
+        costs less than splitting the result of one product.
     """
 
     features: int
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    axes: tuple[str | None, ...] = ()
+    gathered: bool = False
     outputs: int = 1
 
     @nn.compact
@@ -113,21 +114,21 @@ class Dense(nn.Module):
         """`[*batch, features]`; a list of arrays if there are several outputs."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.use_bias else None
+        axes = logical_axes("/".join((*self.path, "kernel")), kernel.ndim) if self.gathered else ()
         x = x.astype(self.dtype)
         if self.outputs == 1:
-            return linear(x, kernel, bias, self.axes)
+            return linear(x, kernel, bias, axes)
         kernels = jnp.split(kernel, self.outputs, axis=-1)
         biases = jnp.split(bias, self.outputs) if self.use_bias else [None] * self.outputs
-        return [linear(x, *each, self.axes) for each in zip(kernels, biases, strict=True)]
+        return [linear(x, *each, axes) for each in zip(kernels, biases, strict=True)]
 
 
 @jax.custom_vjp
 def fusion_barrier(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x`; neither it nor its gradient is fused with what uses it.
+    """`x`, where XLA may fuse neither `x` nor its gradient with their users.
 
-    Next to products in float32. Between that of an MLP and its activation, XLA for TPU otherwise makes one fusion of
-    both products, or of a gradient and the bias's; before and after others, of a product and the sums of norms or
-    gates. Either takes twice as long.
+    Placed next to float32 products. Without it XLA for TPU fuses both products of an MLP, or a product with the sums of
+    norms and gates, and either takes twice as long.
     """
     return jax.lax.optimization_barrier(x)
 
@@ -137,10 +138,10 @@ fusion_barrier.defvjp(lambda x: (fusion_barrier(x), None), lambda _, gradient: (
 
 @jax.custom_vjp
 def gradient_fusion_barrier(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x`; what computes its gradient is not fused with what uses it.
+    """`x`, where XLA may not fuse the computation of its gradient with the gradient's users.
 
-    Between a norm and a matrix product: XLA for TPU otherwise has the product's gradient also sum up that of the norm's
-    scale, and takes twice as long for both.
+    Placed between a norm and a matrix product. Without it XLA for TPU lets the product's gradient sum the gradient of
+    the norm's scale too, and takes twice as long for both.
     """
     return x
 

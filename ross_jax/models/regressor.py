@@ -1,7 +1,6 @@
-"""The regressor of Ross^R: an MLP from visual outputs straight to targets, token by token (paper section 3)."""
+"""The regressor of Ross^R: an MLP from visual outputs to targets, token by token (paper section 3)."""
 
 import dataclasses
-from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -11,22 +10,21 @@ from jaxtyping import Array, Float
 
 from ross_jax.models.layers import Dense, activate
 
-Target = Literal["pixels", "latents", "features"]
-
 
 @dataclasses.dataclass(frozen=True)
 class RegressorConfig:
     """Sizes of a regressor.
 
     Attributes:
-      target: what it says of each picture token: RGB pixels, the autoencoder's latents, or a teacher's features.
+      target: name of what is predicted for each image token, such as `pixels`, `latents` (the autoencoder's) or
+        `features` (a teacher's). Each objective checks that the regressor predicts its own targets.
       condition_size: width of the visual outputs.
       out_size: values per token.
-      width: of the hidden layers.
+      width: units of each hidden layer.
       depth: linear layers; 1 is a linear map.
     """
 
-    target: Target
+    target: str
     condition_size: int
     out_size: int
     width: int

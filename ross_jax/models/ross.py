@@ -1,7 +1,7 @@
-"""Ross: the composition. Pictures and text to hidden states, and the visual outputs among them.
+"""Ross: images and text to hidden states, and the hidden states at image positions among them.
 
-Nothing here belongs to the reconstruction loss; denoiser and autoencoder are its own (`ross_jax.objectives`), and only
-their configs and parameters live beside the model's.
+`RossConfig` also lists the components that only supervision uses (denoiser, regressor, autoencoder, teacher): their
+configs and parameters live beside the model's, and `ross_jax.objectives` runs them.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from ross_jax.models.denoiser import Denoiser, DenoiserConfig
-from ross_jax.models.language import LanguageConfig, LanguageModel
+from ross_jax.models.image_tokens import scatter_images
+from ross_jax.models.language import FINAL, ImagePlaces, LanguageConfig, LanguageModel
 from ross_jax.models.layers import RematPolicy
 from ross_jax.models.projector import Projector, ProjectorConfig
 from ross_jax.models.regressor import Regressor, RegressorConfig
@@ -24,18 +25,22 @@ from ross_jax.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderCon
 from ross_jax.models.vision import VisionConfig, VisionEncoder
 
 TARGET_PIXELS = 16
-"""Pixels per picture token, along a side, in what the reconstruction targets see."""
+"""Pixels per image token, along a side, of the images that reconstruction targets are made of."""
+HEADS = ("denoiser", "regressor")
+"""Components that read hidden states at image positions. They train, and compute in float32 unless told otherwise."""
+TARGET_ENCODERS = ("autoencoder", "teacher")
+"""Components that targets are computed by. They never train."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RossConfig:
-    """The components of a model. One that is absent has no parameters: LLaVA has nothing that reconstructs.
+    """The components of a model. A component that is absent has no parameters: LLaVA has neither heads nor targets.
 
     Attributes:
-      denoiser, regressor: what reads the visual outputs; at most one of them.
-      autoencoder, teacher: frozen, of what the targets are made.
-      image_mean, image_std: of the vision encoder's normalisation, in [0, 1] units.
-      teacher_mean, teacher_std: of the teacher's.
+      denoiser, regressor: heads that read the visual outputs; at most one of them.
+      autoencoder, teacher: frozen target encoders.
+      image_mean, image_std: normalisation of the vision encoder's input, in [0, 1] units.
+      teacher_mean, teacher_std: normalisation of the teacher's input.
     """
 
     vision: VisionConfig | None = None
@@ -61,10 +66,7 @@ class RossConfig:
             "denoiser.grid": (self.denoiser and self.denoiser.grid),
             "vision.grid": (self.vision and self.vision.grid),
             "denoiser.latent_size": (self.denoiser and self.denoiser.latent_size),
-            "regressor.out_size": (self.regressor and self.regressor.out_size),
-            "channels of the autoencoder's latents per picture token": self.latent_size,
-            "teacher.hidden_size": (self.teacher and self.teacher.hidden_size),
-            "channels of a token's pixels": 3 * TARGET_PIXELS**2,
+            "channels of the autoencoder's latents per image token": self.latent_size,
         }
 
         def same(left: str, right: str):
@@ -75,42 +77,35 @@ class RossConfig:
         same("projector.out_size", "language.hidden_size")
         same("denoiser.condition_size", "language.hidden_size")
         same("denoiser.grid", "vision.grid")
-        same("denoiser.latent_size", "channels of the autoencoder's latents per picture token")
-        if self.regressor:
-            same("regressor.condition_size", "language.hidden_size")
-            of_target = {
-                "pixels": "channels of a token's pixels",
-                "latents": "channels of the autoencoder's latents per picture token",
-                "features": "teacher.hidden_size",
-            }
-            same("regressor.out_size", of_target[self.regressor.target])
+        same("denoiser.latent_size", "channels of the autoencoder's latents per image token")
+        same("regressor.condition_size", "language.hidden_size")
         if self.denoiser and self.regressor:
             raise ValueError("a model has a denoiser or a regressor, not both")
 
     @property
     def latent_window(self) -> int | None:
-        """Latents per picture token, along a side; None without an autoencoder.
+        """Latents per image token, along a side; None without an autoencoder.
 
         Raises:
-          ValueError: a picture token is smaller than a latent.
+          ValueError: an image token is smaller than a latent.
         """
         if self.autoencoder is None:
             return None
         if TARGET_PIXELS % self.autoencoder.downsampling:
             raise ValueError(
                 f"autoencoder.downsampling is {self.autoencoder.downsampling}, which does not divide the "
-                f"{TARGET_PIXELS} pixels of a picture token"
+                f"{TARGET_PIXELS} pixels of an image token"
             )
         return TARGET_PIXELS // self.autoencoder.downsampling
 
     @property
     def latent_size(self) -> int | None:
-        """Values of a latent token: those of a window, all channels; None without an autoencoder."""
+        """Values of a latent token: all channels of a window; None without an autoencoder."""
         return self.autoencoder and self.autoencoder.latent_channels * self.latent_window**2
 
     @property
     def target_size(self) -> int:
-        """Side, in pixels, of the picture that the reconstruction targets are made of."""
+        """Side, in pixels, of the image that reconstruction targets are made of."""
         return self.vision.grid * TARGET_PIXELS
 
 
@@ -119,89 +114,26 @@ class RossOutput(NamedTuple):
 
     Attributes:
       hidden: final-norm hidden states, input of the text loss.
-      visual_outputs: those at the image positions; zeros in empty slots.
+      taps: hidden states at the image positions, by the layer asked for; zeros in empty slots.
       internals: on request: `vision_hidden_states`, `features`, `projected`, `embeddings`, `hidden_states`.
     """
 
     hidden: Float[Array, "batch seq embed"]
-    visual_outputs: Float[Array, "batch images tokens embed"]
+    taps: dict[int, Float[Array, "batch images tokens embed"]]
     internals: dict[str, Any] | None
+
+    @property
+    def visual_outputs(self) -> Float[Array, "batch images tokens embed"]:
+        """The tap behind the final norm."""
+        return self.taps[FINAL]
 
 
 def normalise(
     config: RossConfig, images: UInt8[Array, "*batch height width 3"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*batch height width 3"]:
-    """uint8 pictures to the encoder's input."""
+    """The vision encoder's input, from uint8 images."""
     mean, std = jnp.asarray(config.image_mean, jnp.float32), jnp.asarray(config.image_std, jnp.float32)
     return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
-
-
-def scatter_images(
-    embeddings: Float[Array, "batch seq embed"],
-    projected: Float[Array, "batch images tokens embed"],
-    image_start: Int[Array, "batch images"],
-) -> Float[Array, "batch seq embed"]:
-    """Writes each picture's tokens over its place in the row; a picture that does not fit writes nothing.
-
-    Args:
-      image_start: of each picture; the row's length where the slot is empty. Pictures of a row do not overlap.
-    """
-    return _write(embeddings, projected.astype(embeddings.dtype), image_start)
-
-
-# A picture is one piece, not an index per token, for which TPUs need many times the code. All of it goes row by row:
-# each row only touches itself, so that sharding the batch needs no communication. Writing and reading are each other's
-# derivatives; those that JAX finds are compiled into strips of columns.
-
-
-@jax.custom_vjp
-def _write(embeddings: Array, images: Array, image_start: Array) -> Array:
-    if images.shape[2] > embeddings.shape[1]:
-        return embeddings
-    piece = jax.lax.ScatterDimensionNumbers((1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,))
-    write = functools.partial(jax.lax.scatter, dimension_numbers=piece, mode="drop", unique_indices=True)
-    return jax.vmap(write)(embeddings, image_start[..., None], images)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def gather_images(
-    hidden: Float[Array, "batch seq embed"], image_start: Int[Array, "batch images"], tokens: int
-) -> Float[Array, "batch images tokens embed"]:
-    """Reads the hidden states at each picture's place; zeros for those that `scatter_images` does not write."""
-    last = hidden.shape[1] - tokens
-    if last < 0:
-        return jnp.zeros((*image_start.shape, tokens, hidden.shape[-1]), hidden.dtype)
-
-    def read(row: Array, start: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(row, start, tokens)
-
-    images = jax.vmap(jax.vmap(read, (None, 0)))(hidden, jnp.minimum(image_start, last))
-    return jnp.where((image_start <= last)[..., None, None], images, 0)
-
-
-def _write_forward(embeddings: Array, images: Array, image_start: Array):
-    return _write(embeddings, images, image_start), (images, image_start)
-
-
-def _write_backward(residuals: tuple[Array, Array], gradient: Array):
-    images, image_start = residuals
-    tokens, length = images.shape[2], gradient.shape[1]
-    offset = jnp.arange(length) - image_start[..., None]
-    covered = ((offset >= 0) & (offset < tokens) & (image_start <= length - tokens)[..., None]).any(axis=1)
-    return jnp.where(covered[..., None], 0, gradient), gather_images(gradient, image_start, tokens), None
-
-
-def _gather_forward(hidden: Array, image_start: Array, tokens: int):
-    return gather_images(hidden, image_start, tokens), (hidden, image_start)
-
-
-def _gather_backward(tokens: int, residuals: tuple[Array, Array], gradient: Array):
-    hidden, image_start = residuals
-    return _write(jnp.zeros_like(hidden), gradient, image_start), None
-
-
-_write.defvjp(_write_forward, _write_backward)
-gather_images.defvjp(_gather_forward, _gather_backward)
 
 
 class Ross(nn.Module):
@@ -220,7 +152,7 @@ class Ross(nn.Module):
 
     def setup(self):
         cfg = self.config
-        # Where the encoder is frozen nothing of it is kept for a backward pass, so nothing is recomputed either.
+        # A frozen encoder keeps nothing for a backward pass, so remat costs it nothing.
         self.vision = VisionEncoder(cfg.vision, self.dtype, self.remat)
         self.projector = Projector(cfg.projector, self.dtype)
         self.language = LanguageModel(cfg.language, self.dtype, self.remat)
@@ -228,16 +160,16 @@ class Ross(nn.Module):
     def encode_images(
         self, images: Float[Array, "batch images height width 3"]
     ) -> Float[Array, "batch images tokens embed"]:
-        """Projected tokens of each picture."""
+        """Projected tokens of each image."""
         features = self.vision(images.reshape(-1, *images.shape[2:]))
         return self._by_row(self.projector(features), images)
 
     def project(self, features: Float[Array, "batch images tokens width"]) -> Float[Array, "batch images tokens embed"]:
-        """The same of features that the vision encoder has computed before."""
+        """Projects precomputed vision features."""
         return self._by_row(self.projector(features.reshape(-1, *features.shape[2:])), features)
 
     def _by_row(self, projected: Float[Array, "images tokens embed"], images: Array):
-        # No -1 for the tokens: a batch without pictures would leave it undecided.
+        # No -1 for the tokens: a batch without images would leave it undecided.
         return projected.reshape(*images.shape[:2], *projected.shape[1:])
 
     def embed(
@@ -246,7 +178,7 @@ class Ross(nn.Module):
         projected: Float[Array, "batch images tokens embed"],
         image_start: Int[Array, "batch images"],
     ) -> Float[Array, "batch seq embed"]:
-        """Embeddings of text with the pictures in their places."""
+        """Embeddings of the text, with the projected images in their places."""
         return scatter_images(self.language.embed(tokens), projected, image_start)
 
     def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
@@ -254,7 +186,7 @@ class Ross(nn.Module):
         return self.language.logits(hidden)
 
     def head_kernel(self) -> Float[Array, "embed vocab"]:
-        """What `logits` multiplies with."""
+        """The matrix that `logits` multiplies with."""
         return self.language.head_kernel()
 
     def __call__(
@@ -266,18 +198,19 @@ class Ross(nn.Module):
         image_start: Int[Array, "batch images"],
         internals: bool = False,
         features: Float[Array, "batch images tokens width"] | None = None,
+        taps: tuple[int, ...] = (FINAL,),
     ) -> RossOutput:
-        """Runs the model on a batch as design and `ross_jax.data` lay it out.
+        """Runs the model on a batch.
 
         Args:
           tokens: text ids; anything at image positions.
-          positions, segments: of the decoder.
-          images: normalised pictures; what an empty slot holds is ignored.
-          image_start: where each picture's tokens begin; the row's length where the slot is empty.
+          positions, segments: as the decoder reads them.
+          images: normalised images; the content of empty slots is ignored.
+          image_start: where each image's tokens begin; the row's length where the slot is empty.
           internals: also return what the components computed.
-          features: of the vision encoder, which is then not run, and `images` not looked at.
+          features: precomputed vision features. The encoder is then not run, and `images` not read.
+          taps: layers whose hidden states at the image positions are returned, as `LanguageModel` counts them.
         """
-        count = self.config.vision.num_tokens
         collected = {}
         if features is not None:
             projected = self.project(features)
@@ -288,18 +221,18 @@ class Ross(nn.Module):
         else:
             projected = self.encode_images(images)
         embeddings = self.embed(tokens, projected, image_start)
-        output = self.language(embeddings, positions, segments, hidden_states=internals)
-        visual_outputs = gather_images(output.hidden, image_start, count)
+        places = ImagePlaces(image_start, self.config.vision.num_tokens)
+        output = self.language(embeddings, positions, segments, hidden_states=internals, taps=taps, places=places)
         if not internals:
-            return RossOutput(output.hidden, visual_outputs, None)
+            return RossOutput(output.hidden, output.taps, None)
         collected |= {"embeddings": embeddings, "hidden_states": output.hidden_states}
-        return RossOutput(output.hidden, visual_outputs, collected)
+        return RossOutput(output.hidden, output.taps, collected)
 
 
 def build_autoencoder(
     config: AutoencoderConfig | TinyAutoencoderConfig, dtype: DTypeLike = jnp.float32, remat: bool = False
 ) -> Autoencoder | TinyAutoencoder:
-    """The module of either kind; their interface is the same."""
+    """The autoencoder's module, of either kind; both have the same interface."""
     return {"kl": Autoencoder, "tiny": TinyAutoencoder}[config.kind](config, dtype, remat)
 
 
@@ -324,7 +257,7 @@ def abstract_params(config: RossConfig, dtype: DTypeLike = jnp.float32) -> dict[
 
 @functools.cache
 def _shapes(config: RossConfig) -> dict[str, Any]:
-    """Of all parameters, which take seconds to find out."""
+    """Shapes of all parameters. Cached, because tracing init takes seconds."""
     made = {
         name: jax.eval_shape(module.init, jax.random.key(0), *module.input_spec())
         for name, module in components(config).items()

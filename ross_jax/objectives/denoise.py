@@ -1,17 +1,19 @@
-"""Ross^D: visual outputs must hold what a denoiser needs to recover the picture's latents (paper section 4)."""
+"""Ross^D: visual outputs must hold what a denoiser needs to recover the image's latents (paper section 4)."""
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ross_jax.models.autoencoder import Posterior
 from ross_jax.models.denoiser import Denoiser, normalise_condition
+from ross_jax.models.language import FINAL
 from ross_jax.models.layers import RematPolicy
+from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.diffusion import (
     SCHEDULES,
     Diffusion,
@@ -22,9 +24,19 @@ from ross_jax.objectives.diffusion import (
     prediction_target,
     sample_ancestral,
 )
-from ross_jax.objectives.objective import DEFAULT_SAMPLING, Objective, Params, Reconstruction, Sampling
+from ross_jax.objectives.objective import (
+    DEFAULT_SAMPLING,
+    Batch,
+    Objective,
+    Params,
+    Reconstruction,
+    Sampling,
+    Taps,
+    normalised_images,
+)
 from ross_jax.objectives.samplers import sample_ddim, sample_dpm
 from ross_jax.objectives.targets import (
+    autoencoder_settings,
     decode,
     encode,
     group_latents,
@@ -36,13 +48,13 @@ from ross_jax.tree import flatten, unflatten
 
 
 class NoiseSample(NamedTuple):
-    """The randomness of one picture's loss.
+    """The randomness of an image's loss.
 
     Attributes:
-      timesteps: of each (t, epsilon) draw.
-      noise: epsilon of each.
-      posterior_noise: of the one draw of raw latents.
-      dropped: draws in which the denoiser is not told the visual outputs; None: it always is.
+      timesteps: t of each (t, epsilon) draw.
+      noise: epsilon of each draw.
+      posterior_noise: noise of the one draw of raw latents.
+      dropped: draws in which the denoiser is not told the visual outputs. None: it always is.
     """
 
     timesteps: Int[Array, "*batch draws"]
@@ -55,24 +67,39 @@ class NoiseSample(NamedTuple):
 class DenoiseObjective(Objective):
     """Mean squared error of what the denoiser predicts, given visual outputs.
 
-    Its model has a denoiser and an autoencoder.
-
     Attributes:
-      draws: (t, epsilon) draws per picture; the posterior is sampled once.
+      draws: (t, epsilon) draws per image; the posterior is sampled once.
       condition_dropout: share of draws in which zeros take the place of the normalised visual outputs.
       dtype: of the denoiser's activations.
       remat: what the backward pass through the denoiser recomputes.
     """
 
+    kind = "denoise"
+    title = "Ross^D"
     target_encoder = "autoencoder"
     draws: int = 4
     condition_dropout: float = 0.0
     dtype: str = "float32"
     remat: RematPolicy = "none"
 
+    @classmethod
+    def requires(cls, model: RossConfig) -> dict[str, dict[str, Any]]:
+        """An autoencoder, and a denoiser of its latents."""
+        sizes = {
+            "condition_size": model.language and model.language.hidden_size,
+            "latent_size": model.latent_size,
+            "grid": model.vision and model.vision.grid,
+        }
+        return {"autoencoder": {}, "denoiser": sizes}
+
+    @property
+    def noise_levels(self) -> int:
+        """Passes through the denoiser per image."""
+        return self.draws
+
     @property
     def denoiser(self) -> Denoiser:
-        """The module."""
+        """The denoiser's module."""
         return Denoiser(self.config.denoiser, jnp.dtype(self.dtype), self.remat)
 
     @functools.cached_property
@@ -80,11 +107,13 @@ class DenoiseObjective(Objective):
         """The noising process of training."""
         return make_diffusion(SCHEDULES[self.config.denoiser.schedule]())
 
-    def targets(
-        self, frozen: Params, images: Float[Array, "batch height width 3"], wanted: Bool[Array, " batch"] | None = None
-    ) -> Posterior:
-        """The posterior of each normalised picture; deterministic, so it can be cached."""
-        return encode(self.config, frozen, images, wanted)
+    def targets(self, frozen: Params, batch: Batch, mask: Bool[Array, " items"] | None = None) -> Posterior:
+        """The autoencoder's posterior of each image."""
+        return encode(self.config, frozen, normalised_images(self.config, batch), mask)
+
+    def target_settings(self) -> dict[str, Any]:
+        """The autoencoder, and the size of the images that it sees."""
+        return autoencoder_settings(self.config)
 
     def latents(
         self, targets: Posterior, posterior_noise: Float[Array, "*batch height width channels"]
@@ -95,7 +124,7 @@ class DenoiseObjective(Objective):
         )
 
     def draw(self, key: Array) -> NoiseSample:
-        """The randomness of one picture, from its key."""
+        """The randomness of one image, from its key."""
         cfg = self.config.denoiser
         side = cfg.grid * self.config.latent_window
         step_key, noise_key, posterior_key = jax.random.split(key, 3)
@@ -116,10 +145,10 @@ class DenoiseObjective(Objective):
         targets: Posterior,
         draw: NoiseSample,
     ) -> Float[Array, "items draws"]:
-        """Mean squared error of the prediction for each (t, epsilon) draw of each picture, float32."""
-        # Small, and read in every block, forward and back: gathered once.
-        whole = flatten({"denoiser": params["denoiser"]})
-        params = unflatten({path: gather(leaf, logical_axes(path)) for path, leaf in whole.items()})
+        """Mean squared error of the prediction for each (t, epsilon) draw of each image, float32."""
+        # Parameters are small, and read in every block, forward and backward: gathered once.
+        leaves = flatten({"denoiser": params["denoiser"]})
+        params = unflatten({path: gather(leaf, logical_axes(path)) for path, leaf in leaves.items()})
         variables = {"params": params["denoiser"]}
         condition = self._embed(params, visual_outputs)
         draws = draw.timesteps.shape[1]
@@ -139,16 +168,11 @@ class DenoiseObjective(Objective):
         return self.denoiser.apply(variables, normalise_condition(visual_outputs), method="embed_condition")
 
     def loss(
-        self,
-        params: Params,
-        frozen: Params,
-        visual_outputs: Float[Array, "batch images tokens embed"],
-        targets: Posterior,
-        keys: Array,
+        self, params: Params, frozen: Params, taps: Taps, targets: Posterior, keys: Shaped[Array, "batch images"]
     ) -> Float[Array, "batch images"]:
-        """Loss of each picture, averaged over its draws."""
+        """Loss of each image, averaged over its draws."""
         draw = jax.vmap(self.draw)(keys.reshape(-1))
-        outputs = visual_outputs.reshape(-1, *visual_outputs.shape[2:])
+        outputs = taps[FINAL].reshape(-1, *taps[FINAL].shape[2:])
         return self.draw_losses(params, outputs, targets, draw).mean(axis=1).reshape(keys.shape)
 
     def predictor(
@@ -157,7 +181,7 @@ class DenoiseObjective(Objective):
         """The noise that the denoiser sees in noised latent tokens, given visual outputs: what samplers ask for.
 
         Args:
-          guidance: how far to go from the noise seen without visual outputs to that with them (Ho and Salimans, 2022,
+          guidance: weight of the noise seen with visual outputs against the noise seen without (Ho and Salimans, 2022,
             with weight `guidance - 1`).
         """
         variables = {"params": params["denoiser"]}
@@ -188,7 +212,7 @@ class DenoiseObjective(Objective):
 
         Args:
           params: with `denoiser`.
-          keys: `[items]`, one per picture.
+          keys: `[items]`, one per image.
 
         Raises:
           ConfigError: a number of steps that the process cannot be respaced to.

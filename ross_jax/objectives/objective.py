@@ -1,4 +1,8 @@
-"""The interface that all reconstruction objectives share."""
+"""The interface of objectives that supervise hidden states at image positions.
+
+An objective is one class in one file, listed in `reconstruction.OBJECTIVES` or added by `reconstruction.register`.
+`README.md` shows how to write one.
+"""
 
 import abc
 import dataclasses
@@ -7,21 +11,26 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
-from ross_jax.models.ross import RossConfig
+from ross_jax.models.language import FINAL
+from ross_jax.models.ross import RossConfig, normalise
 
 Params = Any
+Batch = Mapping[str, Shaped[Array, "..."]]
+"""A batch as `ross_jax.data.batches` lays it out."""
+Taps = Mapping[int, Float[Array, "batch images tokens embed"]]
+"""Hidden states at the image positions, by layer as `LanguageModel` counts them; zeros in empty slots."""
 
 _FIELD = "image_targets"
 
 
 class Reconstruction(NamedTuple):
-    """Pictures made of visual outputs.
+    """Images made from visual outputs.
 
     Attributes:
-      pixels: in [-1, 1], at 16 pixels per picture token.
-      latents: that they were decoded from, on the scale that models see; None where there were none.
+      pixels: in [-1, 1], at 16 pixels per image token.
+      latents: what the pixels were decoded from, on the scale that models see; None without latents.
     """
 
     pixels: Float[Array, "items side side 3"]
@@ -35,7 +44,7 @@ class Sampling:
     Attributes:
       sampler: `ddpm`, ancestral, as the reference; `ddim`; `dpm`, DPM-Solver++(2M).
       steps: respaced from the process of training.
-      temperature: of the noise that `ddpm` adds at each step.
+      temperature: factor of the noise that `ddpm` adds at each step.
       guidance: classifier-free; 1 is none. Needs a denoiser that was trained with condition dropout.
     """
 
@@ -50,77 +59,120 @@ DEFAULT_SAMPLING = Sampling()
 
 @dataclasses.dataclass(frozen=True)
 class Objective(abc.ABC):
-    """A reconstruction objective.
+    """An objective on hidden states at image positions.
 
-    Keys come per picture, so that no picture's loss depends on its neighbours, on packing or on devices.
+    A subclass is a frozen dataclass. Its fields beyond `config` are its settings: `build` fills them from the fields of
+    `config.reconstruction` with the same names, and from `config.reconstruction.options`.
 
     Attributes:
-      made_by: the frozen component that the targets cost; None: they are the picture itself.
+      kind: name in `config.reconstruction.kind`.
+      title: name in tables.
+      target_encoder: frozen component that the targets are computed by. None: targets cost nothing to compute.
+      taps: layers that `loss` reads, counted as in `LanguageModel`. May be a property.
+      noise_levels: passes through the denoiser per image; 0 without one.
+      config: sizes of the model's components.
     """
 
+    kind: ClassVar[str]
+    title: ClassVar[str]
     target_encoder: ClassVar[Literal["autoencoder", "teacher"] | None] = None
+    taps: ClassVar[tuple[int, ...]] = (FINAL,)
+    noise_levels: ClassVar[int] = 0
     config: RossConfig
 
+    @classmethod
     @abc.abstractmethod
-    def targets(
-        self, frozen: Params, images: Float[Array, "batch height width 3"], wanted: Bool[Array, " batch"] | None = None
-    ) -> Any:
-        """What normalised pictures are to be reconstructed to: deterministic, so it can be cached.
+    def requires(cls, model: RossConfig) -> dict[str, dict[str, Any]]:
+        """Components that the model must have.
+
+        Example for a regressor of pixels: `{"regressor": {"target": "pixels", "condition_size": 64, "out_size": 768}}`.
 
         Args:
-          wanted: whose loss counts; what others are to become need not be computed. None: everyone's.
+          model: its other components, which the sizes follow from.
+
+        Returns:
+          Component -> its fields whose values the objective and the rest of the model fix.
         """
 
+    @classmethod
+    def settings(cls) -> set[str]:
+        """Names of the settings that the objective reads."""
+        return {field.name for field in dataclasses.fields(cls)} - {"config"}
+
+    @classmethod
+    def build(cls, model: RossConfig, settings: Mapping[str, Any]) -> "Objective":
+        """The objective with those of the settings that it reads."""
+        names = cls.settings()
+        return cls(model, **{name: value for name, value in settings.items() if name in names})
+
+    @abc.abstractmethod
+    def targets(self, frozen: Params, batch: Batch, mask: Bool[Array, " items"] | None = None) -> Any:
+        """Targets of the images of a batch: deterministic, so they can be cached.
+
+        Args:
+          frozen: tree with the target encoder.
+          batch: with `images`, uint8, and `image_start`; a data set may bring fields of its own.
+          mask: bool[batch * images]. Targets are only computed where True. None computes all.
+
+        Returns:
+          Arrays with a leading axis of batch * images.
+        """
+
+    def target_settings(self) -> dict[str, Any]:
+        """Everything that targets depend on beside images and parameters; a cache of targets is compared by it."""
+        return {}
+
     def pack(self, targets: Any) -> dict[str, Any]:
-        """Targets, or their shapes, by the fields of a batch that they are put in when they are computed beforehand."""
+        """Targets, or their shapes, by the fields of a batch that carry them when they come from a cache."""
         leaves = jax.tree_util.tree_leaves_with_path(targets)
         return {_FIELD + "".join(f"_{part.name}" for part in path): leaf for path, leaf in leaves}
 
-    def unpack(self, frozen: Params, batch: Mapping[str, Array]) -> Any | None:
-        """The inverse, for a batch `[rows, images, ...]` that has these fields; None for another.
+    def unpack(self, frozen: Params, batch: Batch) -> Any | None:
+        """The inverse of `pack`, for a batch `[rows, images, ...]` with these fields; None for a batch without.
 
         Args:
-          frozen: as for `targets`; only its shapes are looked at.
+          frozen: as for `targets`; only its shapes are read.
         """
         if not any(name.startswith(_FIELD) for name in batch):
             return None
         side = self.config.vision.image_size
-        shapes = jax.eval_shape(self.targets, frozen, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
-        fields = [
-            batch[name].astype(leaf.dtype).reshape(-1, *leaf.shape[1:]) for name, leaf in self.pack(shapes).items()
-        ]
+        images = jax.ShapeDtypeStruct((*batch["image_start"].shape, side, side, 3), jnp.uint8)
+        shapes = jax.eval_shape(self.targets, frozen, {**batch, "images": images})
+        fields = [batch[name].astype(leaf.dtype).reshape(leaf.shape) for name, leaf in self.pack(shapes).items()]
         return jax.tree.unflatten(jax.tree.structure(shapes), fields)
 
     @abc.abstractmethod
     def loss(
-        self,
-        params: Params,
-        frozen: Params,
-        visual_outputs: Float[Array, "batch images tokens embed"],
-        targets: Any,
-        keys: Array,
+        self, params: Params, frozen: Params, taps: Taps, targets: Any, keys: Shaped[Array, "batch images"]
     ) -> Float[Array, "batch images"]:
-        """Loss of each picture.
+        """Loss of each image, independent of its neighbours, of packing and of devices.
 
         Args:
-          params: trainable tree, with denoiser or regressor.
-          frozen: tree, with autoencoder or teacher.
-          visual_outputs: of `Ross`.
-          targets: of `targets`, for `batch * images` pictures.
-          keys: `[batch, images]`.
+          params: tree with the head (denoiser or regressor).
+          frozen: tree with the target encoder.
+          taps: the layers of `self.taps`.
+          targets: what `targets` returns.
+          keys: a random key per image.
         """
 
-    @abc.abstractmethod
     def reconstruct(
         self,
         params: Params,
         frozen: Params,
         visual_outputs: Float[Array, "items tokens embed"],
-        keys: Array,
+        keys: Shaped[Array, " items"],
         sampling: Sampling = DEFAULT_SAMPLING,
     ) -> Reconstruction | None:
-        """Pictures from visual outputs; None where targets cannot be made into one.
+        """Images from visual outputs; None if the objective cannot make any.
 
         Args:
-          keys: `[items]`; only sampling draws anything.
+          keys: a random key per image; only sampling draws from it.
         """
+        return None
+
+
+def normalised_images(config: RossConfig, batch: Batch) -> Float[Array, "items height width 3"]:
+    """The vision encoder's input of every slot; zeros, the mean colour, in empty slots, as the reference has them."""
+    images = normalise(config, batch["images"])
+    real = batch["image_start"] < batch["tokens"].shape[1]
+    return jnp.where(real[..., None, None, None], images, 0.0).reshape(-1, *images.shape[2:])

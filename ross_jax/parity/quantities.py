@@ -9,18 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from ross_jax.config import UserError
 from ross_jax.convert.importing import SCOPES, TABLES
 from ross_jax.convert.mapping import expand
 from ross_jax.inference.generate import generate
 from ross_jax.models.denoiser import Denoiser, normalise_condition
+from ross_jax.models.language import FINAL
 from ross_jax.models.ross import Ross, RossConfig, RossOutput, build_autoencoder
 from ross_jax.models.vision import VisionEncoder
 from ross_jax.objectives.denoise import DenoiseObjective, NoiseSample
 from ross_jax.objectives.diffusion import add_noise, make_diffusion, sample_ancestral, step_distribution
-from ross_jax.objectives.reconstruction import official_mean
+from ross_jax.objectives.loss import Loss, make_reduction
+from ross_jax.objectives.objective import Taps
 from ross_jax.objectives.targets import group_latents, target_pixels
 from ross_jax.objectives.text import next_token_loss
 from ross_jax.parity.golden import IGNORE, Golden, Merged, merge
+from ross_jax.training.state import TrainState
+from ross_jax.training.step import gradients
 from ross_jax.tree import flatten
 
 TRAINED = ("language", "projector", "denoiser")
@@ -204,70 +209,102 @@ def recorded_draw(golden: Golden, rows: int) -> NoiseSample:
     return NoiseSample(jnp.asarray(timesteps), noise, channels_last(golden.take("vm/posterior_noise")[:rows]))
 
 
-class Losses(NamedTuple):
-    """The losses of a training-mode forward pass, and what the reconstruction loss read."""
+@dataclasses.dataclass(frozen=True)
+class RecordedNoise(DenoiseObjective):
+    """The denoiser's objective with recorded noise in place of random noise.
 
-    text: jax.Array
-    reconstruction: jax.Array
-    total: jax.Array
-    draws: jax.Array
-    visual_outputs: jax.Array
+    Attributes:
+      noise: of each image of the batch.
+    """
 
+    noise: NoiseSample | None = None
 
-def training_losses(config: RossConfig, params: Params, batch: Batch, draw: NoiseSample) -> Losses:
-    """The reference's training-mode losses (`compat = "official"`): every row counts, with a picture or without."""
-    objective = DenoiseObjective(config, draws=draw.timesteps.shape[1])
-    output = run(config, params, batch)
-    text = text_loss(config, params, batch, output.hidden)
-    visual_outputs = output.visual_outputs[:, 0]
-    draws = objective.draw_losses(params, visual_outputs, objective.targets(params, batch.images[:, 0]), draw)
-    reconstruction = official_mean(draws.mean(axis=1), jnp.asarray(batch.real[:, 0]), objective.draws)
-    return Losses(text, reconstruction, text + reconstruction, draws, visual_outputs)
+    def loss(self, params: Params, frozen: Params, taps: Taps, targets: Any, keys: jax.Array) -> jax.Array:
+        """Loss of each image, averaged over its recorded draws."""
+        outputs = taps[FINAL].reshape(-1, *taps[FINAL].shape[2:])
+        return self.draw_losses(params, outputs, targets, self.noise).mean(axis=1).reshape(keys.shape)
 
 
-def loss_quantities(prefix: str, losses: Losses) -> dict[str, Any]:
-    """Losses under the reference's names; items are ordered draw by draw."""
-    return {
-        f"{prefix}lm_loss": losses.text,
-        f"{prefix}vm_loss": losses.reconstruction,
-        f"{prefix}total_loss": losses.total,
-        f"{prefix}loss_per_item": losses.draws.T.reshape(-1),
+def recorded_loss(config: RossConfig, noise: NoiseSample, compat: str = "official", dtype: Any = jnp.float32) -> Loss:
+    """The loss of training, with recorded noise."""
+    objective = RecordedNoise(config, draws=noise.timesteps.shape[1], noise=noise)
+    return Loss(Ross(config, dtype), objective, make_reduction(compat, objective), chunk=64)
+
+
+def training_batch(config: RossConfig, batch: Batch) -> dict[str, jax.Array]:
+    """A recorded batch as training reads it, its images as the uint8 pixels that they were.
+
+    Raises:
+      UserError: recorded images that are no normalised uint8 pixels.
+    """
+    merged, mean, std = batch.merged, np.asarray(config.image_mean), np.asarray(config.image_std)
+    exact = (np.asarray(batch.images, np.float64) * std + mean) * 255.0
+    pixels = np.clip(np.round(exact), 0, 255)
+    if np.abs(pixels - exact)[batch.real != 0].max(initial=0.0) > 1e-2:
+        raise UserError("inputs/pixel_values: are no normalised uint8 pixels, which training starts from")
+    arrays = {
+        "tokens": merged.tokens,
+        "targets": batch.targets,
+        "positions": merged.positions,
+        "segments": merged.mask,
+        "images": pixels.astype(np.uint8),
+        "image_start": merged.image_start,
+        "image_ids": np.arange(batch.real.size, dtype=np.uint32).reshape(batch.real.shape),
     }
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+def loss_quantities(prefix: str, loss: Loss, params: Params, rows: dict[str, jax.Array]) -> dict[str, Any]:
+    """`lm_loss`, `vm_loss` and `total_loss` of a batch."""
+    total, losses = loss(params, params, rows, loss.totals(rows), jax.random.key(0))
+    return {f"{prefix}lm_loss": losses.text, f"{prefix}vm_loss": losses.reconstruction, f"{prefix}total_loss": total}
+
+
+def item_losses(loss: Loss, params: Params, batch: Batch, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The loss of each draw, ordered draw by draw as in the reference, and the visual outputs that it reads."""
+    outputs = run(loss.model.config, params, batch).visual_outputs[:, 0]
+    targets = loss.objective.targets(params, rows)
+    return loss.objective.draw_losses(params, outputs, targets, loss.objective.noise).T.reshape(-1), outputs
 
 
 def reconstruction(reference: Reference, golden: Golden) -> Group:
-    """`vm/*`, `grad/*`, `grad_norms/*`: the training-mode forward and backward pass."""
+    """`vm/*`, `grad/*`, `grad_norms/*`: the training step's losses and gradients, and what they are computed from."""
     images = channels_last(golden.take("inputs/pixel_values"))
     batch = make_batch(reference, golden, "inputs/", images)
-    draw = recorded_draw(golden, len(images))
-    config = reference.config
-    objective = DenoiseObjective(config, draws=draw.timesteps.shape[1])
+    noise, config = recorded_draw(golden, len(images)), reference.config
+    loss, rows = recorded_loss(config, noise), training_batch(config, batch)
+    objective = loss.objective
 
     def compute(params: Params) -> dict[str, Any]:
         params = reference.used(params)
-
-        def total(trained: Params) -> tuple[jax.Array, Losses]:
-            losses = training_losses(config, {**params, **trained}, batch, draw)
-            return losses.total, losses
-
-        gradients, losses = jax.grad(total, has_aux=True)({name: params[name] for name in TRAINED})
-        context = normalise_condition(losses.visual_outputs)
-        latents = objective.latents(objective.targets(params, batch.images[:, 0]), draw.posterior_noise)
-        timesteps, noise = draw.timesteps[:, 0], draw.noise[:, 0]
-        noised = add_noise(objective.process, latents, timesteps, noise)
+        trained = {name: params[name] for name in TRAINED}
+        frozen = {name: leaves for name, leaves in params.items() if name not in TRAINED}
+        state = TrainState(jnp.zeros((), jnp.int32), trained, None, frozen)
+        losses, grads = gradients(loss, state, rows, loss.totals(rows), jax.random.key(0))
+        items, outputs = item_losses(loss, params, batch, rows)
+        context = normalise_condition(outputs)
+        latents = objective.latents(objective.targets(params, rows), noise.posterior_noise)
+        timesteps, epsilon = noise.timesteps[:, 0], noise.noise[:, 0]
+        noised = add_noise(objective.process, latents, timesteps, epsilon)
         predicted = Denoiser(config.denoiser).apply({"params": params["denoiser"]}, noised, timesteps, context)
-        named = dict(foreign_names(config, gradients))
-        trained = {name: value for name, value in named.items() if not name.endswith(".pos_embed")}
+        named = dict(foreign_names(config, grads))
         return {
-            **loss_quantities("vm/", losses),
-            "vm/image_hidden_states": losses.visual_outputs,
+            "vm/lm_loss": losses.text,
+            "vm/vm_loss": losses.reconstruction,
+            "vm/total_loss": loss.total(losses),
+            "vm/loss_per_item": items,
+            "vm/image_hidden_states": outputs,
             "vm/ln_pre": context,
             "vm/context": to_grid(context),
             "vm/z_q": to_grid(latents),
             "vm/x_t": to_grid(noised),
             "vm/pred_eps": to_grid(predicted),
             **{f"grad/{name}": value for name, value in named.items()},
-            **{f"grad_norms/{name}": jnp.sqrt(jnp.sum(jnp.square(value))) for name, value in trained.items()},
+            **{
+                f"grad_norms/{name}": jnp.sqrt(jnp.sum(jnp.square(value)))
+                for name, value in named.items()
+                if not name.endswith(".pos_embed")
+            },
         }
 
     return Group(compute)
@@ -378,7 +415,7 @@ def edges(reference: Reference, golden: Golden) -> Group:
         else:
             rows = golden.take(f"{prefix}sample_index")
             batch = make_batch(reference, golden, "inputs/", images[rows], rows=rows)
-            batches[prefix] = batch, recorded_draw(golden, len(rows))
+            batches[prefix] = batch, recorded_loss(config, recorded_draw(golden, len(rows)))
 
     def compute(params: Params) -> dict[str, Any]:
         values, params = {}, reference.used(params)
@@ -387,8 +424,10 @@ def edges(reference: Reference, golden: Golden) -> Group:
             projected = Ross(config).apply({"params": params}, batch.images, method="encode_images")
             embeddings = Ross(config).apply({"params": params}, tokens, projected, start, method="embed")
             values |= merged_quantities(prefix, batch, embeddings)
-        for prefix, (batch, draw) in batches.items():
-            values |= loss_quantities(prefix, training_losses(config, params, batch, draw))
+        for prefix, (batch, loss) in batches.items():
+            rows = training_batch(config, batch)
+            values |= loss_quantities(prefix, loss, params, rows)
+            values[f"{prefix}loss_per_item"], _ = item_losses(loss, params, batch, rows)
         return values
 
     return Group(compute)

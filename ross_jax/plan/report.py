@@ -13,7 +13,7 @@ from ross_jax.plan.hlo import Module
 from ross_jax.plan.program import Compiled, Program
 from ross_jax.plan.targets import GIB, GPU_SHARE, GPU_UTILISATION, KERNEL_UTILISATION, Target, axes_of
 from ross_jax.plan.workload import Workload
-from ross_jax.sharding import LARGE, why_whole
+from ross_jax.sharding import LARGE, why_replicated
 from ross_jax.training.cached import spared_components
 from ross_jax.training.metrics import matrix_sizes, step_flops
 from ross_jax.training.recipe import RunConfig
@@ -92,7 +92,7 @@ def describe(
         kind = "trainable" if objective == "train" and config.freeze.trains(path) else "frozen"
         size = math.prod(leaf.shape)
         counts[path.partition("/")[0]][kind] += size
-        why = why_whole(path, leaf.shape, mesh) if mesh.size > 1 else None
+        why = why_replicated(path, leaf.shape, mesh) if mesh.size > 1 else None
         if why:
             whole.append({"path": path, "shape": list(leaf.shape), "bytes": size * leaf.dtype.itemsize, "why": why})
     arrays = [

@@ -1,4 +1,4 @@
-"""What a run computes with, as shapes and functions: nothing is allocated, no data is opened."""
+"""A run's step and state as shapes and functions: nothing is allocated, no data is opened."""
 
 from typing import Any, NamedTuple
 
@@ -6,19 +6,21 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from ross_jax.objectives.loss import make_loss
 from ross_jax.sharding import batch_sharding
-from ross_jax.training.optimizer import make_optimizer
+from ross_jax.training.optimizer import learning_rates, make_optimizer
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.state import TrainState, Tree, abstract_tree, split, state_shardings
 from ross_jax.training.step import compile_step, make_state, make_train_step
 
 
 class StepProgram(NamedTuple):
-    """A run's step and the shapes of what it works on.
+    """A run's step and the shapes of its state.
 
     Attributes:
-      tree: all parameters: shapes, dtypes, shardings.
-      state: the same of the whole state.
+      tree: shapes, dtypes and shardings of all parameters.
+      state: shapes, dtypes and shardings of the whole state.
+      optimizer: makes the state's moments.
       train_step: the jitted (state, batch) -> (state, metrics).
     """
 
@@ -30,21 +32,26 @@ class StepProgram(NamedTuple):
 
 def build_step(config: RunConfig, mesh: Mesh, steps: int) -> StepProgram:
     """The step of a run of `steps` steps on `mesh`, whose devices need not exist."""
-    tree = abstract_tree(config.model, config.freeze, mesh)
+    tree = abstract_tree(config.model, config.freeze, mesh, config.mesh)
     optimizer = make_optimizer(config.optimizer, steps)
     params, frozen = split(tree, config.freeze)
     shapes = jax.eval_shape(lambda p, f: make_state(p, f, optimizer), params, frozen)
     shardings = state_shardings(shapes, tree, mesh)
     state = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
-    step = make_train_step(
+    loss = make_loss(
         config.model,
-        config.step,
         config.reconstruction,
+        config.step.dtype,
+        config.step.remat,
+        text_weight=config.text.weight,
+        chunk=config.step.text_chunk,
+        supervised=config.data.packing.supervised,
+    )
+    step = make_train_step(
+        loss,
         optimizer,
-        config.optimizer,
-        steps,
         jax.random.fold_in(jax.random.key(config.seed), 1),
-        config.text.weight,
-        config.data.packing.supervised,
+        config.step.accumulate,
+        learning_rates(config.optimizer, steps),
     )
     return StepProgram(tree, state, optimizer, compile_step(step, shardings, batch_sharding(mesh)))

@@ -75,13 +75,7 @@ def find_part(config: RunConfig, name: str) -> Part:
         raise ConfigError(
             f"targets: those of config.reconstruction.kind {kind!r} are the pictures themselves, so nothing is computed"
         )
-    settings: dict[str, Any] = {objective.target_encoder: to_dict(getattr(model, objective.target_encoder))}
-    if objective.target_encoder == "teacher":
-        mean, std = to_dict(model.teacher_mean), to_dict(model.teacher_std)
-        settings |= {"mean": mean, "std": std, "grid": model.vision.grid, "activations": config.step.dtype}
-    else:
-        settings |= {"pixels": model.target_size}
-    return Part(objective.target_encoder, settings)
+    return Part(objective.target_encoder, objective.target_settings())
 
 
 def compute(
@@ -92,13 +86,17 @@ def compute(
     Args:
       params: of the components that compute the parts.
     """
-    normalised, made = normalise(config.model, images), {}
+    made = {}
     if "targets" in parts:
         objective = objective_of(config)
-        made["targets"] = objective.pack(objective.targets(params, normalised))
+        slots = jnp.zeros((len(images), 1), jnp.int32)
+        batch = {"images": images[:, None], "image_start": slots, "tokens": slots}
+        made["targets"] = objective.pack(objective.targets(params, batch))
     if "features" in parts:
         encoder = VisionEncoder(config.model.vision, jnp.dtype(config.step.dtype))
-        made["features"] = {"image_features": encoder.apply({"params": params["vision"]}, normalised)}
+        made["features"] = {
+            "image_features": encoder.apply({"params": params["vision"]}, normalise(config.model, images))
+        }
     return made
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -68,6 +69,12 @@ def schedule(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
         return peak * jax.numpy.where(step < warmup, rising, falling)
 
     return rate
+
+
+def learning_rates(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """Step -> the learning rate of each group, under the names of metrics."""
+    schedules = {name: schedule(peak, steps, config.warmup_ratio) for name, peak in config.rates().items()}
+    return lambda step: {f"learning_rate/{name}": rate(step) for name, rate in schedules.items()}
 
 
 def _is_kernel(path: tuple[Any, ...]) -> bool:

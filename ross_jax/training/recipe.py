@@ -1,20 +1,20 @@
-"""A run's whole config: what a recipe in `configs/` must fill, frozen once at the start."""
+"""The config of a run, which a recipe in `configs/` fills."""
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from ross_jax.config import from_dict, to_dict, variant
+from ross_jax.config import ConfigError, from_dict, nearest, to_dict, variant
 from ross_jax.data.images import ImageConfig, encoder_image_config
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.objective import Sampling
-from ross_jax.objectives.reconstruction import ReconstructionConfig, reconstructor
+from ross_jax.objectives.reconstruction import ReconstructionConfig, find_objective, reconstructor
 from ross_jax.sharding import MeshConfig
 from ross_jax.training.loop import LoopConfig
 from ross_jax.training.optimizer import OptimizerConfig
@@ -24,14 +24,14 @@ from ross_jax.training.step import StepConfig
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """How conversations become ids, and how much they count.
+    """How conversations become ids, and the weight of their loss.
 
     Attributes:
       template: `plain`, `v1`, `qwen_2`, `llama3` or `chatml`.
       tokenizer: folder (or hub id) of the tokenizer.
-      compat: `official` for the reference's labels, its losses of labels included.
-      weight: of the text loss in the sum. 0: there is none, and samples are their pictures alone, each behind an
-        empty question.
+      compat: `official` for the reference's ids and labels, labels that it loses included.
+      weight: factor of the text loss in the sum. 0: there is no text loss, and a sample is its images alone, each
+        behind an empty question.
     """
 
     template: str
@@ -46,14 +46,14 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Reconstruction of pictures that a run does not learn from, as often as `loop.evaluate` says.
+    """Reconstruction of held-out images, every `loop.evaluate` steps.
 
     Attributes:
-      sources: of the pictures, as those of the data; what else they hold is ignored.
-      count: of pictures, spread evenly over the sources.
-      rows: pictures that are computed at once; rounded up to a multiple of the mesh's replicas.
-      shown: of them in TensorBoard.
-      sampling: of a denoiser.
+      sources: where the images are, as `data.sources`; text in them is ignored.
+      count: images, spread evenly over the sources.
+      rows: images that are computed at once; rounded up to a multiple of the mesh's replicas.
+      shown: images in TensorBoard.
+      sampling: how a denoiser samples.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -75,7 +75,7 @@ class RunConfig:
     Attributes:
       model: sizes of every component.
       init: model directories; each component's parameters come from the last one that has it, or are random.
-      image_mode: how a picture becomes square.
+      image_mode: how an image becomes square.
     """
 
     model: RossConfig
@@ -97,18 +97,49 @@ class RunConfig:
         if missing:
             raise ValueError(f"model has no {', '.join(missing)}, which every run needs")
         self.reconstruction.check(self.model)
-        if not self.text.weight and self.reconstruction.kind == "none":
+        if not self.text.weight and find_objective(self.reconstruction.kind) is None:
             raise ValueError("text.weight is 0 and reconstruction.kind 'none': there is no loss; set one of them")
+        if self.reconstruction.compat == "official":
+            packing = self.data.packing
+            if packing.layout != "pad" or packing.images != 1 or self.data.precomputed is not None:
+                raise ValueError(
+                    "reconstruction.compat 'official' averages over rows of one conversation with at most one image, "
+                    "computed from pixels; set data.packing.layout to 'pad', data.packing.images to 1 and "
+                    f"data.precomputed to None, not {packing.layout!r}, {packing.images} and {self.data.precomputed!r}"
+                )
         if self.loop.evaluate and not self.evaluation.sources:
-            raise ValueError("loop.evaluate is set, but evaluation.sources is empty; name pictures, or set it to 0")
+            raise ValueError("loop.evaluate is set, but evaluation.sources is empty; name images, or set it to 0")
         if self.loop.evaluate and reconstructor(self.model) is None:
-            raise ValueError("loop.evaluate is set, but the model makes no pictures; set it to 0")
+            raise ValueError("loop.evaluate is set, but the model makes no images; set it to 0")
 
     @property
     def images(self) -> ImageConfig:
-        """How pictures are resized for the vision encoder."""
+        """How images are resized for the vision encoder."""
         vision, mean, std = self.model.vision, self.model.image_mean, self.model.image_std
         return encoder_image_config(vision.kind, vision.image_size, mean, std, self.image_mode)
+
+
+def parse_parts(
+    arguments: str | None, defaults: Mapping[str, str], choices: Mapping[str, Collection[str]]
+) -> dict[str, str]:
+    """The parts of a recipe, `name=value,...`, over their defaults.
+
+    Args:
+      choices: values that a part can have; a part without an entry takes any.
+
+    Raises:
+      ConfigError: an unknown part or value; names the nearest.
+    """
+    chosen = dict(defaults)
+    for item in filter(None, (arguments or "").split(",")):
+        name, _, value = item.partition("=")
+        if name not in chosen:
+            raise ConfigError(f"recipe part {name!r}: no such part{nearest(name, chosen)}; there are {list(chosen)}")
+        if value not in choices.get(name, (value,)):
+            known = list(choices[name])
+            raise ConfigError(f"{name}={value!r}: unknown{nearest(value, known)}; one of {known}")
+        chosen[name] = value
+    return chosen
 
 
 def complete(values: Mapping[str, Any]) -> ConfigDict:

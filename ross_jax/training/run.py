@@ -18,7 +18,7 @@ from ross_jax.data.images import decode, decode_official
 from ross_jax.data.pipeline import Pipeline, open_pipeline
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
-from ross_jax.sharding import batch_sharding, make_mesh, process_share
+from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
 from ross_jax.training import agreement
 from ross_jax.training.build import build_step
 from ross_jax.training.cached import check_parameters, check_settings, needs_pixels, open_cached, spared_components
@@ -154,7 +154,7 @@ class Run:
         check_parameters(self.config, self.data.precomputed, made)
         params, frozen = split(made, self.config.freeze)
         make = jax.jit(lambda p, f: make_state(p, f, self._optimizer), out_shardings=self.shardings)
-        with jax.set_mesh(self.mesh):
+        with use_mesh(self.mesh, self.config.mesh):
             state = make(params, frozen)
         if jax.process_index() == 0:
             with checkpoints.writing(self.folder, self.folder):
@@ -237,7 +237,7 @@ class Run:
         # Of several processes, JAX's own handler counts: it makes all of them agree on a step.
         stop = Stop() if jax.process_count() == 1 else Stop(())
         try:
-            with jax.set_mesh(self.mesh):
+            with use_mesh(self.mesh, self.config.mesh):
                 self.state, self.step = run_loop(
                     self.train_step,
                     self.state,

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and how the parameter tree is split into what trains and what does not."""
+"""The state of a run, and the split of its parameters into a trained and a frozen tree."""
 
 import dataclasses
 import re
@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from ross_jax.config import ConfigError
-from ross_jax.models.ross import RossConfig, abstract_params, components
-from ross_jax.sharding import parameter_shardings
+from ross_jax.models.ross import HEADS, TARGET_ENCODERS, RossConfig, abstract_params, components
+from ross_jax.sharding import MeshConfig, parameter_shardings
 from ross_jax.tree import flatten, unflatten
 
 Tree = dict[str, Any]
@@ -23,9 +23,9 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: optimizer steps done.
-      params: what trains; float32 masters.
-      opt_state: of the optimizer, over `params`.
-      frozen: the rest of the tree, in its compute dtype: no gradient, no optimizer state.
+      params: trained parameters, float32.
+      opt_state: the optimizer's state, over `params`.
+      frozen: the other parameters, in their compute dtype: no gradient, no optimizer state.
     """
 
     step: Int[Array, ""]
@@ -36,13 +36,13 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FreezeConfig:
-    """Which parameters train. Autoencoder and teacher, of which targets are made, never do.
+    """Which parameters train. Target encoders (autoencoder, teacher) never do.
 
     Attributes:
       trainable: patterns of paths that train.
-      fixed: patterns of paths that never do, even so; the denoiser's position table is one.
+      fixed: patterns of paths that do not train although `trainable` matches, such as the denoiser's position table.
       dtype: of frozen parameters.
-      autoencoder_dtype: of the autoencoder, and what it computes in.
+      autoencoder_dtype: of the autoencoder's parameters and activations.
     """
 
     trainable: tuple[str, ...]
@@ -52,20 +52,20 @@ class FreezeConfig:
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` trains."""
-        if path.startswith(("autoencoder/", "teacher/")):
+        if path.partition("/")[0] in TARGET_ENCODERS:
             return False
-        wanted = any(re.fullmatch(pattern, path) for pattern in self.trainable)
-        return wanted and not any(re.fullmatch(pattern, path) for pattern in self.fixed)
+        trainable = any(re.fullmatch(pattern, path) for pattern in self.trainable)
+        return trainable and not any(re.fullmatch(pattern, path) for pattern in self.fixed)
 
     def storage_dtype(self, path: str) -> jnp.dtype:
-        """float32 for what trains and for what reads the visual outputs, else the frozen dtype."""
-        if self.trains(path) or path.startswith(("denoiser/", "regressor/")):
+        """float32 for trained parameters and heads, else the frozen dtype."""
+        if self.trains(path) or path.partition("/")[0] in HEADS:
             return jnp.dtype(jnp.float32)
         return jnp.dtype(self.autoencoder_dtype if path.startswith("autoencoder/") else self.dtype)
 
 
 def split(tree: Mapping[str, Any], freeze: FreezeConfig) -> tuple[Tree, Tree]:
-    """The part that trains and the rest.
+    """The trained and the frozen part of a tree.
 
     Raises:
       ConfigError: nothing trains.
@@ -77,10 +77,14 @@ def split(tree: Mapping[str, Any], freeze: FreezeConfig) -> tuple[Tree, Tree]:
     return unflatten(params), unflatten({path: leaf for path, leaf in flat.items() if path not in params})
 
 
-def abstract_tree(config: RossConfig, freeze: FreezeConfig, mesh: Mesh) -> Tree:
-    """The whole tree as shapes with the dtype and sharding that training keeps it in."""
+def abstract_tree(config: RossConfig, freeze: FreezeConfig, mesh: Mesh, rules: MeshConfig | None = None) -> Tree:
+    """Shapes of all parameters, with the dtype and sharding that training keeps them in.
+
+    Args:
+      rules: config of the mesh whose rules count. None: the ambient rules.
+    """
     flat = flatten(abstract_params(config))
-    shardings = parameter_shardings(flat, mesh)
+    shardings = parameter_shardings(flat, mesh, rules)
     return unflatten(
         {
             path: jax.ShapeDtypeStruct(leaf.shape, freeze.storage_dtype(path), sharding=shardings[path])
@@ -90,41 +94,41 @@ def abstract_tree(config: RossConfig, freeze: FreezeConfig, mesh: Mesh) -> Tree:
 
 
 def init_components(config: RossConfig, tree: Tree, names: Iterable[str], key: Array) -> Tree:
-    """Random parameters of the named components, made where they are to live.
+    """Random parameters of the named components, created with their final sharding.
 
     Args:
       tree: of `abstract_tree`.
-      key: of the run; each component's is folded in by name, so that one's values do not depend on the others.
+      key: of the run; each component's name is folded in, so that its values do not depend on the others.
     """
     modules = components(config)
     made = {}
     for name in names:
         if not tree.get(name):
             continue
-        wanted = tree[name]
+        specs = tree[name]
 
-        def init(key: Array, module=modules[name], wanted=wanted) -> Tree:
+        def init(key: Array, module=modules[name], specs=specs) -> Tree:
             inputs = [jnp.zeros(spec.shape, spec.dtype) for spec in module.input_spec()]
             params = module.init(key, *inputs)["params"]
-            return jax.tree.map(lambda leaf, spec: leaf.astype(spec.dtype), params, wanted)
+            return jax.tree.map(lambda leaf, spec: leaf.astype(spec.dtype), params, specs)
 
-        shardings = jax.tree.map(lambda spec: spec.sharding, wanted)
+        shardings = jax.tree.map(lambda spec: spec.sharding, specs)
         number = sum(ord(letter) * 257**i for i, letter in enumerate(name)) % 2**31
         made[name] = jax.jit(init, out_shardings=shardings)(jax.random.fold_in(key, number))
     return made
 
 
 def state_shardings(state: TrainState, params: Tree, mesh: Mesh) -> TrainState:
-    """Shardings of a whole state from those of its parameters.
+    """Shardings of a whole state from the shardings of its parameters.
 
-    Moments of the optimizer are placed as the parameter whose path ends theirs; counters are on every device.
+    A moment of the optimizer is split as its parameter, whose path ends the moment's path; counters are replicated.
 
     Args:
       state: shapes, of `jax.eval_shape`.
       params: shapes with shardings, trainable and frozen together.
     """
     by_path = {path: leaf.sharding for path, leaf in flatten(params).items()}
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -133,6 +137,6 @@ def state_shardings(state: TrainState, params: Tree, mesh: Mesh) -> TrainState:
             found = by_path.get("/".join(names[start:]))
             if found is not None and leaf.ndim:
                 return found
-        return everywhere
+        return replicated
 
     return jax.tree_util.tree_map_with_path(place, state)

@@ -1,22 +1,22 @@
-"""The training step: both losses, gradients of what trains, one optimizer update. Compiled once."""
+"""The training step: gradients of the loss, one optimizer update. Compiled once.
+
+The loss itself is `ross_jax.objectives.loss.Loss`.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from ross_jax.models.layers import RematPolicy
-from ross_jax.models.ross import Ross, RossConfig, normalise
-from ross_jax.objectives.reconstruction import ReconstructionConfig, make_objective
-from ross_jax.objectives.text import IGNORE, gather_supervised, next_token_loss
+from ross_jax.objectives.loss import Loss, Losses, Totals
 from ross_jax.sharding import constrain
-from ross_jax.training.optimizer import OptimizerConfig, schedule
 from ross_jax.training.state import TrainState, Tree
-from ross_jax.tree import merge
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -29,8 +29,10 @@ class StepConfig:
     Attributes:
       accumulate: micro-batches per step; rows of a batch must be a multiple of it.
       dtype: of activations in encoder and language model; the denoiser's are float32.
-      text_chunk: positions whose logits would take the memory that logits take, on each device (see `next_token_loss`);
-        with as many as a device has, logits are kept for the backward pass.
+      remat: what the backward pass through encoder and language model recomputes (see `models.layers.stack`).
+      text_chunk: memory budget for logits, in positions per device: a vocabulary block is sized so that its logits use
+        as much memory as text_chunk full rows of logits. With as many as a device has, logits are kept for the
+        backward pass.
     """
 
     accumulate: int = 1
@@ -39,114 +41,61 @@ class StepConfig:
     text_chunk: int = 1024
 
 
-def counts(batch: Batch, compat: str) -> tuple[Array, Array, Array]:
-    """Supervised tokens, pictures, and what the reconstruction loss is divided by: of the whole batch."""
-    tokens = jnp.sum(batch["targets"] != IGNORE)
-    images = jnp.sum(real_images(batch))
-    if compat == "default":
-        return tokens, images, jnp.maximum(images, 1.0)
-    # Of the reference: every row is an item, and the mean is scaled by m / (m + 1e-6), m = 4 x pictures.
-    return tokens, images, batch["image_start"].size * (4 * images + 1e-6) / jnp.maximum(4 * images, 1e-30)
+def gradients(
+    loss: Loss, state: TrainState, batch: Batch, totals: Totals, key: Array, accumulate: int = 1
+) -> tuple[Losses, Tree]:
+    """Both losses of a batch, and the gradients of their sum.
 
+    Args:
+      accumulate: micro-batches that the batch is cut into, one after the other.
+    """
+    function = jax.value_and_grad(loss, has_aux=True)
+    if accumulate == 1:
+        (_, losses), grads = function(state.params, state.frozen, batch, totals, key)
+        return losses, grads
+    # Micro-batch m takes every accumulate-th row, so that each device keeps its own rows.
+    micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    micro = jax.tree.map(lambda x: constrain(x, None, "batch"), micro)
 
-def real_images(batch: Batch) -> Float[Array, "batch images"]:
-    """1 where a slot holds a picture."""
-    return (batch["image_start"] < batch["tokens"].shape[1]).astype(jnp.float32)
+    def add(carry: tuple[Losses, Tree], rows: Batch):
+        (_, losses), grads = function(state.params, state.frozen, rows, totals, key)
+        return jax.tree.map(jnp.add, carry, (losses, grads)), None
+
+    zeros = Losses(jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params)
+    (losses, grads), _ = jax.lax.scan(add, zeros, micro)
+    return losses, grads
 
 
 def make_train_step(
-    config: RossConfig,
-    step_config: StepConfig,
-    reconstruction: ReconstructionConfig,
+    loss: Loss,
     optimizer: optax.GradientTransformation,
-    optimizer_config: OptimizerConfig,
-    steps: int,
     key: Array,
-    text_weight: float = 1.0,
-    supervised: int | None = None,
+    accumulate: int = 1,
+    learning_rates: Callable[[Array], Metrics] = lambda step: {},
 ):
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     Args:
-      optimizer_config, steps: only to report learning rates.
-      key: of the run; noise comes from it, the step number and the picture's identity.
-      text_weight: of the text loss in the sum. 0: there is none; no logits are computed, and nothing is reported of it.
-      supervised: most supervised positions of a row, if the packing plan has such a limit: no logits beyond it.
+      key: of the run; noise comes from it, the step number and the image's identity.
+      learning_rates: step -> what is reported of the optimizer.
     """
-    dtype = jnp.dtype(step_config.dtype)
-    model = Ross(config, dtype, step_config.remat)
-    objective = make_objective(config, reconstruction, dtype)
-
-    def losses(params: Tree, frozen: Tree, batch: Batch, totals, step_key: Array):
-        """Sums of one micro-batch, each divided by the count of the whole batch."""
-        tree = merge(params, frozen)
-        variables = {"params": tree}
-        images = normalise(config, batch["images"], jnp.float32) if "images" in batch else None
-        text = (batch[name] for name in ("tokens", "positions", "segments"))
-        output = model.apply(variables, *text, images, batch["image_start"], features=batch.get("image_features"))
-        text_loss = jnp.zeros(())
-        if text_weight:
-            hidden, labels = constrain(output.hidden, "batch"), batch["targets"]
-            with jax.named_scope("text_loss"):
-                if supervised is not None:
-                    hidden, labels = gather_supervised(hidden, labels, supervised)
-                head = model.apply(variables, method="head_kernel")
-                total, _ = next_token_loss(hidden, labels, head, dtype, step_config.text_chunk)
-            text_loss = total / jnp.maximum(totals[0], 1)
-        if objective is None:
-            return text_weight * text_loss, (text_loss, jnp.zeros(()))
-        weights = real_images(batch) if reconstruction.compat == "default" else jnp.ones(batch["image_ids"].shape)
-        targets = objective.unpack(frozen, batch)
-        if targets is None:
-            with jax.named_scope("targets"):
-                images = images.reshape(-1, *images.shape[2:])
-                targets = objective.targets(frozen, images, weights.reshape(-1) != 0)
-        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(batch["image_ids"].reshape(-1))
-        keys = keys.reshape(batch["image_ids"].shape)
-        with jax.named_scope("reconstruction"):
-            items = objective.loss(tree, frozen, output.visual_outputs, targets, keys)
-        reconstruction_loss = jnp.sum(items * weights) / totals[2]
-        loss = text_weight * text_loss + reconstruction.weight * reconstruction_loss
-        return loss, (text_loss, reconstruction_loss)
-
-    def gradients(state: TrainState, batch: Batch, totals, step_key: Array):
-        function = jax.value_and_grad(losses, has_aux=True)
-        parts = step_config.accumulate
-        if parts == 1:
-            (_, values), grads = function(state.params, state.frozen, batch, totals, step_key)
-            return values, grads
-        # Micro-batch m takes every parts-th row, so that each device keeps its own rows.
-        micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        micro = jax.tree.map(lambda x: constrain(x, None, "batch"), micro)
-
-        def add(carry, part: Batch):
-            (_, values), grads = function(state.params, state.frozen, part, totals, step_key)
-            return jax.tree.map(jnp.add, carry, (values, grads)), None
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (values, grads), _ = jax.lax.scan(add, ((jnp.zeros(()), jnp.zeros(())), zeros), micro)
-        return values, grads
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        step_key = jax.random.fold_in(key, state.step)
-        totals = counts(batch, reconstruction.compat)
-        (text_loss, reconstruction_loss), grads = gradients(state, batch, totals, step_key)
+        totals = loss.totals(batch)
+        losses, grads = gradients(loss, state, batch, totals, jax.random.fold_in(key, state.step), accumulate)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": text_weight * text_loss + reconstruction.weight * reconstruction_loss,
-            "reconstruction_loss": reconstruction_loss,
+            "loss": loss.total(losses),
+            "reconstruction_loss": losses.reconstruction,
             "gradient_norm": optax.tree.norm(grads),
-            "images": totals[1],
+            "images": totals.images,
             "tokens": jnp.sum(batch["segments"] != 0),
-            **{
-                f"learning_rate/{name}": schedule(peak, steps, optimizer_config.warmup_ratio)(state.step)
-                for name, peak in optimizer_config.rates().items()
-            },
+            **learning_rates(state.step),
         }
-        if text_weight:
-            metrics |= {"text_loss": text_loss, "supervised_tokens": totals[0]}
+        if loss.text_weight:
+            metrics |= {"text_loss": losses.text, "supervised_tokens": totals.tokens}
         return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     return train_step

@@ -1,5 +1,6 @@
 """The composition: pictures in and out of rows, without leaks between conversations and without communication."""
 
+import dataclasses
 import functools
 import re
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ross_jax.models.language import LanguageConfig
+from ross_jax.models.image_tokens import gather_images, scatter_images
+from ross_jax.models.language import FINAL, LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
-from ross_jax.models.ross import Ross, RossConfig, abstract_params, gather_images, scatter_images
+from ross_jax.models.ross import Ross, RossConfig, abstract_params
 from ross_jax.models.vision import VisionConfig
 from ross_jax.sharding import MeshConfig, make_mesh
 
@@ -282,3 +284,52 @@ def test_wrong_image_size(shape):
 def test_components_must_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         RossConfig(**{"vision": CONFIG.vision, "language": CONFIG.language, **changes})
+
+
+TAPS = (0, 1, 2, 3, FINAL, -4)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A model of three layers, its parameters, and a batch."""
+    config = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, num_layers=3))
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32)  # noqa: E731
+    return config, jax.tree.map(draw, abstract_params(config)), [jnp.asarray(array) for array in batch()]
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_taps_are_hidden_states_at_the_images(deep, remat):
+    """Values and gradients of every tap, also counted from the end."""
+    config, weights, arrays = deep
+
+    def total(params, read):
+        states = read(Ross(config, remat=remat), params)
+        return sum(jnp.sum(jnp.sin(states[tap] * (1 + number))) for number, tap in enumerate(TAPS)), states
+
+    def tapped(model, params):
+        return model.apply({"params": params}, *arrays, taps=TAPS).taps
+
+    def collected(model, params):
+        states = model.apply({"params": params}, *arrays, internals=True).internals["hidden_states"]
+        return {tap: gather_images(states[tap], arrays[-1], config.vision.num_tokens) for tap in TAPS}
+
+    (_, found), gradient = jax.jit(jax.value_and_grad(lambda p: total(p, tapped), has_aux=True))(weights)
+    (_, states), expected = jax.jit(jax.value_and_grad(lambda p: total(p, collected), has_aux=True))(weights)
+    for tap in TAPS:
+        np.testing.assert_allclose(found[tap], states[tap], rtol=1e-5, atol=1e-6, err_msg=str(tap))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5), gradient, expected)
+
+
+def test_the_final_tap_costs_nothing(deep):
+    """The scan over layers carries what it carries without taps; a middle tap adds one array for the images."""
+    config, weights, arrays = deep
+
+    def carried(*taps):
+        jaxpr = jax.make_jaxpr(lambda p: Ross(config).apply({"params": p}, *arrays, taps=taps))(weights).jaxpr
+        scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan" and eqn.params["length"] == 3]
+        (scan,) = scans
+        return [var.aval.shape for var in scan.outvars[: scan.params["num_carry"]]]
+
+    assert carried(FINAL, 0) == carried()
+    assert carried(1) == [*carried(), (*STARTS.shape, TOKENS, WIDTH)]

@@ -12,14 +12,16 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 
 from gradients import assert_gradient
+from ross_jax.config import ConfigError
 from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from ross_jax.models.denoiser import Denoiser, DenoiserConfig, normalise_condition
-from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.models.language import FINAL
+from ross_jax.models.ross import RossConfig, abstract_params, normalise
 from ross_jax.models.vision import VisionConfig
 from ross_jax.objectives.denoise import DenoiseObjective
 from ross_jax.objectives.diffusion import SCHEDULES, make_diffusion, sample_ancestral
+from ross_jax.objectives.loss import ImageMean, OfficialMean, Totals
 from ross_jax.objectives.objective import Sampling
-from ross_jax.objectives.reconstruction import image_mean, official_mean
 from ross_jax.objectives.targets import group_latents, target_pixels, ungroup_latents
 from ross_jax.sharding import MeshConfig, logical_axes, make_mesh, partition
 from ross_jax.tree import flatten
@@ -54,23 +56,32 @@ def random_params(ross: RossConfig):
 
 
 def random_images(ross: RossConfig, count: int, seed: int = 0) -> jax.Array:
+    """Normalised images, some beyond the range of pixels."""
     size = ross.vision.image_size
     return jax.random.normal(jax.random.key(seed), (count, size, size, 3))
 
 
+def random_batch(ross: RossConfig, rows: int, slots: int) -> dict[str, jax.Array]:
+    """What targets read of a batch: uint8 images, no slot empty."""
+    size = ross.vision.image_size
+    images = jax.random.randint(jax.random.key(0), (rows, slots, size, size, 3), 0, 256).astype(jnp.uint8)
+    places = jnp.zeros((rows, slots), jnp.int32)
+    return {"images": images, "image_start": places, "tokens": places}
+
+
 @pytest.fixture(scope="module")
 def setting():
-    """Objective, parameters, and a batch of 2 rows of 2 pictures."""
+    """Objective, parameters, and taps, targets and keys of 2 rows of 2 images."""
     ross = config()
     objective, params = DenoiseObjective(ross), random_params(ross)
     outputs = jax.random.normal(jax.random.key(1), (2, 2, GRID**2, WIDTH))
     keys = jax.random.split(jax.random.key(2), (2, 2))
-    targets = jax.jit(objective.targets)(params, random_images(ross, 4))
+    targets = jax.jit(objective.targets)(params, random_batch(ross, 2, 2))
     return objective, params, outputs, targets, keys
 
 
 def loss(objective, params, outputs, targets, keys):
-    return jax.jit(objective.loss)(params, {}, outputs, targets, keys)
+    return jax.jit(objective.loss)(params, {}, {FINAL: outputs}, targets, keys)
 
 
 @pytest.mark.parametrize("window", [1, 2, 4])
@@ -133,8 +144,9 @@ def test_targets_are_the_posterior(channels):
     """Deterministic; latents are shifted, scaled and grouped by the autoencoder's own downsampling."""
     ross = config(channels=channels)
     objective, params = DenoiseObjective(ross), random_params(ross)
-    images = random_images(ross, 2)
-    targets = jax.jit(objective.targets)(params, images)
+    batch = random_batch(ross, 2, 1)
+    images = normalise(ross, batch["images"][:, 0])
+    targets = jax.jit(objective.targets)(params, batch)
     encode = jax.jit(lambda p, x: Autoencoder(ross.autoencoder).apply({"params": p}, x, method="encode"))
     expected = encode(params["autoencoder"], target_pixels(ross, images))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), targets, expected)
@@ -184,7 +196,7 @@ def test_loss_is_the_formula(setting):
         np.testing.assert_allclose(found[row, slot], np.mean(errors), rtol=1e-5)
 
 
-def test_loss_of_a_image_does_not_depend_on_the_others(setting):
+def test_loss_of_an_image_does_not_depend_on_the_others(setting):
     """Other neighbours, another order, another shape of the batch: the same key gives the same loss."""
     objective, params, outputs, targets, keys = setting
     found = loss(*setting).reshape(-1)
@@ -206,21 +218,40 @@ def test_loss_of_a_image_does_not_depend_on_the_others(setting):
     assert (np.abs(again.reshape(-1) - found) > 1e-3).all()
 
 
+def reduced(reduction, losses, batch) -> float:
+    """The loss that a reduction gives, as `Loss` computes it."""
+    counted = reduction.counted(batch)
+    real = jnp.sum(batch["image_start"] < batch["tokens"].shape[1])
+    totals = Totals(jnp.zeros((), int), real.astype(float), jnp.sum(counted).astype(float))
+    return reduction.mean(jnp.sum(jnp.where(counted, losses, 0.0)), totals)
+
+
+def rows_of(*starts: int, segments: int = 4) -> dict[str, jax.Array]:
+    """Rows of five tokens with one slot each; `segments` of the rows hold a conversation."""
+    tokens = jnp.zeros((len(starts), 5), jnp.int32)
+    held = jnp.arange(len(starts))[:, None] < segments
+    return {"tokens": tokens, "segments": tokens + held, "image_start": jnp.array(starts)[:, None]}
+
+
 def test_reductions():
-    losses, real = jnp.array([[1.0, 2.0], [4.0, 8.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
-    assert float(image_mean(losses, real)) == 2.5
-    assert float(image_mean(losses, jnp.ones((2, 2)))) == 3.75
-    # The reference averages over rows without a picture too.
-    assert float(official_mean(losses, real)) == pytest.approx(3.75 * 8 / (8 + 1e-6), rel=1e-7)
-    assert float(official_mean(losses, real, draws=1)) == pytest.approx(3.75 * 2 / (2 + 1e-6), rel=1e-7)
+    """Means over images; the reference averages over rows without an image too, and never over rows of padding."""
+    losses, some, full = jnp.array([[1.0], [2.0], [4.0], [8.0]]), rows_of(0, 5, 2, 5), rows_of(0, 1, 2, 3)
+    assert float(reduced(ImageMean(), losses, some)) == 2.5
+    assert float(reduced(ImageMean(), losses, full)) == 3.75
+    assert float(reduced(OfficialMean(4), losses, some)) == pytest.approx(3.75 * 8 / (8 + 1e-6), rel=1e-7)
+    assert float(reduced(OfficialMean(1), losses, some)) == pytest.approx(3.75 * 2 / (2 + 1e-6), rel=1e-7)
+    padded = rows_of(0, 5, 2, 5, segments=3)
+    assert float(reduced(OfficialMean(4), losses, padded)) == pytest.approx(7 / 3 * 8 / (8 + 1e-6), rel=1e-6)
+    with pytest.raises(ConfigError, match=r"rows of one conversation .* have 2; set config.data.packing.images to 1"):
+        OfficialMean(4).counted(some | {"image_start": jnp.zeros((4, 2), int)})
 
 
 def test_rematerialised_and_in_half_precision(setting):
     """What the backward pass computes again changes no gradient; bfloat16 changes the loss by its rounding."""
-    objective, params, *rest = setting
+    objective, params, outputs, *rest = setting
 
     def step(objective):
-        return jax.value_and_grad(lambda params: jnp.sum(objective.loss(params, {}, *rest)))
+        return jax.value_and_grad(lambda params: jnp.sum(objective.loss(params, {}, {FINAL: outputs}, *rest)))
 
     def run(objective):
         return jax.jit(step(objective))(params)
@@ -238,10 +269,10 @@ def test_rematerialised_and_in_half_precision(setting):
 
 def test_the_denoiser_is_gathered_once_and_its_gradients_are_split(setting):
     """A gradient that were whole on every device would be summed whole, at several times the bytes."""
-    objective, params, *rest = setting
+    objective, params, outputs, *rest = setting
     mesh = make_mesh(MeshConfig(1, 4, 2))
     with jax.set_mesh(mesh):
-        step = jax.grad(lambda denoiser: jnp.sum(objective.loss({"denoiser": denoiser}, {}, *rest)))
+        step = jax.grad(lambda denoiser: jnp.sum(objective.loss({"denoiser": denoiser}, {}, {FINAL: outputs}, *rest)))
         found = Counter(constraints(jax.make_jaxpr(step)(params["denoiser"]).jaxpr))
     kernels = {path: leaf for path, leaf in flatten({"denoiser": params["denoiser"]}).items() if logical_axes(path)}
     expected = Counter()
@@ -261,20 +292,20 @@ def constraints(jaxpr):
             yield from constraints(inner)
 
 
-@pytest.mark.parametrize("reduce", [image_mean, official_mean])
-def test_no_images_no_loss(setting, reduce):
-    """Neither slots that are all empty, nor a batch without slots: exactly zero, and so is every gradient."""
+@pytest.mark.parametrize("reduction", [ImageMean(), OfficialMean(4)])
+def test_no_images_no_loss(setting, reduction):
+    """Rows whose slot is empty, and rows without slots: exactly zero, and so is every gradient."""
     objective, params, outputs, targets, keys = setting
 
     def run(denoiser, outputs, targets, keys):
-        return reduce(objective.loss({"denoiser": denoiser}, {}, outputs, targets, keys), jnp.zeros(keys.shape))
+        batch = rows_of(5, 5)
+        batch["image_start"] = batch["image_start"][:, : keys.shape[1]]
+        return reduced(reduction, objective.loss({"denoiser": denoiser}, {}, {FINAL: outputs}, targets, keys), batch)
 
-    for slots in (2, 0):
+    for slots in (1, 0)[: 1 if isinstance(reduction, OfficialMean) else 2]:  # the reference has one image per row
         part = jax.tree.map(lambda x, n=2 * slots: x[:n], targets)
         run_with = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))
         value, gradients = run_with(params["denoiser"], outputs[:, :slots], part, keys[:, :slots])
-        if reduce is official_mean and not slots:
-            continue  # the reference always has one picture per row
         assert float(value) == 0.0
         assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
 
@@ -282,7 +313,7 @@ def test_no_images_no_loss(setting, reduce):
 def test_empty_slots_are_finite(setting):
     """Zeros where no picture is: their loss is masked, but a NaN would survive any mask."""
     objective, params, outputs, targets, keys = setting
-    run = jax.jit(jax.value_and_grad(lambda x: objective.loss(params, {}, x, targets, keys).sum()))
+    run = jax.jit(jax.value_and_grad(lambda x: objective.loss(params, {}, {FINAL: x}, targets, keys).sum()))
     value, gradient = run(outputs.at[:, 1].set(0.0))
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
@@ -294,7 +325,7 @@ def test_gradient(setting):
 
     @jax.jit
     def run(outputs, denoiser):
-        return objective.loss({"denoiser": denoiser}, {}, outputs, targets, keys).sum()
+        return objective.loss({"denoiser": denoiser}, {}, {FINAL: outputs}, targets, keys).sum()
 
     gradients = jax.jit(jax.grad(run, argnums=(0, 1)))(outputs, params["denoiser"])
 

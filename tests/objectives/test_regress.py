@@ -9,8 +9,9 @@ import pytest
 
 from gradients import assert_gradient
 from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from ross_jax.models.language import FINAL
 from ross_jax.models.regressor import Regressor, RegressorConfig
-from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.models.ross import RossConfig, abstract_params, normalise
 from ross_jax.models.vision import VisionConfig, VisionEncoder
 from ross_jax.objectives.reconstruction import ReconstructionConfig, make_objective, reconstructor
 from ross_jax.objectives.regress import token_distance
@@ -61,12 +62,13 @@ def random_params(ross: RossConfig):
 
 
 def setting(kind: str, target: str, distance: str):
-    """Objective, parameters, visual outputs of 2 x 2 pictures, the pictures."""
+    """Objective, parameters, visual outputs of 2 x 2 images, and the batch with these images."""
     ross = config(target)
     objective = make_objective(ross, ReconstructionConfig(kind, distance=distance))
     outputs = jax.random.normal(jax.random.key(1), (2, 2, GRID**2, WIDTH))
-    images = jax.random.normal(jax.random.key(2), (4, 44, 44, 3))
-    return objective, random_params(ross), outputs, images
+    images = jax.random.randint(jax.random.key(2), (2, 2, 44, 44, 3), 0, 256).astype(jnp.uint8)
+    places = jnp.zeros((2, 2), jnp.int32)
+    return objective, random_params(ross), outputs, {"images": images, "image_start": places, "tokens": places}
 
 
 def layer_norm(x: np.ndarray, eps: float) -> np.ndarray:
@@ -77,11 +79,12 @@ def layer_norm(x: np.ndarray, eps: float) -> np.ndarray:
 @pytest.mark.parametrize(("kind", "target", "distance"), KINDS)
 def test_loss_is_the_formula(kind, target, distance):
     """The distance between what the regressor says of each token and the target, both from their parts."""
-    objective, params, outputs, images = setting(kind, target, distance)
+    objective, params, outputs, batch = setting(kind, target, distance)
     ross = objective.config
     keys = jax.random.split(jax.random.key(0), (2, 2))
-    targets = jax.jit(objective.targets)(params, images)
-    found = jax.jit(objective.loss)(params, params, outputs, targets, keys)
+    targets = jax.jit(objective.targets)(params, batch)
+    found = jax.jit(objective.loss)(params, params, {FINAL: outputs}, targets, keys)
+    images = normalise(ross, batch["images"]).reshape(4, 44, 44, 3)
     assert found.shape == (2, 2)
     context = jnp.asarray(layer_norm(outputs, 1e-5), jnp.float32).reshape(4, GRID**2, WIDTH)
     predicted = np.float64(Regressor(ross.regressor).apply({"params": params["regressor"]}, context))
@@ -113,14 +116,14 @@ def test_loss_is_the_formula(kind, target, distance):
 @pytest.mark.parametrize(("kind", "target", "distance"), KINDS)
 def test_gradient(kind, target, distance):
     """Central differences: of visual outputs and of a kernel; through the decoder, where there is one."""
-    objective, params, outputs, images = setting(kind, target, distance)
-    targets = jax.jit(objective.targets)(params, images)
+    objective, params, outputs, batch = setting(kind, target, distance)
+    targets = jax.jit(objective.targets)(params, batch)
     keys = jax.random.split(jax.random.key(0), (2, 2))
 
     @jax.jit
     def run(outputs, kernel):
         regressor = {**params["regressor"], "linear_1": {**params["regressor"]["linear_1"], "kernel": kernel}}
-        return objective.loss({"regressor": regressor}, params, outputs, targets, keys).sum()
+        return objective.loss({"regressor": regressor}, params, {FINAL: outputs}, targets, keys).sum()
 
     kernel = params["regressor"]["linear_1"]["kernel"]
     of_outputs, grad_kernel = jax.jit(jax.grad(run, argnums=(0, 1)))(outputs, kernel)
@@ -130,9 +133,9 @@ def test_gradient(kind, target, distance):
 
 def test_the_decoder_is_recomputed():
     """A gradient through the decoder of `latent2pixel` keeps the inputs of its blocks only."""
-    objective, params, outputs, images = setting("latent2pixel", "latents", "mse")
-    targets, keys = objective.targets(params, images), jax.random.split(jax.random.key(0), (2, 2))
-    grad = jax.grad(lambda outputs: objective.loss(params, params, outputs, targets, keys).sum())
+    objective, params, outputs, batch = setting("latent2pixel", "latents", "mse")
+    targets, keys = objective.targets(params, batch), jax.random.split(jax.random.key(0), (2, 2))
+    grad = jax.grad(lambda outputs: objective.loss(params, params, {FINAL: outputs}, targets, keys).sum())
     # 4 levels of 2 blocks each, and 3 in the middle, of which one attends.
     assert str(jax.make_jaxpr(grad)(outputs)).count("prevent_cse") == 11
 
@@ -220,8 +223,11 @@ def test_what_makes_no_image():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"distance": "cosine"}, "distance 'cosine' is of kinds 'pixel' and 'latent', not 'denoise'"),
-        ({"kind": "pixel", "condition_dropout": 0.1}, "condition_dropout is of kind 'denoise', not 'pixel'"),
+        ({"distance": "cosine"}, "distance is no setting of kind 'denoise'"),
+        ({"kind": "latent2pixel", "distance": "cosine"}, "distance is no setting of kind 'latent2pixel'"),
+        ({"kind": "pixel", "condition_dropout": 0.1}, "condition_dropout is no setting of kind 'pixel'"),
+        ({"options": (("drws", 2),)}, r"drws is no setting of kind 'denoise' \(did you mean 'draws'\?\)"),
+        ({"kind": "pixels"}, r"kind 'pixels' is none of \['denoise', .*'none'\] \(did you mean 'pixel'\?\)"),
         ({"condition_dropout": 1.0}, r"condition_dropout 1.0 must be in \[0, 1\)"),
         ({"draws": 0}, "draws 0 must be at least 1"),
     ],
@@ -234,12 +240,16 @@ def test_settings_that_make_no_sense(settings, message):
 @pytest.mark.parametrize(
     ("kind", "ross", "message"),
     [
-        ("denoise", config("latents"), "model has no denoiser, which reconstruction.kind 'denoise' needs"),
-        ("pixel", config("pixels", regressor=None), "model has no regressor"),
-        ("pixel", config("latents"), "'pixel' needs regressor.target 'pixels', not 'latents'"),
-        ("latent", config("pixels"), "'latent' needs regressor.target 'latents' or 'features', not 'pixels'"),
-        ("latent", config("features", teacher=None), "model has no teacher"),
-        ("latent2pixel", config("latents", autoencoder=None), "model has no autoencoder"),
+        ("denoise", config("latents"), "reconstruction.kind 'denoise' needs model.denoiser, which is not there"),
+        ("pixel", config("pixels", regressor=None), "'pixel' needs model.regressor, which is not there"),
+        (
+            "pixel",
+            config("latents"),
+            "'pixel' needs model.regressor.target 'pixels', not 'latents'; .*out_size 768, not 12",
+        ),
+        ("latent", config("pixels"), "'latent' needs model.autoencoder"),
+        ("latent", config("features", teacher=None), "'latent' needs model.teacher"),
+        ("latent2pixel", config("latents", autoencoder=None), "'latent2pixel' needs model.autoencoder"),
     ],
 )
 def test_models_that_lack_something(kind, ross, message):
@@ -248,8 +258,8 @@ def test_models_that_lack_something(kind, ross, message):
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"regressor\.out_size is 12 but channels of a token's pixels is 768"):
-        config("pixels", regressor=RegressorConfig("pixels", WIDTH, 12, 24))
+    with pytest.raises(ValueError, match=r"'pixel' needs model\.regressor\.out_size 768, not 12"):
+        ReconstructionConfig("pixel").check(config("pixels", regressor=RegressorConfig("pixels", WIDTH, 12, 24)))
     with pytest.raises(ValueError, match="depth 0 must be at least 1"):
         RegressorConfig("pixels", WIDTH, 12, 24, 0)
     deep = AutoencoderConfig((4,) * 6, 1, 3, 4, 1.0, 0.0, (False,) * 6, (False,) * 6)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ross_jax.models.denoiser import Denoiser, DenoiserConfig, normalise_condition
-from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.models.language import FINAL
+from ross_jax.models.ross import RossConfig, abstract_params, normalise
 from ross_jax.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from ross_jax.models.vision import VisionConfig
 from ross_jax.objectives.denoise import DenoiseObjective
@@ -30,11 +31,12 @@ def test_loss_is_the_formula():
     shapes = abstract_params(dataclasses.replace(CONFIG, vision=None))
     params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
     objective = DenoiseObjective(CONFIG, draws=2)
-    images = jax.random.normal(jax.random.key(0), (2, 44, 44, 3))
+    pixels = jax.random.randint(jax.random.key(0), (2, 1, 44, 44, 3), 0, 256).astype(jnp.uint8)
+    images, places = normalise(CONFIG, pixels[:, 0]), jnp.zeros((2, 1), jnp.int32)
     outputs = jax.random.normal(jax.random.key(1), (2, 1, GRID**2, WIDTH))
     keys = jax.random.split(jax.random.key(2), (2, 1))
-    targets = jax.jit(objective.targets)(params, images)
-    found = jax.jit(objective.loss)(params, {}, outputs, targets, keys)
+    targets = jax.jit(objective.targets)(params, {"images": pixels, "image_start": places, "tokens": places})
+    found = jax.jit(objective.loss)(params, {}, {FINAL: outputs}, targets, keys)
     assert found.shape == (2, 1) and np.isfinite(found).all()
 
     module, tree = TinyAutoencoder(CONFIG.autoencoder), {"params": params["autoencoder"]}

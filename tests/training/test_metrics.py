@@ -11,14 +11,15 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from ross_jax.models.layers import ONES
 from ross_jax.models.ross import RossConfig
+from ross_jax.objectives.loss import make_loss
 from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import batch_sharding, make_mesh
 from ross_jax.training import metrics
 from ross_jax.training.loop import global_batches
 from ross_jax.training.metrics import LossRangeMonitor, Meter, matrix_sizes, step_flops
-from ross_jax.training.optimizer import OptimizerConfig, make_optimizer
+from ross_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from ross_jax.training.state import FreezeConfig, abstract_tree, split
-from ross_jax.training.step import StepConfig, make_state, make_train_step
+from ross_jax.training.step import make_state, make_train_step
 from tiny import CONFIG, MODELS, ONE_DEVICE, STAGE2, make_batch
 
 FREEZE = {
@@ -66,9 +67,8 @@ def program(
     optimizer = make_optimizer(settings, 10)
     tree = abstract_tree(model, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]))
     state = jax.eval_shape(lambda p, f: make_state(p, f, optimizer), *split(tree, freeze))
-    config = StepConfig(dtype="float32", remat="none", text_chunk=32)
-    key = jax.random.key(0)
-    step = make_train_step(model, config, reconstruction, optimizer, settings, 10, key, text_weight)
+    loss = make_loss(model, reconstruction, text_weight=text_weight, chunk=32)
+    step = make_train_step(loss, optimizer, jax.random.key(0), 1, learning_rates(settings, 10))
     traced = jax.make_jaxpr(step)(state, batch).jaxpr
     return dce_jaxpr(traced, [True] * len(traced.outvars))[0], tree
 

@@ -1,0 +1,205 @@
+"""The loss that training minimises: next-token cross entropy plus the reconstruction loss, over one batch.
+
+    loss = text_weight * sum(cross entropies) / supervised tokens  +  weight * reduction(per-image losses)
+
+Counts are those of the whole batch, so packing, micro-batches and devices change a loss only by rounding.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from ross_jax.config import ConfigError
+from ross_jax.models.layers import RematPolicy
+from ross_jax.models.ross import Ross, RossConfig, normalise
+from ross_jax.objectives.objective import Batch, Objective, Params, Taps
+from ross_jax.objectives.reconstruction import ReconstructionConfig, make_objective
+from ross_jax.objectives.text import IGNORE, gather_supervised, next_token_loss
+from ross_jax.sharding import constrain
+from ross_jax.tree import merge
+
+
+def real_images(batch: Batch) -> Bool[Array, "batch images"]:
+    """True where a slot holds an image."""
+    return batch["image_start"] < batch["tokens"].shape[1]
+
+
+class Totals(NamedTuple):
+    """Counts of a whole batch.
+
+    Attributes:
+      tokens: supervised tokens.
+      images: images.
+      items: image slots that the reduction counts.
+    """
+
+    tokens: Int[Array, ""]
+    images: Float[Array, ""]
+    items: Float[Array, ""]
+
+
+class ImageMean(NamedTuple):
+    """The mean of per-image losses over the images of a batch; 0 without any."""
+
+    def counted(self, batch: Batch) -> Bool[Array, "batch images"]:
+        """Slots whose losses are summed: those with an image."""
+        return real_images(batch)
+
+    def mean(self, total: Float[Array, ""], totals: Totals) -> Float[Array, ""]:
+        """The loss from the sum of losses, or a micro-batch's share of it."""
+        return total / jnp.maximum(totals.images, 1.0)
+
+
+class OfficialMean(NamedTuple):
+    """The reference's mean: text-only rows count too, as soon as the batch has an image.
+
+    `mean over rows * m / (m + 1e-6)` with m = draws x images. One conversation with at most one image in a row.
+
+    Attributes:
+      draws: noise levels of each image.
+    """
+
+    draws: int
+
+    def counted(self, batch: Batch) -> Bool[Array, "batch images"]:
+        """The only slot of each row that holds a conversation, with an image or without.
+
+        Raises:
+          ConfigError: rows have several slots, so they are not the reference's.
+        """
+        slots = batch["image_start"].shape[1]
+        if slots != 1:
+            raise ConfigError(
+                "config.reconstruction.compat 'official' averages over rows of one conversation with one image slot, "
+                f"and rows have {slots}; set config.data.packing.images to 1 and config.data.packing.layout to 'pad'"
+            )
+        return jnp.any(batch["segments"] != 0, axis=1, keepdims=True)
+
+    def mean(self, total: Float[Array, ""], totals: Totals) -> Float[Array, ""]:
+        """The loss from the sum of losses, or a micro-batch's share of it."""
+        weight = self.draws * totals.images
+        return total / jnp.maximum(totals.items, 1.0) * (weight / (weight + 1e-6))
+
+
+Reduction = ImageMean | OfficialMean
+"""Turns per-image losses into the reconstruction loss: `mean(sum(losses where counted(batch)), totals)`."""
+
+
+class Losses(NamedTuple):
+    """Both losses of a batch; each is 0 where it is switched off."""
+
+    text: Float[Array, ""]
+    reconstruction: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The loss of a run as a function of parameters and batch; `make_loss` composes it.
+
+    Attributes:
+      model: the module.
+      objective: of the reconstruction loss; None: there is none.
+      reduction: of per-image losses.
+      text_weight, weight: factors of the two losses. With a text weight of 0 no logits are computed.
+      chunk: memory for logits, as in `next_token_loss`.
+      supervised: most supervised positions of a row, if the packing plan has such a limit; no logits beyond it.
+    """
+
+    model: Ross
+    objective: Objective | None
+    reduction: Reduction
+    text_weight: float = 1.0
+    weight: float = 1.0
+    chunk: int = 1024
+    supervised: int | None = None
+
+    def totals(self, batch: Batch) -> Totals:
+        """Counts of a batch, to divide by."""
+        tokens, images = jnp.sum(batch["targets"] != IGNORE), jnp.sum(real_images(batch).astype(jnp.float32))
+        items = jnp.sum(self.reduction.counted(batch).astype(jnp.float32)) if self.objective else images
+        return Totals(tokens, images, items)
+
+    def total(self, losses: Losses) -> Float[Array, ""]:
+        """The weighted sum."""
+        reconstruction = self.weight * losses.reconstruction if self.objective else 0.0
+        return self.text_weight * losses.text + reconstruction
+
+    def __call__(
+        self, params: Params, frozen: Params, batch: Batch, totals: Totals, key: Shaped[Array, ""]
+    ) -> tuple[Float[Array, ""], Losses]:
+        """The loss and its two parts, of a batch or of a micro-batch.
+
+        Args:
+          params, frozen: the trained part of the parameters and the rest.
+          totals: of the whole batch.
+          key: of the step; an image's noise comes from it and the image's identity.
+        """
+        tree = merge(params, frozen)
+        images = normalise(self.model.config, batch["images"]) if "images" in batch else None
+        output = self.model.apply(
+            {"params": tree},
+            *(batch[name] for name in ("tokens", "positions", "segments")),
+            images,
+            batch["image_start"],
+            features=batch.get("image_features"),
+            taps=self.objective.taps if self.objective else (),
+        )
+        text = self._text(tree, output.hidden, batch, totals)
+        losses = Losses(text, self._reconstruction(tree, frozen, output.taps, batch, totals, key))
+        return self.total(losses), losses
+
+    def _text(self, tree: Params, hidden: Float[Array, "batch seq embed"], batch: Batch, totals: Totals):
+        """Mean cross entropy of the supervised tokens."""
+        if not self.text_weight:
+            return jnp.zeros(())
+        hidden, targets = constrain(hidden, "batch"), batch["targets"]
+        with jax.named_scope("text_loss"):
+            if self.supervised is not None:
+                hidden, targets = gather_supervised(hidden, targets, self.supervised)
+            head = self.model.apply({"params": tree}, method="head_kernel")
+            total, _ = next_token_loss(hidden, targets, head, self.model.dtype, self.chunk)
+        return total / jnp.maximum(totals.tokens, 1)
+
+    def _reconstruction(self, tree: Params, frozen: Params, taps: Taps, batch: Batch, totals: Totals, key: Array):
+        """The objective's loss, reduced over images."""
+        if self.objective is None:
+            return jnp.zeros(())
+        counted = self.reduction.counted(batch)
+        targets = self.objective.unpack(frozen, batch)
+        if targets is None:
+            with jax.named_scope("targets"):
+                targets = self.objective.targets(frozen, batch, counted.reshape(-1))
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch["image_ids"].reshape(-1))
+        with jax.named_scope("reconstruction"):
+            losses = self.objective.loss(tree, frozen, taps, targets, keys.reshape(counted.shape))
+        return self.reduction.mean(jnp.sum(jnp.where(counted, losses, 0.0)), totals)
+
+
+def make_reduction(compat: str, objective: Objective | None) -> Reduction:
+    """The reduction of `config.reconstruction.compat`."""
+    if compat == "official" and objective is not None:
+        return OfficialMean(max(1, objective.noise_levels))
+    return ImageMean()
+
+
+def make_loss(
+    model: RossConfig,
+    reconstruction: ReconstructionConfig,
+    dtype: DTypeLike = jnp.float32,
+    remat: RematPolicy = "none",
+    **text: Any,
+) -> Loss:
+    """The loss of a run.
+
+    Args:
+      dtype, remat: of encoder and language model.
+      text: `text_weight`, `chunk` and `supervised` of `Loss`.
+    """
+    dtype = jnp.dtype(dtype)
+    objective = make_objective(model, reconstruction, dtype)
+    reduction = make_reduction(reconstruction.compat, objective)
+    return Loss(Ross(model, dtype, remat), objective, reduction, weight=reconstruction.weight, **text)
