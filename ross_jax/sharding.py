@@ -153,6 +153,23 @@ def use_mesh(mesh: Mesh, config: MeshConfig | None = None) -> Iterator[None]:
             _rules.reset(token)
 
 
+def compiler_options(device: jax.Device) -> dict[str, int | float] | None:
+    """XLA's options for the training step on devices of this kind; None for XLA's defaults.
+
+    `spmd_threshold_for_windowed_einsum` keeps XLA from gathering weights in pieces beside the product that reads them.
+    Where `tensor` splits what `fsdp` leaves of the weights, the pieces are so small that the step takes twice as long.
+
+    `convolution_performance_target` lets XLA take a smaller kernel if it is nearly as fast as the fastest one by XLA's
+    estimate. The step is as fast, and compiles in half of the time.
+    """
+    if device.platform != "tpu":
+        return None
+    return {
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20,
+        "xla_jf_convolution_performance_target": {"TPU v4": 0.96, "TPU7x": 0.98}.get(device.device_kind, 0.985),
+    }
+
+
 def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How an array with these logical axes is split, by the ambient rules.
 

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from ross_jax.models.layers import RematPolicy
 from ross_jax.objectives.loss import Loss, Losses, Totals
-from ross_jax.sharding import constrain
+from ross_jax.sharding import compiler_options, constrain
 from ross_jax.training.state import TrainState, Tree
 
 Batch = dict[str, Array]
@@ -104,23 +104,6 @@ def make_train_step(
 def make_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
-
-
-def compiler_options(device: jax.Device) -> dict[str, int | float] | None:
-    """XLA's for the step on such devices.
-
-    Weights are gathered whole before they are multiplied: where tensor splits what is left of them, XLA otherwise
-    gathers them in pieces, and a step of Qwen2-7B takes twice as long by its own estimate. Of the kernels for a product
-    or convolution, a smaller one is taken if it is nearly as fast as the fastest: the step is as fast by XLA's
-    estimate, and compiles in little more than half of the time on v5e, three quarters on v6e. On v4 and v7x they may be
-    slower still: 5.5 and 0.2 % of the step for a fifth and a tenth of the compiler's memory, on v4 to stay below 4 GB.
-    """
-    if device.platform != "tpu":
-        return None
-    return {
-        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20,
-        "xla_jf_convolution_performance_target": {"TPU v4": 0.96, "TPU7x": 0.98}.get(device.device_kind, 0.985),
-    }
 
 
 def compile_step(train_step: Any, state_shardings: TrainState, batch_sharding: NamedSharding):

@@ -11,9 +11,8 @@ from ross_jax.config import ConfigError, UserError
 from ross_jax.plan import hlo
 from ross_jax.plan.cost import COLLECTIVES, estimate
 from ross_jax.plan.targets import GPUS, TPUS, Target, axes_of, open_target, sent_bytes, torus_seconds, wraps
-from ross_jax.sharding import MeshConfig, make_mesh
+from ross_jax.sharding import MeshConfig, compiler_options, make_mesh
 from ross_jax.training.metrics import PEAK_FLOPS
-from ross_jax.training.step import compiler_options
 
 GB = 10**9
 
