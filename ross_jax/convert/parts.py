@@ -194,6 +194,9 @@ def _normalisation(part: Part, kind: str, about: Settings) -> tuple[tuple[float,
     read = about
     if "image_mean" not in about.values and processor and processor.is_file():
         read = Settings(read_json(processor), str(processor))
+        read.only("do_rescale", True)
+        read.only("rescale_factor", 1 / 255)
+        read.only("do_normalize", True)
     mean, std = vision.NORMALISATION[kind]
     found = read.numbers("image_mean", mean), read.numbers("image_std", std)
     if read is not about:

@@ -131,7 +131,10 @@ class RossOutput(NamedTuple):
 def normalise(
     config: RossConfig, images: UInt8[Array, "*batch height width 3"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*batch height width 3"]:
-    """The vision encoder's input, from uint8 images."""
+    """The vision encoder's input from uint8 images: `(images / 255 - mean) / std`, in float32.
+
+    Equal to the Hugging Face processors but for the last bit: XLA multiplies by rounded reciprocals.
+    """
     mean, std = jnp.asarray(config.image_mean, jnp.float32), jnp.asarray(config.image_std, jnp.float32)
     return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
 

@@ -271,7 +271,16 @@ def test_settings_of_the_tower_that_is_pointed_to(copy):
     assert_says(refused(copy), f"{tower}: expected a JSON object, found list")
 
 
-def test_processor_of_the_tower(copy):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('{"image_mean": [1, 2]}', r"image_mean is \[1, 2\], expected a list of 3 numbers"),
+        ('{"do_rescale": false}', "do_rescale False is not supported"),
+        ('{"do_normalize": false}', "do_normalize False is not supported"),
+        ('{"rescale_factor": 0.00784}', "rescale_factor 0.00784 is not supported; expected 0.0039215686"),
+    ],
+)
+def test_processor_of_the_tower(copy, settings, message):
     processor = copy.parents[1] / "towers/clip/preprocessor_config.json"
-    processor.write_text('{"image_mean": [1, 2]}')
-    assert_says(refused(copy), rf"{processor}: image_mean is \[1, 2\], expected a list of 3 numbers")
+    processor.write_text(settings)
+    assert_says(refused(copy), f"{processor}: {message}")
