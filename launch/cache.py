@@ -33,7 +33,6 @@ _PROCESS = flags.DEFINE_integer("process", 0, "Number of this one, from 0.")
 
 
 def main() -> int:
-    sys.unraisablehook = lambda _: None
     # On virtual CPU devices, steps that overlap may wait for one another's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     folder = Path(_OUTPUT.value)

@@ -74,9 +74,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "import" and not (args.origins or args.teacher):
         importer.error("the following arguments are required: --from or --teacher")
-    # When one of tensorstore's reads fails, the others still in flight call back into a closed event loop, each with a
-    # traceback on stderr.
-    sys.unraisablehook = lambda _: None
     try:
         args.run(args)
     except UserError as error:

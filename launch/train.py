@@ -55,9 +55,6 @@ def use_cache(folder: Path) -> None:
 
 
 def main() -> int:
-    # When one of tensorstore's writes fails, the others still in flight call back into a closed event loop, each with a
-    # traceback on stderr.
-    sys.unraisablehook = lambda _: None
     # On virtual CPU devices, steps that overlap may wait for one another's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:

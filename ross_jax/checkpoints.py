@@ -1,8 +1,16 @@
 """Checkpoints on disk. The one file that knows Orbax.
 
-A model directory holds `ross_jax.json` (the manifest: what the model is and where its tensors came from), `params/`
-(an Orbax checkpoint of the parameter tree), `unused/` (foreign tensors that are only kept) and `files/` (configs,
-tokenizer). It appears under its name complete or not at all.
+A model directory appears under its name complete or not at all:
+
+    ross_jax.json   manifest: what the model is and where its tensors came from
+    params/         Orbax checkpoint of the parameter tree
+    unused/         tensors of the imported checkpoint that are never computed with, for export
+    files/          configs, tokenizer
+
+A run's directory is a model directory with two checkpoints in place of `params/`:
+
+    frozen/         parameters that do not train, written once
+    steps/N/        params/ and optimizer/ after step N
 """
 
 import asyncio
@@ -15,6 +23,8 @@ import math
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,18 +36,15 @@ import tensorstore as ts
 
 from ross_jax.config import UserError
 from ross_jax.tree import flatten, unflatten
+from ross_jax.upgrade import upgrade
 
 MANIFEST = "ross_jax.json"
 FORMAT = 1
 """Version of the directory's layout."""
 _CHUNK_BYTES = 64 * 2**20
-"""Largest piece that is stored, and so must be read, as one."""
-
-
-# Orbax logs every file that it writes, and with tracebacks, from its own threads, every error that it raises as well;
-# of several writes that fail it awaits one.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+"""Largest piece of an array that is stored, and so must be read, as one."""
+_SETTLE = 0.25
+"""Seconds of silence after which nothing of a failed call is taken to be in flight any more."""
 
 
 class CheckpointError(UserError):
@@ -46,10 +53,10 @@ class CheckpointError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class StreamedLeaf:
-    """An array that is read, part by part, only while it is being saved.
+    """An array that is read part by part, and only while it is being saved.
 
     Attributes:
-      parts: yields (index along the leading axis, or None for the whole array; values).
+      parts: yields (index along the leading axis, values), or (None, values) for the whole array at once.
     """
 
     shape: tuple[int, ...]
@@ -58,12 +65,12 @@ class StreamedLeaf:
 
     @property
     def size(self) -> int:
-        """Number of elements; Orbax asks for it."""
+        """Number of elements. Orbax asks for it."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole array; Orbax asks for it."""
+        """Bytes of the whole array. Orbax asks for it."""
         return self.size * self.dtype.itemsize
 
 
@@ -71,8 +78,8 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
     """Writes one part of one leaf at a time, so that memory is bounded by the largest part.
 
     Attributes:
-      failure: what went wrong first; the rest is skipped then. Raised from here, Orbax would log it with tracebacks and
-        abandon the coroutines of all other leaves.
+      failure: first error, after which remaining leaves are skipped. It is kept instead of raised, because Orbax would
+        abandon the coroutines of the other leaves.
     """
 
     def __init__(self):
@@ -133,15 +140,15 @@ def abstract(folder: Path) -> dict[str, Any]:
 
 
 def restore(folder: Path, tree: Any) -> Any:
-    """Restores the leaves that `tree` names; others in the checkpoint are not read.
+    """Restores the leaves that `tree` names. Other leaves of the checkpoint are not read.
 
     Args:
-      tree: nested mapping of `jax.ShapeDtypeStruct`. One with a sharding is restored as a `jax.Array` so placed, one
-        without as a NumPy array. Values are cast to the dtype asked for.
+      tree: nested mapping of `jax.ShapeDtypeStruct`. A leaf with a sharding becomes a `jax.Array` with it, a leaf
+        without one a NumPy array. Values are cast to the leaf's dtype.
 
     Raises:
-      CheckpointError: nothing complete at `folder`, files that cannot be read, or leaves that are missing or have
-        another shape, all named.
+      CheckpointError: nothing complete at `folder`; files that cannot be read; leaves that are missing or have another
+        shape, each by name.
     """
     saved = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(folder))}
     problems = []
@@ -165,15 +172,15 @@ def restore(folder: Path, tree: Any) -> Any:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest; `format` is added."""
+    """Writes the manifest, with `format` added."""
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads a model directory's manifest.
+    """Reads a model directory's manifest, in today's names.
 
     Raises:
-      CheckpointError: no such directory, none of ours, or of another version.
+      CheckpointError: no such directory, no model directory, or one of another version.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory")
@@ -191,14 +198,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"{folder / MANIFEST}: format {found}, this version reads {FORMAT}")
-    return manifest
+    return upgrade(MANIFEST, manifest)
 
 
 @contextlib.contextmanager
 def complete_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill that becomes `target` at the end, or disappears if anything fails.
+    """Yields a directory to fill, which becomes `target` at the end, or disappears if anything fails.
 
-    It is filled as `.NAME.incomplete` beside the target. What a killed process left there is cleared by the next.
+    It is `.NAME.incomplete` beside the target. What a killed process left there is removed.
 
     Raises:
       CheckpointError: the target exists and is not empty, or another process is writing it.
@@ -228,19 +235,20 @@ def _check_free(target: Path) -> None:
 
 @contextlib.contextmanager
 def lock(target: Path) -> Iterator[None]:
-    """Held by one process at a time; a killed one lets go of it.
+    """Held by one process at a time. The lock of a killed process is free.
 
     Raises:
-      CheckpointError: another process has it.
+      CheckpointError: another process holds it.
     """
     path = target.with_name(f".{target.name}.lock")
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(file.fileno()), path.stat())  # not one that its holder removed meanwhile
+            # Its holder may have removed the file between opening and locking: then the lock guards nothing.
+            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
         except (BlockingIOError, FileNotFoundError):
-            mine = False
-        if not mine:
+            held = False
+        if not held:
             raise CheckpointError(f"{target}: another process is writing it")
         try:
             yield
@@ -250,22 +258,70 @@ def lock(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _orbax(folder: Path, fault: str) -> Iterator[None]:
+    """A call of Orbax: whatever it raises becomes a CheckpointError, and it prints nothing."""
+    with _silence(), _checkpoint_error(folder, fault):
+        yield
+
+
+@contextlib.contextmanager
+def _checkpoint_error(folder: Path, fault: str) -> Iterator[None]:
     """Turns whatever Orbax raises into a CheckpointError.
 
-    It and tensorstore raise ValueError, OSError, RuntimeError and more for a damaged file or a full disk.
+    Orbax and tensorstore raise ValueError, OSError, RuntimeError and more for a damaged file or a full disk.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        of_system = re.search(r": ([\w ]+) \[", str(error)) if "os_error_code" in str(error) else None
-        raise CheckpointError(f"{folder}: {fault} ({of_system[1] if of_system else error})") from error
+        system_error = re.search(r": ([\w ]+) \[", str(error)) if "os_error_code" in str(error) else None
+        reason = system_error[1] if system_error else error
+        raise CheckpointError(f"{folder}: {fault} ({reason})") from error
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps Orbax from printing, with tracebacks, the errors that it raises.
+
+    Each of its threads logs an error on its own, asyncio logs errors that nobody awaited, and reads and writes that are
+    still in flight call back into a closed event loop, which Python hands to `sys.unraisablehook`. All of that may come
+    after the error was raised, so a failed call ends when nothing has come for a while.
+    """
+    heard: list[float] = []  # when something was kept from being printed
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) == "Event loop is closed":
+            heard.append(time.monotonic())
+        else:
+            previous(unraisable)
+
+    def keep(record: logging.LogRecord) -> bool:
+        if f"{os.sep}orbax{os.sep}" in record.pathname or "exception was never retrieved" in record.getMessage():
+            heard.append(time.monotonic())
+            return False
+        return True
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(keep)
+    sys.unraisablehook = hook
+    try:
+        yield
+    except BaseException:
+        heard.append(time.monotonic())
+        raise
+    finally:
+        while heard and time.monotonic() - heard[-1] < _SETTLE:
+            time.sleep(_SETTLE / 5)
+        sys.unraisablehook = previous
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 @contextlib.contextmanager
 def writing(path: Path, run: Path) -> Iterator[None]:
-    """Turns an error of the disk into a CheckpointError that names `path`, and what the run can continue from."""
+    """Turns an error of the disk into a CheckpointError that names `path` and the step that `run` continues from."""
     try:
         yield
     except Exception as error:
@@ -282,12 +338,12 @@ def _kept(run: Path) -> str:
 
 
 def latest_step(run: Path) -> int | None:
-    """The newest step of a run's directory that is completely on disk."""
+    """The newest step of a run's directory that is complete on disk."""
     return max((int(path.name) for path in (run / "steps").glob("*") if path.name.isdigit()), default=None)
 
 
 def parameter_folders(model: Path) -> list[Path]:
-    """The Orbax checkpoints that together hold a model directory's parameters: of an import, or a run's latest step.
+    """The Orbax checkpoints that together hold a model directory's parameters; of a run, those of its latest step.
 
     Raises:
       CheckpointError: there is none.
@@ -309,14 +365,14 @@ def model_abstract(model: Path) -> dict[str, Any]:
 
 
 def restore_model(model: Path, tree: Any) -> Any:
-    """`restore` from a model directory, wherever it keeps each leaf."""
+    """`restore` of leaves that may lie in any of the model directory's checkpoints."""
     folders = parameter_folders(model)
-    wanted, restored = flatten(tree), {}
+    leaves, restored = flatten(tree), {}
     for folder in folders:
         last = folder == folders[-1]
-        here = flatten(abstract(folder))
-        # What no folder has is asked of the last, which names it in its error.
-        part = {path: leaf for path, leaf in wanted.items() if path in here or (last and path not in restored)}
+        present = flatten(abstract(folder))
+        # The last folder is asked for leaves that no folder has, and names them in its error.
+        part = {path: leaf for path, leaf in leaves.items() if path in present or (last and path not in restored)}
         if part:
             restored |= flatten(restore(folder, unflatten(part)))
     return unflatten(restored)
@@ -329,8 +385,9 @@ class RunCheckpoints:
     """
 
     def __init__(self, folder: Path, keep: int):
-        """Opens a run's directory, made if need be; the newest `keep` steps stay."""
+        """Opens a run's directory, which is made if it is absent. The newest `keep` steps stay in it."""
         self._folder = folder.resolve()
+        self._background = contextlib.ExitStack()  # holds `_silence` while a step is being written
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         with _orbax(folder, "cannot be written"):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -338,36 +395,48 @@ class RunCheckpoints:
             self._manager = ocp.CheckpointManager(self._folder / "steps", options=options, item_names=names)
 
     def latest(self) -> int | None:
-        """The newest completed step."""
+        """The newest complete step."""
         return self._manager.latest_step()
 
     def save_frozen(self, frozen: Any) -> None:
-        """Writes what never changes; returns when it is complete."""
+        """Writes the parameters that never change. Returns when they are on disk."""
         if not jax.tree.leaves(frozen):
             return
         folder = self._folder / "frozen"
         with _orbax(folder, "cannot be written"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             checkpointer.save(folder, args=ocp.args.PyTreeSave(frozen), force=True)
 
+    def save(self, step: int, state: Any) -> None:
+        """Copies the state off the devices. Writing goes on in the background until `wait` returns.
+
+        Raises:
+          CheckpointError: this step, or the one before it, cannot be written; names the step to continue from.
+        """
+        if step == self._manager.latest_step():
+            return
+        optimizer = {"opt_state": state.opt_state, "step": state.step}
+        items = ocp.args.Composite(params=ocp.args.PyTreeSave(state.params), optimizer=ocp.args.PyTreeSave(optimizer))
+        self.wait()
+        self._background.enter_context(_silence())
+        with self._saving():
+            self._manager.save(step, args=items, force=True)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; errors as `save`."""
+        with self._background.pop_all(), self._saving():
+            self._manager.wait_until_finished()
+
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """An error while a step is written says what is left to continue from."""
+        """Adds the step that the run continues from to an error while a step is written."""
         try:
-            with _orbax(self._folder / "steps", "a checkpoint cannot be written"):
+            with _checkpoint_error(self._folder / "steps", "a checkpoint cannot be written"):
                 yield
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {_kept(self._folder)}") from error
 
-    def save(self, step: int, state: Any) -> None:
-        """Copies the state off the devices and returns; writing goes on in the background."""
-        optimizer = {"opt_state": state.opt_state, "step": state.step}
-        items = ocp.args.Composite(params=ocp.args.PyTreeSave(state.params), optimizer=ocp.args.PyTreeSave(optimizer))
-        with self._saving():
-            if step != self._manager.latest_step():
-                self._manager.save(step, args=items, force=True)
-
     def restore(self, step: int, state: Any) -> Any:
-        """The state after `step` steps, onto the shapes and shardings of `state`."""
+        """The state after `step` steps, with the shapes, dtypes and shardings of `state`."""
         optimizer = {"opt_state": state.opt_state, "step": state.step}
 
         def request(tree: Any) -> ocp.args.PyTreeRestore:
@@ -381,12 +450,12 @@ class RunCheckpoints:
         return type(state)(**values)
 
     def stop_at(self, requested: Callable[[], bool]) -> Callable[[int], bool]:
-        """Whether to end after a step: by this process's own signal or, of several, when all have agreed to."""
+        """Function: step -> whether to end after it, the same on all processes.
+
+        Args:
+          requested: whether a signal asked this process to end. Of several processes, JAX's own handler makes all end
+            after the same step.
+        """
         if jax.process_count() == 1:
             return lambda step: requested()
         return self._manager.reached_preemption
-
-    def wait(self) -> None:
-        """Returns when everything is on disk."""
-        with self._saving():
-            self._manager.wait_until_finished()

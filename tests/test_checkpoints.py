@@ -1,12 +1,16 @@
 """Checkpoints on disk: complete or not there, restored as asked, errors that name everything."""
 
+import contextlib
 import json
+import logging
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -238,7 +242,6 @@ def test_no_checkpoint_there(what, saved, tmp_path):
         checkpoints.abstract(folder)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads still in flight
 @pytest.mark.parametrize("damage", ["removed", "truncated"])
 def test_damaged_files(damage, saved, tmp_path):
     """tensorstore's own errors become ours."""
@@ -277,6 +280,44 @@ def test_a_leaf_that_fails(error, tmp_path, capfd):
     assert names(tmp_path) == []
     assert read[-1] == "bad"
     assert capfd.readouterr() == ("", "")
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """Files cannot grow beyond `size` bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_is_raised_and_not_printed(background, tmp_path, capfd, caplog):
+    """Nothing on the terminal, although many writes fail at once; what reports errors elsewhere is as before."""
+    rng = np.random.default_rng(0)
+    tree = {str(i): jnp.asarray(rng.normal(size=(100, 100)).astype(np.float32)) for i in range(40)}
+    state = SimpleNamespace(params=tree, opt_state={"moments": tree}, step=jnp.zeros(()), frozen={})
+    logger = logging.getLogger("absl")
+    reported = []
+    hook, filters = sys.unraisablehook, list(logger.filters)
+    saver = checkpoints.RunCheckpoints(tmp_path / "run", 2)
+    try:
+        sys.unraisablehook = reported.append
+        with largest_file(2**18), pytest.raises(CheckpointError, match=r"cannot be written \(File too large\)"):
+            if background:
+                saver.save(1, state)
+                saver.wait()
+            else:
+                saver.save_frozen(tree)
+        assert sys.unraisablehook == reported.append and logger.filters == filters and reported == []
+    finally:
+        sys.unraisablehook = hook
+    assert capfd.readouterr() == ("", "") and not caplog.records
+    saver.save(1, state)
+    saver.wait()
+    assert saver.latest() == 1
 
 
 MEMORY = """

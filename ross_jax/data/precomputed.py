@@ -26,6 +26,7 @@ from grain.sources import ArrayRecordDataSource
 from ross_jax.config import UserError
 from ross_jax.data.images import ImageError
 from ross_jax.tree import flatten
+from ross_jax.upgrade import upgrade
 
 MANIFEST = "cache.json"
 FORMAT = 1
@@ -160,7 +161,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A manifest.
+    """A manifest, in today's names.
 
     Raises:
       UserError: it is damaged, or of another version.
@@ -174,7 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged, {sorted(_KEYS - values.keys())} are not in it; make it anew")
     if found != FORMAT:
         raise UserError(f"{path}: format {found}, this version reads {FORMAT}; make it anew with launch/cache.py")
-    return values
+    return upgrade(MANIFEST, values)
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

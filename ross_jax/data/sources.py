@@ -263,7 +263,7 @@ class ImageSource:
         self._names = self._store.names()
         if not self._names:
             raise UserError(f"{path}: no picture in it")
-        self.fingerprint = _hash("images", *self._names)
+        self.fingerprint = _hash("pictures", *self._names)  # caches hold it, so its first word stays
 
     def __len__(self) -> int:
         return len(self._names)

@@ -46,7 +46,6 @@ def run(*arguments: str | Path, before: str = "", **options) -> subprocess.Compl
 def main(monkeypatch, capsys):
     """The script's main function in this process: (arguments) -> exit status, output, error output."""
     module = load_script("convert")
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         try:
