@@ -18,18 +18,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
-
 from ross_jax.bench import data, step
-from ross_jax.config import UserError, from_dict
+from ross_jax.command_line import load_recipe
+from ross_jax.config import UserError
 from ross_jax.data.images import ImageConfig
 from ross_jax.data.packing import PackingConfig
-from ross_jax.training.recipe import RunConfig
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY))  # recipes import one another as configs.NAME
-
+RECIPE = Path(__file__).parents[1] / "configs" / "bench.py"
 Figures = dict[str, float | int | str]
 MEASURES = {None: step.measure, "torch": step.against_torch, "padding": step.against_padding}
 
@@ -79,7 +74,8 @@ def add_step(parser: argparse.ArgumentParser) -> None:
         "Runs a recipe's train step on the devices of this machine, on random parameters and packed rows of made-up "
         "conversations whose lengths resemble LLaVA-1.5's stage 2."
     )
-    parser.epilog = "--config=RECIPE (default: configs/bench.py) and --config.FIELD=VALUE, as launch/train.py has them."
+    parser.epilog = "--config.FIELD=VALUE overrides a field of the recipe, as in launch/train.py."
+    parser.add_argument("--config", default=str(RECIPE), metavar="RECIPE", help="default: configs/bench.py")
     parser.add_argument("--compare", choices=[name for name in MEASURES if name], help="in turns with this")
     parser.add_argument("--repeats", type=int, default=5, help="steps to time, of which the median counts")
     parser.add_argument("--rows", type=int, help="of a step; default: those that hold config.data.batch conversations")
@@ -92,22 +88,7 @@ def run_step(arguments: argparse.Namespace, others: list[str]) -> Figures:
         raise UserError(f"--rows {arguments.rows}: must be at least 1")
     if arguments.compare == "torch":
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two share the memory of a GPU
-    return MEASURES[arguments.compare](read_recipe(others), arguments.repeats, arguments.rows)
-
-
-def read_recipe(arguments: list[str]) -> RunConfig:
-    """The recipe that `--config` and `--config.FIELD` name."""
-    values, argv = flags.FlagValues(), ["bench", *arguments]
-    recipe = config_flags.DEFINE_config_file(
-        "config", str(REPOSITORY / "configs/bench.py"), flag_values=values, sys_argv=argv, lock_config=True
-    )
-    try:
-        rest, found = values(argv)[1:], recipe.value.to_dict()
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        raise UserError(" ".join(map(str, error.args)) or str(error)) from error
-    if rest:
-        raise UserError(f"unexpected arguments {rest}")
-    return from_dict(RunConfig, found)
+    return MEASURES[arguments.compare](load_recipe(arguments.config, others), arguments.repeats, arguments.rows)
 
 
 Run = Callable[[argparse.Namespace, list[str]], Figures]

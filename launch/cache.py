@@ -14,16 +14,13 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from ross_jax import command_line
 from ross_jax.config import UserError, from_dict
 from ross_jax.training.precompute import CacheConfig, precompute, sizes
 from ross_jax.training.recipe import RunConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes import one another as configs.NAME
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe of configs/.", lock_config=True)
+_CONFIG = command_line.define_recipe()
 _OUTPUT = flags.DEFINE_string("output", None, "The cache's folder.")
 _WHAT = flags.DEFINE_list("what", ["targets"], "What is computed: targets, features, or both with a comma.")
 _ROWS = flags.DEFINE_integer("rows", 64, "Pictures that are computed at once.")

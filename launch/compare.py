@@ -12,9 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are imported as configs.NAME
-
-from configs import comparison as recipe
+from ross_jax.command_line import import_recipe, load_recipe
 from ross_jax.config import UserError
 from ross_jax.demo.autoencoder import FitConfig
 from ross_jax.demo.comparison import draw, markdown, rows
@@ -22,14 +20,17 @@ from ross_jax.demo.prepare import prepare
 from ross_jax.demo.report import run_folder, summarise
 from ross_jax.demo.running import Interrupted, say, train
 
+RECIPE = Path(__file__).parents[1] / "configs" / "comparison.py"
+
 
 def train_arm(root: Path, stage: str, kind: str, seed: int) -> None:
     """Trains the base of a seed or one arm, or continues it."""
     folder = run_folder(root, "base", seed, "pretrain") if stage == "base" else run_folder(root, kind, seed, "finetune")
-    train(recipe.get_config(f"stage={stage},kind={kind},seed={seed},root={root}"), folder)
+    train(load_recipe(f"{RECIPE}:stage={stage},kind={kind},seed={seed},root={root}"), folder)
 
 
 def main(argv: list[str] | None = None) -> int:
+    recipe = import_recipe(RECIPE)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=recipe.KINDS, default=recipe.KINDS, metavar="KIND")
     parser.add_argument("--seeds", type=int, nargs="+", default=recipe.SEEDS, metavar="SEED")

@@ -13,9 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes are imported as configs.NAME
-
-from configs import demo as recipe
+from ross_jax.command_line import import_recipe, load_recipe
 from ross_jax.config import UserError
 from ross_jax.demo.autoencoder import FitConfig
 from ross_jax.demo.dataset import DatasetConfig
@@ -33,16 +31,18 @@ from ross_jax.demo.report import (
 from ross_jax.demo.running import Interrupted, say, train
 from ross_jax.process import peak_memory
 
+RECIPE = Path(__file__).parents[1] / "configs" / "demo.py"
+
 
 def train_stage(root: Path, kind: str, seed: int, stage: str) -> None:
     """Trains one stage of one model, or continues it."""
-    config = recipe.get_config(f"stage={stage},kind={kind},seed={seed},root={root}")
+    config = load_recipe(f"{RECIPE}:stage={stage},kind={kind},seed={seed},root={root}")
     train(config, run_folder(root, kind, seed, stage))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kind = {"choices": recipe.CHOICES["kind"], "default": ["denoise"], "metavar": "KIND"}
+    kind = {"choices": import_recipe(RECIPE).CHOICES["kind"], "default": ["denoise"], "metavar": "KIND"}
     parser.add_argument("--kind", nargs="+", help=f"of reconstruction: {', '.join(kind['choices'])}", **kind)
     parser.add_argument("--baseline", action="store_true", help="also train without reconstruction, and compare")
     parser.add_argument("--denoiser", action="store_true", help="then tune Ross's denoiser alone, on pictures alone")

@@ -35,9 +35,7 @@ from ross_jax.plan.report import text  # noqa: E402
 from ross_jax.plan.targets import open_target  # noqa: E402
 from ross_jax.training.recipe import RunConfig  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes import one another as configs.NAME
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe of configs/.", lock_config=True)
+_CONFIG = command_line.define_recipe()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:8x8, v5p:4x4x4, 2xv5e:8x8 (slices), h100:1x1x8, ...")
 _OBJECTIVE = flags.DEFINE_enum("objective", "train", ["train", "generate"], "The step, or prefill and decoding.")
 _SEARCH = flags.DEFINE_bool("search", False, "Compare meshes, remat policies and batch sizes, and rank them.")
@@ -64,7 +62,7 @@ def main() -> int:
         if target.is_tpu:
             without_gpus()
         options = Options(
-            recipe=_recipe(),
+            recipe=config_flags.get_config_filename(flags.FLAGS["config"]),
             objective=_OBJECTIVE.value,
             rows=_ROWS.value,
             tokens=_TOKENS.value,
@@ -95,12 +93,6 @@ def main() -> int:
         print(f"error: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
         return 1
     return 0 if best.fits else 1
-
-
-def _recipe() -> str:
-    """`configs/ross.py:llm=qwen2_7b` as it was given."""
-    given = config_flags.get_config_filename(flags.FLAGS["config"])
-    return next((arg.split("=", 1)[1] for arg in sys.argv if arg.lstrip("-").startswith("config=")), given)
 
 
 if __name__ == "__main__":

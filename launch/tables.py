@@ -13,7 +13,6 @@ source code: the same command goes on where it was cut off, and a change of the 
 import dataclasses
 import functools
 import hashlib
-import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ prepare()
 from absl import flags  # noqa: E402
 
 from ross_jax import command_line  # noqa: E402
-from ross_jax.config import UserError, from_dict, nearest  # noqa: E402
+from ross_jax.config import UserError, nearest  # noqa: E402
 from ross_jax.plan.kept import Case, Plans  # noqa: E402
 from ross_jax.plan.report import Report, summary  # noqa: E402
 from ross_jax.plan.search import largest_batch  # noqa: E402
@@ -35,7 +34,6 @@ from ross_jax.plan.targets import GIB, open_target  # noqa: E402
 from ross_jax.training.recipe import RunConfig  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # recipes import one another as configs.NAME
 
 _TABLES = flags.DEFINE_list("tables", ["costs", "kinds", "batches", "scaling", "recipes"], "Which.")
 _OUTPUT = flags.DEFINE_string("output", "tables.md", "The Markdown file.")
@@ -66,8 +64,7 @@ def planned(case: Case) -> Report:
 def read_recipe(recipe: str) -> RunConfig:
     """`NAME:ARGUMENTS` of configs/."""
     name, _, arguments = recipe.partition(":")
-    get_config = importlib.import_module(f"configs.{name}").get_config
-    return from_dict(RunConfig, get_config(*filter(None, [arguments])).to_dict())
+    return command_line.load_recipe(f"{ROOT}/configs/{name}.py:{arguments}")
 
 
 def _step(report: Report) -> float:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from ross_jax import command_line
 from ross_jax.config import UserError, from_dict, to_dict
@@ -26,9 +25,7 @@ from ross_jax.training.profile import parse_steps, tracing
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run, flatten_config
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes import one another as configs.NAME
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe of configs/.", lock_config=True)
+_CONFIG = command_line.define_recipe()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, shared by all hosts.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Train together with the other processes of a cluster.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX does not find it.")

@@ -1,11 +1,136 @@
-"""What the launchers with absl flags share: whatever is wrong with flags or recipe ends in one line."""
+"""What the launchers share: recipes by path, overrides of their fields, and mistakes that end in one line.
 
+    config = load_recipe("configs/ross.py:encoder=siglip,llm=qwen2_7b", ["--config.data.batch=64"])
+
+A recipe is a Python file with a function `get_config` that returns a `ConfigDict`. What stands after the colon is the
+function's argument. `--config.FIELD=VALUE` overrides a field, on the command line and here.
+"""
+
+import contextlib
+import importlib.util
+import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from absl import app, flags
+from ml_collections import ConfigDict, config_flags
 
-from ross_jax.config import UserError
+from ross_jax.config import ConfigError, UserError, from_dict, nearest
+from ross_jax.training.recipe import RunConfig
+
+_PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+_FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError)
+"""What absl and ml_collections raise for flags that do not exist or do not fit."""
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a run.
+
+    Args:
+      recipe: `PATH` or `PATH:ARGUMENTS`.
+      overrides: `--config.FIELD=VALUE`, as on a launcher's command line.
+
+    Raises:
+      UserError: no such file, a file that fails, no such field, or a value that does not fit.
+    """
+    values, argv = flags.FlagValues(), ["", f"--config={recipe}", *overrides]
+    try:
+        holder = define_recipe(values, argv)
+        rest = values(argv)[1:]
+    except _FLAG_ERRORS as error:
+        raise UserError(_message(error)) from error
+    if rest:
+        raise UserError(f"unexpected arguments {rest}")
+    return from_dict(RunConfig, holder.value.to_dict())
+
+
+def define_recipe(values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None) -> flags.FlagHolder:
+    """Defines the flag `--config` of a launcher; its value is the recipe's locked `ConfigDict`, overrides included.
+
+    Args:
+      values: where the flag is defined.
+      argv: searched for overrides. None: the command line of this process.
+    """
+    help_text = "PATH or PATH:ARGUMENTS of a recipe; --config.FIELD=VALUE overrides a field."
+    holder = config_flags.DEFINE_config_file("config", None, help_text, values, sys_argv=argv)
+    values["config"].parser = _RecipeParser(argv)  # ml_collections' own shows tracebacks, and sets no import path
+    return holder
+
+
+class _RecipeParser(flags.ArgumentParser):
+    def __init__(self, argv: list[str] | None):
+        self._argv = argv
+
+    def parse(self, argument: str) -> ConfigDict:
+        path, *arguments = argument.split(":", 1)
+        recipe = import_recipe(path)
+        with _running(Path(path)):
+            config = recipe.get_config(*arguments)
+        if not isinstance(config, ConfigDict):
+            raise UserError(f"{path}: get_config() returns {type(config).__name__}, not ConfigDict")
+        _check_fields(config, sys.argv if self._argv is None else self._argv)
+        return config.lock()
+
+
+def _check_fields(config: ConfigDict, argv: Sequence[str]) -> None:
+    """Raises ConfigError for an override of a field that does not exist. ml_collections does not name the section."""
+    for argument in argv:
+        match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        node, path = config, "config"
+        for name in match[1].split(".") if match else ():
+            if not isinstance(node, ConfigDict):
+                break
+            if name not in node:
+                raise ConfigError(f"{path}.{name}: no such field{nearest(name, node)}")
+            node, path = node[name], f"{path}.{name}"
+
+
+def import_recipe(path: str | Path) -> ModuleType:
+    """The module of a recipe's file.
+
+    Recipes may build on one another: `from configs import ross` finds the folder `configs` beside the recipe's own
+    folder, or in this repository.
+
+    Raises:
+      UserError: no such file, a file that fails, or one without `get_config`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = nearest(path.name, (file.name for file in path.parent.glob("*.py")))
+        raise UserError(f"{path}: no such file{near}")
+    loader = SourceFileLoader(f"recipe_{path.stem}", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[loader.name] = module  # dataclasses look their module up
+    with _running(path):
+        loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"{path}: has no function get_config, which returns a recipe's config")
+    return module
+
+
+@contextlib.contextmanager
+def _running(path: Path) -> Iterator[None]:
+    """While code of a recipe runs: what it may import, and what becomes of its exceptions."""
+    before = sys.path
+    sys.path = [str(path.resolve().parents[1]), str(_PACKAGE_ROOT), *before]
+    try:
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path = before
 
 
 def run(main: Callable[[], int], required: Sequence[str]) -> None:
@@ -21,13 +146,17 @@ def run(main: Callable[[], int], required: Sequence[str]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        sys.exit(_failure(" ".join(map(str, error.args)) or error))
+    except (UserError, *_FLAG_ERRORS) as error:
+        sys.exit(_failure(_message(error)))
     if len(rest) > 1:
         sys.exit(_failure(f"unexpected arguments {rest[1:]}"))
     return rest
 
 
-def _failure(text: object) -> int:
+def _message(error: BaseException) -> str:
+    return " ".join(map(str, error.args)) or str(error)
+
+
+def _failure(text: Any) -> int:
     print(f"error: {text}", file=sys.stderr)
     return 1

@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from ross_jax import checkpoints
+from ross_jax.config import to_dict
 from ross_jax.tree import flatten
+from tiny_model import SIZED
 from tokenizer_fixtures import byte_level_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -27,17 +29,11 @@ needs_cuda = pytest.mark.skipif(
 )
 
 RECIPE = """
-import sys
-sys.path[:0] = [{repository!r}, {tests!r}]
-import dataclasses
-from ross_jax.config import to_dict
 from ross_jax.training.recipe import complete
-from tiny import CONFIG
 
 def get_config():
-    model = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=320))
     return complete({{
-        "model": to_dict(model),
+        "model": {model!r},
         "text": {{"template": "qwen_2", "tokenizer": {data!r} + "/tokenizer"}},
         "data": {{
             "sources": [{{"path": {data!r} + "/data.json", "images": [{data!r}]}}],
@@ -75,7 +71,7 @@ def write_recipe(folder: Path) -> Path:
     (folder / "data.json").write_text(json.dumps(make_records()))
     byte_level_tokenizer().save_pretrained(folder / "tokenizer")
     path = folder / "recipe.py"
-    path.write_text(RECIPE.format(repository=str(REPOSITORY), tests=str(REPOSITORY / "tests"), data=str(folder)))
+    path.write_text(RECIPE.format(model=to_dict(SIZED), data=str(folder)))
     return path
 
 

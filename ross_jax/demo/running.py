@@ -3,9 +3,6 @@
 import sys
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from ross_jax.config import from_dict
 from ross_jax.evaluation.reconstruction import make_evaluator
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run
@@ -20,7 +17,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def train(recipe: ConfigDict, folder: Path) -> None:
+def train(config: RunConfig, folder: Path) -> None:
     """Trains a recipe to its end, or continues it.
 
     Raises:
@@ -28,6 +25,6 @@ def train(recipe: ConfigDict, folder: Path) -> None:
       UserError: as `Run`.
     """
     say(f"{folder}: training")
-    run = Run(from_dict(RunConfig, recipe.to_dict()), folder)
-    if run.train(evaluate=make_evaluator(run.config, run.mesh)) < run.steps:
+    run = Run(config, folder)
+    if run.train(evaluate=make_evaluator(config, run.mesh)) < run.steps:
         raise Interrupted

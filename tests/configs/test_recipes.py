@@ -3,14 +3,10 @@
 import dataclasses
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import jax
 import pytest
-from absl import flags
 from jax.sharding import AbstractMesh, AxisType
-from ml_collections import config_flags
 
 from configs import language_only, llava, ross
 from ross_jax.config import ConfigError, from_dict
@@ -110,20 +106,6 @@ def test_expected_losses():
     assert low < 0.3 and high > 1
     assert ross.get_config("stage=finetune").loop.expected_reconstruction == (0.1, 0.3)
     assert llava.get_config().loop.expected_reconstruction is None
-
-
-def test_a_flag_can_set_what_is_none(monkeypatch):
-    """Fields whose default is None too, as any other; values are of the field's type."""
-    changes = ["--config.data.packing.supervised=100", "--config.loop.expected_reconstruction=(0.1, 0.2)"]
-    monkeypatch.setattr("sys.argv", ["train", f"--config={Path(llava.__file__)}", *changes])
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    values(sys.argv)
-    config = from_dict(RunConfig, holder.value.to_dict())
-    assert (config.data.packing.supervised, config.loop.expected_reconstruction) == (100, (0.1, 0.2))
-    assert from_dict(RunConfig, llava.get_config().to_dict()).data.packing.supervised is None
-    with pytest.raises(TypeError):
-        llava.get_config().data.packing.supervised = "many"
 
 
 def test_learning_rates_of_stage_one():

@@ -112,7 +112,7 @@ def test_what_cannot_be_trained(flag, message, recipe, cache, tmp_path):
             r"config.optimizer.learning_rat: no such field \(did you mean 'learning_",
         ),
         ('"step"', '"stp"', r"config.stp: no such field \(did you mean 'step'\?\)"),
-        ("from tiny import CONFIG", "from tiny import CONFIGS", "cannot import name 'CONFIGS' from 'tiny'"),
+        ("import complete", "import completed", r"recipe.py, line 2: ImportError: cannot import name 'completed' from"),
     ],
 )
 def test_recipes_that_are_none(before, after, message, recipe, tmp_path):
