@@ -32,7 +32,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "image_preprocessing"
 RECORDS = json.loads((GOLDEN / "records.json").read_text())
 SLICES = load_file(GOLDEN / "slices.safetensors")
 LAST_BITS = 8e-7
-"""Absolute tolerance of a normalised value, at most 2.7: a few roundings of float32, where XLA orders operations anew."""
+"""Absolute tolerance of normalised values, at most 2.7: XLA may round in another order than NumPy."""
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
