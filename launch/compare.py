@@ -1,9 +1,9 @@
-"""Compares the kinds of reconstruction where answers are scarce and pictures are many: the paper's table, in miniature.
+"""Compares the kinds of objective where labels are scarce and pictures plentiful: the paper's table in miniature.
 
   python launch/compare.py [--kinds none denoise] [--seeds 0 1 2 3 4] [--quick] [--root runs/comparison]
 
-The regime is in configs/comparison.py. Writes table.md, table.png and scores.json. Interrupted, the same command
-continues where it was.
+configs/comparison.py has the recipe. Writes table.md, table.png and scores.json. After an interruption the same command
+continues.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RECIPE = Path(__file__).parents[1] / "configs" / "comparison.py"
 
 
 def train_arm(root: Path, stage: str, kind: str, seed: int) -> None:
-    """Trains the base of a seed or one arm, or continues it."""
+    """Trains or continues a seed's base or one arm."""
     folder = run_folder(root, "base", seed, "pretrain") if stage == "base" else run_folder(root, kind, seed, "finetune")
     train(load_recipe(f"{RECIPE}:stage={stage},kind={kind},seed={seed},root={root}"), folder)
 
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=recipe.KINDS, default=recipe.KINDS, metavar="KIND")
     parser.add_argument("--seeds", type=int, nargs="+", default=recipe.SEEDS, metavar="SEED")
-    parser.add_argument("--quick", action="store_true", help="little data: to see that all runs; nothing is learned")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="of all that is written (default runs/comparison)")
+    parser.add_argument("--quick", action="store_true", help="very little data, to check that everything runs")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="folder to write to (default runs/comparison)")
     args = parser.parse_args(argv)
     root = args.root or Path("runs/comparison-quick" if args.quick else "runs/comparison")
     dataset, fit = recipe.DATASET, FitConfig()
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {error}")
         return 1
     except Interrupted:
-        say("interrupted; the same command continues")
+        say("interrupted; run the same command to continue")
         return 130
     print(markdown(table))
     for name in ("table.md", "table.png", "scores.json"):

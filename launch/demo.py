@@ -1,10 +1,8 @@
-"""The demo: makes its data, trains both stages, and shows what was learned.
-
-`bash launch/demo.sh` sets everything up first.
+"""The demo: makes a data set, trains a tiny Ross in both stages, and reports what it learned.
 
   python launch/demo.py [--kind latent] [--baseline] [--denoiser] [--seeds 0 1 2] [--quick] [--root runs/demo]
 
-Interrupted, the same command continues where it was.
+`bash launch/demo.sh` does the same and installs everything first. After an interruption the same command continues.
 """
 
 import argparse
@@ -35,7 +33,7 @@ RECIPE = Path(__file__).parents[1] / "configs" / "demo.py"
 
 
 def train_stage(root: Path, kind: str, seed: int, stage: str) -> None:
-    """Trains one stage of one model, or continues it."""
+    """Trains or continues one stage of one model."""
     config = load_recipe(f"{RECIPE}:stage={stage},kind={kind},seed={seed},root={root}")
     train(config, run_folder(root, kind, seed, stage))
 
@@ -43,17 +41,17 @@ def train_stage(root: Path, kind: str, seed: int, stage: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kind = {"choices": import_recipe(RECIPE).CHOICES["kind"], "default": ["denoise"], "metavar": "KIND"}
-    parser.add_argument("--kind", nargs="+", help=f"of reconstruction: {', '.join(kind['choices'])}", **kind)
+    parser.add_argument("--kind", nargs="+", help=f"objective: {', '.join(kind['choices'])} (default denoise)", **kind)
     parser.add_argument("--baseline", action="store_true", help="also train without reconstruction, and compare")
-    parser.add_argument("--denoiser", action="store_true", help="then tune Ross's denoiser alone, on pictures alone")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the runs (default 0)")
-    parser.add_argument("--quick", action="store_true", help="little data: to see that all runs; nothing is learned")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="of all that is written (default runs/demo)")
+    parser.add_argument("--denoiser", action="store_true", help="then train the denoiser alone, without text")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="default 0")
+    parser.add_argument("--quick", action="store_true", help="very little data, to check that everything runs")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="folder to write to (default runs/demo)")
     args = parser.parse_args(argv)
     root = args.root or Path("runs/demo-quick" if args.quick else "runs/demo")
     kinds = list(dict.fromkeys([*args.kind, *(["none"] if args.baseline else [])]))
     if args.denoiser and "denoise" not in kinds:
-        parser.error(f"--denoiser: of --kind {' '.join(kinds)} none has a denoiser")
+        parser.error(f"--denoiser: --kind {' '.join(kinds)} has no denoiser; add the kind denoise")
     started = time.perf_counter()
     try:
         dataset = DatasetConfig(pretrain=64, finetune=64, heldout_per_type=12) if args.quick else DatasetConfig()
@@ -73,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {error}")
         return 1
     except Interrupted:
-        say("interrupted; the same command continues")
+        say("interrupted; run the same command to continue")
         return 130
     cost = {
         "seconds": round(time.perf_counter() - started, 1),

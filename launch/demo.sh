@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Sets everything up, trains a tiny Ross on real pictures on the CPU, and shows what it learned, under runs/demo.
+# Installs everything, trains a tiny Ross on real pictures on the CPU, and reports what it learned, under runs/demo.
 # Usage: bash launch/demo.sh [--kind KIND ...] [--denoiser] [--baseline] [--seeds 0 1 2] [--quick] [--root DIR]
-#   --kind: of reconstruction, denoise (default), pixel, latent, latent2pixel or none
-#   --denoiser: then the denoiser alone     --baseline: also without reconstruction     --quick: little data, to see that all runs
+#   --kind      objective: denoise (default), pixel, latent, latent2pixel or none
+#   --denoiser  afterwards train the denoiser alone     --baseline  also train without reconstruction
+#   --quick     very little data, to check that everything runs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash launch/setup.sh
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-# Huge pages save a quarter of the time.
+# Huge pages make training on a CPU faster.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 exec .venv/bin/python launch/demo.py "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv, or brings it up to date, with everything that tests and demo need. A second run takes seconds.
-# Usage: bash launch/setup.sh [extra ...]     extras of setup.py beyond test and demo: tpu, cuda, parity
+# Usage: bash launch/setup.sh [extra ...]     extras of setup.py beyond test and demo: tpu, cuda, cuda13, parity
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,7 +30,7 @@ if [ ! -x $venv/bin/python ]; then
   rm -f $stamp
 fi
 
-# What is installed stays: a run that asks for fewer extras takes nothing away.
+# Extras that an earlier run installed are kept.
 installed=$(cat $stamp 2>/dev/null || true)
 # shellcheck disable=SC2046  # a word per extra
 wanted=$(printf '%s\n' "${extras[@]}" $(echo "$installed" | sed -n 's/^extras: //p') | sort -u | paste -sd, -)

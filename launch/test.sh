@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets everything up and passes the tests.
+# Installs everything, then runs lint and tests.
 # Usage: bash launch/test.sh [--all] [pytest arguments]     --all adds the slow ones
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,6 +13,6 @@ bash launch/setup.sh
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .
-# Two workers, one file each at a time: what a file compiles, its tests share. None takes the place of one that
-# crashed: it would wait for ever where that left off.
+# Two workers, each with whole files, because the tests of a file share what they compile. A crashed worker ends the
+# run: a replacement would repeat the test that crashed it.
 exec .venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 "${select[@]}" "$@"

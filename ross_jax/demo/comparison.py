@@ -1,4 +1,4 @@
-"""The table of the comparison: kinds of reconstruction by accuracy and by what their visual outputs hold."""
+"""The comparison's table: accuracy and reconstruction quality of each kind of objective, over seeds."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ross_jax.config import UserError
+from ross_jax.demo.figures import new_figure
 from ross_jax.objectives.reconstruction import find_objective
 
 
@@ -20,31 +20,22 @@ def kind_title(kind: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """A number over seeds.
-
-    Attributes:
-      values: one per seed.
-    """
+    """Values of one score, one per seed."""
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return float(np.mean(self.values))
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of a seed; NaN with one."""
+        """Standard deviation over seeds; NaN for a single seed."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
 
-    @property
-    def error(self) -> float:
-        """Standard error of the mean; NaN with one seed."""
-        return self.deviation / math.sqrt(len(self.values))
-
     def format(self, digits: int, signed: bool = False) -> str:
-        """Mean ± deviation."""
+        """`0.541 ± 0.015`: mean and standard deviation."""
         sign = "+" if signed else ""
         text = f"{self.mean:{sign}.{digits}f}"
         return text if math.isnan(self.deviation) else f"{text} ± {self.deviation:.{digits}f}"
@@ -52,13 +43,15 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kind of reconstruction.
+    """A row of the table: one kind of objective.
 
     Attributes:
-      accuracy: mean over the types of held-out questions.
-      gain: accuracy above that of the same seed without reconstruction; None of `none` itself.
-      psnr, other: of held-out pictures from their own visual outputs, and from another picture's, in dB; None where no
-        picture can be made.
+      kind: the objective's name in recipes.
+      accuracy: accuracy on held-out questions, averaged over question types.
+      gain: accuracy minus that of `none` with the same seed; None for `none` itself.
+      psnr: PSNR in dB of held-out pictures reconstructed from their own visual outputs; None if the kind makes no
+        pictures.
+      other: PSNR in dB of pictures reconstructed from another picture's visual outputs; None likewise.
     """
 
     kind: str
@@ -69,10 +62,10 @@ class Row:
 
 
 def rows(scores: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """The table.
+    """The table's rows, in the order of `scores`.
 
     Args:
-      scores: kind -> seed -> scores of `ross_jax.demo.report.score_run`; the same seeds of every kind.
+      scores: kind -> seed -> result of `ross_jax.demo.report.score_run`. All kinds have the same seeds.
     """
 
     def accuracies(kind: str) -> np.ndarray:
@@ -92,7 +85,7 @@ def rows(scores: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 
 
 def markdown(table: Sequence[Row]) -> str:
-    """The table as Markdown: means over seeds ± standard deviation of a seed."""
+    """The table as Markdown; each cell is mean ± standard deviation over seeds."""
     lines = [
         "| reconstruction | held-out accuracy | above none, seed by seed | PSNR, dB | from another picture's, dB |",
         "|---|---|---|---|---|",
@@ -110,18 +103,12 @@ def markdown(table: Sequence[Row]) -> str:
 
 
 def draw(path: Path, table: Sequence[Row], title: str) -> None:
-    """Writes a PNG: accuracy and PSNR of every kind, a dot per seed and a bar for the mean.
+    """Writes a PNG with accuracy and PSNR of every kind: a bar for the mean and a dot for each seed.
 
     Raises:
       UserError: the `demo` extra is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("the table's figure: matplotlib is not installed; run `pip install -e '.[demo]'`") from error
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11.0, 3.6)
     figure.suptitle(title)
     panels = {"held-out accuracy": "accuracy", "PSNR from visual outputs, dB": "psnr"}
     for panel, (label, name) in zip(figure.subplots(1, 2), panels.items(), strict=True):

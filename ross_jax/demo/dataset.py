@@ -1,11 +1,11 @@
-"""The demo's data set in LLaVA's format, written from photographs once and always with the same bytes.
+"""The demo's data set in LLaVA's format, made from photographs. The same settings always give the same bytes.
 
-images/*.png    64 x 64 scenes
-pretrain.json   a caption for each picture, for stage 1
-finetune.json   several questions about each picture, for stage 2
-heldout.json    one question a record, with its `type` and `answer`, about photographs that training never sees
-labels.json     the same about training photographs: a few, for learning from scarce answers
-unlabelled/     pictures without a word
+images/*.png    scenes of 64 x 64 pixels
+pretrain.json   one caption per picture, for stage 1
+finetune.json   several questions per picture, for stage 2
+heldout.json    one question per record, with its `type` and `answer`, about photographs that training never sees
+labels.json     one question per record, likewise, about training photographs; `configs/comparison.py` trains on it
+unlabelled/     pictures without text; `configs/comparison.py` trains on them
 """
 
 import dataclasses
@@ -29,16 +29,17 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """How much is written.
+    """Size of the data set.
 
     Attributes:
-      seed: of everything random.
-      pretrain, finetune: pictures of the two stages.
-      questions_per_image: most questions about one picture; a conversation in training, single records in the
-        held-out part.
-      heldout_per_type: held-out questions of each type, spread evenly over the answers that the type can have.
-      labels_per_type: the same of `labels.json`.
-      unlabelled: pictures in `unlabelled/`.
+      seed: seed of photographs, crops, marks and questions.
+      pretrain: number of pictures for stage 1.
+      finetune: number of pictures for stage 2.
+      questions_per_image: upper limit on questions about one picture. In `finetune.json` they form one conversation; in
+        `heldout.json` and `labels.json` each is a record.
+      heldout_per_type: number of held-out questions per type, spread evenly over the type's answers.
+      labels_per_type: number of questions per type in `labels.json`, spread likewise.
+      unlabelled: number of pictures in `unlabelled/`.
     """
 
     seed: int = 0
@@ -59,10 +60,10 @@ class DatasetConfig:
 
 
 def write_dataset(folder: str | Path, config: DatasetConfig | None = None) -> bool:
-    """Writes the data set to `folder`, unless it is there already.
+    """Writes the data set to `folder`, unless it exists there already.
 
     Returns:
-      Whether anything was written.
+      Whether the data set was written.
 
     Raises:
       UserError: the `demo` extra is not installed; `folder` holds something else or cannot be written.
@@ -121,7 +122,7 @@ def _finetune(folder: Path, config: DatasetConfig, photographs, rng: np.random.G
 def _balanced(
     folder: Path, name: str, per_type: int, config: DatasetConfig, photographs, rng: np.random.Generator
 ) -> list[Record]:
-    """Single questions, as many of each type, spread evenly over its answers."""
+    """Records of one question each: `per_type` of every type, spread evenly over the type's answers."""
     quotas = {
         (kind, answer): -(-(per_type - i) // len(answers))
         for kind, answers in ANSWERS.items()
@@ -132,12 +133,12 @@ def _balanced(
     images = 0
     while len(records) < sum(quotas.values()):
         scene = random_scene(photographs, rng)
-        wanted = [q for q in possible_questions(scene, rng) if asked[q.type, q.answer] < quotas[q.type, q.answer]]
-        if not wanted:
+        missing = [q for q in possible_questions(scene, rng) if asked[q.type, q.answer] < quotas[q.type, q.answer]]
+        if not missing:
             continue
         image = _save(folder, f"{name}_{images:05d}", scene)
         images += 1
-        for question in _rarest(wanted, asked, config.questions_per_image):
+        for question in _rarest(missing, asked, config.questions_per_image):
             asked[question.type, question.answer] += 1
             turns = _turns([(question.text, question.answer)])
             record = _record(f"{name}_{len(records):05d}", image, scene, turns)
@@ -146,7 +147,7 @@ def _balanced(
 
 
 def _rarest(candidates: list[Question], asked: Counter[tuple[str, str]], count: int) -> list[Question]:
-    """The `count` candidates whose answers were asked for least, as a share of an even spread over their type."""
+    """The `count` candidates whose answers have come up least so far, relative to an even spread over their type."""
     return sorted(candidates, key=lambda q: asked[q.type, q.answer] * len(ANSWERS[q.type]))[:count]
 
 

@@ -1,4 +1,4 @@
-"""What a trained demo model knows about photographs that training never saw: its answers, and its reconstructions."""
+"""Evaluation of a trained demo model on held-out photographs: answers to questions, and reconstructions."""
 
 import dataclasses
 import json
@@ -20,19 +20,20 @@ from ross_jax.inference.reconstruct import autoencode, outputs_of_images, target
 from ross_jax.objectives.reconstruction import reconstructor
 
 LONGEST_ANSWER = 6
-"""Tokens; the longest right one has three, its stop token included."""
+"""Tokens to generate. The longest correct answer takes three, stop token included."""
 ROWS = 60
+"""Pictures computed at once."""
 IMAGES = 32
-"""Held-out pictures that are reconstructed."""
+"""Number of held-out pictures to reconstruct."""
 
 
 def read_heldout(data: Path) -> list[dict[str, Any]]:
-    """The held-out questions of a data set."""
+    """Records of a data set's held-out questions."""
     return json.loads((data / "heldout.json").read_text())
 
 
 def read_images(model: Model, data: Path, records: list[dict[str, Any]]) -> list[UInt8[np.ndarray, "side side 3"]]:
-    """Each record's picture, resized for the model."""
+    """The picture of each record, resized for the model's vision encoder."""
     names = [record["image"] for record in records]
     made = {
         name: preprocess(decode((data / "images" / name).read_bytes(), name), model.images, name) for name in set(names)
@@ -51,13 +52,13 @@ def answer_heldout(model: Model, data: Path) -> list[Accuracy]:
 
 @dataclasses.dataclass(frozen=True)
 class Reconstructions:
-    """Held-out pictures and what became of them, uint8 [items, side, side, 3].
+    """Held-out pictures and their reconstructions, uint8 [items, side, side, 3].
 
     Attributes:
-      originals: at the autoencoder's size.
-      autoencoder: its own reconstruction, the ceiling; None for a model without one.
-      own: from the picture's visual outputs.
-      other: from those of the picture before it in the list.
+      originals: the pictures, at the size of reconstructions.
+      autoencoder: encoded and decoded by the autoencoder, an upper bound; None for a model without autoencoder.
+      own: reconstructed from each picture's visual outputs.
+      other: reconstructed from the visual outputs of the previous picture in the list, a lower bound.
     """
 
     originals: UInt8[np.ndarray, "items side side 3"]
@@ -66,7 +67,7 @@ class Reconstructions:
     other: UInt8[np.ndarray, "items side side 3"]
 
     def scores(self) -> dict[str, float]:
-        """Mean PSNR of each in dB, and how often a reconstruction is nearest to its own picture."""
+        """`psnr_NAME`: mean PSNR in dB of each attribute; `nearest`: share of `own` nearest to its original."""
         kinds = {"autoencoder": self.autoencoder, "own": self.own, "other": self.other}
         made = {name: images for name, images in kinds.items() if images is not None}
         values = {f"psnr_{name}": float(psnr(images, self.originals).mean()) for name, images in made.items()}
@@ -74,11 +75,13 @@ class Reconstructions:
 
 
 def reconstruct_heldout(model: Model, data: Path, count: int = IMAGES, seed: int = 0) -> Reconstructions:
-    """Reconstructs pictures spread evenly over the held-out ones.
+    """Reconstructs `count` held-out pictures, spread evenly over all of them.
 
     Args:
-      model: with all that its pictures are made by.
-      seed: of the noise; each picture's noise is the same for its own and for the other's visual outputs.
+      model: a model with the components that reconstruct, loaded in float32.
+      data: folder of the data set.
+      count: number of pictures.
+      seed: seed of the noise. `own` and `other` start from the same noise.
     """
     records = list({record["image"]: record for record in read_heldout(data)}.values())
     records = [records[i * len(records) // count] for i in range(min(count, len(records)))]

@@ -1,4 +1,4 @@
-"""Folders that are made once: written whole or not at all, kept while their settings stay, else made anew."""
+"""Folders that are made once. A folder appears complete or not at all, and is remade when its settings change."""
 
 import hashlib
 import json
@@ -13,22 +13,22 @@ STAMP = "stamp.json"
 
 
 def make_once(folder: Path, settings: Mapping[str, Any], make: Callable[[Path], None]) -> bool:
-    """Fills `folder` by `make(empty folder)` unless it already holds what these settings give.
+    """Makes `folder` with `make(empty folder)`, unless an earlier call made it with the same settings.
 
     Args:
-      folder: appears complete, or not at all. What an earlier `make_once` put there with other settings is removed.
-      settings: all that the content depends on, as JSON can hold it; see `file_hash` for code and files.
-      make: fills a folder that is then renamed to `folder`.
+      folder: the folder to make. One that an earlier call made with other settings is removed first.
+      settings: everything that the content depends on, as JSON values; `file_hash` covers code and files.
+      make: fills an empty folder, which is renamed to `folder` afterwards.
 
     Returns:
-      Whether anything was made.
+      Whether `make` was called.
 
     Raises:
       UserError: `folder` holds something else, cannot be written, or is being written by another process.
     """
     folder = Path(folder).absolute()
     stamp = {"settings": json.loads(json.dumps(settings))}
-    found = read_stamp(folder)
+    found = _read_stamp(folder)
     if found == stamp:
         return False
     if found is not None:
@@ -42,8 +42,8 @@ def make_once(folder: Path, settings: Mapping[str, Any], make: Callable[[Path], 
     return True
 
 
-def read_stamp(folder: Path) -> dict[str, Any] | None:
-    """What `make_once` recorded in `folder`; None if it did not make it."""
+def _read_stamp(folder: Path) -> dict[str, Any] | None:
+    """Settings that `make_once` recorded in `folder`; None if `make_once` did not make it."""
     try:
         return json.loads((Path(folder) / STAMP).read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
@@ -51,7 +51,7 @@ def read_stamp(folder: Path) -> dict[str, Any] | None:
 
 
 def file_hash(*files: str | Path) -> str:
-    """SHA-256 over the contents of files, one after the other."""
+    """SHA-256 of the files' contents, in the order given."""
     digest = hashlib.sha256()
     for file in files:
         data = Path(file).read_bytes()

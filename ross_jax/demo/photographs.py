@@ -1,6 +1,6 @@
-"""Real colour photographs, offline: those that the wheels of scikit-image and scikit-learn ship as files.
+"""Real colour photographs that need no download: files in the wheels of scikit-image and scikit-learn.
 
-Neither package is imported; their files are read where pip put them.
+The files are read where pip installed them. Neither package is imported.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class Photograph:
 
     Attributes:
       package: import name of the package.
-      file: path inside it.
-      split: the side of the train / held-out split that all of its crops are on.
+      file: path inside the package.
+      split: the part of the data set that all of the photograph's crops belong to.
     """
 
     package: str
@@ -32,7 +32,7 @@ class Photograph:
 
     @property
     def path(self) -> Path:
-        """Where the file is.
+        """Location of the file.
 
         Raises:
           UserError: the package is not installed, or does not have the file.
@@ -59,11 +59,11 @@ PHOTOGRAPHS = {
     "coffee": Photograph("skimage", "data/coffee.png", "heldout"),
     "pagoda": Photograph("sklearn", "datasets/images/china.jpg", "heldout"),
 }
-"""By name. The two halves of the stereo pair show one scene, so they are on one side."""
+"""Photographs by name. Both pictures of the motorcycle's stereo pair show one scene, so both are for training."""
 
 
 def load_photographs(split: Split) -> dict[str, np.ndarray]:
-    """The photographs of one side of the split: name -> uint8 RGB [height, width, 3].
+    """Photographs of one part: name -> uint8 [height, width, 3], RGB.
 
     Raises:
       UserError: the `demo` extra is not installed.

@@ -1,9 +1,9 @@
-"""What the demo trains on, made once under its root folder.
+"""Preparation of the demo: everything its runs start from, made once under a root folder.
 
 data/          pictures and conversations
-tokenizer/     in Hugging Face layout
-autoencoder/   in diffusers layout
-model/         the autoencoder, imported: where runs start from
+tokenizer/     tokenizer in Hugging Face's layout
+autoencoder/   autoencoder in diffusers' layout
+model/         the autoencoder imported as a model directory, which runs start from
 """
 
 from collections.abc import Callable
@@ -19,15 +19,16 @@ from ross_jax.demo.tokenizer import write_tokenizer
 def prepare(
     root: Path, dataset: DatasetConfig, fit: FitConfig, progress: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Makes whatever is not there yet.
+    """Makes each folder that does not exist yet.
 
     Args:
-      root: of everything that the demo writes.
-      dataset, fit: how much of each.
-      progress: is told what is being made.
+      root: folder that everything is written under.
+      dataset: size of the data set.
+      fit: size and training of the autoencoder.
+      progress: called with a line before each part.
 
     Raises:
-      UserError: the `demo` extra is not installed; something cannot be written.
+      UserError: the `demo` extra is not installed; a folder cannot be written.
     """
     progress(f"{root / 'data'}: pictures and conversations")
     write_dataset(root / "data", dataset)

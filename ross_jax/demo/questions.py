@@ -1,7 +1,7 @@
-"""Questions about scenes, and captions of them, in a vocabulary of some eighty words.
+"""Questions about scenes and captions of scenes, in a vocabulary of about eighty words.
 
-Every answer follows from what was drawn or from the stored pixels, and comes from a small closed set, so that chance
-and the most frequent answer are known for each type.
+Every answer follows from the drawn marks or the stored pixels. Each question type has a small closed set of answers, so
+that the accuracies of guessing and of always giving the most frequent answer are known.
 """
 
 import colorsys
@@ -23,14 +23,14 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "brighter_side": ("left", "right"),
     "brighter_end": ("top", "bottom"),
 }
-"""Question types and the answers that each can have."""
+"""Question type -> possible answers."""
 BRIGHTNESS_MARGIN = 12.0
-"""Halves are compared only if their mean brightness differs by this much, of 255."""
+"""Smallest difference in mean brightness, on a scale of 0 to 255, at which one half of a scene counts as brighter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question of a type of `ANSWERS`, and its answer."""
+    """A question with its answer; `type` is a key of `ANSWERS`."""
 
     type: str
     text: str
@@ -38,7 +38,7 @@ class Question:
 
 
 def possible_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """One question of each type that the scene has a definite answer to; which mark it is about is random."""
+    """One question of each type that has a definite answer in the scene. The mark asked about is random."""
     questions = []
     marks, pixels = scene.marks, scene.pixels
 
@@ -74,14 +74,15 @@ def possible_questions(scene: Scene, rng: np.random.Generator) -> list[Question]
 
 
 def is_left(mark: Mark) -> bool:
-    """Whether the mark is in a left quarter."""
+    """Whether the mark lies in one of the two left quarters."""
     return mark.quarter.endswith("left")
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Sentences in random order: the average colour of each quarter, each mark, their number, what is brighter.
+    """Sentences in random order: mean colour of each quarter, each mark, number of marks, brighter halves.
 
-    Half of the marks are named before their place and half after it, so that a model learns to look up both.
+    A mark's name comes before its place or after it, at random, so that a model learns to find a mark by place and a
+    place by mark.
     """
     sentences = []
     for i, quarter in enumerate(QUARTERS):
@@ -99,12 +100,12 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def brighter_side(pixels: np.ndarray) -> str | None:
-    """`left` or `right`; None if the halves differ by less than `BRIGHTNESS_MARGIN`."""
+    """`left` or `right`; None if the two differ by less than `BRIGHTNESS_MARGIN`."""
     return _brighter(pixels[:, :HALF], pixels[:, HALF:], "left", "right")
 
 
 def brighter_end(pixels: np.ndarray) -> str | None:
-    """`top` or `bottom`; None if the halves differ by less than `BRIGHTNESS_MARGIN`."""
+    """`top` or `bottom`; None if the two differ by less than `BRIGHTNESS_MARGIN`."""
     return _brighter(pixels[:HALF], pixels[HALF:], "top", "bottom")
 
 
@@ -116,7 +117,7 @@ def _brighter(first: np.ndarray, second: np.ndarray, name: str, other: str) -> s
 
 
 def colour_name(area: np.ndarray) -> str:
-    """Tone and hue of the mean of uint8 pixels [height, width, 3], such as `dark blue` or `light grey`."""
+    """Tone and hue of the mean colour of uint8 pixels [height, width, 3], such as `dark blue` or `light grey`."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(area.reshape(-1, 3).mean(axis=0) / 255.0))
     tone = "dark" if value < 0.35 else "light" if value > 0.7 else "medium"
     if saturation < 0.15:

@@ -1,4 +1,4 @@
-"""The demo's report: scores of every model, loss curves, pictures, and `summary.json`."""
+"""The demo's report: scores of every model, loss curves and grids of pictures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS,
 
 STAGES = ("pretrain", "finetune")
 DENOISER = "denoiser"
-"""The stage after them, which is asked for apart."""
+"""Optional stage after `STAGES`, which trains the denoiser alone."""
 NAMES = {
     "denoise": "Ross",
     "pixel": "Ross-R-Pixel",
@@ -24,22 +24,23 @@ NAMES = {
     "latent2pixel": "Ross-R-Latent2Pixel",
     "none": "baseline",
 }
-"""What a kind of reconstruction is called in tables."""
+"""Kind of objective -> name in tables."""
 SHOWN = 8
-"""Pictures in the grid."""
+"""Number of pictures in a grid."""
 _SCORES = "scores.json"
 
 
 def run_folder(root: Path, kind: str, seed: int, stage: str) -> Path:
-    """Where a run lies."""
+    """Directory of a run."""
     return root / kind / f"seed{seed}" / stage
 
 
 def score_run(root: Path, kind: str, seed: int) -> dict[str, Any]:
-    """Scores of a finished model, computed once and kept beside its runs, with its pictures.
+    """Scores a finished model and draws its reconstructions; a second call reads the stored scores.
 
     Returns:
-      `answers`, one entry per question type as `Accuracy`; and `reconstruction`, as `Reconstructions.scores`, or None.
+      `answers`: the fields of an `Accuracy` for each question type. `reconstruction`: `Reconstructions.scores()`, or
+      None for a model that makes no pictures.
     """
     path = root / kind / f"seed{seed}" / _SCORES
     if path.is_file():
@@ -56,7 +57,7 @@ def score_run(root: Path, kind: str, seed: int) -> dict[str, Any]:
 
 
 def score_denoiser(root: Path, seed: int) -> dict[str, float]:
-    """Scores of a model whose denoiser was tuned alone, as `Reconstructions.scores`; computed once, with a grid."""
+    """`Reconstructions.scores()` after stage `DENOISER`, and a grid; a second call reads the stored scores."""
     path = root / "denoise" / f"seed{seed}" / f"{DENOISER}.json"
     if path.is_file():
         return json.loads(path.read_text())
@@ -74,7 +75,7 @@ def _load(root: Path, kind: str, seed: int, stage: str) -> Model:
 
 
 def draw_images(path: Path, images: Reconstructions) -> None:
-    """The grid: one held-out picture in each row."""
+    """Writes a grid with one held-out picture per row."""
     columns = {
         "picture": images.originals,
         "from visual outputs": images.own,
@@ -85,14 +86,14 @@ def draw_images(path: Path, images: Reconstructions) -> None:
 
 
 def read_losses(run: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Both losses that a run has logged: name -> (steps, values)."""
+    """Losses that a run has logged: name -> (steps, values)."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
     return {name: (steps, [line[name] for line in lines]) for name in ("text_loss", "reconstruction_loss")}
 
 
 def draw_losses(path: Path, root: Path, kinds: Sequence[str], seed: int) -> None:
-    """Loss curves of both stages; the reconstruction loss where there is one."""
+    """Draws the loss curves of both stages."""
     curves: dict[str, dict[str, Any]] = {}
     for number, stage in enumerate(STAGES, start=1):
         for kind in kinds:
@@ -104,12 +105,12 @@ def draw_losses(path: Path, root: Path, kinds: Sequence[str], seed: int) -> None
 
 
 def summarise(root: Path, kinds: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Scores of every model: kind -> seed -> scores."""
+    """Scores of every model: kind -> seed -> result of `score_run`."""
     return {kind: {str(seed): score_run(root, kind, seed) for seed in seeds} for kind in kinds}
 
 
 def format_report(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """The report as text: answers by type for each seed, means over seeds, and reconstructions."""
+    """The report as text: accuracy by question type for each seed, means over seeds, and reconstruction scores."""
     parts = []
     for seed in next(iter(scores.values())):
         answers = {NAMES[kind]: [Accuracy(**row) for row in runs[seed]["answers"]] for kind, runs in scores.items()}
@@ -127,7 +128,7 @@ def format_report(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def format_denoisers(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A line for each seed of `score_denoiser`."""
+    """One line per seed; `scores` is seed -> result of `score_denoiser`."""
     return [_reconstruction_line(f"Ross, seed {seed}, denoiser tuned alone", values) for seed, values in scores.items()]
 
 

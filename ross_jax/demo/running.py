@@ -1,4 +1,4 @@
-"""How the demo's launchers run recipes one after another."""
+"""Training of one recipe after another, as the demo's launchers do it."""
 
 import sys
 from pathlib import Path
@@ -9,20 +9,20 @@ from ross_jax.training.run import Run
 
 
 class Interrupted(Exception):
-    """A signal ended a run early; what it saved is continued from."""
+    """A signal ended a run early. The run has saved a checkpoint and can be continued."""
 
 
 def say(text: str) -> None:
-    """Progress goes to stderr, so that stdout stays a result."""
+    """Prints progress to stderr; stdout is for results."""
     print(text, file=sys.stderr, flush=True)
 
 
 def train(config: RunConfig, folder: Path) -> None:
-    """Trains a recipe to its end, or continues it.
+    """Trains a run to its end in `folder`, continuing what is there.
 
     Raises:
-      Interrupted: a signal ended it before.
-      UserError: as `Run`.
+      Interrupted: a signal ended the run before its last step.
+      UserError: whatever `Run` raises.
     """
     say(f"{folder}: training")
     run = Run(config, folder)

@@ -3,7 +3,7 @@
 +-------+-------+
 |  (o)  |       |     quarters: top left, top right, bottom left, bottom right
 +-------+-------+     marks: 20 to 28 pixels across, one flat colour
-|       |   -->  |
+|       |  -->  |
 +-------+-------+
 """
 
@@ -20,7 +20,7 @@ HALF = SIZE // 2
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 SHAPES = ("square", "circle", "cross", "arrow")
 DIRECTIONS = ("up", "left", "down", "right")
-"""Where an arrow points; each is the one before it turned by a quarter against the clock."""
+"""Directions of an arrow, in steps of 90 degrees anticlockwise."""
 COLOURS = {
     "red": (225, 25, 35),
     "green": (25, 175, 45),
@@ -30,9 +30,9 @@ COLOURS = {
     "cyan": (25, 215, 230),
 }
 MARK_SIZES = (20, 28)
-"""Smallest and largest side of a mark's box in pixels."""
+"""Smallest and largest side of a mark's box, in pixels."""
 CROP_SIZES = (64, 256)
-"""Smallest and largest side of a crop in the photograph's pixels."""
+"""Smallest and largest side of a crop, in pixels of the photograph."""
 _MIN_CONTRAST = 10.0
 
 
@@ -41,9 +41,11 @@ class Mark:
     """A drawn mark.
 
     Attributes:
-      quarter, shape, colour: of `QUARTERS`, `SHAPES` and `COLOURS`.
-      direction: of `DIRECTIONS` for an arrow, None for other shapes.
-      top, left, size: its box in pixels.
+      quarter: one of `QUARTERS`.
+      shape: one of `SHAPES`.
+      colour: a key of `COLOURS`.
+      direction: one of `DIRECTIONS` for an arrow; None for other shapes.
+      top, left, size: the mark's box, in pixels of the scene.
     """
 
     quarter: str
@@ -57,12 +59,12 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A picture and what was drawn in it.
+    """A picture and its marks.
 
     Attributes:
-      photo: name of the photograph that the crop is from.
-      pixels: the picture as it is stored.
-      marks: in the order of their quarters.
+      photo: name of the photograph that was cropped.
+      pixels: the picture with its marks.
+      marks: the marks, in the order of `QUARTERS`.
     """
 
     photo: str
@@ -73,7 +75,7 @@ class Scene:
 def random_scene(photographs: dict[str, Image.Image], rng: np.random.Generator, min_marks: int = 1) -> Scene:
     """A crop of a random photograph with `min_marks` to four random marks.
 
-    Two marks have the same colour in half of the scenes that have just two; else colours are drawn one by one.
+    Colours are independent, except that exactly two marks share a colour in half of the cases.
     """
     photo = list(photographs)[rng.integers(len(photographs))]
     pixels = random_crop(photographs[photo], rng)
@@ -86,7 +88,7 @@ def random_scene(photographs: dict[str, Image.Image], rng: np.random.Generator, 
 def random_crop(photo: Image.Image, rng: np.random.Generator) -> UInt8[np.ndarray, "64 64 3"]:
     """A square of random size and place, scaled to `SIZE` pixels and mirrored at random on both axes.
 
-    Squares of nearly one colour, such as empty sky, are drawn again (at most 20 times).
+    A square of nearly one colour, such as empty sky, is replaced by another, at most 20 times.
     """
     smallest, largest = math.log(CROP_SIZES[0]), math.log(CROP_SIZES[1])
     for _ in range(20):
@@ -101,7 +103,7 @@ def random_crop(photo: Image.Image, rng: np.random.Generator) -> UInt8[np.ndarra
 
 
 def brightness(pixels: UInt8[np.ndarray, "height width 3"]) -> float:
-    """Mean over all pixels and channels, 0 to 255."""
+    """Mean over all pixels and channels, on a scale of 0 to 255."""
     return float(pixels.mean())
 
 
@@ -131,7 +133,7 @@ def _draw(pixels: UInt8[np.ndarray, "64 64 3"], mark: Mark) -> None:
 
 
 def _shape(mark: Mark) -> Bool[np.ndarray, "size size"]:
-    """The filled pixels of a mark's box."""
+    """True where a pixel of the mark's box is filled."""
     ticks = (np.arange(mark.size) + 0.5) / mark.size * 2 - 1
     x, y = np.abs(ticks)[None], ticks[:, None]
     if mark.shape == "square":

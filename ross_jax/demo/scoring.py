@@ -1,4 +1,4 @@
-"""Scores of the demo: accuracy by question type."""
+"""Accuracy of the demo's answers, by question type."""
 
 import dataclasses
 import math
@@ -14,16 +14,17 @@ from ross_jax.demo.questions import ANSWERS
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """How well one type of question is answered.
+    """Accuracy on one type of question.
 
     Attributes:
-      type: of the questions.
-      count: questions asked.
-      accuracy: share answered right, 0 to 1.
-      standard_error: of the accuracy.
-      chance: of a guess among the answers that the type can have.
-      most_frequent: accuracy of always giving the most frequent answer of these questions.
-      z: (accuracy - most_frequent) in standard errors of that difference, question by question; 0 if both are equal.
+      type: the question type, a key of `ANSWERS`.
+      count: number of questions.
+      accuracy: share of questions answered correctly, 0 to 1.
+      standard_error: standard error of `accuracy`.
+      chance: accuracy of guessing among the type's possible answers.
+      most_frequent: accuracy of always giving the most frequent answer among these questions.
+      z: (accuracy - most_frequent) divided by the standard error of that difference, paired by question; 0 if both
+        accuracies are equal.
     """
 
     type: str
@@ -41,11 +42,15 @@ def score_answers(
     predictions: Sequence[str],
     choices: Mapping[str, Sequence[str]] = ANSWERS,
 ) -> list[Accuracy]:
-    """Accuracy of each type, in the order of `choices`. A prediction counts if it equals the answer but for spaces.
+    """Accuracy of each question type, in the order of `choices`.
+
+    A prediction is correct if it equals the answer, leading and trailing spaces ignored.
 
     Args:
-      types, answers, predictions: of each question.
-      choices: type -> the answers it can have.
+      types: type of each question.
+      answers: correct answer of each question.
+      predictions: the model's answer to each question.
+      choices: question type -> possible answers.
 
     Raises:
       UserError: lengths differ, or a type or an answer is not in `choices`.
@@ -78,7 +83,7 @@ def score_answers(
 
 
 def standard_error(values: Float[np.ndarray, " items"]) -> float:
-    """Of the mean of `values`: their (population) standard deviation over the root of their number."""
+    """Standard error of the mean: population standard deviation divided by the root of the number of values."""
     return float(values.std() / math.sqrt(len(values)))
 
 
@@ -88,10 +93,10 @@ def _z(differences: Float[np.ndarray, " items"]) -> float:
 
 
 def format_accuracies(results: Mapping[str, Sequence[Accuracy]]) -> str:
-    """A table of one line per question type, and the mean over types.
+    """A table with one line per question type and a last line with the mean over types.
 
     Args:
-      results: name of a model -> its accuracies, of the same types in the same order.
+      results: model name -> accuracies. All models have the same types in the same order.
     """
     header = f"{'question':15}{'count':>6}{'chance':>8}{'frequent':>9}"
     lines = [header + "".join(f"{name:>18}{'z':>7}" for name in results)]

@@ -1,7 +1,7 @@
-"""The demo's tokenizer: the words of its data set as one piece each, and single bytes for everything else.
+"""The demo's tokenizer: one token per word of its data set, and one token per byte for everything else.
 
-So are the system prompt and the role names of the `qwen_2` template, always the same: a tiny model on a CPU would spend
-half of its time reading them.
+The system prompt and the role names of the `qwen_2` template are one token each. They are the same in every
+conversation, and would otherwise take half of the tiny model's time.
 """
 
 import json
@@ -17,23 +17,23 @@ from ross_jax.demo.questions import ANSWERS
 
 MAX_SIZE = 512
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-"""Padding; start and end of a turn, as Qwen's."""
+"""Padding, start of a turn and end of a turn, with Qwen's names."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEMPLATE_PIECES = (QWEN_2_SYSTEM, "USER: ", " ASSISTANT:")
-"""What every conversation repeats."""
+"""Texts that occur in every conversation."""
 _ROLES = "USER: ASSISTANT: USER:\nuser\nassistant\nsystem"
 """Role names of the `qwen_2` and `chatml` templates, with and without a space in front."""
 _BYTE_SCORE, _WORD_SCORE = -10.0, -1.0
 
 
 def write_tokenizer(folder: str | Path, dataset: str | Path) -> bool:
-    """Writes a tokenizer for the data set in the folder `dataset`, in Hugging Face layout, unless it is there already.
+    """Writes a tokenizer for the data set in folder `dataset`, in Hugging Face's layout, unless it exists already.
 
     Returns:
-      Whether anything was written.
+      Whether a tokenizer was written.
 
     Raises:
       UserError: `folder` holds something else or cannot be written.
@@ -49,9 +49,9 @@ def write_tokenizer(folder: str | Path, dataset: str | Path) -> bool:
 
 
 def build_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A tokenizer of at most `MAX_SIZE` entries that can encode any text, and the words of `texts` in one piece each.
+    """A tokenizer of at most `MAX_SIZE` entries that encodes any text, with one token per word of `texts`.
 
-    Words beyond the room there is, the rarest, are spelled in bytes.
+    If there are more words than entries, the rarest words are spelled in bytes.
     """
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     answers = [f" {answer}" for choices in ANSWERS.values() for answer in choices]

@@ -1,11 +1,11 @@
-"""Pictures held against others: scores, and a labelled grid to look at."""
+"""Scores of pictures against their originals, and labelled grids of pictures."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from ross_jax.config import UserError
@@ -15,40 +15,33 @@ _LABEL_HEIGHT = 14
 
 
 def to_uint8(pixels: Float[Array | np.ndarray, "items height width 3"]) -> UInt8[np.ndarray, "items height width 3"]:
-    """Pictures in [-1, 1], or beyond, to uint8."""
+    """Maps pictures from [-1, 1] to uint8; values outside are clipped."""
     return np.asarray(jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)).astype(np.uint8)
 
 
 def psnr(
     images: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
 ) -> Float[np.ndarray, " items"]:
-    """Peak signal-to-noise ratio of each picture in dB; both in units of 0 to 255. Infinite where they are equal."""
+    """Peak signal-to-noise ratio of each picture, in dB; infinite for equal pictures. Values range from 0 to 255."""
     error = np.mean(np.square(images.astype(np.float64) - originals.astype(np.float64)), axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255.0**2 / error)
 
 
-def nearest_originals(
-    images: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
-) -> Int[np.ndarray, " items"]:
-    """For each picture the index of the original with the smallest mean squared error."""
-    flat = images.reshape(len(images), -1).astype(np.float64)
-    others = originals.reshape(len(originals), -1).astype(np.float64)
-    distances = np.square(flat).sum(1)[:, None] - 2 * flat @ others.T + np.square(others).sum(1)
-    return np.argmin(distances, axis=1)
-
-
 def is_nearest(
     images: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
 ) -> Bool[np.ndarray, " items"]:
-    """Whether each picture is nearer to its own original than to every other. The mean is the retrieval accuracy."""
-    return nearest_originals(images, originals) == np.arange(len(images))
+    """Whether each picture is nearer, in mean squared error, to its own original than to all others."""
+    flat = images.reshape(len(images), -1).astype(np.float64)
+    others = originals.reshape(len(originals), -1).astype(np.float64)
+    distances = np.square(flat).sum(1)[:, None] - 2 * flat @ others.T + np.square(others).sum(1)
+    return np.argmin(distances, axis=1) == np.arange(len(images))
 
 
 def ssim(
     images: UInt8[np.ndarray, "items height width 3"], originals: UInt8[np.ndarray, "items height width 3"]
 ) -> Float[np.ndarray, " items"]:
-    """Structural similarity of each picture (Wang et al., 2004), 1 where both are equal.
+    """Structural similarity of each picture (Wang et al., 2004); 1 for equal pictures.
 
     Raises:
       UserError: scikit-image is not installed.
@@ -62,12 +55,12 @@ def ssim(
 
 
 def draw_grid(path: str | Path, columns: Mapping[str, UInt8[np.ndarray, "items height width 3"]], scale: int = 2):
-    """Writes a PNG with one labelled column per entry and one picture in each row.
+    """Writes a PNG grid with one labelled column per entry and one picture per row.
 
     Args:
-      path: of the PNG.
-      columns: label -> pictures of one size and number.
-      scale: pixels of the PNG per pixel, along a side.
+      path: file to write.
+      columns: label -> pictures. All columns have the same shape.
+      scale: side of a square in the PNG that shows one pixel of a picture.
 
     Raises:
       UserError: the columns differ in shape.

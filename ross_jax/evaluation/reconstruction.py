@@ -1,4 +1,4 @@
-"""Reconstruction of pictures that a run does not learn from, scored while the run goes on."""
+"""Evaluation during training: reconstructs and scores pictures that the run does not train on."""
 
 import importlib.util
 import logging
@@ -32,11 +32,11 @@ _INPUTS = ("tokens", "positions", "segments", "images", "image_start")
 
 
 def read_images(config: RunConfig) -> list[UInt8[np.ndarray, "side side 3"]]:
-    """The pictures of `config.evaluation`, resized for the vision encoder: the first of each sample that has one.
+    """Pictures of `config.evaluation`, resized for the vision encoder: the first picture of each sample that has one.
 
     Raises:
-      ConfigError: there is none.
-      UserError: a source or a picture that cannot be read.
+      ConfigError: no sample has a picture.
+      UserError: a source or a picture cannot be read.
     """
     source = Concatenated([open_source(each) for each in config.evaluation.sources])
     read = decode_official if config.text.compat == "official" else decode
@@ -48,7 +48,7 @@ def read_images(config: RunConfig) -> list[UInt8[np.ndarray, "side side 3"]]:
 
 
 def _batches(config: RunConfig, images: list[np.ndarray], rows: int) -> list[Batch]:
-    """Each picture behind the empty question that it has in training."""
+    """Batches in which each picture follows an empty question, as in training without text."""
     text, tokens = config.text, config.model.vision.num_tokens
     encode = build_image_encoder(text.template, load_tokenizer(text.tokenizer), text.compat)
     prompt = expand(encode({"id": "picture", "image": "picture"}), tokens)
@@ -57,13 +57,13 @@ def _batches(config: RunConfig, images: list[np.ndarray], rows: int) -> list[Bat
 
 
 class ReconstructionEvaluator:
-    """Reconstructs the same pictures from the same noise at every call, and scores them.
+    """Reconstructs and scores the same pictures from the same noise at every call.
 
-    All processes call it alike: each has read all pictures, and the mesh's replicas share the work.
+    All processes must call it at the same steps. Each process reads all pictures; the mesh's replicas share the work.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, seed: int = 0):
-        """Reads the pictures; errors are those of `read_images`. `seed` is of the noise."""
+        """Reads the pictures, with the errors of `read_images`. `seed` is the seed of the noise."""
         settings, model = config.evaluation, config.model
         objective, key = reconstructor(model), jax.random.key(seed)
         replicas = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -108,16 +108,17 @@ class ReconstructionEvaluator:
         return {name: np.concatenate([part[name] for part in parts])[: self._count] for name in parts[0]}
 
     def __call__(self, state: Any) -> tuple[dict[str, float], UInt8[np.ndarray, "height width 3"]]:
-        """Mean scores, and a grid of picture, reconstruction and, if there is one, the autoencoder's own.
+        """Computes mean scores and a grid with the columns picture, reconstruction and autoencoder (if there is one).
 
         Args:
-          state: with `params` and `frozen`.
+          state: an object with the parameter trees `params` and `frozen`, such as a `TrainState`.
 
         Returns:
-          `psnr` in dB, with scikit-image `ssim`, both also of the autoencoder, which is the ceiling; `latent_error`,
-          the mean squared error of the latents.
+          Scores, and the grid. `psnr`: PSNR of reconstructions in dB. `ssim`: their SSIM, if scikit-image is installed.
+          `psnr_autoencoder`, `ssim_autoencoder`: scores of the autoencoder's output, an upper bound. `latent_error`:
+          mean squared error of the latents, if the model predicts latents.
         """
-        if self._bounds is None:  # no run changes its autoencoder
+        if self._bounds is None:  # computed once, because the autoencoder is frozen
             self._bounds = self._run(self._compute_bounds, state)
         made = self._run(self._reconstruct, state)
         originals = to_uint8(self._bounds["images"])
@@ -136,5 +137,5 @@ class ReconstructionEvaluator:
 
 
 def make_evaluator(config: RunConfig, mesh: Mesh) -> ReconstructionEvaluator | None:
-    """What `config.loop.evaluate` asks for; None if that is 0."""
+    """The evaluator that `config.loop.evaluate` asks for; None if `config.loop.evaluate` is 0."""
     return ReconstructionEvaluator(config, mesh) if config.loop.evaluate else None

@@ -1,4 +1,4 @@
-"""Scores of the demo against values worked out by hand."""
+"""The demo's scores against values computed by hand."""
 
 import math
 

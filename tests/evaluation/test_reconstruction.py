@@ -1,4 +1,4 @@
-"""Scores of a run's reconstructions: as computed one picture at a time, on every mesh, with and without SSIM."""
+"""Scores of a run's reconstructions equal those computed one picture at a time, on every mesh."""
 
 import dataclasses
 from functools import partial
@@ -80,7 +80,7 @@ def evaluate(config, model, mesh, devices=1):
 
 @pytest.fixture(scope="module")
 def expected(folder, model):
-    """Scores and pictures from the parts that launch/reconstruct.py is made of."""
+    """Scores and pictures computed from the functions that `launch/reconstruct.py` calls."""
     pytest.importorskip("skimage", reason="the `demo` extra is not installed")
     images = read_images(make_config(folder))
     assert len(images) == 5
@@ -102,10 +102,16 @@ def expected(folder, model):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "devices", "rows"), [((1, 1, 1), 1, 2), ((1, 1, 1), 1, 8), ((8, 1, 1), 8, 1), ((2, 2, 2), 8, 3)]
+    ("mesh", "devices", "rows"),
+    [
+        ((1, 1, 1), 1, 2),
+        ((2, 2, 2), 8, 3),
+        pytest.param((1, 1, 1), 1, 8, marks=pytest.mark.slow),
+        pytest.param((8, 1, 1), 8, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_scores_are_those_of_each_image(mesh, devices, rows, folder, model, expected):
-    """However the pictures are spread over batches, padded, and over devices."""
+    """Scores do not depend on how pictures are spread over batches and devices."""
     scores, columns = expected
     found, grid = evaluate(make_config(folder, rows), model, mesh, devices)
     assert set(found) == set(scores)
@@ -119,6 +125,7 @@ def test_scores_are_those_of_each_image(mesh, devices, rows, folder, model, expe
             assert np.abs(cell.astype(int) - pixels[row]).max() <= 2
 
 
+@pytest.mark.slow
 def test_without_scikit_image(folder, model, monkeypatch):
     monkeypatch.setattr(reconstruction.importlib.util, "find_spec", lambda name: None)
     scores, _ = evaluate(make_config(folder, rows=5), model, (1, 1, 1))

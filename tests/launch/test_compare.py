@@ -1,4 +1,4 @@
-"""The comparison's launcher on little data."""
+"""launch/compare.py on little data."""
 
 import json
 
@@ -12,7 +12,7 @@ pytest.importorskip("sklearn", reason="the `demo` extra is not installed")
 
 @pytest.mark.slow
 def test_every_kind(tmp_path, capsys):
-    """All arms train from one base and are scored; a second call only prints."""
+    """All arms train from one base and are scored; a second call trains nothing and prints the same."""
     compare, root = load_script("compare"), tmp_path / "comparison"
     assert compare.main(["--quick", "--seeds", "1", "--root", str(root)]) == 0
     output = capsys.readouterr().out

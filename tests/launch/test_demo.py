@@ -1,4 +1,4 @@
-"""The demo's launcher on little data: interrupted, continued, and what it leaves."""
+"""launch/demo.py on little data: an interrupted demo continues; the files that it writes."""
 
 import json
 import os
