@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster that has the JobSet controller: fills gke_jobset.yaml in and applies it.
+# Trains on TPU slices of a GKE cluster that has the JobSet controller: fills in gke_jobset.yaml and applies it.
 # Usage: NAME=ross-7b IMAGE=REGISTRY/ross_jax:TAG CLAIM=shared \
 #          ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=4x8 HOSTS=8 CHIPS=4 SLICES=2 \
 #          bash launch/cluster/gke.sh --workdir=/shared/runs/ross-7b --config.mesh.data=2 TRAIN_FLAG ...
-#   IMAGE: of launch/cluster/Dockerfile.     CLAIM: a ReadWriteMany volume claim, mounted at /shared on all hosts
-#   HOSTS, CHIPS: hosts of a slice, and chips of a host.     KUBECTL=cat shows the manifest instead
+#   IMAGE: image built from launch/cluster/Dockerfile.     CLAIM: ReadWriteMany volume claim, mounted at /shared on all hosts
+#   HOSTS: hosts per slice.     CHIPS: chips per host.     KUBECTL=cat prints the manifest instead of applying it
 #
-# The cluster restarts the job where it was, up to 20 times, except after an error that one must mend. By
-# hand: kubectl delete jobset NAME, and the same command.
+# The cluster restarts a job that failed, up to 20 times, and the job continues from its last checkpoint. It does not
+# restart after an error of config, code or data. To restart by hand: kubectl delete jobset NAME, then the same command.
 set -euo pipefail
 
 export NAME=${NAME:?} IMAGE=${IMAGE:?} CLAIM=${CLAIM:?} ACCELERATOR=${ACCELERATOR:?} TOPOLOGY=${TOPOLOGY:?}
 export HOSTS=${HOSTS:?} CHIPS=${CHIPS:?} SLICES=${SLICES:-1}
 FLAGS=$(printf '%q ' "$@")
 export FLAGS
-# shellcheck disable=SC2016  # envsubst wants the names; $0 and the like stay
+# shellcheck disable=SC2016  # envsubst takes the names of the variables to replace
 envsubst '$NAME $IMAGE $CLAIM $ACCELERATOR $TOPOLOGY $HOSTS $CHIPS $SLICES $FLAGS' \
   <"$(dirname "$0")/gke_jobset.yaml" | ${KUBECTL:-kubectl apply -f -}

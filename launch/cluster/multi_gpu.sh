@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this host. The same command continues the run.
-# Usage: bash launch/cluster/multi_gpu.sh TRAIN_FLAG ...     CUDA_VISIBLE_DEVICES=0,1 chooses among the GPUs
+# Usage: bash launch/cluster/multi_gpu.sh TRAIN_FLAG ...     CUDA_VISIBLE_DEVICES=0,1 selects GPUs
 #
-# One process drives all of them: that is what JAX does by itself, one pipeline reads the data, and there is no
-# coordinator that could be missing. (On Slurm JAX starts with a GPU per process; see slurm.sbatch.)
+# One process drives all GPUs, which needs no coordinator and reads the data once. On Slurm use slurm.sbatch, because
+# JAX expects one process per GPU there.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on a list of hosts that ssh reaches without a password, one process each. The same command continues the run.
+# Trains on a list of hosts that ssh reaches without a password, with one process per host. The same command continues.
 # Usage: bash launch/cluster/ssh_hosts.sh HOSTFILE -- TRAIN_FLAG ...
-#   HOSTFILE: a host or user@host per line; # begins a comment. The first is the coordinator: the others must reach it by
-#   this name on PORT (default 8476). The repository is at the path that it has here, or at DIR, on every host.
+#   HOSTFILE: one host or user@host per line; # begins a comment. The first host is the coordinator, which the others
+#   must reach by this name on PORT (default 8476). On every host the repository is at the same path as here, or at DIR.
 #
-# A signal to this script, or its end, lets every host save and end: each ssh reads from a pipe that closes then.
+# A signal to this script, or its end, makes every host save and end, because each ssh reads from a pipe that closes then.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -45,7 +45,7 @@ for child in "${children[@]}"; do
   while true; do
     code=0
     wait "$child" || code=$?
-    kill -0 "$child" 2>/dev/null || break # else a signal has ended the wait, not the child
+    kill -0 "$child" 2>/dev/null || break # if the child still runs, a signal has ended the wait
   done
   [ "$code" = 0 ] || status=$code
 done

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs: on all hosts of one slice, or of all slices of a queued resource.
+# Trains on Cloud TPU VMs: on all hosts of one slice, or on all slices of a queued resource.
 # Usage: bash launch/cluster/tpu_pod.sh slice NAME ZONE -- TRAIN_FLAG ...
 #        bash launch/cluster/tpu_pod.sh slices QUEUED_RESOURCE ZONE -- TRAIN_FLAG ...
-#   The repository, with .venv of `bash launch/setup.sh tpu`, is at DIR on every host (default: ross_jax, at home).
-#   --workdir is a directory that all hosts share: Filestore, or a bucket that gcsfuse has mounted.
+#   DIR: the repository on every host, with .venv made by `bash launch/setup.sh tpu` (default: ~/ross_jax).
+#   --workdir is a directory that all hosts share: Filestore, or a bucket mounted with gcsfuse.
 #   Several slices, made by `gcloud compute tpus queued-resources create ... --node-count=2`, need
 #   --config.mesh.data=2 or a multiple: only that axis crosses them.
 #

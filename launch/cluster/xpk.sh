@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster that xpk has made (`xpk cluster create`); xpk writes the JobSet.
+# Trains on TPU slices of a GKE cluster made by xpk (`xpk cluster create`). xpk writes the JobSet.
 # Usage: CLUSTER=my-cluster ZONE=us-east5-a TPU_TYPE=v5litepod-32 SLICES=2 IMAGE=REGISTRY/ross_jax:TAG STORAGE=shared \
 #          bash launch/cluster/xpk.sh NAME --workdir=/shared/runs/ross-7b --config.mesh.data=2 TRAIN_FLAG ...
-#   IMAGE: of launch/cluster/Dockerfile.     STORAGE: from `xpk storage attach`, mounted on all hosts; --workdir is in it
+#   IMAGE: image built from launch/cluster/Dockerfile.
+#   STORAGE: name given to `xpk storage attach`; mounted on all hosts, and --workdir is in it
 #
-# The cluster restarts the job where it was, up to 20 times, except after an error that one must mend. By
-# hand: xpk workload delete, and the same command.
+# The cluster restarts a job that failed, up to 20 times, and the job continues from its last checkpoint. It does not
+# restart after an error of config, code or data. To restart by hand: xpk workload delete, then the same command.
 set -euo pipefail
 
 name=${1:?usage: see the head of this script}
