@@ -91,3 +91,10 @@ def test_the_front_page_stays_short():
 def test_one_version_of_ruff():
     hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
     assert f'"ruff=={hooks["repos"][0]["rev"].removeprefix("v")}"' in (REPOSITORY / "setup.py").read_text()
+
+
+def test_the_example_of_an_objective_is_the_tested_one():
+    readme = (REPOSITORY / "ross_jax" / "objectives" / "README.md").read_text()
+    example = ast.parse(re.search(r"```python\n# my_objective\.py\n(.*?)```", readme, re.DOTALL).group(1))
+    tested = ast.parse((REPOSITORY / "tests" / "objectives" / "encoder_features.py").read_text())
+    assert [ast.unparse(node) for node in example.body] == [ast.unparse(node) for node in tested.body[1:]]

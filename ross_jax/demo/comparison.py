@@ -9,13 +9,7 @@ from typing import Any
 import numpy as np
 
 from ross_jax.demo.figures import new_figure
-from ross_jax.objectives.reconstruction import find_objective
-
-
-def kind_title(kind: str) -> str:
-    """A kind's name in tables."""
-    objective = find_objective(kind)
-    return objective.title if objective else f"{kind} (LLaVA)"
+from ross_jax.demo.report import kind_title
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,21 +13,20 @@ from ross_jax.demo.figures import plot_losses
 from ross_jax.demo.scoring import Accuracy, format_accuracies
 from ross_jax.evaluation.images import draw_grid
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, Model, load_model
+from ross_jax.objectives.reconstruction import find_objective, reconstructor
 
 STAGES = ("pretrain", "finetune")
 DENOISER = "denoiser"
 """Optional stage after `STAGES`, which trains the denoiser alone."""
-NAMES = {
-    "denoise": "Ross",
-    "pixel": "Ross-R-Pixel",
-    "latent": "Ross-R-Latent",
-    "latent2pixel": "Ross-R-Latent2Pixel",
-    "none": "baseline",
-}
-"""Kind of objective -> name in tables."""
 SHOWN = 8
 """Number of pictures in a grid."""
 _SCORES = "scores.json"
+
+
+def kind_title(kind: str) -> str:
+    """Name of a kind of objective in tables."""
+    objective = find_objective(kind)
+    return objective.title if objective else "LLaVA"
 
 
 def run_folder(root: Path, kind: str, seed: int, stage: str) -> Path:
@@ -48,7 +47,7 @@ def score_run(root: Path, kind: str, seed: int) -> dict[str, Any]:
     model = _load(root, kind, seed, STAGES[-1])
     scores: dict[str, Any] = {"answers": [to_dict(each) for each in answer_heldout(model, root / "data")]}
     scores["reconstruction"] = None
-    if kind != "none":
+    if reconstructor(model.config) is not None:
         images = reconstruct_heldout(model, root / "data")
         scores["reconstruction"] = images.scores()
         draw_images(path.with_name("pictures.png"), images)
@@ -98,9 +97,10 @@ def draw_losses(path: Path, root: Path, kinds: Sequence[str], seed: int) -> None
     for number, stage in enumerate(STAGES, start=1):
         for kind in kinds:
             losses = read_losses(run_folder(root, kind, seed, stage))
-            curves.setdefault(f"stage {number}: text", {})[NAMES[kind]] = losses["text_loss"]
-            if kind != "none":
-                curves.setdefault(f"stage {number}: reconstruction", {})[NAMES[kind]] = losses["reconstruction_loss"]
+            curves.setdefault(f"stage {number}: text", {})[kind_title(kind)] = losses["text_loss"]
+            if find_objective(kind) is not None:
+                panel = curves.setdefault(f"stage {number}: reconstruction", {})
+                panel[kind_title(kind)] = losses["reconstruction_loss"]
     plot_losses(path, curves)
 
 
@@ -113,23 +113,26 @@ def format_report(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """The report as text: accuracy by question type for each seed, means over seeds, and reconstruction scores."""
     parts = []
     for seed in next(iter(scores.values())):
-        answers = {NAMES[kind]: [Accuracy(**row) for row in runs[seed]["answers"]] for kind, runs in scores.items()}
+        answers = {
+            kind_title(kind): [Accuracy(**row) for row in runs[seed]["answers"]] for kind, runs in scores.items()
+        }
         parts.append(f"Held-out questions, seed {seed} (accuracy ± standard error; z above the most frequent answer)")
         parts.append(format_accuracies(answers))
     for kind, runs in scores.items():
         means = [np.mean([row["accuracy"] for row in run["answers"]]) for run in runs.values()]
         spread = f" ± {np.std(means, ddof=1):.3f} over {len(means)} seeds" if len(means) > 1 else ""
-        parts.append(f"{NAMES[kind]}: mean accuracy {np.mean(means):.3f}{spread}")
+        parts.append(f"{kind_title(kind)}: mean accuracy {np.mean(means):.3f}{spread}")
     for kind, runs in scores.items():
         for seed, run in runs.items():
             if run["reconstruction"]:
-                parts.append(_reconstruction_line(f"{NAMES[kind]}, seed {seed}", run["reconstruction"]))
+                parts.append(_reconstruction_line(f"{kind_title(kind)}, seed {seed}", run["reconstruction"]))
     return "\n".join(parts)
 
 
 def format_denoisers(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
     """One line per seed; `scores` is seed -> result of `score_denoiser`."""
-    return [_reconstruction_line(f"Ross, seed {seed}, denoiser tuned alone", values) for seed, values in scores.items()]
+    name = kind_title("denoise")
+    return [_reconstruction_line(f"{name}, seed {seed}, denoiser alone", values) for seed, values in scores.items()]
 
 
 def _reconstruction_line(name: str, values: Mapping[str, float]) -> str:

@@ -99,12 +99,12 @@ def format_accuracies(results: Mapping[str, Sequence[Accuracy]]) -> str:
       results: model name -> accuracies. All models have the same types in the same order.
     """
     header = f"{'question':15}{'count':>6}{'chance':>8}{'frequent':>9}"
-    lines = [header + "".join(f"{name:>18}{'z':>7}" for name in results)]
+    lines = [header + "".join(f"{name:>20}{'z':>7}" for name in results)]
     for row in zip(*results.values(), strict=True):
         first = row[0]
-        cells = "".join(f"{r.accuracy:>10.3f} ± {r.standard_error:.3f}{r.z:>7.1f}" for r in row)
+        cells = "".join(f"{r.accuracy:>12.3f} ± {r.standard_error:.3f}{r.z:>7.1f}" for r in row)
         lines.append(f"{first.type:15}{first.count:>6}{first.chance:>8.3f}{first.most_frequent:>9.3f}{cells}")
-    means = "".join(f"{np.mean([r.accuracy for r in rows]):>10.3f}{'':15}" for rows in results.values())
+    means = "".join(f"{np.mean([r.accuracy for r in rows]):>12.3f}{'':15}" for rows in results.values())
     one = next(iter(results.values()))
     chance, frequent = np.mean([r.chance for r in one]), np.mean([r.most_frequent for r in one])
     lines.append(f"{'mean':15}{sum(r.count for r in one):>6}{chance:>8.3f}{frequent:>9.3f}{means}".rstrip())

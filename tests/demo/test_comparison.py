@@ -35,7 +35,7 @@ def test_rows():
 
 def test_markdown():
     lines = markdown(rows(SCORES)).splitlines()
-    assert lines[2] == "| none (LLaVA) | 0.600 ± 0.100 | - | - | - |"
+    assert lines[2] == "| LLaVA | 0.600 ± 0.100 | - | - | - |"
     assert lines[3] == "| Ross^D | 0.683 ± 0.104 | +0.083 ± 0.029 | 22.0 ± 2.6 | 7.0 ± 0.0 |"
 
 

@@ -52,8 +52,8 @@ def test_interrupted_and_continued(tmp_path):
     scores = summary["scores"]["denoise"]["0"]["reconstruction"]
     assert 0 <= scores["nearest"] <= 1 and scores["psnr_autoencoder"] > scores["psnr_own"]
     assert summary["scores"]["none"]["0"]["reconstruction"] is None
-    assert "Ross" in output and "baseline" in output and "brighter_end" in output
-    assert set(summary["denoisers"]) == {"0"} and "seed 0, denoiser tuned alone" in output
+    assert "Ross^D" in output and "LLaVA" in output and "brighter_end" in output
+    assert set(summary["denoisers"]) == {"0"} and "seed 0, denoiser alone" in output
     assert summary["denoisers"]["0"]["psnr_autoencoder"] == scores["psnr_autoencoder"]
     for name in ("losses.png", "denoise/seed0/pictures.png", "denoise/seed0/denoiser.png"):
         assert str(root / name) in output
@@ -63,7 +63,7 @@ def test_interrupted_and_continued(tmp_path):
     output, log = process.communicate(timeout=300)
     assert process.returncode == 0 and "step" not in log.split("training", 1)[1], log
     again = json.loads((root / "summary.json").read_text())["scores"]
-    assert again == {"denoise": summary["scores"]["denoise"]} and "baseline" not in output
+    assert again == {"denoise": summary["scores"]["denoise"]} and "LLaVA" not in output
 
 
 def test_a_root_that_cannot_be_written(tmp_path):
