@@ -3,16 +3,16 @@
 
     python launch/inspect_data.py --template qwen_2 --tokenizer checkpoints/qwen2 --data llava_mix.json --limit 5
 
-Each conversation is printed as text and as ids, the supervised part green (between ⟦ and ⟧ where there are no colours).
-A histogram of the lengths and the efficiency of packing them into rows of --length tokens follow. Broken samples are
-named on stderr and left out.
+Each conversation is printed as text and as ids. What is supervised is green, or between ⟦ and ⟧ if the output has no
+colours. A histogram of lengths follows, and how full rows of --length tokens get. Broken samples are named on stderr
+and left out.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
@@ -29,11 +29,11 @@ from ross_jax.data.conversation import (
     Template,
 )
 from ross_jax.data.encoders import build_encoder
-from ross_jax.data.packing import Lengths, PackingConfig, make_plan
+from ross_jax.data.packing import Lengths, PackingConfig, PlanSettings, make_plan
 from ross_jax.data.sources import RecordFile
 from ross_jax.data.tokenizer import load_tokenizer
 
-BARS = 12  # of the histogram
+BARS = 12  # most bars of the histogram
 GREEN, CYAN, BOLD, RESET = "\033[32m", "\033[36m", "\033[1m", "\033[0m"
 
 
@@ -50,28 +50,28 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer (or a hub id)")
     parser.add_argument("--data", required=True, help="LLaVA conversations, JSON or JSONL")
     parser.add_argument(
-        "--compat", default="default", choices=get_args(Compat), help="official: the reference's ids and labels"
+        "--compat", default="default", choices=get_args(Compat), help="official: ids and labels of the reference"
     )
-    parser.add_argument("--json", metavar="OUT", help="write a list of {id, input_ids, labels}; -200 at a picture")
+    parser.add_argument(
+        "--json", metavar="OUT", help="write a list of {id, input_ids, labels}; -200 stands for an image"
+    )
     parser.add_argument("--limit", type=_positive, help="only the first LIMIT conversations")
     parser.add_argument(
         "--length",
         type=_positive,
         default=PackingConfig.length,
-        help="S, tokens of a packed row; also the tokenizer's maximum length, where compat=official cuts texts "
+        help="S, tokens per packed row; also the tokenizer's maximum length, at which --compat=official cuts texts "
         "(default %(default)s)",
     )
+    parser.add_argument("--image-tokens", type=_positive, default=729, help="N, tokens per image (default %(default)s)")
     parser.add_argument(
-        "--image-tokens", type=_positive, default=729, help="N, tokens of a picture (default %(default)s)"
-    )
-    parser.add_argument(
-        "--image-slots", type=int, default=PackingConfig.images, help="I, pictures per row (default %(default)s)"
+        "--image-slots", type=int, default=PackingConfig.images, help="I, image slots per row (default %(default)s)"
     )
     return parser.parse_args(arguments)
 
 
 class Painter:
-    """Marks stretches of text: by colour on a terminal, by brackets elsewhere or if NO_COLOR is set."""
+    """Marks pieces of text: by colour on a terminal, else (or if NO_COLOR is set) by brackets."""
 
     def __init__(self, stream: Any):
         self.colours = stream.isatty() and not os.environ.get("NO_COLOR")
@@ -87,14 +87,14 @@ class Painter:
 
 
 def describe(encoded: EncodedConversation, tokenizer: Any, painter: Painter, image_tokens: int) -> tuple[str, str]:
-    """The conversation as marked text and as marked ids."""
+    """(the conversation as marked text, the same as marked ids)."""
     texts, numbers = [], []
-    kinds = [(index == IMAGE_ID, label != IGNORE) for index, label in zip(*_rows(encoded), strict=True)]
+    kinds = zip((encoded.input_ids == IMAGE_ID).tolist(), (encoded.labels != IGNORE).tolist(), strict=True)
     position = 0
     for (is_image, is_supervised), group in groupby(kinds):
         ids = encoded.input_ids[position : (position := position + len(list(group)))].tolist()
         if is_image:
-            texts += [painter.image(f"picture: {image_tokens} tokens")] * len(ids)
+            texts += [painter.image(f"image: {image_tokens} tokens")] * len(ids)
             numbers += [painter.image(str(index)) for index in ids]
             continue
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -103,18 +103,13 @@ def describe(encoded: EncodedConversation, tokenizer: Any, painter: Painter, ima
     return "".join(texts), " ".join(numbers)
 
 
-def _rows(encoded: EncodedConversation) -> Iterator[list[int]]:
-    yield encoded.input_ids.tolist()
-    yield encoded.labels.tolist()
-
-
 def _printable(text: str) -> str:
-    """The text with its control characters spelled out, so that data cannot drive the terminal."""
+    """The text with control characters escaped, so that data cannot control the terminal."""
     return "".join(c if c in "\n\t" or c.isprintable() or c == "\u3000" else ascii(c)[1:-1] for c in text)
 
 
 def histogram(lengths: Sequence[int], width: int = 50) -> str:
-    """Lines of bars, `BARS` at most, between the shortest and the longest."""
+    """A histogram of lengths with at most `BARS` lines, one per interval: `  10 to 20:       3 ####`."""
     low, high = min(lengths), max(lengths)
     step = max(1, -(-(high - low + 1) // BARS))
     counts = np.bincount((np.asarray(lengths) - low) // step)
@@ -127,7 +122,7 @@ def histogram(lengths: Sequence[int], width: int = 50) -> str:
 
 
 def summarise(encoded: Sequence[EncodedConversation], config: PackingConfig, image_tokens: int) -> str:
-    """Length statistics, their histogram, and the efficiency of a packing plan."""
+    """Statistics of lengths, their histogram, and how full packed rows get."""
     lengths = Lengths(
         tokens=np.array([item.length(image_tokens) for item in encoded], np.int32),
         images=np.array([item.num_images for item in encoded], np.int32),
@@ -135,14 +130,14 @@ def summarise(encoded: Sequence[EncodedConversation], config: PackingConfig, ima
     )
     tokens = lengths.tokens.tolist()
     lines = [
-        f"{len(encoded)} conversations, {lengths.images.sum()} pictures; tokens per conversation, {image_tokens} for "
-        f"each picture: mean {np.mean(tokens):.0f}, median {np.median(tokens):.0f}, longest {max(tokens)}; "
+        f"{len(encoded)} conversations, {lengths.images.sum()} images; tokens per conversation, {image_tokens} for "
+        f"each image: mean {np.mean(tokens):.0f}, median {np.median(tokens):.0f}, longest {max(tokens)}; "
         f"supervised: {lengths.supervised.sum() / sum(tokens):.1%}",
         histogram(tokens),
     ]
-    row = f"rows of {config.length} tokens and {config.images} pictures"
+    row = f"rows of {config.length} tokens and {config.images} images"
     try:
-        plan = make_plan(lengths, config, batch=1)
+        plan = make_plan(lengths, PlanSettings(config, batch=1))
     except UserError as error:
         return "\n".join([*lines, f"packing into {row}: {error}"])
     statistics = plan.statistics(lengths, config)
@@ -176,7 +171,7 @@ def run(arguments: argparse.Namespace) -> None:
         output.append({"id": name, "input_ids": item.input_ids.tolist(), "labels": item.labels.tolist()})
         text, ids = describe(item, tokenizer, painter, arguments.image_tokens)
         length = item.length(arguments.image_tokens)
-        counts = f"{length} tokens, {item.num_images} pictures, {item.num_supervised} supervised"
+        counts = f"{length} tokens, {item.num_images} images, {item.num_supervised} supervised"
         print(painter.heading(f"== {_printable(str(name))}: {counts}"))
         print(f"{text}\nids: {ids}\n")
     if arguments.json:
@@ -194,7 +189,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show every sign
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show every character
     try:
         run(parsed)
     except UserError as error:

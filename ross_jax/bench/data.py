@@ -17,7 +17,7 @@ from ross_jax.config import UserError
 from ross_jax.data.conversation import IGNORE, IMAGE_ID, EncodedConversation
 from ross_jax.data.images import ImageConfig
 from ross_jax.data.packing import PackingConfig
-from ross_jax.data.pipeline import DataConfig, open_pipeline
+from ross_jax.data.pipeline import DataConfig, Preprocessing, open_pipeline
 from ross_jax.data.sources import SourceConfig
 
 Figures = dict[str, float | int | str]
@@ -72,7 +72,7 @@ def measure(reading: Reading) -> Figures:
         )
         start = time.perf_counter()
         encode = make_encoder(reading.tokenizer, reading.template)
-        pipeline = open_pipeline(config, encode, reading.images, reading.image_tokens)
+        pipeline = open_pipeline(config, Preprocessing(encode, reading.image_config, reading.image_tokens))
         ready = time.perf_counter()
         plan = pipeline.plans[0]
         steps = samples = image_count = tokens = 0

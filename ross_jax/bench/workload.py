@@ -6,7 +6,7 @@ import numpy as np
 
 from ross_jax.data.batches import Batch, RowShape, empty_batch, expand, place
 from ross_jax.data.conversation import IGNORE, IMAGE_ID, EncodedConversation
-from ross_jax.data.packing import Lengths, PackingConfig, PackingPlan, make_plan
+from ross_jax.data.packing import Lengths, PackingConfig, PackingPlan, PlanSettings, make_plan
 from ross_jax.training.recipe import RunConfig
 
 PARTS = (
@@ -87,16 +87,13 @@ class Workload:
         """The batch of that step: random ids and pictures; a conversation's picture stands before its text."""
         random = np.random.RandomState(0)
         batch = empty_batch(self.plan.rows_per_step, self.shape)
-        identities, first = self.lengths.first_image_ids(), self.step * self.plan.rows_per_step
+        first, side = self.step * self.plan.rows_per_step, self.shape.image_size
         for row in range(self.plan.rows_per_step):
-            start = slot = 0
-            for segment, sample in enumerate(self.plan.row(first + row), 1):
-                conversation = expand(self._conversation(int(sample), random), self.shape.image_tokens)
-                side, images = self.shape.image_size, int(self.lengths.images[sample])
-                pixels = [random.randint(0, 256, (side, side, 3), np.uint8) for _ in range(images)]
-                where = {"start": start, "slot": slot, "segment": segment}
-                place(batch, row, conversation, pixels, **where, first_image_id=int(identities[sample]))
-                start, slot = start + len(conversation.tokens), slot + images
+            for sample, location in self.plan.locations(first + row, self.lengths):
+                conversation = expand(self._conversation(sample, random), self.shape.image_tokens)
+                count = len(conversation.image_start)
+                pixels = [random.randint(0, 256, (side, side, 3), np.uint8) for _ in range(count)]
+                place(batch, row, location, conversation, pixels)
         return batch
 
     def _conversation(self, sample: int, random: np.random.RandomState) -> EncodedConversation:
@@ -120,6 +117,6 @@ def make_workload(config: RunConfig, multiple: int, rows: int | None = None) -> 
     """
     vision, packing = config.model.vision, config.data.packing
     lengths = conversation_lengths(max(4000, 20 * config.data.batch), vision.num_tokens)
-    plan = make_plan(lengths, packing, batch=config.data.batch, multiple=multiple, rows_per_step=rows)
+    plan = make_plan(lengths, PlanSettings(packing, config.data.batch, multiple, rows))
     shape = RowShape(packing.length, packing.images, vision.num_tokens, vision.image_size)
     return Workload(lengths, plan, packing, shape, config.model.language.vocab_size)

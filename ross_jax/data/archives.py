@@ -1,7 +1,6 @@
-"""Places of pictures: a folder, a zip file or a tar file, each read at random and never unpacked.
+"""Stores of images: a folder, a zip file or a tar file. Each is read at random and never unpacked.
 
-All of them are safe in worker processes: an open file is never pickled, and never shared with a forked process in a
-way that its position matters.
+Stores are safe in worker processes. No open file is pickled, and a forked process never shares a file position.
 """
 
 import os
@@ -20,18 +19,22 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", 
 
 @runtime_checkable
 class ImageStore(Protocol):
-    """Pictures by name. Names are relative and use forward slashes."""
+    """Images by name. Names are relative and use forward slashes."""
 
     path: str
 
     def names(self) -> list[str]:
-        """All names that look like pictures, sorted."""
+        """Names of all files with the suffix of an image format, sorted."""
         ...
 
     def __contains__(self, name: str) -> bool: ...
 
     def read(self, name: str) -> bytes:
-        """The bytes of the file `name`, which is in the store. Raises ImageError if it cannot be read."""
+        """The bytes of the file `name`, which is in the store.
+
+        Raises:
+          ImageError: it cannot be read.
+        """
         ...
 
 
@@ -39,7 +42,7 @@ def open_store(path: str | Path) -> ImageStore:
     """Opens a folder, a .zip or an uncompressed .tar.
 
     Raises:
-      UserError: nothing is there, or it is no folder and no archive that can be read at random.
+      UserError: the path does not exist, or it is no folder and no archive that can be read at random.
     """
     path = Path(path)
     if path.is_dir():
@@ -59,8 +62,8 @@ def open_store(path: str | Path) -> ImageStore:
 class FileRange:
     """Reads byte ranges of one file, from any thread and any process.
 
-    `os.pread` has no file position to share, so a forked process may go on with the same descriptor; a pickled copy
-    opens its own.
+    `os.pread` uses no file position, so a forked process may read from the same descriptor. A pickled copy opens its
+    own.
     """
 
     def __init__(self, path: str | Path):
@@ -72,7 +75,7 @@ class FileRange:
         """`size` bytes from `start`.
 
         Raises:
-          UserError: the file was changed, so that the ranges known of it no longer hold.
+          UserError: the file was changed, so known ranges no longer hold.
         """
         if self._descriptor is None:
             if self._stat() != self._version:
@@ -93,7 +96,7 @@ class FileRange:
 
 
 class Folder:
-    """Files below a folder. An absolute name is taken as it is, as in the reference."""
+    """Files below a folder. An absolute name is read as it is, as in the reference."""
 
     def __init__(self, path: Path):
         self.path = str(path)
@@ -110,7 +113,7 @@ class Folder:
 
 
 class Tar:
-    """Members of an uncompressed tar. Its headers are read once; a picture is then one read at a known place."""
+    """Members of an uncompressed tar file. Its headers are read once; each image is then one read of a known range."""
 
     def __init__(self, path: Path):
         self.path = str(path)
@@ -138,7 +141,7 @@ class Zip:
         self._members = {_clean(m.filename): m.filename for m in self._open().infolist() if not m.is_dir()}
 
     def _open(self) -> zipfile.ZipFile:
-        # A ZipFile locks its file position among threads, not among processes: each process has its own.
+        # A ZipFile locks its file position for threads, but not for processes, so each process opens its own.
         if self._archive is None or self._archive[0] != os.getpid():
             self._archive = os.getpid(), zipfile.ZipFile(self.path)
         return self._archive[1]

@@ -1,54 +1,46 @@
-"""From encoded conversations and pictures to the arrays of a batch.
+"""From encoded conversations and images to the arrays of a batch.
 
-    input_ids   [ 11  12 -200  13  14 ]            N = 3 tokens per picture
-    tokens      [ 11  12   0   0   0  13  14 ]     0 where the picture goes
+    input_ids   [ 11  12 -200  13  14 ]            N = 3 tokens per image
+    tokens      [ 11  12   0   0   0  13  14 ]     0 where the image goes
     targets     [ -   -    -   -   -  14  -  ]     the label of the next position of the same conversation
     image_start         2
 
-A batch is a dictionary with the arrays of `BATCH_FIELDS`; B = rows, S = tokens per row, I = picture slots per row:
+A batch is a dictionary of arrays. B = rows, S = tokens per row, I = image slots per row:
 
-    tokens       int32 [B, S]             text ids; 0 at picture positions and in padding
-    targets      int32 [B, S]             the id to predict at each position, -100 where nothing is
-    positions    int32 [B, S]             rotary position inside its segment
-    segments     int32 [B, S]             conversation number inside the row, from 1; 0 = padding
-    images       uint8 [B, I, H, W, 3]    resized pictures, not normalised; 0 where the slot is empty
-    image_start  int32 [B, I]             where each picture's N tokens begin; S where the slot is empty
-    image_ids    uint32 [B, I]            the picture's identity, from 1; 0 where the slot is empty
+    tokens       int32 [B, S]             text ids; 0 at image positions and in padding
+    targets      int32 [B, S]             the id to predict at each position, -100 where there is none
+    positions    int32 [B, S]             rotary position inside the conversation
+    segments     int32 [B, S]             conversation number inside the row, from 1; 0 is padding
+    images       uint8 [B, I, H, W, 3]    resized images, not normalised; 0 where the slot is empty
+    image_start  int32 [B, I]             where each image's N tokens begin; S where the slot is empty
+    image_ids    uint32 [B, I]            the image's number in the data set, from 1; 0 where the slot is empty
 
-Where something was computed of the pictures before (`ross_jax.data.precomputed`), its arrays [B, I, ...] are there too,
-and `images` only if something else still needs it.
+A run that reads precomputed targets or features (`data.precomputed`) has their arrays [B, I, ...] too, and has `images`
+only if a component still looks at pixels.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 
-from ross_jax.data.conversation import IGNORE, IMAGE_ID
-from ross_jax.data.packing import PackingConfig
-
-BATCH_FIELDS = ("tokens", "targets", "positions", "segments", "images", "image_start", "image_ids")
+from ross_jax.data.conversation import IGNORE, IMAGE_ID, EncodedConversation
+from ross_jax.data.packing import Location, PackingConfig
 
 Batch = dict[str, np.ndarray]
 
 
-@runtime_checkable
-class Encoded(Protocol):
-    """What a conversation encoder returns.
-
-    Attributes:
-      input_ids: int32 [length], `IMAGE_ID` where a picture stands.
-      labels: int32 [length], not shifted: the id itself where it is supervised, `IGNORE` elsewhere.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-
-
 @dataclass(frozen=True)
 class RowShape:
-    """S, I, N and the side of a picture in pixels."""
+    """Sizes of a row.
+
+    Attributes:
+      length: S, tokens.
+      images: I, image slots.
+      image_tokens: N, tokens per image.
+      image_size: side of an image in pixels.
+    """
 
     length: int
     images: int
@@ -57,12 +49,12 @@ class RowShape:
 
 
 class Expanded(NamedTuple):
-    """A conversation as the model sees it, T = its length with N tokens for each picture.
+    """A conversation as the model sees it: T tokens, N of them for each image.
 
     Attributes:
-      tokens: int32 [T], 0 at picture positions.
-      targets: int32 [T], shifted: the label of the next token; `IGNORE` at the end.
-      image_start: int32 [pictures], ascending.
+      tokens: int32[T], 0 at image positions.
+      targets: int32[T], the label of the next token; `IGNORE` where there is none, and at the end.
+      image_start: int32[images], ascending.
     """
 
     tokens: np.ndarray
@@ -71,19 +63,17 @@ class Expanded(NamedTuple):
 
     @property
     def supervised(self) -> int:
-        """Positions that have a target."""
+        """Number of positions that have a target."""
         return int(np.count_nonzero(self.targets != IGNORE))
 
 
-def expand(encoded: Encoded, image_tokens: int, limits: PackingConfig | None = None) -> Expanded:
-    """Makes room for pictures and shifts labels to targets.
+def expand(encoded: EncodedConversation, image_tokens: int, limits: PackingConfig | None = None) -> Expanded:
+    """Makes room for images and shifts labels to targets.
 
     Args:
-      encoded: ids and labels.
       image_tokens: N.
-      limits: cut the conversation to what a row can hold. None: leave it whole. The cut falls before the first token,
-        picture or target that has no room, so a picture is never cut: it is inside whole, or left out with all that
-        follows it.
+      limits: cuts the conversation to what a row can hold. The cut falls before the first token, image or target that
+        has no room. An image is never cut: an image without room is left out with everything after it. None: no cut.
     """
     is_image = encoded.input_ids == IMAGE_ID
     sizes = np.where(is_image, image_tokens, 1)
@@ -93,7 +83,7 @@ def expand(encoded: Encoded, image_tokens: int, limits: PackingConfig | None = N
     if limits is not None:
         end = _cut(labels, image_start, image_tokens, limits)
         tokens, labels, image_start = tokens[:end], labels[:end], image_start[image_start < end]
-    # The first token's label is no target: nothing comes before it that could predict it.
+    # The first token's label is dropped: no token comes before it to predict it.
     targets = np.append(labels[1:], np.int32(IGNORE)).astype(np.int32)[: len(labels)]
     return Expanded(tokens, targets, image_start)
 
@@ -109,7 +99,7 @@ def _cut(labels: np.ndarray, image_start: np.ndarray, image_tokens: int, limits:
 
 
 def empty_batch(rows: int, shape: RowShape) -> Batch:
-    """A batch of padding: no conversation, every picture slot empty."""
+    """A batch of padding: no conversation, and every image slot empty."""
     tokens, slots = (rows, shape.length), (rows, shape.images)
     return {
         "tokens": np.zeros(tokens, np.int32),
@@ -125,38 +115,31 @@ def empty_batch(rows: int, shape: RowShape) -> Batch:
 def place(
     batch: Batch,
     row: int,
+    location: Location,
     conversation: Expanded,
     images: Sequence[np.ndarray],
-    *,
-    start: int,
-    slot: int,
-    segment: int,
-    first_image_id: int,
     precomputed: Sequence[Mapping[str, np.ndarray]] = (),
 ) -> None:
     """Writes one conversation into a row of `batch`, in place.
 
-    The caller knows from the plan where it goes, whether or not the conversations before it turned out usable: so a
-    broken one leaves its place empty and nothing moves.
+    The location comes from the plan, not from what the row already holds. So a broken conversation leaves its place
+    empty, and nothing else moves.
 
     Args:
-      images: uint8 [H, W, 3] each, as many as the conversation has.
-      start: its first position in the row.
-      slot: its first picture slot.
-      segment: its number in the row, from 1.
-      first_image_id: identity of its first picture; the others count on.
-      precomputed: of each picture, by the batch's field.
+      images: uint8[H, W, 3] for each image of the conversation; empty if the batch has no `images`.
+      precomputed: {batch field: array[...]} for each image of the conversation.
     """
     length, count = len(conversation.tokens), len(conversation.image_start)
-    span, slots = np.s_[row, start : start + length], np.s_[row, slot : slot + count]
+    span = np.s_[row, location.start : location.start + length]
+    slots = np.s_[row, location.slot : location.slot + count]
     batch["tokens"][span] = conversation.tokens
     batch["targets"][span] = conversation.targets
     batch["positions"][span] = np.arange(length)
-    batch["segments"][span] = segment
-    batch["image_start"][slots] = start + conversation.image_start
-    batch["image_ids"][slots] = first_image_id + np.arange(count)
-    for offset, image in enumerate(images[:count]):
-        batch["images"][row, slot + offset] = image
-    for offset, values in enumerate(precomputed[:count]):
+    batch["segments"][span] = location.segment
+    batch["image_start"][slots] = location.start + conversation.image_start
+    batch["image_ids"][slots] = location.first_image_id + np.arange(count)
+    for slot, image in enumerate(images[:count], location.slot):
+        batch["images"][row, slot] = image
+    for slot, values in enumerate(precomputed[:count], location.slot):
         for name, value in values.items():
-            batch[name][row, slot + offset] = value
+            batch[name][row, slot] = value

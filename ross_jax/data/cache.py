@@ -1,4 +1,4 @@
-"""Named arrays in a file: written whole or not at all, and checked when read."""
+"""Files of named arrays. Each is written completely or not at all, and checked when it is read."""
 
 import hashlib
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_arrays(path: Path, described: str, arrays: dict[str, np.ndarray]) -> None:
-    """Writes named arrays and the text that describes them, whole or not at all.
+    """Writes named arrays and a text that describes them. If it fails, no file is left.
 
     Raises:
       UserError: the folder cannot be written, or the disk is full.
@@ -36,7 +36,7 @@ def save_arrays(path: Path, described: str, arrays: dict[str, np.ndarray]) -> No
 
 
 def load_arrays(path: Path, described: str) -> dict[str, np.ndarray] | None:
-    """What `save_arrays` wrote for the same description; None if it is absent, and (logged) if it is damaged."""
+    """The arrays that `save_arrays` wrote with this description; None if the file is absent or (logged) damaged."""
     if not path.exists():
         return None
     try:
@@ -44,16 +44,16 @@ def load_arrays(path: Path, described: str) -> dict[str, np.ndarray] | None:
             arrays = dict(file)
         stored, checksum = str(arrays.pop("described")), str(arrays.pop("hash"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning("%s: damaged, will be made anew: %s", path, error)
+        logger.warning("%s: damaged, will be made again: %s", path, error)
         return None
     if stored != described or checksum != hash_arrays(*arrays.values()):
-        logger.warning("%s: does not match its checksum or description, will be made anew", path)
+        logger.warning("%s: does not match its checksum or description, will be made again", path)
         return None
     return arrays
 
 
 def hash_arrays(*arrays: np.ndarray) -> str:
-    """SHA-256 over types, shapes and values."""
+    """SHA-256 of types, shapes and values, in hexadecimal."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str}{array.shape}".encode())

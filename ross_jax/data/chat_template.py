@@ -1,16 +1,17 @@
-"""The `chatml` template: the tokenizer's own chat template, masked by prefix rendering.
+"""The `chatml` template: the tokenizer's own chat template, with answers found by rendering prefixes.
 
-A chat template is a program that prints a whole conversation, and does not say which part of the print is an answer. So
-each turn is rendered three times, and the differences tell:
+A chat template is a program that renders a whole conversation, and does not say which part of the result is an answer.
+So turn k is rendered three times, and compared:
 
-    before      turns[:k]                           `before`
-    marked      turns[:k] + a turn with a mark      `before` header MARK footer
-    after       turns[:k + 1]                       `before` header text footer
+    before    turns[:k]                             `before`
+    marked    turns[:k] + turn k with a mark        `before` header MARK footer
+    after     turns[:k + 1]                         `before` header text footer
 
-Header and footer belong to the template: their special tokens are special tokens. The text is the record's: it stays
-text. An answer's text is supervised, and its footer up to the first special token, which is the stop token. A template
-for which `before` is not a prefix of the rest (it prints a turn differently once others follow), or whose generation
-prompt is not the header of an answer, would train what is never generated, and is refused.
+Header and footer belong to the template, so their special tokens are special. The text belongs to the record and stays
+text. In an answer, the text is supervised, and the footer up to its first special token, which is the stop token.
+
+Two kinds of template are refused, because they would train what is never generated: `before` is not a prefix of the
+other two (a turn is rendered differently once others follow it), or the generation prompt is not an answer's header.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,11 +25,11 @@ Message = dict[str, str]
 
 
 class ChatTemplate:
-    """Renders conversations by the chat template of `encoder.tokenizer`.
+    """Renders conversations with the chat template of `encoder.tokenizer`.
 
     Raises:
-      UserError: when built: no chat template, or one that is not prefix-stable, or that ends answers without a special
-        token. When called: `ConversationError`, if the template refuses this conversation or changes its text.
+      UserError: the tokenizer has no chat template, or one that cannot be used. `__call__` raises `ConversationError`
+        if the template refuses a conversation or changes its text.
     """
 
     def __init__(self, encoder: TextEncoder):
@@ -117,7 +118,7 @@ def _unstable(where: str) -> ConversationError:
 
 
 def _marks(texts: list[str]) -> Iterator[str]:
-    """Strings that occur in none of `texts`, nor across the border of one: framed by private-use characters."""
+    """Strings that occur in none of `texts`, with private-use characters at both ends to set them off."""
     number = 0
     while True:
         mark = f"\ue000{number}\ue001"

@@ -1,24 +1,28 @@
 r"""Conversations: a LLaVA record becomes token ids and labels, turn by turn.
 
-A record is `{"id": ..., "image": "a.jpg" or a list of them or absent, "conversations": [{"from": "human", "value":
-"<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]}`. A template renders it as segments, each of which knows
-whether it is supervised; ids and labels grow together, so nothing is ever looked for in a rendered string:
+A record:
+
+    {"id": ..., "image": "a.jpg",                     a list for several images, absent for none
+     "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]}
+
+A template renders the record as segments, and each segment says whether it is supervised. Ids and labels are built
+together, so no answer has to be found in a rendered string:
 
     A chat ... questions. USER: <image>\nWhat is it? ASSISTANT: A dog.</s>USER: Sure? ASSISTANT: Yes.</s>
     ...........................................................###########......................#########   # supervised
 
-What holds in every template:
+Rules of every template:
 
-* Every answer and its stop token are supervised, nothing else is. An empty answer supervises its stop token.
-* Text stays text. A role marker in a question is harmless, and a special token's text inside a message is spelled out
-  in ordinary pieces; special tokens come from the template alone.
-* `<image>` is a picture in human turns of records that have pictures. Elsewhere (a text about SVG, an answer) it is
-  text. There must be as many markers as pictures. One picture before or after a message's text moves to the front, on
-  its own line, as the reference does; several pictures, or one in mid-text, stay where they are.
-* A leading system turn replaces the template's system prompt. A leading answer is an answer like others. A last
-  question without an answer is context, rendered as a generation prompt. Two turns of one role in a row are an error.
+* Every answer is supervised with its stop token, and nothing else is. An empty answer supervises its stop token.
+* Text stays text. A role marker inside a question is harmless. The name of a special token inside a message is encoded
+  as ordinary pieces; special tokens come from the template alone.
+* `<image>` stands for an image in human turns of records that have images. Elsewhere (an answer, a text about SVG) it
+  is text. There must be one marker per image. A single image before or after the text of a message moves to the front,
+  on its own line, as in the reference. Several images, or one inside the text, stay where they are.
+* A leading system turn replaces the template's system prompt. A leading answer is supervised like any other. A last
+  question without an answer is rendered as a generation prompt. Two turns of one role in a row are an error.
 
-`encoders` chooses: `compat="official"` swaps all this for the reference's behaviour (`conversation_official`).
+`encoders` chooses between these encoders and the reference's behaviour, `conversation_official`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,8 +35,10 @@ from jaxtyping import Int32
 from ross_jax.config import UserError, nearest
 from ross_jax.data.tokenizer import TextEncoder
 
-IMAGE_ID = -200  # stands for a picture in `input_ids`
-IGNORE = -100  # label of a position that is not supervised
+IMAGE_ID = -200
+"""Stands for an image in `input_ids`."""
+IGNORE = -100
+"""Label or target of a position where nothing is to be predicted."""
 IMAGE_MARKER = "<image>"
 
 Role = Literal["system", "user", "assistant"]
@@ -48,12 +54,16 @@ ROLES: Mapping[str, Role] = {
 
 
 class ConversationError(UserError):
-    """A record that cannot become ids and labels. The text names the sample and, where there is one, the turn."""
+    """A record that cannot become ids and labels. The text names the sample and, if there is one, the turn."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `texts` is its text cut at its pictures: n + 1 texts, some of them empty, around n pictures."""
+    r"""One message.
+
+    Attributes:
+      texts: the text, cut at its n images into n + 1 pieces, some of them empty: ("", "\nWhat?") for "<image>\nWhat?".
+    """
 
     role: Role
     texts: tuple[str, ...]
@@ -65,11 +75,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A checked conversation: turns of alternating role, after at most one system turn.
+    """A checked conversation.
 
     Attributes:
       sample: how errors name the record.
-      turns: at least one turn.
+      turns: at least one. Roles alternate, after at most one system turn.
     """
 
     sample: str
@@ -85,8 +95,8 @@ class EncodedConversation:
     """Ids and labels of one conversation.
 
     Attributes:
-      input_ids: `IMAGE_ID` where a picture stands.
-      labels: not shifted: the id itself where it is supervised, `IGNORE` elsewhere.
+      input_ids: token ids, with `IMAGE_ID` where an image stands.
+      labels: not shifted; the id itself where it is supervised, `IGNORE` elsewhere.
     """
 
     input_ids: Int32[np.ndarray, "length"]
@@ -101,12 +111,12 @@ class EncodedConversation:
         return int(np.count_nonzero(self.labels != IGNORE))
 
     def length(self, image_tokens: int) -> int:
-        """Tokens in the model's sequence, where each picture takes `image_tokens` of them."""
+        """Number of tokens that the model sees, with `image_tokens` for each image."""
         return len(self.input_ids) + self.num_images * (image_tokens - 1)
 
 
 class Segment(NamedTuple):
-    """A stretch of a rendered conversation: text to encode, or one id as it is (a special token, a picture)."""
+    """A piece of a rendered conversation: text to encode, or an id (a special token, an image)."""
 
     content: str | int
     supervised: bool = False
@@ -174,7 +184,7 @@ def read_turns(record: Record) -> list[tuple[Role, str]]:
 
 
 def count_images(record: Record) -> int:
-    """How many pictures the record names, under `image` or `images`: one, or a list of them."""
+    """Number of images that the record names under `image` and `images`, each a name or a list of names."""
     count = 0
     for value in (record.get("image"), record.get("images")):
         if isinstance(value, (list, tuple)):
@@ -185,10 +195,10 @@ def count_images(record: Record) -> int:
 
 
 def parse_conversation(record: Record) -> Conversation:
-    """The typed conversation of a record, its pictures found.
+    """The checked conversation of a record, its texts cut at its images.
 
     Raises:
-      ConversationError: a malformed record, or another number of `<image>` markers than of pictures.
+      ConversationError: the record is malformed, or has another number of `<image>` markers than of images.
     """
     turns = read_turns(record)
     num_images = count_images(record)
@@ -200,14 +210,14 @@ def parse_conversation(record: Record) -> Conversation:
     )
     if conversation.num_images != num_images:
         raise ConversationError(
-            f"{conversation.sample}: the record names {num_images} picture(s), its human turns have "
+            f"{conversation.sample}: the record names {num_images} image(s), its human turns have "
             f"{conversation.num_images} {IMAGE_MARKER} marker(s); there must be one for each"
         )
     return conversation
 
 
 def split_images(text: str) -> tuple[str, ...]:
-    """The text cut at its `<image>` markers. A single one at either end moves to the front, on its own line."""
+    """The text, cut at its `<image>` markers. A single marker at either end moves to the front, on its own line."""
     texts = text.split(IMAGE_MARKER)
     if len(texts) == 2 and not (texts[0].strip() and texts[1].strip()):
         rest = "".join(texts).strip()
@@ -231,7 +241,12 @@ def _is_empty(turn: Turn) -> bool:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """`v1` and `qwen_2`: role names in plain text, one stop token after each answer."""
+    """Renderer of `v1` and `qwen_2`: role names in plain text, and a stop token after each answer.
+
+    Attributes:
+      system: system prompt.
+      stop: id of the stop token.
+    """
 
     system: str
     stop: int
@@ -255,7 +270,14 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Llama3:
-    """`llama3`: a header of special tokens before each message, `<|eot_id|>` after it; no default system prompt."""
+    r"""Renderer of `llama3`: special tokens around each message, and no default system prompt.
+
+        <|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>
+
+    Attributes:
+      start_header, end_header: ids of the special tokens around the role.
+      stop: id of `<|eot_id|>`.
+    """
 
     start_header: int
     end_header: int
@@ -277,7 +299,7 @@ class Llama3:
 
 
 def render_plain(conversation: Conversation) -> list[Segment]:
-    """`plain`, of stage 1: the pictures, then the caption and a newline. The question's text is dropped."""
+    """Renderer of `plain`, for stage 1: the images, then the caption and a newline. The question's text is dropped."""
     turns = conversation.turns
     roles = [turn.role for turn in turns]
     if roles not in (["user"], ["user", "assistant"]):
@@ -286,7 +308,7 @@ def render_plain(conversation: Conversation) -> list[Segment]:
             "use a template for dialogues"
         )
     if not conversation.num_images:
-        raise ConversationError(f"{conversation.sample}: the plain template needs a picture, and the record has none")
+        raise ConversationError(f"{conversation.sample}: the plain template needs an image, and the record has none")
     segments = [IMAGE] * conversation.num_images
     if len(turns) == 2:
         segments.append(Segment(turns[1].texts[0] + "\n", True))
@@ -306,10 +328,13 @@ QWEN_2_SYSTEM = V1_SYSTEM.replace("user", "human")
 def encode_segments(
     segments: list[Segment], encoder: TextEncoder, start: tuple[int, ...]
 ) -> tuple[Int32[np.ndarray, "length"], Int32[np.ndarray, "length"]]:
-    """Ids and labels of rendered segments. Neighbouring texts of one supervision are encoded together.
+    """(ids, labels) of rendered segments. Neighbouring texts are encoded together, unless only one is supervised.
 
-    Text at the start of the sequence and right after a picture begins anew (with a dummy prefix, if the tokenizer has
-    one), as in the reference; other text continues. `start` goes in front of all.
+    As in the reference, text at the start of the sequence and right after an image begins a new text, with the dummy
+    prefix of SentencePiece-like tokenizers. Other text continues the text before it.
+
+    Args:
+      start: ids in front of the sequence.
     """
     ids: list[int] = list(start)
     supervised: list[bool] = [False] * len(ids)
@@ -341,7 +366,11 @@ def encode_segments(
 
 @dataclass(frozen=True)
 class ConversationEncoder:
-    """Record -> ids and labels for training."""
+    """Record -> ids and labels for training.
+
+    Attributes:
+      start: ids in front of the sequence.
+    """
 
     encoder: TextEncoder
     render: Renderer
@@ -357,7 +386,7 @@ class ConversationEncoder:
 
 @dataclass(frozen=True)
 class ConversationPromptEncoder:
-    """Record whose last turn is the human's -> ids after which an answer can be generated."""
+    """Record whose last turn is a question -> ids after which an answer can be generated."""
 
     encoder: TextEncoder
     render: Renderer

@@ -1,20 +1,23 @@
-"""`compat="official"`: the ids and labels of the reference (its train.py and ross/mm_utils.py), faults included.
+"""Ids and labels of the reference (its train.py and ross/mm_utils.py), with its mistakes: `compat="official"`.
 
-The reference prints the whole conversation, encodes it, and then finds the answers by cutting the print at stop tokens
-and role markers and adding up the lengths of the pieces' own encodings. What follows from that, and is kept here:
+The reference renders the whole conversation and encodes it. Then it finds the answers: it cuts the rendered text at
+stop tokens and role markers, encodes each piece on its own, and adds up the lengths. Consequences, reproduced here:
 
-* a message that contains a role marker or a stop token, or a padding id inside a text, makes the lengths disagree: all
-  labels of the conversation are lost (the reference prints "tokenization mismatch");
-* `qwen_2` supervises the stop token of every answer but the last, `v1` and `llama3` that of every answer;
-* an empty answer is joined to the next question in `v1` and `qwen_2`, without a stop token;
-* every message's pictures shrink to one at its front; a leading answer is dropped; special tokens' text is special;
-* text-only conversations are cut at `tokenizer.model_max_length`, those with pictures only in `collate`;
-* a multi-turn generation prompt of `llama3` holds the text `<|eot_conversation|>`.
+* A message that contains a role marker or a stop token, or a padding id inside a text, makes the lengths disagree. Then
+  the conversation loses all labels (the reference prints "tokenization mismatch").
+* `qwen_2` supervises the stop token of every answer but the last; `v1` and `llama3` supervise all.
+* An empty answer is joined to the next question in `v1` and `qwen_2`, without a stop token.
+* All images of a message become one image at its front. A leading answer is dropped. Names of special tokens inside a
+  message become special tokens.
+* Padding ids inside a text vanish, because the attention mask leaves them out.
+* Text-only conversations are cut at `tokenizer.model_max_length`.
+* A multi-turn generation prompt of `llama3` contains the text `<|eot_conversation|>`.
 
-What the reference raises, on `plain` without a picture or turns out of order, is a `ConversationError` here.
+Where the reference raises an error (`plain` without an image, turns out of order), these encoders raise
+`ConversationError`.
 
-The reference used the slow Llama 2 tokenizer, which puts its dummy prefix in front of every text; the fast one of today
-omits it where a text begins with a space, as captions may. `OfficialTokenizer.encode_text` makes up for that.
+The slow Llama 2 tokenizer of the reference puts its dummy prefix before every text. The fast one omits it before a text
+that begins with a space, as captions may, so `OfficialTokenizer.encode_text` adds it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,16 +44,17 @@ from ross_jax.data.conversation import (
     sample_name,
 )
 
-END_OF_ROUND = "<|eot_conversation|>"  # the reference's own separator in llama3 prompts; no token
+END_OF_ROUND = "<|eot_conversation|>"
+"""The reference's separator of rounds in `llama3` prompts. It is text and no token."""
 
 
 class OfficialTokenizer:
-    """Encodes prompts as the reference does: special tokens in the text are special, a start token comes first.
+    """Encodes prompts as the reference does: names of special tokens are special, and a start token comes first.
 
     Attributes:
-      pad: id of the padding token, which the reference does not count; None without one.
-      max_length: where text-only conversations are cut.
-      legacy: whether the reference would take the tokenizer for one that spaces out special tokens.
+      pad: id of the padding token; None if there is none.
+      max_length: number of tokens at which text-only conversations are cut.
+      legacy: whether the reference assumes that the tokenizer puts spaces after special tokens.
     """
 
     def __init__(self, tokenizer: Any):
@@ -66,7 +70,7 @@ class OfficialTokenizer:
         return list(self.tokenizer(text, verbose=False).input_ids)
 
     def encode_with_images(self, prompt: str) -> list[int]:
-        """Every stretch between `<image>` markers is encoded on its own; `IMAGE_ID` stands between them."""
+        """Ids of the texts between `<image>` markers, each encoded on its own, with `IMAGE_ID` between them."""
         first, *others = (self.encode_text(text) for text in prompt.split(IMAGE_MARKER))
         starts = bool(first) and first[0] == self.tokenizer.bos_token_id
         ids = first
@@ -76,14 +80,14 @@ class OfficialTokenizer:
 
 
 def front_images(text: str) -> str:
-    """The message with one `<image>` in front, on its own line, if it had any."""
+    """The message with one `<image>` at its front, on its own line, if it contains any."""
     if IMAGE_MARKER not in text:
         return text
     return f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
 
 
 def read_dialogue(record: Record) -> tuple[list[str], bool]:
-    """Messages, human and assistant in turn beginning with the human's, and whether the record has a picture."""
+    """(texts of questions and answers in turn, the first a question; whether the record has an image)."""
     has_image = count_images(record) > 0
     turns = read_turns(record)
     if turns[0][0] == "system":
@@ -97,7 +101,7 @@ def read_dialogue(record: Record) -> tuple[list[str], bool]:
 
 
 def print_dialogue(system: str, stop: str, texts: Sequence[str | None]) -> str:
-    """The prompt of `v1` and `qwen_2`. None is an answer left open; an empty message looks the same."""
+    """The prompt of `v1` and `qwen_2`. None is an answer that is to be generated; an empty text looks the same."""
     prompt = f"{system} "
     for i, text in enumerate(texts):
         name, separator = (("USER", " "), ("ASSISTANT", stop))[i % 2]
@@ -106,7 +110,7 @@ def print_dialogue(system: str, stop: str, texts: Sequence[str | None]) -> str:
 
 
 def print_llama3(texts: Sequence[str | None]) -> str:
-    """The prompt of `llama3`, with the reference's mark after each answer."""
+    """The prompt of `llama3`, with `END_OF_ROUND` after each answer."""
     prompt = ""
     for i, text in enumerate(texts):
         name, separator = (("user", ""), ("assistant", END_OF_ROUND))[i % 2]
@@ -117,12 +121,11 @@ def print_llama3(texts: Sequence[str | None]) -> str:
 
 
 class Round(NamedTuple):
-    """How the reference measures one question with its answer, in tokens.
+    """How the reference measures a round, which is a question with its answer, in tokens.
 
     Attributes:
-      length: by how much it moves on.
-      masked_from: where it begins to mask, from the round's own beginning.
-      masked_to: where it stops.
+      length: distance to the beginning of the next round.
+      masked_from, masked_to: the span without supervision, counted from the round's beginning.
     """
 
     length: int
@@ -135,17 +138,17 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the reference prints and masks one template.
+    """How the reference renders and masks a template.
 
     Attributes:
-      print: messages -> prompt.
-      separator: where a prompt is cut into rounds.
-      is_token: whether the separator is encoded too, or only drawn in for the cutting.
-      answer: the marker before an answer; a round that does not hold exactly one of them ends the search.
+      print: texts -> prompt.
+      separator: text at which a prompt is cut into rounds.
+      is_token: whether the separator is encoded, or only inserted to cut at.
+      answer: marker before an answer. A round without exactly one marker ends the search for answers.
       first: position of the first round.
-      measure: (round, its part up to the answer, is it the first, encode, legacy) -> Round.
-      unpadded: whether padding ids are left out when the lengths are compared.
-      uncounted: how many tokens the rounds do not cover.
+      measure: (text of a round, its part up to the answer, whether it is the first, encode, legacy) -> Round.
+      unpadded: whether padding ids are not counted when lengths are compared.
+      uncounted: number of tokens that the rounds do not cover.
     """
 
     print: Callable[[Sequence[str | None]], str]
@@ -159,7 +162,7 @@ class Scheme:
 
 
 def _measure_v1(text: str, head: str, is_first: bool, encode: Encode, legacy: bool) -> Round:
-    # A round's own encoding has a start token too many and a stop token too few; later ones also a dummy prefix.
+    # A round's encoding has an extra start token and lacks its stop token; later rounds have an extra dummy prefix.
     extra = 0 if is_first or legacy else 1
     return Round(len(encode(text)) - extra, 0, len(encode(head)) - 2 - extra)
 
@@ -168,12 +171,12 @@ def _measure_qwen_2(text: str, head: str, is_first: bool, encode: Encode, legacy
     ids, head_ids = encode(text), encode(head)
     shared = min(len(ids), len(head_ids))
     common = next((i for i in range(shared) if ids[i] != head_ids[i]), shared)
-    stop = 0 if is_first or legacy else 1  # the previous round's, which stands in front of this one
+    stop = 0 if is_first or legacy else 1  # stop token of the previous round, which precedes this one
     return Round(len(ids) + stop, 0 if is_first else 1, common + stop)
 
 
 def _measure_llama3(text: str, head: str, is_first: bool, encode: Encode, legacy: bool) -> Round:
-    extra = 0 if is_first or legacy else 1  # each round's own encoding begins with <|begin_of_text|>
+    extra = 0 if is_first or legacy else 1  # the encoding of each round begins with <|begin_of_text|>
     return Round(len(encode(text)) - extra, 0, len(encode(head)) - extra)
 
 
@@ -214,7 +217,7 @@ SCHEMES: Mapping[str, Scheme] = {
 def supervised_positions(
     scheme: Scheme, prompt: str, ids: Sequence[int], encode: Encode, tokenizer: OfficialTokenizer
 ) -> Bool[np.ndarray, "length"]:
-    """Which positions the reference supervises; none where its lengths disagree."""
+    """bool[length]: True where the reference supervises. All False if its lengths disagree."""
     supervised = np.ones(len(ids), bool)
     position = scheme.first
     supervised[:position] = False
@@ -234,7 +237,7 @@ def supervised_positions(
 
 @dataclass(frozen=True)
 class OfficialEncoder:
-    """Record -> ids and labels, by one of `SCHEMES`."""
+    """Record -> ids and labels, by the template's entry in `SCHEMES`."""
 
     template: str
     tokenizer: OfficialTokenizer
@@ -244,13 +247,13 @@ class OfficialEncoder:
         texts, has_image = read_dialogue(record)
         prompt = scheme.print(texts)
         if has_image and self.template == "v1" and IMAGE_MARKER not in prompt:
-            raise ConversationError(f"{sample_name(record)}: the record has a picture, its text no {IMAGE_MARKER}")
+            raise ConversationError(f"{sample_name(record)}: the record has an image, its text no {IMAGE_MARKER}")
         encode = self.tokenizer.encode_with_images if has_image else self.tokenizer.encode_text
         ids = encode(prompt if scheme.is_token else prompt.replace(scheme.separator, ""))
         if not has_image:
             ids = ids[: self.tokenizer.max_length]
         supervised = supervised_positions(scheme, prompt, ids, encode, self.tokenizer)
-        return _encoded(ids, supervised)
+        return _encoded(ids, supervised, self.tokenizer.pad)
 
 
 @dataclass(frozen=True)
@@ -270,12 +273,12 @@ class OfficialPlainEncoder:
         caption = front_images(turns[1][1]) if count_images(record) else turns[1][1]
         ids = self.tokenizer.encode_with_images(f"{IMAGE_MARKER}{caption}\n")
         masked = len(self.tokenizer.encode_with_images(IMAGE_MARKER))
-        return _encoded(ids, np.arange(len(ids)) >= masked)
+        return _encoded(ids, np.arange(len(ids)) >= masked, self.tokenizer.pad)
 
 
 @dataclass(frozen=True)
 class OfficialPromptEncoder:
-    """Record that ends with a human turn -> ids of the reference's generation prompt."""
+    """Record whose last turn is a question -> ids of the reference's generation prompt."""
 
     template: str
     tokenizer: OfficialTokenizer
@@ -291,9 +294,12 @@ class OfficialPromptEncoder:
         return np.asarray(self.tokenizer.encode_with_images(prompt), np.int32)
 
 
-def _encoded(ids: Sequence[int], supervised: Bool[np.ndarray, "length"]) -> EncodedConversation:
+def _encoded(ids: Sequence[int], supervised: Bool[np.ndarray, "length"], pad: int | None) -> EncodedConversation:
+    """Ids and labels without padding ids, which the reference's attention mask leaves out."""
     input_ids = np.asarray(ids, np.int32)
-    return EncodedConversation(input_ids, np.where(supervised, input_ids, np.int32(IGNORE)))
+    kept = np.ones(len(input_ids), bool) if pad is None else input_ids != pad
+    labels = np.where(supervised, input_ids, np.int32(IGNORE))
+    return EncodedConversation(input_ids[kept], labels[kept])
 
 
 def _check_template(template: str) -> None:
@@ -317,29 +323,3 @@ def build_prompt_encoder(template: str, tokenizer: Any) -> PromptEncoder:
     """`encoders.build_prompt_encoder` for `compat="official"`."""
     _check_template(template)
     return OfficialPromptEncoder(template, OfficialTokenizer(tokenizer))
-
-
-class OfficialBatch(NamedTuple):
-    """What the reference's collator makes of several conversations."""
-
-    input_ids: Int32[np.ndarray, "batch length"]
-    labels: Int32[np.ndarray, "batch length"]
-    attention_mask: Bool[np.ndarray, "batch length"]
-
-
-def collate(conversations: Sequence[EncodedConversation], pad: int, max_length: int) -> OfficialBatch:
-    """Pads on the right to the longest, then cuts at `max_length`, pictures included.
-
-    Padding ids inside a text are masked out as well, as in the reference.
-    """
-    longest = max(len(conversation.input_ids) for conversation in conversations)
-
-    def padded(rows: list[np.ndarray], value: int) -> Int32[np.ndarray, "batch length"]:
-        out = np.full((len(rows), longest), value, np.int32)
-        for row, values in zip(out, rows, strict=True):
-            row[: len(values)] = values
-        return out[:, :max_length]
-
-    input_ids = padded([conversation.input_ids for conversation in conversations], pad)
-    labels = padded([conversation.labels for conversation in conversations], IGNORE)
-    return OfficialBatch(input_ids, labels, input_ids != pad)

@@ -1,4 +1,4 @@
-"""From a template's name to the function that encodes records: where template and `compat` are chosen, once."""
+"""Chooses, by template and `compat`, the function that encodes records."""
 
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -35,10 +35,10 @@ from ross_jax.data.tokenizer import TextEncoder
 
 
 def build_renderer(template: str, encoder: TextEncoder) -> Renderer:
-    """The function that renders a conversation as segments.
+    """The function that renders conversations as segments.
 
     Raises:
-      UserError: no such template, or the tokenizer lacks what the template needs.
+      UserError: the template does not exist, or needs a special token that the tokenizer does not have.
     """
     purpose = f"template {template!r}"
     if template == "plain":
@@ -59,19 +59,19 @@ def build_renderer(template: str, encoder: TextEncoder) -> Renderer:
 def _parts(template: str, tokenizer: Any) -> tuple[TextEncoder, Renderer, tuple[int, ...]]:
     encoder = TextEncoder(tokenizer)
     render = build_renderer(template, encoder)
-    return encoder, render, () if template == "chatml" else encoder.start  # a chat template brings its own
+    return encoder, render, () if template == "chatml" else encoder.start  # a chat template has its own start
 
 
 def build_encoder(template: str, tokenizer: Any, compat: str = "default") -> Encoder:
-    """The function that turns a record into ids and labels for training; it can be pickled.
+    """The function that turns a record into ids and labels for training. It can be pickled.
 
     Args:
-      template: one of `Template`.
+      template: one of `conversation.Template`.
       tokenizer: from `load_tokenizer`.
-      compat: one of `Compat`; `"official"` for the reference's ids and labels, its losses of labels included.
+      compat: one of `conversation.Compat`. `official` gives the reference's ids and labels, including its mistakes.
 
     Raises:
-      UserError: here, if template and tokenizer do not fit; `ConversationError`, by the function, for a bad record.
+      UserError: template and tokenizer do not fit. The function raises `ConversationError` for a bad record.
     """
     if _is_official(compat):
         return conversation_official.build_encoder(template, tokenizer)
@@ -79,7 +79,7 @@ def build_encoder(template: str, tokenizer: Any, compat: str = "default") -> Enc
 
 
 def build_prompt_encoder(template: str, tokenizer: Any, compat: str = "default") -> PromptEncoder:
-    """The function that turns a record ending with a human turn into the ids of a generation prompt.
+    """The function that turns a record whose last turn is a question into the ids of a generation prompt.
 
     Arguments and errors are those of `build_encoder`.
     """
@@ -90,12 +90,12 @@ def build_prompt_encoder(template: str, tokenizer: Any, compat: str = "default")
 
 @dataclass(frozen=True, eq=False)
 class ImageEncoder:
-    """Record -> ids of its pictures alone: an empty question that ends with its last picture. Nothing is supervised.
+    """Record -> ids of its images alone: an empty question, cut after its last image. Nothing is supervised.
 
-    What else the record says, its conversation included, stays out.
+        [before] [image] [image]            the record's conversation is ignored
 
     Attributes:
-      before: what the template says before a picture.
+      before: ids that the template puts before the image of an empty question.
     """
 
     before: Int32[np.ndarray, "length"]
@@ -103,14 +103,14 @@ class ImageEncoder:
     def __call__(self, record: Record) -> EncodedConversation:
         count = count_images(record)
         if not count:
-            raise ConversationError(f"{sample_name(record)}: no picture, and without a text loss no use; remove it")
+            raise ConversationError(f"{sample_name(record)}: no image, and the run has no text loss; remove it")
         ids = np.append(self.before, np.full(count, IMAGE_ID, np.int32))
         return EncodedConversation(ids, np.full_like(ids, IGNORE))
 
 
 @dataclass(frozen=True)
 class TrainingEncoder:
-    """Record -> ids and labels of its conversation, or of its pictures alone where it has none."""
+    """Record -> ids and labels of its conversation, or of its images alone if it has no conversation."""
 
     conversation: Encoder
     images: ImageEncoder
@@ -120,30 +120,26 @@ class TrainingEncoder:
 
 
 def build_image_encoder(template: str, tokenizer: Any, compat: str = "default") -> ImageEncoder:
-    """The function that encodes a record's pictures alone. Arguments and errors are those of `build_encoder`."""
+    """The function that encodes a record's images alone. Arguments and errors are those of `build_encoder`."""
     question = {"from": "human", "value": IMAGE_MARKER}
-    ids = build_prompt_encoder(template, tokenizer, compat)({"image": "picture", "conversations": [question]})
+    ids = build_prompt_encoder(template, tokenizer, compat)({"image": "image", "conversations": [question]})
     return ImageEncoder(ids[: np.flatnonzero(ids == IMAGE_ID)[0]])
 
 
 def build_training_encoder(
     template: str, tokenizer: Any, compat: str = "default", text_loss: bool = True
 ) -> TrainingEncoder | ImageEncoder:
-    """The function that encodes whatever a source gives. Arguments and errors are those of `build_encoder`.
+    """The function that encodes the records of any source. Arguments and errors are those of `build_encoder`.
 
     Args:
-      text_loss: whether there is one. Without it, every record is its pictures alone.
+      text_loss: whether conversations are read. If not, every record is encoded as its images alone.
     """
     images = build_image_encoder(template, tokenizer, compat)
     return TrainingEncoder(build_encoder(template, tokenizer, compat), images) if text_loss else images
 
 
 def stop_id(template: str, tokenizer: Any) -> int:
-    """The id that ends an answer of a template.
-
-    Raises:
-      UserError: no such template, or the tokenizer lacks what the template needs.
-    """
+    """The id of the token that ends an answer. Errors are those of `build_renderer`."""
     encoder = TextEncoder(tokenizer)
     renderer = build_renderer(template, encoder)
     if isinstance(renderer, (Dialogue, Llama3)):

@@ -1,8 +1,10 @@
 """The data of a run: a sequence of global batches, of which each process reads its share.
 
-Batch number `step` is a function of the plan alone. So the position in the data is the step number, a restored run
-reads on at any step, and P processes read, together, the same rows as one: process p has the rows p R / P to
-(p + 1) R / P of the R rows of every step.
+    sources ─► lengths of all samples ─► packing plan of each epoch ─► rows of step s ─► batch s
+               encoded once, cached      cached                        process p of P reads rows p R/P to (p + 1) R/P
+
+Batch s is a function of the plan alone. So the position in the data is the step number, a restored run reads on at any
+step, and any number of processes reads the same rows together.
 """
 
 import hashlib
@@ -21,38 +23,40 @@ from grain.experimental import DatasetOptions, WithOptionsIterDataset
 from grain.sources import RandomAccessDataSource
 
 from ross_jax.config import UserError, to_dict
-from ross_jax.data.batches import Batch, Encoded, Expanded, RowShape, empty_batch, expand, place
+from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, expand, place
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
-from ross_jax.data.conversation import IMAGE_ID
-from ross_jax.data.images import ImageConfig, ImageError, decode, preprocess
-from ross_jax.data.packing import Lengths, PackingConfig, PackingPlan, cached_plan, make_plan
+from ross_jax.data.conversation import IMAGE_ID, Encoder
+from ross_jax.data.images import Decoder, ImageConfig, ImageError, decode, preprocess
+from ross_jax.data.packing import Lengths, PackingConfig, PackingPlan, PlanSettings, cached_plan, make_plan
 from ross_jax.data.precomputed import Precomputed
 from ross_jax.data.sources import BrokenSamples, Concatenated, Sample, SampleError, Source, SourceConfig, open_source
 
 logger = logging.getLogger(__name__)
 
-Encode = Callable[[dict[str, Any]], Encoded]
+Broken = tuple[int, str]
+"""Index of a sample that cannot be used, and why."""
 
 _MEASURED_AT_ONCE = 256  # samples per message from a worker process
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a run is fed.
+    """The data of a run, and how it is read.
 
     Attributes:
       sources: one or several, read as one data set.
-      packing: the row.
-      batch: conversations per step, as in the paper; how many rows that makes follows from the plan.
-      epochs, seed: how often, and in which order.
-      max_broken: share of broken samples above which the run stops; see `BrokenSamples`.
-      workers: processes that read, each a batch of its own; 0: threads of this process, which
-        is often enough, since decoding and resizing pictures release the interpreter lock.
-      threads: that read, each a batch of its own, if there are no workers.
-      prefetch: batches that each worker, or the threads together, hold ready.
-      cache: folder for lengths and plans, shared by all processes; None: they are made anew at every start.
-      precomputed: folder of `launch/cache.py` with what frozen components make of the pictures, read in their stead;
-        pixels are decoded only if something still needs them.
+      packing: the layout of rows.
+      batch: conversations per step, as in the paper. The number of rows per step follows from the packing plan.
+      epochs: passes over the data.
+      seed: settles the order of samples and rows.
+      max_broken: share of broken samples above which the run stops; see `sources.BrokenSamples`.
+      workers: processes that read, each one batch at a time. 0: threads of this process read, which is often fast
+        enough, because decoding and resizing images release the interpreter lock.
+      threads: threads that read, each one batch at a time, if there are no workers.
+      prefetch: batches that each worker, or all threads together, hold ready.
+      cache: folder for lengths and plans, shared by all processes. None: they are made at every start.
+      precomputed: folder that `launch/cache.py` wrote. Targets and features are read from it instead of computed, and
+        pixels are only decoded if a component still looks at them.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -80,58 +84,83 @@ class DataConfig:
             raise ValueError(f"max_broken is {self.max_broken}; it is a share, from 0 to 1")
 
 
-def expand_sample(sample: Sample, encode: Encode, packing: PackingConfig, image_tokens: int) -> Expanded:
-    """A sample's tokens and targets, cut to the row if `packing.too_long` says so.
+@dataclass(frozen=True)
+class Preprocessing:
+    """How samples become arrays.
+
+    Attributes:
+      encode: record -> token ids and labels. Worker processes need one that can be pickled.
+      images: how images are resized.
+      image_tokens: N, tokens per image.
+      encode_key: text that changes whenever `encode` does (tokenizer, template, compat). Measured lengths are cached
+        under it. None: they are not cached.
+      decode: `images.decode` or `images.decode_official`.
+      precomputed: arrays to read for every image.
+      pixels: whether batches hold `images`.
+    """
+
+    encode: Encoder
+    images: ImageConfig
+    image_tokens: int
+    encode_key: str | None = None
+    decode: Decoder = decode
+    precomputed: Precomputed | None = None
+    pixels: bool = True
+
+
+def expand_sample(sample: Sample, preprocessing: Preprocessing, packing: PackingConfig) -> Expanded:
+    """Tokens and targets of a sample, cut to the row if `packing.too_long` is `truncate`.
 
     Raises:
-      SampleError: the record cannot be encoded, or has another number of picture marks than of pictures.
+      SampleError: the record cannot be encoded, or its text has another number of image markers than it has images.
     """
     try:
-        encoded = encode(sample.record)
+        encoded = preprocessing.encode(sample.record)
     except UserError as error:
         raise SampleError(str(error)) from error
     marks = np.count_nonzero(encoded.input_ids == IMAGE_ID)
     if marks != len(sample.images):
-        raise SampleError(f"sample {sample.id!r}: {marks} picture marks in the text, {len(sample.images)} pictures")
-    expanded = expand(encoded, image_tokens, packing if packing.too_long == "truncate" else None)
+        raise SampleError(f"sample {sample.id!r}: {marks} image markers in the text, {len(sample.images)} images")
+    limits = packing if packing.too_long == "truncate" else None
+    expanded = expand(encoded, preprocessing.image_tokens, limits)
     if not len(expanded.tokens):
-        raise SampleError(f"sample {sample.id!r}: holds nothing, or begins with a picture that fits no row")
+        raise SampleError(f"sample {sample.id!r}: holds nothing, or begins with an image that fits no row")
     return expanded
 
 
 def _read_in_order(items: RandomAccessDataSource, start: int, config: DataConfig) -> grain.DatasetIterator:
-    """Iterates over `items[start:]` in order, read ahead by threads or worker processes."""
+    """Iterates over `items[start:]` in order. Threads or worker processes read ahead."""
     threads = 0 if config.workers else config.threads
     ahead = max(config.prefetch, threads) if threads else 0
     dataset = grain.MapDataset.source(items)[start:]
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
     if config.workers:
-        if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags, which not every program parses
+        if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags, and not every program parses them
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
         dataset = dataset.mp_prefetch(options)
-        # Batches come through pipes, which costs milliseconds. Shared memory, grain's default, is 64 MB in a
-        # container unless one asks for more, and a worker that exceeds it is killed by SIGBUS.
+        # Batches come through pipes. Containers often have 64 MB of shared memory, which is grain's default, and a
+        # worker that exceeds it is killed by SIGBUS.
         dataset = WithOptionsIterDataset(dataset, DatasetOptions(min_shm_size=sys.maxsize))
     return iter(dataset)
 
 
 class _Measure:
-    """Chunks of samples -> their lengths int32 [3, chunk] and what is broken; see `measure_lengths`."""
+    """Chunks of samples: [chunk] -> (int32[3, samples] with a row for each field of `Lengths`, broken samples)."""
 
-    def __init__(self, source: Source, encode: Encode, packing: PackingConfig, image_tokens: int):
-        self._source, self._encode, self._packing, self._image_tokens = source, encode, packing, image_tokens
+    def __init__(self, source: Source, preprocessing: Preprocessing, packing: PackingConfig):
+        self._source, self._preprocessing, self._packing = source, preprocessing, packing
 
     def __len__(self) -> int:
         return -(-len(self._source) // _MEASURED_AT_ONCE)
 
-    def __getitem__(self, chunk: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    def __getitem__(self, chunk: int) -> tuple[np.ndarray, list[Broken]]:
         first = chunk * _MEASURED_AT_ONCE
         indices = range(first, min(first + _MEASURED_AT_ONCE, len(self._source)))
         lengths, broken = np.zeros((3, len(indices)), np.int32), []
         for column, index in enumerate(indices):
             try:
-                expanded = expand_sample(self._source[index], self._encode, self._packing, self._image_tokens)
+                expanded = expand_sample(self._source[index], self._preprocessing, self._packing)
             except SampleError as error:
                 broken.append((index, str(error)))
             else:
@@ -139,14 +168,14 @@ class _Measure:
         return lengths, broken
 
 
-def measure_lengths(source: Source, encode: Encode, image_tokens: int, config: DataConfig) -> Lengths:
-    """Encodes every sample once, to know what it needs of a row. Pictures are not read.
+def measure_lengths(source: Source, preprocessing: Preprocessing, config: DataConfig) -> Lengths:
+    """Encodes every sample once, to know what it needs of a row. Images are not read.
 
     Raises:
       UserError: too many samples are broken.
     """
     broken_samples = BrokenSamples(len(source), config.max_broken)
-    iterator = _read_in_order(_Measure(source, encode, config.packing, image_tokens), 0, config)
+    iterator = _read_in_order(_Measure(source, preprocessing, config.packing), 0, config)
     chunks = []
     try:
         for lengths, broken in iterator:
@@ -157,30 +186,28 @@ def measure_lengths(source: Source, encode: Encode, image_tokens: int, config: D
     return Lengths(*np.concatenate(chunks, axis=1))
 
 
-def cached_lengths(
-    source: Source, encode: Encode, image_tokens: int, config: DataConfig, encode_key: str, writer: bool = True
-) -> Lengths:
-    """`measure_lengths`, kept in `config.cache`. The texts, the encoder and N are part of the file's name.
+def cached_lengths(source: Source, preprocessing: Preprocessing, config: DataConfig, writer: bool = True) -> Lengths:
+    """`measure_lengths`, cached in `config.cache` under a name that hashes the texts, the encoder and N.
 
     Args:
-      encode_key: changes when the encoder does: tokenizer, template, compat.
       writer: as in `cached_plan`.
     """
     cut = config.packing if config.packing.too_long == "truncate" else None
-    described = json.dumps(["lengths", 1, source.fingerprint, encode_key, image_tokens, str(cut)])
+    key = ["lengths", 1, source.fingerprint, preprocessing.encode_key, preprocessing.image_tokens, str(cut)]
+    described = json.dumps(key)
     path = Path(config.cache) / f"lengths-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz"
     arrays = load_arrays(path, described)
     if arrays is None:
         if not writer:
             raise UserError(f"{path}: the measured lengths are not there; is {config.cache} shared by all processes?")
-        lengths = measure_lengths(source, encode, image_tokens, config)
+        lengths = measure_lengths(source, preprocessing, config)
         arrays = {"lengths": np.stack([lengths.tokens, lengths.images, lengths.supervised])}
         save_arrays(path, described, arrays)
     return Lengths(*arrays["lengths"])
 
 
 class _Steps:
-    """One process's share of every step: `[step] -> (batch, samples read, broken (index, reason))`; it is pickled."""
+    """One process's share of every step: [step] -> (batch, number of samples read, broken samples)."""
 
     def __init__(self, pipeline: "Pipeline", process: int, processes: int):
         self._pipeline = pipeline
@@ -190,30 +217,22 @@ class _Steps:
     def __len__(self) -> int:
         return self._pipeline.steps
 
-    def __getitem__(self, step: int) -> tuple[Batch, int, list[tuple[int, str]]]:
+    def __getitem__(self, step: int) -> tuple[Batch, int, list[Broken]]:
         pipeline = self._pipeline
-        lengths = pipeline.lengths
         plan, first_row = pipeline.locate(step)
         batch, seen, broken = pipeline.empty_batch(self._rows), 0, []
         for row in range(self._rows):
-            start = slot = 0
-            for segment, index in enumerate(plan.row(first_row + self._offset + row).tolist(), start=1):
+            for index, location in plan.locations(first_row + self._offset + row, pipeline.lengths):
+                seen += 1
                 try:
-                    conversation, images, precomputed = pipeline.read(index)
+                    place(batch, row, location, *pipeline.read(index))
                 except (SampleError, ImageError) as error:
                     broken.append((index, str(error)))
-                else:
-                    image_id = int(pipeline.first_image_ids[index])
-                    where = dict(start=start, slot=slot, segment=segment, first_image_id=image_id)
-                    place(batch, row, conversation, images, **where, precomputed=precomputed)
-                seen += 1
-                start += int(lengths.tokens[index])
-                slot += int(lengths.images[index])
         return batch, seen, broken
 
 
 class _Images:
-    """Pictures by their identities, chunk by chunk; see `Pipeline.images`."""
+    """Chunks of images by identity: [chunk] -> (pixels, {identity: broken sample}); see `Pipeline.images`."""
 
     def __init__(self, pipeline: "Pipeline", chunks: Sequence[range]):
         self._pipeline, self._chunks = pipeline, chunks
@@ -221,17 +240,16 @@ class _Images:
     def __len__(self) -> int:
         return len(self._chunks)
 
-    def __getitem__(self, chunk: int) -> tuple[np.ndarray, dict[int, tuple[int, str]]]:
+    def __getitem__(self, chunk: int) -> tuple[np.ndarray, dict[int, Broken]]:
         identities, size = self._chunks[chunk], self._pipeline.shape.image_size
         images, broken = np.zeros((len(identities), size, size, 3), np.uint8), {}
         for place_in_chunk, image_id in enumerate(identities):
             if not image_id:
                 continue
-            index = self._pipeline.sample_of(image_id)
             try:
-                images[place_in_chunk] = self._pipeline.image(index, image_id)
+                images[place_in_chunk] = self._pipeline.image(image_id)
             except (SampleError, ImageError) as error:
-                broken[image_id] = index, str(error)
+                broken[image_id] = self._pipeline.sample_of(image_id), str(error)
         return images, broken
 
 
@@ -240,43 +258,33 @@ class Pipeline:
 
     Args:
       source: the samples.
-      encode: a record -> ids and labels; picklable, if there are worker processes.
-      lengths: of the source's samples, from `measure_lengths`.
-      plans: one per epoch, with the same rows per step.
+      preprocessing: how they become arrays.
+      lengths: what `measure_lengths` found for `source`.
+      plans: one per epoch, all with the same number of rows per step.
       config: see `DataConfig`.
-      image_config: how pictures are resized.
-      image_tokens: N.
-      decode_image: bytes and name -> RGB picture: `images.decode` or `images.decode_official`.
-      precomputed: read with every picture.
-      pixels: whether the pictures themselves are read.
 
     Attributes:
-      steps: of the whole run.
+      steps: number of steps of the whole run.
       rows_per_step: rows of a global batch.
-      shape: of a row.
-      hash: identifies the sequence of batches; a checkpoint holds it.
-      broken: samples that this process has skipped while reading.
+      shape: sizes of a row.
+      hash: identifies the sequence of batches. A checkpoint holds it.
+      broken: number of samples that this process has skipped while reading.
     """
 
     def __init__(
         self,
         source: Source,
-        encode: Encode,
+        preprocessing: Preprocessing,
         lengths: Lengths,
         plans: Sequence[PackingPlan],
         config: DataConfig,
-        image_config: ImageConfig,
-        image_tokens: int,
-        decode_image: Callable = decode,
-        precomputed: Precomputed | None = None,
-        pixels: bool = True,
     ):
+        self._source, self._preprocessing = source, preprocessing
         self.lengths, self.plans, self.config = lengths, list(plans), config
-        self.precomputed, self._pixels = precomputed, pixels
-        self.first_image_ids = lengths.first_image_ids()
+        self.precomputed = preprocessing.precomputed
         self.rows_per_step = plans[0].rows_per_step
-        self.shape = RowShape(config.packing.length, config.packing.images, image_tokens, image_config.size)
-        self._source, self._encode, self._decode, self._image_config = source, encode, decode_image, image_config
+        packing, image_size = config.packing, preprocessing.images.size
+        self.shape = RowShape(packing.length, packing.images, preprocessing.image_tokens, image_size)
         self._first_steps = np.cumsum([0, *(plan.steps for plan in plans)])
         self.steps = int(self._first_steps[-1])
         parts = [lengths.hash, *(plan.hash for plan in plans), str(self.shape)]
@@ -290,75 +298,77 @@ class Pipeline:
 
     @property
     def described(self) -> dict[str, Any]:
-        """All that identities and pixels of the pictures depend on, their files' content apart."""
+        """Everything that the images' identities and pixels depend on, except the content of the image files."""
         return {
             "count": int(self.lengths.images.sum()),
             "source_hash": self._source.fingerprint,
             "counts_hash": hash_arrays(self.lengths.images),
-            "image": to_dict(self._image_config),
-            "decoded_by": self._decode.__name__,
+            "image": to_dict(self._preprocessing.images),
+            "decoded_by": self._preprocessing.decode.__name__,
         }
 
     def sample_of(self, image_id: int) -> int:
-        """The sample that a picture belongs to."""
-        return int(np.searchsorted(self.first_image_ids, image_id, side="right")) - 1
+        """Index of the sample that an image belongs to."""
+        return int(np.searchsorted(self.lengths.first_image_ids, image_id, side="right")) - 1
 
-    def image(self, index: int, image_id: int) -> np.ndarray:
-        """One picture of sample `index`, uint8 [H, W, 3].
+    def image(self, image_id: int) -> np.ndarray:
+        """One image, uint8[H, W, 3].
 
         Raises:
           SampleError, ImageError: it is broken.
         """
-        return self._image(self._source[index], image_id - int(self.first_image_ids[index]))
+        index = self.sample_of(image_id)
+        return self._image(self._source[index], image_id - int(self.lengths.first_image_ids[index]))
 
-    def images(self, chunks: Sequence[range]) -> Iterator[tuple[np.ndarray, dict[int, tuple[int, str]]]]:
-        """Pictures by their identities, of which 0 is a black one: in order, read ahead.
+    def images(self, chunks: Sequence[range]) -> Iterator[tuple[np.ndarray, dict[int, Broken]]]:
+        """Images by identity, chunk by chunk, in order and read ahead. Identity 0 is a black image.
 
         Returns:
-          For each chunk: uint8 [chunk, H, W, 3], black where one is broken; identity -> its sample, and why, of those.
+          For each chunk: uint8[chunk, H, W, 3], black where an image is broken; and {identity: (sample, reason)} of the
+          broken images.
         """
         return _read_in_order(_Images(self, chunks), 0, self.config)
 
     def empty_batch(self, rows: int) -> Batch:
         """A batch of padding."""
         batch = empty_batch(rows, self.shape)
-        if not self._pixels:
+        if not self._preprocessing.pixels:
             del batch["images"]
         if self.precomputed is not None:
             batch |= self.precomputed.empty(rows, self.shape.images)
         return batch
 
     def read(self, index: int) -> tuple[Expanded, list[np.ndarray], list[dict[str, np.ndarray]]]:
-        """One sample: its tokens, its pictures, uint8 [H, W, 3], and what was precomputed of each.
+        """One sample: its tokens, and for each of its images the pixels uint8[H, W, 3] and the precomputed arrays.
 
         Raises:
           SampleError, ImageError: it is broken.
-          UserError: it no longer has the length that the plan was made for.
+          UserError: its length is not the one that the plan was made for.
         """
         sample = self._source[index]
-        expanded = expand_sample(sample, self._encode, self.config.packing, self.shape.image_tokens)
+        expanded = expand_sample(sample, self._preprocessing, self.config.packing)
         planned = int(self.lengths.tokens[index]), int(self.lengths.images[index])
         if (len(expanded.tokens), len(expanded.image_start)) != planned:
             raise UserError(
-                f"sample {sample.id!r} now has {len(expanded.tokens)} tokens and {len(expanded.image_start)} pictures, "
+                f"sample {sample.id!r} now has {len(expanded.tokens)} tokens and {len(expanded.image_start)} images, "
                 f"planned were {planned}: data or tokenizer changed; remove the cache {self.config.cache}"
             )
         numbers = range(len(expanded.image_start))
-        images = [self._image(sample, k) for k in numbers] if self._pixels else []
+        images = [self._image(sample, k) for k in numbers] if self._preprocessing.pixels else []
         if self.precomputed is None:
             return expanded, images, []
-        first = int(self.first_image_ids[index])
+        first = int(self.lengths.first_image_ids[index])
         return expanded, images, [self.precomputed.read(first + k) for k in numbers]
 
     def _image(self, sample: Sample, number: int) -> np.ndarray:
-        image = sample.images[number]
+        image, preprocessing = sample.images[number], self._preprocessing
         try:
-            return preprocess(self._decode(image.read(), image.name), self._image_config, image.name)
+            return preprocess(preprocessing.decode(image.read(), image.name), preprocessing.images, image.name)
         except ImageError as error:
             raise ImageError(f"sample {sample.id!r}: {error}") from error
 
     def batches(self, start: int = 0, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-        """This process's rows of the steps from `start` to the end: `rows_per_step / processes` rows each.
+        """This process's `rows_per_step / processes` rows of every step from `start` to the end.
 
         Raises:
           UserError: the rows do not divide by the number of processes; or, while iterating, too many samples are
@@ -388,29 +398,23 @@ class Pipeline:
 
 def open_pipeline(
     config: DataConfig,
-    encode: Encode,
-    image_config: ImageConfig,
-    image_tokens: int,
+    preprocessing: Preprocessing,
     *,
-    encode_key: str | None = None,
     multiple: int = 1,
     rows_per_step: int | None = None,
-    decode_image: Callable = decode,
-    precomputed: Precomputed | None = None,
-    pixels: bool = True,
     writer: bool = True,
-    opened: Callable[[str], None] = lambda _: None,
+    opened: Callable[[str], None] = lambda fingerprint: None,
 ) -> Pipeline:
-    """Opens the sources, measures them, and plans every epoch.
+    """Opens the sources, measures their samples, and plans every epoch.
 
-    Of several processes one is the writer, and the others wait in `opened` until it is done; they share `config.cache`.
+    Several processes that read one run share `config.cache`. One is the writer, and the others wait in `opened` until
+    it is done.
 
     Args:
-      encode_key: as in `cached_lengths`; None: lengths are not cached.
-      multiple: what the rows of a step must be a multiple of.
-      rows_per_step: of the run that is continued; None in a new run.
-      precomputed, pixels: as in `Pipeline`.
-      opened: told the fingerprint of the sources before anything is measured.
+      multiple: the rows of a step are a multiple of this.
+      rows_per_step: rows per step of the run that is continued; None in a new run.
+      writer: whether this process measures and plans.
+      opened: called with the fingerprint of the sources before anything is measured.
 
     Raises:
       UserError: a source is missing, empty or corrupt; too many samples are broken; nothing fits a row.
@@ -418,22 +422,18 @@ def open_pipeline(
     sources = [open_source(source) for source in config.sources]
     source = sources[0] if len(sources) == 1 else Concatenated(sources)
     opened(source.fingerprint)
-    if config.cache and encode_key:
-        lengths = cached_lengths(source, encode, image_tokens, config, encode_key, writer)
+    if config.cache and preprocessing.encode_key:
+        lengths = cached_lengths(source, preprocessing, config, writer)
     else:
-        lengths = measure_lengths(source, encode, image_tokens, config)
+        lengths = measure_lengths(source, preprocessing, config)
     plans: list[PackingPlan] = []
     for epoch in range(config.epochs):
-        settings = dict(
-            batch=config.batch, multiple=multiple, rows_per_step=rows_per_step, seed=config.seed, epoch=epoch
-        )
+        settings = PlanSettings(config.packing, config.batch, multiple, rows_per_step, config.seed, epoch)
         if config.cache:
-            plans.append(cached_plan(config.cache, lengths, config.packing, **settings, writer=writer))
+            plans.append(cached_plan(config.cache, lengths, settings, writer))
         else:
-            plans.append(make_plan(lengths, config.packing, **settings))
+            plans.append(make_plan(lengths, settings))
         rows_per_step = plans[0].rows_per_step
     for name, value in plans[0].statistics(lengths, config.packing).items():
         logger.info("packing plan: %s %s", name, f"{value:.3f}" if isinstance(value, float) else value)
-    return Pipeline(
-        source, encode, lengths, plans, config, image_config, image_tokens, decode_image, precomputed, pixels
-    )
+    return Pipeline(source, preprocessing, lengths, plans, config)

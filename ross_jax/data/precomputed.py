@@ -1,12 +1,16 @@
-"""What frozen components make of every picture, computed once and read instead of pixels: a folder of ArrayRecords.
+"""Outputs of frozen components for every image, computed once by `launch/cache.py` and read in place of pixels.
 
-    cache.json                            what is in the folder and what it was made of; written last
-    targets-00000-of-00012.arrayrecord    a part, here of the reconstruction's targets, in shards
-    features-00000-of-00012.arrayrecord   another: features of the vision encoder
+A cache is a folder of ArrayRecord files:
 
-Record r of a part, counted through its shards, belongs to the picture with identity r; record 0 to what an empty slot
-holds, a black picture. A record is a byte 1 and then the values of the part's arrays, one after the other; or a byte 0
-and, as text, why the picture cannot be used.
+    cache.json                            manifest: the layout, and what the cache was made of; written last
+    targets-00000-of-00012.arrayrecord    first shard of the part `targets`: what the objective reconstructs
+    features-00000-of-00012.arrayrecord   first shard of the part `features`: outputs of the vision encoder
+
+A part has one record per image. Records are counted through its shards: record r belongs to the image with identity r,
+and record 0 to a black image, which stands for an empty slot.
+
+    record of an image          01 | values of array 1 | values of array 2 | ...
+    record of a broken image    00 | UTF-8 text: why it cannot be used
 """
 
 import contextlib
@@ -18,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  NumPy learns of bfloat16
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
@@ -31,7 +35,7 @@ from ross_jax.upgrade import upgrade
 MANIFEST = "cache.json"
 FORMAT = 1
 SHARD_BYTES = 2**30
-"""About what the largest part's shards have."""
+"""About the size of the largest part's shards."""
 
 Arrays = Mapping[str, np.ndarray]
 _KEYS = {"records", "shard_records", "parts", "made_of"}
@@ -39,14 +43,14 @@ _KEYS = {"records", "shard_records", "parts", "made_of"}
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of a part: what it is for one picture."""
+    """Shape and dtype of one array of a part, for one image."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def nbytes(self) -> int:
-        """Of one picture."""
+        """Bytes of one image's values."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -55,9 +59,9 @@ class Layout:
     """How records are divided into files.
 
     Attributes:
-      records: of every part.
-      shard_records: in each shard but the last.
-      parts: part -> array -> what it is.
+      records: number of records of every part.
+      shard_records: number of records of every shard but the last.
+      parts: {part: {batch field: its array}}.
     """
 
     records: int
@@ -66,49 +70,49 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """Files of each part."""
+        """Number of shards of each part."""
         return -(-self.records // self.shard_records)
 
     def span(self, shard: int) -> range:
-        """The records in a shard."""
+        """Numbers of the records in a shard."""
         first = shard * self.shard_records
         return range(first, min(first + self.shard_records, self.records))
 
     def name(self, part: str, shard: int) -> str:
-        """Of a shard's file."""
+        """Name of a shard's file."""
         return f"{part}-{shard:05}-of-{self.shards:05}.arrayrecord"
 
     def record_bytes(self, part: str) -> int:
-        """Of one picture."""
+        """Bytes of one image's record."""
         return 1 + sum(array.nbytes for array in self.parts[part].values())
 
 
 def plan_layout(records: int, parts: Mapping[str, Mapping[str, ArraySpec]], shard_bytes: int = SHARD_BYTES) -> Layout:
-    """Shards of about `shard_bytes` for the largest part."""
+    """A layout whose shards have about `shard_bytes` in the largest part."""
     largest = max(Layout(records, 1, parts).record_bytes(part) for part in parts)
     return Layout(records, max(1, shard_bytes // largest), parts)
 
 
 def encode_record(arrays: Mapping[str, ArraySpec], values: Arrays) -> bytes:
-    """A picture's record."""
+    """The record of an image, from {batch field: its values}."""
     parts = [np.ascontiguousarray(values[name], spec.dtype).tobytes() for name, spec in arrays.items()]
     return b"".join([b"\x01", *parts])
 
 
 def encode_broken(reason: str) -> bytes:
-    """The record of a picture that cannot be used."""
+    """The record of an image that cannot be used."""
     return b"\x00" + reason.encode()
 
 
 def write_shards(files: Mapping[str, Path], records: Iterable[Mapping[str, bytes]]) -> None:
-    """Writes one shard of every part, each file whole or not at all.
+    """Writes one shard of every part. If it fails, no incomplete file is left.
 
     Args:
-      files: part -> its file.
-      records: part -> record, picture by picture.
+      files: {part: path of its shard}.
+      records: {part: record} for each image, in order.
 
     Raises:
-      UserError: a file cannot be written: a full disk.
+      UserError: a file cannot be written, as on a full disk.
     """
     partial = {part: path.with_name(path.name + ".partial") for part, path in files.items()}
     try:
@@ -121,7 +125,7 @@ def write_shards(files: Mapping[str, Path], records: Iterable[Mapping[str, bytes
                 with _writing(partial[part]):
                     writer.write(record[part])
                     if not writer.ok():
-                        writer.close()  # says what is wrong
+                        writer.close()  # raises the reason
         for part, writer in writers.items():
             with _writing(partial[part]):
                 writer.close()
@@ -137,19 +141,21 @@ def write_shards(files: Mapping[str, Path], records: Iterable[Mapping[str, bytes
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turns the system's errors, and ArrayRecord's, which are RuntimeErrors, into one that says what goes on."""
+    """Turns errors of the system, and ArrayRecord's RuntimeErrors, into a UserError that names the file."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition(";")[0]
-        raise UserError(f"{path}: cannot be written ({reason}); make room, and the same command goes on") from error
+        raise UserError(
+            f"{path}: cannot be written ({reason}); free the disk and run the same command again"
+        ) from error
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all.
+    """Writes a JSON file. If it fails, no incomplete file is left.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with _writing(path):
@@ -161,10 +167,10 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A manifest, in today's names.
+    """The content of a manifest, in today's names.
 
     Raises:
-      UserError: it is damaged, or of another version.
+      UserError: it is damaged, or has another format.
     """
     try:
         values = json.loads(path.read_text())
@@ -172,15 +178,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     found = values.get("format") if isinstance(values, dict) else None
     if found == FORMAT and _KEYS - values.keys():
-        raise UserError(f"{path}: damaged, {sorted(_KEYS - values.keys())} are not in it; make it anew")
+        raise UserError(f"{path}: damaged, {sorted(_KEYS - values.keys())} are not in it; make the cache again")
     if found != FORMAT:
-        raise UserError(f"{path}: format {found}, this version reads {FORMAT}; make it anew with launch/cache.py")
+        raise UserError(f"{path}: format {found}, this version reads {FORMAT}; make the cache again")
     return upgrade(MANIFEST, values)
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """A line for every value of two nested descriptions that is not the same; lists count as values."""
-    there, here = (flatten(json.loads(json.dumps(each))) for each in (theirs, ours))  # JSON knows no tuples
+def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """A line for every value that differs between two nested descriptions. A list counts as one value."""
+    there, here = (flatten(json.loads(json.dumps(each))) for each in (recorded, current))  # tuples become lists
     return [
         f"{name.replace('/', '.')}: {there.get(name)!r} there, {here.get(name)!r} now"
         for name in sorted(there.keys() | here.keys())
@@ -189,25 +195,26 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
 
 
 class Precomputed:
-    """Reads what was computed of pictures, by their identity; it can be pickled to worker processes.
+    """Reader of a cache, by the identity of images. It can be pickled to worker processes.
 
     Args:
-      folder: of `launch/cache.py`.
-      parts: those to read; None: all.
+      folder: what `launch/cache.py` wrote.
+      parts: names of the parts to read; None: all.
 
     Attributes:
-      parts: that are read.
-      made_of: what it was made of: `images`, and each part's.
+      folder: path of the cache.
+      parts: names of the parts that are read.
+      made_of: description of the images and, for each part, of the component that computed it.
 
     Raises:
-      UserError: the folder is none or incomplete; a shard is missing or has another size, by name.
+      UserError: the folder holds no cache or an incomplete one; or a shard is missing or has another size.
     """
 
     def __init__(self, folder: Path | str, parts: Sequence[str] | None = None):
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).is_file():
             started = (self.folder / f"{MANIFEST}.partial").is_file()
-            what = "not complete: run the same launch/cache.py again" if started else "nothing of launch/cache.py there"
+            what = "is not complete: run the same launch/cache.py again" if started else "holds no cache"
             raise UserError(f"{folder}: {what}")
         manifest = read_json(self.folder / MANIFEST)
         self.made_of = manifest["made_of"]
@@ -218,7 +225,7 @@ class Precomputed:
         self._empty = self.read(0)
 
     def select(self, parts: Sequence[str]) -> "Precomputed":
-        """The same with some of its parts."""
+        """A reader of some of the parts."""
         return Precomputed(self.folder, parts)
 
     def _check_files(self, sizes: Mapping[str, int]) -> None:
@@ -227,16 +234,16 @@ class Precomputed:
             path = self.folder / name
             found = path.stat().st_size if path.is_file() else None
             if name.rsplit("-", 3)[0] in self.parts and found != size:
-                bad.append(f"{name}: " + ("missing" if found is None else f"{found} bytes, written were {size}"))
+                bad.append(f"{name}: " + ("missing" if found is None else f"{found} bytes instead of {size}"))
         if bad:
             listed = "\n  ".join(bad)
             raise UserError(
                 f"{self.folder}: shards are not as they were written:\n  {listed}\n"
-                "Remove what is left of them; the launch/cache.py that made them makes them anew"
+                "Remove them and run the same launch/cache.py again, which writes them again"
             )
 
     def _instructions(self, part: str) -> list[str]:
-        # With the numbers of records, no file is opened before it is read.
+        # Given the number of records, ArrayRecord opens no file before it is read.
         shards = range(self.layout.shards)
         return [f"{self._path(part, shard)}[0:{len(self.layout.span(shard))}]" for shard in shards]
 
@@ -244,10 +251,10 @@ class Precomputed:
         return self.folder / self.layout.name(part, shard)
 
     def read(self, image_id: int) -> dict[str, np.ndarray]:
-        """The arrays of one picture.
+        """{batch field: array} of one image.
 
         Raises:
-          ImageError: the picture was broken.
+          ImageError: the image was broken when the cache was made.
           UserError: the shard is damaged.
         """
         values: dict[str, np.ndarray] = {}
@@ -270,13 +277,13 @@ class Precomputed:
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             path = self._path(part, image_id // self.layout.shard_records)
             raise UserError(
-                f"{path}: damaged ({str(error).partition(' (')[0]}); remove this file, and the launch/cache.py that "
-                "made it makes it anew"
+                f"{path}: damaged ({str(error).partition(' (')[0]}); remove this file and run the same "
+                "launch/cache.py again, which writes it again"
             ) from error
         return record
 
     def empty(self, rows: int, slots: int) -> dict[str, np.ndarray]:
-        """Arrays [rows, slots, ...] of a batch in which every slot is empty."""
+        """{batch field: array[rows, slots, ...]} of a batch whose slots are all empty."""
         return {name: np.tile(value, (rows, slots, *[1] * value.ndim)) for name, value in self._empty.items()}
 
 

@@ -1,9 +1,10 @@
-"""Random-access sources of samples: LLaVA conversations, bare pictures, TFDS; pictures from folders, zip and tar.
+"""Random-access sources of samples: LLaVA conversations, images without text, and TFDS data sets.
 
-A source is a sequence of `Sample`s that can be pickled to worker processes. Nothing is read before it is asked for:
-records and pictures are addressed by byte ranges, so a source holds offsets, not data. A sample that cannot be used
-raises `SampleError`, or `ImageError` when its picture is read; `BrokenSamples` counts those and ends the run when
-they are too many.
+    source[index] ─► Sample: record {"id", "image", "conversations"}, lazy images ─ read() ─► bytes of a file
+
+A source can be pickled to worker processes. Records and images are addressed by byte ranges, so a source holds offsets
+and no data. A sample that cannot be used raises `SampleError`, or `ImageError` when its image is read. `BrokenSamples`
+counts such samples, and ends the run when there are too many.
 """
 
 import hashlib
@@ -23,11 +24,11 @@ from ross_jax.data.images import ImageError
 
 logger = logging.getLogger(__name__)
 
-_BLANK = re.compile(r"[ \t\n\r\ufeff]*")  # a byte order mark is blank too
+_BLANK = re.compile(r"[ \t\n\r\ufeff]*")  # white space of JSON, and a byte order mark
 
 
 class SampleError(UserError):
-    """A sample that cannot be used. Names its id."""
+    """A sample that cannot be used. The text names its id."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class SourceConfig:
     """Where samples come from.
 
     Attributes:
-      path: a JSON or JSONL file of LLaVA conversations; a folder or archive of pictures; or a TFDS data set's name.
-      kind: which of the three `path` is.
-      images: where the pictures of a LLaVA file are: folders, .zip or .tar files, asked in this order. An entry
-        `coco=/data/coco.zip` serves the names that begin with `coco/`, and holds them without that beginning.
-      split, data_dir: TFDS: the split, and the folder of prepared data sets.
-      caption: TFDS: the text feature that becomes the answer; None: bare pictures.
+      path: for kind `llava` a JSON or JSONL file of LLaVA conversations, for `images` a folder, .zip or .tar of images,
+        for `tfds` the name of a TFDS data set.
+      kind: format of the source.
+      images: for `llava`: folders, .zip or .tar files that hold the images, searched in this order. An entry
+        `coco=/data/coco.zip` serves names that begin with `coco/`, and the archive holds them without that prefix.
+      split: for `tfds`: name of the split.
+      data_dir: for `tfds`: folder of prepared data sets. None: TFDS's default folder.
+      caption: for `tfds`: name of the text feature that becomes the answer. None: images without text.
     """
 
     path: str
@@ -53,7 +56,12 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class LazyImage:
-    """A picture that is read when it is needed: its name, and a function returning file bytes or a uint8 array."""
+    """An image that is read when it is needed.
+
+    Attributes:
+      name: file name for errors.
+      read: gives the bytes of the file, or a uint8 array [H, W, channels].
+    """
 
     name: str
     read: Callable[[], bytes | np.ndarray]
@@ -64,9 +72,9 @@ class Sample:
     """One training example.
 
     Attributes:
-      id: of the record, or its place in the source.
-      record: in LLaVA's format (`LlavaSource`); without `conversations` if it is bare pictures.
-      images: the pictures that the record names, in order.
+      id: the record's id, or else the place of the record in its source.
+      record: in LLaVA's format, see `LlavaSource`. Without `conversations` if there is no text.
+      images: the images that the record names, in order.
     """
 
     id: str
@@ -76,7 +84,7 @@ class Sample:
 
 @runtime_checkable
 class Source(Protocol):
-    """A sequence of samples. `fingerprint` changes when the texts do: caches of lengths are keyed by it."""
+    """A sequence of samples. `fingerprint` changes when the texts do, and caches of lengths are keyed by it."""
 
     fingerprint: str
 
@@ -89,7 +97,7 @@ def open_source(config: SourceConfig) -> Source:
     """Opens one source.
 
     Raises:
-      UserError: it does not exist, is empty, or is corrupt (with line and column).
+      UserError: the source does not exist, is empty, or is corrupt (with line and column).
     """
     if config.kind == "images":
         return ImageSource(config.path)
@@ -99,10 +107,10 @@ def open_source(config: SourceConfig) -> Source:
 
 
 class RecordFile(Sequence[dict[str, Any]]):
-    """The records of a JSON list or of a JSONL file, parsed one at a time when asked for.
+    """Records of a JSON list or of a JSONL file, each parsed when it is asked for.
 
-    The whole file is parsed once at the start, so that corrupt JSON is found before training; kept are only the byte
-    offsets of its records, so that worker processes need not hold copies of a gigabyte of conversations.
+    The whole file is parsed once at the start, so corrupt JSON is found before training. Only byte offsets of records
+    are kept, so worker processes hold no copies of the data.
 
     Raises:
       UserError: the file is missing, empty, no UTF-8, corrupt (line and column given), or no list of objects.
@@ -132,13 +140,8 @@ class RecordFile(Sequence[dict[str, Any]]):
         return json.loads(self._file.read(start, end - start))
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a LLaVA JSON or JSONL file; errors as in `RecordFile`."""
-    return list(RecordFile(path))
-
-
 def _line_spans(data: bytes, path: str) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the lines of a JSONL file that are not blank."""
+    """Byte ranges (start, end) of the records of a JSONL file. Blank lines are skipped."""
     start = 0
     for number, line in enumerate(data.split(b"\n"), start=1):
         text = line.decode()
@@ -151,7 +154,7 @@ def _line_spans(data: bytes, path: str) -> Iterator[tuple[int, int]]:
 
 
 def _list_spans(data: bytes, path: str) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the items of a JSON list."""
+    """Byte ranges (start, end) of the items of a JSON list."""
     text = data.decode()
     position = _BLANK.match(text).end()
     if position == len(text):
@@ -161,7 +164,7 @@ def _list_spans(data: bytes, path: str) -> Iterator[tuple[int, int]]:
         rest = _BLANK.match(text, end).end() < len(text)
         hint = "it looks like JSONL: name it .jsonl" if rest else "expected a list of conversations"
         raise UserError(f"{path}: holds a JSON {type(value).__name__}, not a list; {hint}")
-    # Offsets count bytes, the parser counts characters: `byte` follows `position` from item to item.
+    # Offsets count bytes and the parser counts characters, so `byte` follows `position` from item to item.
     byte, done, number = 0, 0, 0
     position = _BLANK.match(text, position + 1).end()
     while text[position : position + 1] != "]" or number:
@@ -207,8 +210,8 @@ def _check_record(record: Any, where: str, path: str) -> None:
 class LlavaSource:
     """Conversations in LLaVA's format: `{"id", "image", "conversations": [{"from", "value"}, ...]}`.
 
-    `image` (or `images`) is a name, a list of names, or absent. `id` may be absent and need not be unique, as in
-    published mixes. What the messages hold is checked where they are encoded.
+    `image` (or `images`) is a file name, a list of file names, or absent. `id` may be absent and need not be unique, as
+    in published mixes. Messages are checked when they are encoded.
     """
 
     def __init__(self, path: str | Path, images: Sequence[str] = ()):
@@ -229,12 +232,12 @@ class LlavaSource:
             value = record.get(field) or []
             images += value if isinstance(value, list) else [value]
         if not all(isinstance(image, str) and image for image in images):
-            raise SampleError(f"sample {name!r}: a picture must be a file name, found {str(images)[:80]}")
+            raise SampleError(f"sample {name!r}: an image must be a file name, found {str(images)[:80]}")
         return Sample(name, record, tuple(self._images.image(image) for image in images))
 
 
 class _Mounts:
-    """Several places of pictures behind one name space; see `SourceConfig.images`."""
+    """Several stores of images with one name space; see `SourceConfig.images`."""
 
     def __init__(self, places: Sequence[str]):
         self._stores: list[tuple[str, ImageStore]] = []
@@ -247,22 +250,22 @@ class _Mounts:
 
     def _read(self, name: str) -> bytes:
         if not self._stores:
-            raise UserError(f"{name}: the data has pictures, but no image folder is set; give the source its 'images'")
+            raise UserError(f"{name}: the data has images, but no image folder is set; give the source its 'images'")
         for prefix, store in self._stores:
             inside = name.removeprefix(prefix)
             if name.startswith(prefix) and inside in store:
                 return store.read(inside)
-        raise ImageError(f"{name}: no such picture in {', '.join(p + s.path for p, s in self._stores)}")
+        raise ImageError(f"{name}: no such image in {', '.join(p + s.path for p, s in self._stores)}")
 
 
 class ImageSource:
-    """Bare pictures: every picture file below a folder or in an archive, in the order of their names."""
+    """Images without text: every image file below a folder or in an archive, ordered by name."""
 
     def __init__(self, path: str | Path):
         self._store = open_store(path)
         self._names = self._store.names()
         if not self._names:
-            raise UserError(f"{path}: no picture in it")
+            raise UserError(f"{path}: no image in it")
         self.fingerprint = _hash("pictures", *self._names)  # caches hold it, so its first word stays
 
     def __len__(self) -> int:
@@ -274,19 +277,19 @@ class ImageSource:
 
 
 class TfdsSource:
-    """A prepared TensorFlow Datasets split with an `image` feature, read through `tfds.data_source`.
+    """A prepared split of a TensorFlow Datasets data set with an `image` feature, read through `tfds.data_source`.
 
-    Pictures stay encoded until they are needed. TensorFlow is not needed, nor is it imported.
+    Images stay encoded until they are read. TensorFlow is neither needed nor imported.
     """
 
     def __init__(self, name: str, split: str, data_dir: str | None = None, caption: str | None = None):
-        import tensorflow_datasets as tfds  # takes a second; nobody else waits for it
+        import tensorflow_datasets as tfds  # takes a second, which other sources need not wait for
 
         try:
             decoders = {"image": tfds.decode.SkipDecoding()}
             self._data = tfds.data_source(name, split=split, data_dir=data_dir, decoders=decoders, download=False)
         except (ValueError, KeyError, AssertionError, FileNotFoundError, NotImplementedError) as error:
-            # A KeyError's text is its argument's repr.
+            # str() of a KeyError gives the repr of its argument.
             reason = str(error.args[0] if isinstance(error, KeyError) else error).split("\n")[0]
             folder = f" and `--data_dir={data_dir}`" if data_dir else ""
             raise UserError(
@@ -308,7 +311,7 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Sample:
         name = f"{self._prefix}/{index}"
         sample = {"id": name, "image": name}
-        if not self._caption:  # nothing is read before the picture is: measuring lengths takes no pass over the data
+        if not self._caption:  # nothing is read here, so measuring lengths takes no pass over the data
             return Sample(name, sample, (LazyImage(name, lambda: self._data[index]["image"]),))
         record = self._data[index]
         caption = record[self._caption]
@@ -318,7 +321,7 @@ class TfdsSource:
 
 
 class Concatenated:
-    """Several sources as one, in order."""
+    """Several sources one after the other, as one."""
 
     def __init__(self, sources: Sequence[Source]):
         self._sources = list(sources)
@@ -338,15 +341,14 @@ def _hash(*parts: str) -> str:
 
 
 class BrokenSamples:
-    """Counts samples that could not be used, logs each once, and ends the run when they are too many.
+    """Counts broken samples, logs each once, and ends the run when there are too many.
 
-    One broken sample is always borne, since in a small data set it may exceed any share. Beyond it the share is taken
-    of what was seen so far, but of at least the first 1000 samples (or all, if there are fewer), so that an early
-    pair of broken samples does not end a large run, and a wrong image folder ends it within a few steps.
+    `max(1, max_share * max(seen, min(total, 1000)))` broken samples are allowed. So one broken sample never ends a run,
+    two at the start do not end a large one, and a wrong image folder ends it within a few steps.
 
     Args:
-      total: samples in the data set (or in this process's part of it).
-      max_share: the largest share of broken samples, 0 to 1.
+      total: number of samples in the data set, or in this process's part of it.
+      max_share: largest share of broken samples, from 0 to 1.
     """
 
     def __init__(self, total: int, max_share: float = 0.01):
@@ -359,10 +361,10 @@ class BrokenSamples:
         return len(self._broken)
 
     def update(self, seen: int, broken: Sequence[tuple[int, str]]) -> None:
-        """Notes that `seen` more samples were read, of which `broken` (index, reason) could not be used.
+        """Counts `seen` more samples as read, and `broken` ones (index, reason) among them.
 
         Raises:
-          UserError: too many are broken, or every sample of the data set is. Lists the first few.
+          UserError: too many samples are broken, or all of them. The text lists the first few.
         """
         self._seen = min(self._seen + seen, self._total)
         for index, reason in broken:

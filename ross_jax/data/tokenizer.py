@@ -1,17 +1,17 @@
-"""Tokenizers: loading one offline, and encoding text that stays text.
+"""Tokenizers: loading one offline, and encoding text so that it stays text.
 
-`load_tokenizer` reads a folder in the Hugging Face layout. Checked with transformers 5 against the ids of the
-reference, which used the slow tokenizers of transformers 4.43:
+`load_tokenizer` reads a folder in the Hugging Face layout and gives the ids of the reference, which used the slow
+tokenizers of transformers 4.43. Tests compare the ids of three families:
 
-* Llama 2 / Vicuna: `tokenizer_config.json` must hold `"legacy": false` (Vicuna 1.5 has it; transformers 5 also takes it
-  for granted). With `true`, a space piece appears after every special token, and ids differ from the second turn on.
-  A folder that holds only `tokenizer.model` (Vicuna's) is read with the `sentencepiece` package; transformers 5 then
-  orders the merges by id and not by score, which gives other ids where several spaces meet. `load_tokenizer` mends it.
-* Qwen2 and Llama 3: nothing to set.
+* Llama 2 and Vicuna: `legacy` in `tokenizer_config.json` must be false, as in Vicuna 1.5, or absent. True would put a
+  space piece after every special token. A folder with only `tokenizer.model`, as Vicuna's, is read with the
+  `sentencepiece` package. Transformers 5 then orders merges by id instead of score, which gives other ids where several
+  spaces meet, so `load_tokenizer` orders them again.
+* Qwen2 and Llama 3 need no setting.
 
-The fast tokenizers agree with the slow ones except where a text *begins* with a space at the start of a sequence or
-right after a picture: the slow Llama 2 tokenizer puts its dummy prefix in front of that space as well, the fast one
-does not. `conversation_official` makes up for it.
+Slow and fast tokenizers differ in one case: a text that begins with a space, at the start of a sequence or right after
+an image. The slow Llama 2 tokenizer puts its dummy prefix before that space, and the fast one does not.
+`conversation_official` adds it.
 """
 
 import json
@@ -29,16 +29,15 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def load_tokenizer(name: str | Path, max_length: int | None = None) -> Any:
     """Loads a transformers tokenizer from a local folder, or by a hub id if no folder has that name.
 
-    A folder is read without any network access. A tokenizer without a padding token gets the one the reference chooses:
-    the unknown token, else Llama 3's `<|end_of_text|>`, else the end-of-sequence token.
+    A folder is read without network access. A tokenizer without a padding token gets the one that the reference
+    chooses: the unknown token, else Llama 3's `<|end_of_text|>`, else the end-of-sequence token.
 
     Args:
       name: a folder with `tokenizer.json` (or another vocabulary file) and `tokenizer_config.json`; or a hub id.
-      max_length: the new `model_max_length`. Only `compat="official"` reads it: the reference cuts text-only
-        conversations there.
+      max_length: new `model_max_length`. Only `compat="official"` reads it, and cuts text-only conversations there.
 
     Raises:
-      UserError: no such folder, no vocabulary in it, or files that transformers cannot read.
+      UserError: the folder does not exist, holds no vocabulary, or holds files that transformers cannot read.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -74,7 +73,7 @@ def load_tokenizer(name: str | Path, max_length: int | None = None) -> Any:
 
 
 def _check_vocabulary(folder: Path) -> None:
-    # Without this check transformers 5 builds an empty tokenizer out of a folder that only has a tokenizer_config.json.
+    # Without this check, transformers builds an empty tokenizer from a folder that has only a tokenizer_config.json.
     names = {path.name for path in folder.iterdir()}
     if names.intersection(VOCABULARY_FILES) or any(name.endswith(".tiktoken") for name in names):
         return
@@ -89,7 +88,7 @@ def _order_merges(tokenizer: Any, model_file: Path) -> None:
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model["type"] != "BPE" or not model["byte_fallback"]:
         return
-    import sentencepiece  # transformers has needed it too
+    import sentencepiece  # transformers needed it too, to read this folder
     from tokenizers import models
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
@@ -102,14 +101,14 @@ def _order_merges(tokenizer: Any, model_file: Path) -> None:
 
 
 class TextEncoder:
-    """A tokenizer in which text stays text: what looks like a special token in it is spelled out in ordinary pieces.
+    """A tokenizer that never makes special tokens from text: `</s>` in a text becomes ordinary pieces.
 
-    Special tokens come in only by id, from `special_id` or `split_special`. An added token that is not *special*
-    (such as Qwen's `<tool_call>`) is ordinary vocabulary and still matches.
+    Special tokens are only added by id, from `special_id` or `split_special`. Added tokens that are not special, such
+    as Qwen's `<tool_call>`, are ordinary vocabulary and still match.
 
     Attributes:
-      start: the ids that the tokenizer puts in front of a sequence (the begin-of-sequence token, or nothing).
-      special: id of every special token, by its text.
+      start: ids that the tokenizer puts in front of a sequence: its begin-of-sequence token, or none.
+      special: {text of a special token: its id}.
     """
 
     def __init__(self, tokenizer: Any):
@@ -121,19 +120,19 @@ class TextEncoder:
         plain = self._plain("a")
         full = list(tokenizer("a").input_ids)
         self.start: tuple[int, ...] = tuple(full[: _find(full, plain)])
-        # SentencePiece-like tokenizers put a space in front of a text's first word, which is wrong in mid-sequence.
+        # SentencePiece-like tokenizers put a space before a text's first word, which is wrong after other tokens.
         self._has_dummy_prefix = self._after("\n", "a") not in (None, plain)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._plain("a")  # switches the copied tokenizer to text as text, before several threads use it
+        self._plain("a")  # sets the copied tokenizer's mode before several threads use it
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """The ids of `text`, without special tokens.
 
         Args:
           text: any text without lone surrogates.
-          continues: whether other tokens stand directly before it, so that it gets no dummy prefix.
+          continues: whether the text directly follows other tokens, and so gets no dummy prefix.
         """
         if continues and self._has_dummy_prefix and text:
             for anchor in ("\n", "0"):
@@ -145,8 +144,11 @@ class TextEncoder:
     def special_id(self, token: str | None, purpose: str) -> int:
         """The id of a special token.
 
+        Args:
+          purpose: what needs the token, for errors.
+
         Raises:
-          UserError: the tokenizer has no such special token, or makes it out of plain text, so text could forge it.
+          UserError: the tokenizer has no such special token, or makes it from plain text, so that text could forge it.
         """
         if token is None or token not in self.special:
             found = f"a special token {token!r}{nearest(token, self.special)}" if token else "an end-of-sequence token"
@@ -164,7 +166,7 @@ class TextEncoder:
         return index
 
     def split_special(self, text: str) -> list[str | int]:
-        """Template text, cut at its special tokens: each becomes its id, the rest stays text. For trusted text only."""
+        """Text of a template, cut at its special tokens, which become ids. Not for text of a record."""
         if not self.special:
             return [text] if text else []
         names = sorted(self.special, key=len, reverse=True)

@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from ross_jax.config import UserError
 from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, expand, place
 from ross_jax.data.conversation import IGNORE, EncodedConversation
+from ross_jax.data.packing import Location
 from ross_jax.inference.model import Model
 
 Images = Sequence[UInt8[np.ndarray, "height width 3"]]
@@ -38,6 +39,6 @@ def prompt_batches(
     for first in range(0, len(prompts), rows):
         batch = empty_batch(rows, shape)
         for row, prompt in enumerate(prompts[first : first + rows]):
-            start, own = length - len(prompt.tokens), images[first + row]
-            place(batch, row, prompt, own, start=start, slot=0, segment=1, first_image_id=0)
+            location = Location(start=length - len(prompt.tokens), slot=0, segment=1, first_image_id=0)
+            place(batch, row, location, prompt, images[first + row])
         yield batch

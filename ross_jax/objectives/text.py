@@ -6,11 +6,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ross_jax.data.conversation import IGNORE
 from ross_jax.models.layers import linear
 from ross_jax.sharding import axis_size, constrain, logical_axes
-
-IGNORE = -100
-"""Target of a position where nothing is to be predicted."""
 
 
 def gather_supervised(

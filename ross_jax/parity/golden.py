@@ -9,9 +9,7 @@ from safetensors.numpy import load_file
 
 from ross_jax.config import UserError
 from ross_jax.convert.sources import read_json
-
-IMAGE_TOKEN = -200
-IGNORE = -100
+from ross_jax.data.conversation import IGNORE, IMAGE_ID
 
 
 @dataclasses.dataclass
@@ -108,7 +106,7 @@ def merge(
         ids, wanted = ids[valid != 0], wanted[valid != 0]
         row_ids, row_labels, starts, images = [], [], [], []
         for token, label in zip(ids.tolist(), wanted.tolist(), strict=True):
-            if token == IMAGE_TOKEN:
+            if token == IMAGE_ID:
                 starts.append(len(row_ids))
                 images.append(next_image + len(images))
                 row_ids += [0] * image_tokens

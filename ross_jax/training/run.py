@@ -15,7 +15,7 @@ from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError, from_dict, to_dict
 from ross_jax.data.encoders import build_training_encoder
 from ross_jax.data.images import decode, decode_official
-from ross_jax.data.pipeline import Pipeline, open_pipeline
+from ross_jax.data.pipeline import Pipeline, Preprocessing, open_pipeline
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
@@ -56,17 +56,20 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, t
         agreement.agree({"data": fingerprint[:12], "tokenizer": vocabulary[:12]}, timeout)
         plan.wait()
 
-    pipeline = open_pipeline(
-        config.data,
+    preprocessing = Preprocessing(
         encode,
         config.images,
         model.vision.num_tokens,
         encode_key=key,
-        multiple=replicas * config.step.accumulate,
-        rows_per_step=rows_per_step,
-        decode_image=decode_official if text.compat == "official" else decode,
+        decode=decode_official if text.compat == "official" else decode,
         precomputed=cached,
         pixels=needs_pixels(config, cached.parts if cached else ()),
+    )
+    pipeline = open_pipeline(
+        config.data,
+        preprocessing,
+        multiple=replicas * config.step.accumulate,
+        rows_per_step=rows_per_step,
         writer=jax.process_index() == 0,
         opened=opened,
     )

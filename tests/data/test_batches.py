@@ -1,27 +1,26 @@
 """The arrays of a batch say what the conversations say."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ross_jax.data.batches import BATCH_FIELDS, RowShape, empty_batch, expand, place
-from ross_jax.data.packing import PackingConfig
+from ross_jax.data.batches import RowShape, empty_batch, expand, place
+from ross_jax.data.conversation import EncodedConversation
+from ross_jax.data.packing import Location, PackingConfig
 
 X = -100
 P = -200
 
 
-def encoded(ids, labels) -> SimpleNamespace:
-    return SimpleNamespace(input_ids=np.array(ids, np.int32), labels=np.array(labels, np.int32))
+def encoded(ids, labels) -> EncodedConversation:
+    return EncodedConversation(np.array(ids, np.int32), np.array(labels, np.int32))
 
 
 def test_expand_an_example():
     result = expand(encoded([11, P, 12, 13, P, 14], [X, X, 12, X, X, 14]), image_tokens=3)
     assert result.tokens.tolist() == [11, 0, 0, 0, 12, 13, 0, 0, 0, 14]
-    # The last position of a picture predicts the text that follows it.
+    # The last position of an image predicts the text that follows it.
     assert result.targets.tolist() == [X, X, X, 12, X, X, X, X, 14, X]
     assert result.image_start.tolist() == [1, 6]
     assert result.supervised == 2
@@ -37,15 +36,15 @@ def test_the_first_label_is_no_target():
     ("limits", "tokens", "targets", "starts"),
     [
         (PackingConfig(10, 2), 10, 2, [1, 6]),
-        (PackingConfig(9, 2), 9, 1, [1, 6]),  # the picture just fits; the last answer is gone
-        (PackingConfig(8, 2), 6, 1, [1]),  # the second picture would be cut: it goes, and all after it
+        (PackingConfig(9, 2), 9, 1, [1, 6]),  # the image just fits; the last answer is gone
+        (PackingConfig(8, 2), 6, 1, [1]),  # the second image would be cut: it goes, and all after it
         (PackingConfig(10, 1), 6, 1, [1]),
         (PackingConfig(4, 2), 4, 0, [1]),
         (PackingConfig(3, 2), 1, 0, []),
         (PackingConfig(10, 2, supervised=1), 9, 1, [1, 6]),
     ],
 )
-def test_truncation_never_cuts_a_image(limits, tokens, targets, starts):
+def test_truncation_never_cuts_an_image(limits, tokens, targets, starts):
     result = expand(encoded([11, P, 12, 13, P, 14], [X, X, 12, X, X, 14]), 3, limits)
     assert (len(result.tokens), result.supervised, result.image_start.tolist()) == (tokens, targets, starts)
 
@@ -61,13 +60,13 @@ CONVERSATIONS = st.lists(st.tuples(st.sampled_from([P, 3, 4, 5]), st.booleans())
 
 
 def slow_expand(conversation, image_tokens):
-    """The definition, one token at a time: (token, label, starts a picture, inside a picture)."""
+    """The definition, one token at a time: (token, label, whether it starts an image)."""
     result = []
     for token, label in zip(conversation.input_ids.tolist(), conversation.labels.tolist(), strict=True):
         if token == P:
-            result += [(0, X, k == 0, True) for k in range(image_tokens)]
+            result += [(0, X, k == 0) for k in range(image_tokens)]
         else:
-            result.append((token, label, False, False))
+            result.append((token, label, False))
     return result
 
 
@@ -91,7 +90,7 @@ def test_expand_and_truncate_by_definition(conversation, image_tokens, limits):
     assert end <= limits.length and len(cut.image_start) <= limits.images
     assert limits.supervised is None or cut.supervised <= limits.supervised
     assert all(start + image_tokens <= end for start in cut.image_start)
-    if end < len(whole):  # as long as possible: the next token or picture does not fit
+    if end < len(whole):  # as long as possible: the next token or image does not fit
         longer = whole[: end + (image_tokens if whole[end][2] else 1)]
         assert (
             len(longer) > limits.length
@@ -112,14 +111,13 @@ def example(broken: bool):
     one = expand(encoded([11, P, 12], [X, X, 12]), 3)
     two = expand(encoded([P, 21, 22], [X, 21, 22]), 3)
     if not broken:
-        place(batch, 1, one, [image(1)], start=0, slot=0, segment=1, first_image_id=70)
-    place(batch, 1, two, [image(2)], start=5, slot=1, segment=2, first_image_id=80)
+        place(batch, 1, Location(start=0, slot=0, segment=1, first_image_id=70), one, [image(1)])
+    place(batch, 1, Location(start=5, slot=1, segment=2, first_image_id=80), two, [image(2)])
     return batch
 
 
 def test_place_an_example():
     batch = example(broken=False)
-    assert set(batch) == set(BATCH_FIELDS)
     assert batch["tokens"][1].tolist() == [11, 0, 0, 0, 12, 0, 0, 0, 21, 22, 0, 0]
     assert batch["targets"][1].tolist() == [X, X, X, 12, X, X, X, 21, 22, X, X, X]
     assert batch["positions"][1].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0]

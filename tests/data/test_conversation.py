@@ -51,7 +51,7 @@ def supervised_texts(tokenizer, encoded):
 
 
 def full_text(tokenizer, ids):
-    """The text of all ids, `<image>` where a picture stands."""
+    """The text of all ids, with `<image>` where an image stands."""
     stretches = itertools.groupby(np.asarray(ids).tolist(), key=lambda index: index == IMAGE_ID)
     return "".join(
         "<image>" * len(list(group)) if is_image else decode(tokenizer, list(group)) for is_image, group in stretches
@@ -90,7 +90,7 @@ TEXTS = (
 
 @st.composite
 def conversations(draw, template):
-    """A record; its number of pictures; its answers."""
+    """(record, number of its images, its answers)."""
     num_images = 0
     if template == "plain":
         num_images = draw(st.integers(1, 3))
@@ -122,7 +122,7 @@ def check(template, tokenizer, encode, data, normalise=lambda text: text):
     lead = " " if template in ("v1", "qwen_2") else ""
     expected = [normalise((lead if answer else "") + answer) + stop for answer in answers]
     texts = supervised_texts(tokenizer, encoded)
-    if template == "plain":  # after a picture a text begins anew: a dummy prefix may stand before it
+    if template == "plain":  # text after an image begins with the dummy prefix, if there is one
         assert [text.removeprefix(" ") for text in texts] == [text.removeprefix(" ") for text in expected]
     else:
         assert texts == expected
@@ -371,11 +371,11 @@ ANSWER = {"from": "gpt", "value": "Yo"}
         ({"id": 7, "conversations": [{"from": "human", "value": "\ud83d"}]}, r"conversations\[0\]: .*lone surrogate"),
         (
             {"id": 7, "conversations": [GOOD, ANSWER], "image": "a.jpg"},
-            r"sample 7: the record names 1 picture.*0 <image> marker",
+            r"sample 7: the record names 1 image.*0 <image> marker",
         ),
         (
             {"id": 7, "conversations": [{"from": "human", "value": "<image><image>"}, ANSWER], "image": ["a.jpg"]},
-            r"names 1 picture.*have 2 <image> marker",
+            r"names 1 image.*have 2 <image> marker",
         ),
         ({"id": 7, "conversations": [GOOD]}, r"sample 7: no answer, so nothing to learn from"),
     ],
@@ -396,7 +396,7 @@ def test_plain_takes_one_question_and_one_caption(turns):
     _, encode = tiny_encoder("plain", "byte_level")
     with pytest.raises(ConversationError, match="one human turn and one answer"):
         encode(record(*turns, images=1))
-    with pytest.raises(ConversationError, match="needs a picture"):
+    with pytest.raises(ConversationError, match="needs an image"):
         encode(record("Describe.", "a"))
 
 

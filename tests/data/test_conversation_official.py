@@ -9,7 +9,6 @@ import pytest
 
 from ross_jax.config import UserError
 from ross_jax.data.conversation import IGNORE, ConversationError
-from ross_jax.data.conversation_official import collate
 from ross_jax.data.encoders import build_encoder, build_prompt_encoder
 from ross_jax.data.tokenizer import load_tokenizer
 from tokenizer_fixtures import byte_level_tokenizer, tokenizer_folder  # noqa: F401
@@ -90,15 +89,17 @@ def test_generation_prompts(tokenizer, block):
 
 @pytest.mark.parametrize("block", ["v1", "qwen_2", "llama3"])
 def test_collated(tokenizer, block):
+    """What the reference's attention mask leaves of a padded batch."""
     by_id = {case["id"]: case for case in BLOCKS[block]["cases"]}
     assert len(BLOCKS[block]["collated"]) == 2
     for golden in BLOCKS[block]["collated"]:
-        used = tokenizer(block, golden["model_max_length"])
-        rows = [encode(block, used, by_id[name]) for name in golden["case_ids"]]
-        batch = collate(rows, used.pad_token_id, golden["model_max_length"])
-        assert batch.input_ids.tolist() == golden["input_ids"]
-        assert batch.labels.tolist() == golden["labels"]
-        assert batch.attention_mask.astype(int).tolist() == golden["attention_mask"]
+        length = golden["model_max_length"]
+        used = tokenizer(block, length)
+        for i, name in enumerate(golden["case_ids"]):
+            encoded = encode(block, used, by_id[name])
+            seen = np.array(golden["attention_mask"][i], bool)
+            assert encoded.input_ids[:length].tolist() == np.array(golden["input_ids"][i])[seen].tolist()
+            assert encoded.labels[:length].tolist() == np.array(golden["labels"][i])[seen].tolist()
 
 
 # Behaviour of the reference that no recorded case covers, on tiny tokenizers
@@ -111,14 +112,16 @@ def official(template, *turns, image=False, **kwargs):
     )
 
 
-def test_pad_id_inside_a_text_loses_all_labels_and_vanishes_from_the_attention_mask():
-    fine = official("qwen_2", ("human", "Hi"), ("gpt", "Yo"))
-    assert fine.num_supervised
-    lost = official("qwen_2", ("human", "Hi <|endoftext|>"), ("gpt", "Yo"))
-    assert not lost.num_supervised
-    pad = byte_level_tokenizer().pad_token_id
-    mask = collate([fine, lost], pad, 2048).attention_mask
-    assert mask.sum(1).tolist() == [len(fine.input_ids), len(lost.input_ids) - 1]
+@pytest.mark.parametrize(("template", "keeps_labels"), [("qwen_2", False), ("v1", False), ("llama3", True)])
+def test_pad_id_inside_a_text_vanishes_and_costs_the_labels(template, keeps_labels):
+    pad = byte_level_tokenizer().pad_token
+    without = official(template, ("human", "Hi"), ("gpt", "Yo"))
+    padded = official(template, ("human", f"Hi{pad}"), ("gpt", f"Yo{pad}"))
+    np.testing.assert_array_equal(padded.input_ids, without.input_ids)
+    assert without.num_supervised
+    np.testing.assert_array_equal(
+        padded.labels, without.labels if keeps_labels else np.full_like(without.labels, IGNORE)
+    )
 
 
 def test_a_leading_answer_is_dropped():
@@ -148,7 +151,7 @@ def test_what_the_reference_raises_is_an_error_here(turns, message):
 
 
 def test_v1_needs_a_marker_for_its_image():
-    with pytest.raises(ConversationError, match="has a picture, its text no <image>"):
+    with pytest.raises(ConversationError, match="has an image, its text no <image>"):
         official("v1", ("human", "Hi"), ("gpt", "Yo"), image=True)
 
 

@@ -1,4 +1,4 @@
-"""Pictures alone: what stands before a picture in a conversation, the picture, and nothing else."""
+"""Images alone: what a template puts before an image, the image, and nothing else."""
 
 import pickle
 
@@ -16,7 +16,7 @@ RECORD = {"id": "n01440764/1.JPEG", "image": "n01440764/1.JPEG"}
 @pytest.mark.parametrize("compat", ["default", "official"])
 @pytest.mark.parametrize("tokenizer", TINY)
 @pytest.mark.parametrize("template", ["plain", "v1", "qwen_2", "llama3"])
-def test_what_stands_before_a_image(template, tokenizer, compat):
+def test_what_stands_before_an_image(template, tokenizer, compat):
     tokenizer = TINY[tokenizer]()
     whole = build_encoder(template, tokenizer, compat)({**RECORD, "conversations": TURNS}).input_ids.tolist()
     encode = pickle.loads(pickle.dumps(build_image_encoder(template, tokenizer, compat)))
@@ -42,5 +42,5 @@ def test_conversations_are_read_only_with_a_text_loss():
         np.testing.assert_array_equal(encode(given).labels, expected.labels)
     text_only = {"id": 7, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}
     assert with_text(text_only).num_supervised
-    with pytest.raises(ConversationError, match="sample 7: no picture"):
+    with pytest.raises(ConversationError, match="sample 7: no image"):
         without(text_only)

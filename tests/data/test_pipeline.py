@@ -4,16 +4,16 @@ import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ross_jax.config import ConfigError, UserError, from_dict
+from ross_jax.data.conversation import EncodedConversation
 from ross_jax.data.images import ImageConfig, decode_official
 from ross_jax.data.packing import PackingConfig
-from ross_jax.data.pipeline import DataConfig, Pipeline, open_pipeline
+from ross_jax.data.pipeline import DataConfig, Pipeline, Preprocessing, open_pipeline
 from ross_jax.data.sources import SourceConfig
 
 IMAGE_TOKENS, SIZE = 4, 8
@@ -22,7 +22,11 @@ COUNT = 60
 
 @dataclass(frozen=True)
 class WordEncoder:
-    """Stands in for a tokenizer: a word is its length, answers are supervised. A bare picture is its mark."""
+    """Stands in for a tokenizer: a word is its length, and answers are supervised.
+
+    Attributes:
+      longer: words that are added to every message.
+    """
 
     longer: int = 0
 
@@ -35,11 +39,11 @@ class WordEncoder:
             some = [-200 if word == "<image>" else len(word) for word in words]
             ids += some
             labels += some if message["from"] == "gpt" else [-100] * len(some)
-        return SimpleNamespace(input_ids=np.array(ids, np.int32), labels=np.array(labels, np.int32))
+        return EncodedConversation(np.array(ids, np.int32), np.array(labels, np.int32))
 
 
 def write_data(folder: Path, count: int = COUNT) -> Path:
-    """Sample i has i % 3 pictures; picture values and text lengths tell samples apart."""
+    """Sample i has i % 3 images; values of images and lengths of texts tell samples apart."""
     random = np.random.RandomState(3)
     (folder / "images").mkdir(parents=True)
     records = []
@@ -72,9 +76,9 @@ def config_for(folder: Path, **changes) -> DataConfig:
     return replace(DataConfig(sources=(source,), packing=packing, batch=12, threads=2, seed=1), **changes)
 
 
-def open_(config: DataConfig, encode=None, **kwargs) -> Pipeline:
-    kwargs = {"multiple": 6, **kwargs}
-    return open_pipeline(config, encode or WordEncoder(), ImageConfig(SIZE), IMAGE_TOKENS, **kwargs)
+def open_(config: DataConfig, encode=None, rows_per_step=None, multiple=6, writer=True, **changes) -> Pipeline:
+    preprocessing = Preprocessing(encode or WordEncoder(), ImageConfig(SIZE), IMAGE_TOKENS, **changes)
+    return open_pipeline(config, preprocessing, multiple=multiple, rows_per_step=rows_per_step, writer=writer)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,7 @@ def assert_equal(batch, other):
 
 
 def conversations(batches):
-    """(answer's word length, its segment's length, picture values) of every conversation in the batches."""
+    """(length of the answer's words, tokens, values and identities of its images) of every conversation."""
     found = []
     for batch in batches:
         for r in range(len(batch["tokens"])):
@@ -170,10 +174,12 @@ def test_worker_processes_change_nothing(folder, reference):
         assert_equal(batch, other)
 
 
-def test_worker_processes_pass_errors_on(tmp_path):
-    folder = write_data(tmp_path / "set", 30)
-    pipeline = open_(config_for(folder, workers=1))
-    pipeline._encode = WordEncoder(longer=1)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_changed_tokenizer_is_noticed(tmp_path, workers):
+    """The lengths in the cache are those of another encoder. Worker processes pass the error on."""
+    config = config_for(write_data(tmp_path / "set", 30), cache=str(tmp_path / "cache"))
+    open_(config, encode_key="words")
+    pipeline = open_(replace(config, workers=workers), WordEncoder(longer=1), encode_key="words")
     with pytest.raises(UserError, match=r"sample 's\d+' now has \d+ tokens.*data or tokenizer changed"):
         list(pipeline.batches())
 
@@ -221,23 +227,19 @@ def truncated() -> bytes:
     return buffer.getvalue()[:900]
 
 
-@pytest.mark.parametrize(
-    ("content", "workers"),
-    [(None, 0), (b"", 0), (truncated(), 0), (None, 1)],
-    ids=["missing", "empty", "truncated", "missing-in-worker"],
-)
-def test_a_broken_image_empties_its_place(tmp_path, reference, caplog, content, workers):
+@pytest.mark.parametrize("content", [None, b"", truncated()], ids=["missing", "empty", "truncated"])
+def test_a_broken_image_empties_its_place(tmp_path, reference, caplog, content):
     folder = write_data(tmp_path / "set")
     broken = [1, 4, 5, 7, 8, 14, 20, 32]
     for index in broken:
         break_image(folder, index, content)
     _, expected = reference
-    batches = list(open_(config_for(folder, epochs=2, workers=workers, max_broken=0.2)).batches())
+    batches = list(open_(config_for(folder, epochs=2, max_broken=0.2)).batches())
     for index in broken:
         assert caplog.text.count(f"broken sample skipped (index {index}): sample 's{index}'") == 1
     gone_samples = 0
     for batch, other in zip(batches, expected, strict=True):
-        middle = other["images"][:, :, 4, 4]  # (sample, picture, 99)
+        middle = other["images"][:, :, 4, 4]  # (sample, image, 99)
         gone_slots = np.isin(middle[..., 0], broken) & (middle[..., 2] == 99)
         gone_samples += np.count_nonzero(gone_slots & (middle[..., 1] == 0))
         for r in range(len(batch["tokens"])):
@@ -268,9 +270,9 @@ def test_too_many_broken_images_stop_the_run(tmp_path):
     ("change", "message"),
     [
         ({"conversations": [{"from": "gpt", "value": "refuse"}]}, "sample 's4': refused"),
-        ({"image": []}, "sample 's4': 1 picture marks in the text, 0 pictures"),
-        ({"image": 5}, "sample 's4': a picture must be a file name"),
-        ({"conversations": []}, "sample 's4': 0 picture marks in the text, 1 pictures"),
+        ({"image": []}, "sample 's4': 1 image markers in the text, 0 images"),
+        ({"image": 5}, "sample 's4': an image must be a file name"),
+        ({"conversations": []}, "sample 's4': 0 image markers in the text, 1 images"),
     ],
 )
 def test_a_broken_record_is_left_out(tmp_path, caplog, change, message):
@@ -292,7 +294,7 @@ def test_truncation_keeps_what_fits(folder):
     limits = dict(length=9, images=1)
     dropped = open_(config_for(folder, packing=PackingConfig(**limits)))
     cut = open_(config_for(folder, packing=PackingConfig(**limits, too_long="truncate")))
-    # 20 samples have two pictures.
+    # 20 samples have two images.
     assert dropped.plans[0].dropped >= 20 and cut.plans[0].dropped == 0
     assert len(conversations(cut.batches())) == COUNT
     for batch in cut.batches():
@@ -332,7 +334,7 @@ def test_official_decoding_is_chosen_once(tmp_path):
     exif[0x0112] = 3  # upside down
     turned.save(folder / "images" / "1_0.png", exif=exif)
     images = {}
-    for name, options in {"default": {}, "official": {"decode_image": decode_official}}.items():
+    for name, options in {"default": {}, "official": {"decode": decode_official}}.items():
         (batch,) = open_(config_for(folder), **options).batches()
         images[name] = batch["images"][batch["image_ids"] > 0][0]
     np.testing.assert_array_equal(images["official"], np.asarray(turned))
@@ -353,13 +355,6 @@ def test_cache_saves_measuring(tmp_path, monkeypatch, reference):
     change_record(folder, 0, id="other text")
     with pytest.raises(pytest.fail.Exception):
         open_(config, encode, encode_key="words")
-
-
-def test_changed_tokenizer_is_noticed(folder):
-    pipeline = open_(config_for(folder))
-    pipeline._encode = WordEncoder(longer=1)
-    with pytest.raises(UserError, match="data or tokenizer changed"):
-        next(pipeline.batches())
 
 
 @pytest.mark.parametrize(

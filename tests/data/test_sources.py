@@ -33,7 +33,6 @@ from ross_jax.data.sources import (
     SampleError,
     SourceConfig,
     open_source,
-    read_records,
 )
 
 RECORDS = [
@@ -50,7 +49,7 @@ def png(value: int) -> bytes:
     return buffer.getvalue()
 
 
-FILES = {"0.png": png(0), "1.png": png(1), "sub/0.png": png(2), "notes.txt": b"no picture"}
+FILES = {"0.png": png(0), "1.png": png(1), "sub/0.png": png(2), "notes.txt": b"no image"}
 NAMES = ["0.png", "1.png", "sub/0.png"]
 
 
@@ -72,10 +71,10 @@ def write(path: Path, files: dict[str, bytes] = FILES) -> str:
     return str(path)
 
 
-STORES = ["folder", "pictures.zip", "pictures.tar"]
+STORES = ["folder", "images.zip", "images.tar"]
 
 
-# Places of pictures
+# Stores of images
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -110,7 +109,7 @@ def test_store_is_safe_under_threads_and_forks(tmp_path, name):
 
 
 def test_store_in_a_spawned_process(tmp_path):
-    store = open_store(write(tmp_path / "pictures.zip"))
+    store = open_store(write(tmp_path / "images.zip"))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(_read_many, (store, NAMES)) == [FILES[name] for name in NAMES]
 
@@ -119,7 +118,7 @@ def test_store_that_cannot_be_opened(tmp_path):
     with pytest.raises(UserError, match=r"image folder '.*/nowhere' does not exist"):
         open_store(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"decompress a \.tar\.gz"):
-        open_store(write(tmp_path / "pictures.tar.gz"))
+        open_store(write(tmp_path / "images.tar.gz"))
     (tmp_path / "fake.zip").write_bytes(b"no archive" * 100)
     with pytest.raises(UserError, match="no folder, no zip"):
         open_store(tmp_path / "fake.zip")
@@ -127,16 +126,16 @@ def test_store_that_cannot_be_opened(tmp_path):
 
 def test_damaged_archive_members_name_the_file(tmp_path):
     noise = os.urandom(4000)
-    path = Path(write(tmp_path / "pictures.zip", {"a.png": noise}))
+    path = Path(write(tmp_path / "images.zip", {"a.png": noise}))
     data = bytearray(path.read_bytes())
     data[2000] ^= 255
     path.write_bytes(data)
-    with pytest.raises(ImageError, match=r"pictures.zip/a.png: cannot be read: Bad CRC-32"):
+    with pytest.raises(ImageError, match=r"images.zip/a.png: cannot be read: Bad CRC-32"):
         open_store(path).read("a.png")
 
 
 def test_a_changed_archive_is_noticed(tmp_path):
-    path = tmp_path / "pictures.tar"
+    path = tmp_path / "images.tar"
     store = open_store(write(path))
     path.write_bytes(path.read_bytes() + b"\0" * 512)
     with pytest.raises(UserError, match="was changed after it was opened"):
@@ -154,10 +153,14 @@ def test_json_and_jsonl_hold_the_same(tmp_path, indent, escape):
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(lines) + "\r\n")
     for name in ("a.json", "a.jsonl"):
         records = RecordFile(tmp_path / name)
-        assert read_records(tmp_path / name) == RECORDS and len(records) == 4
+        assert list(records) == RECORDS and len(records) == 4
         copy = pickle.loads(pickle.dumps(records))
         assert [copy[i] for i in (3, 0, 2, 1)] == [RECORDS[i] for i in (3, 0, 2, 1)]
         assert len(pickle.dumps(records)) < 1500  # offsets, not data
+
+
+def list_records(path: Path) -> list[dict]:
+    return list(RecordFile(path))
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)
@@ -172,8 +175,8 @@ def test_any_records_are_found(tmp_path_factory, records, indent, escape):
     except UnicodeEncodeError:  # a lone surrogate
         return
     (folder / "a.jsonl").write_text("".join(json.dumps(r, ensure_ascii=escape) + "\n" for r in records), newline="")
-    assert read_records(folder / "a.json") == records
-    assert read_records(folder / "a.jsonl") == records
+    assert list_records(folder / "a.json") == records
+    assert list_records(folder / "a.jsonl") == records
 
 
 BAD_FILES = [
@@ -200,12 +203,12 @@ BAD_FILES = [
 def test_bad_files_give_the_position(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: .*{message}"):
-        read_records(tmp_path / name)
+        list_records(tmp_path / name)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"absent\.json: cannot be read \(No such file"):
-        read_records(tmp_path / "absent.json")
+        list_records(tmp_path / "absent.json")
 
 
 # LLaVA samples
@@ -234,8 +237,8 @@ def test_llava_samples(llava):
     ("record", "message"),
     [
         ({"id": "x"}, r"sample 'x': no 'conversations'; it has \['id'\]"),
-        ({"image": 3, "conversations": []}, r"sample 'data.json\[0\]': a picture must be a file name"),
-        ({"id": 1, "image": ["a.png", ""], "conversations": []}, "sample '1': a picture must be a file name"),
+        ({"image": 3, "conversations": []}, r"sample 'data.json\[0\]': an image must be a file name"),
+        ({"id": 1, "image": ["a.png", ""], "conversations": []}, "sample '1': an image must be a file name"),
     ],
 )
 def test_bad_records_name_the_sample(tmp_path, record, message):
@@ -248,7 +251,7 @@ def test_missing_images(tmp_path, llava):
     with pytest.raises(UserError, match=r"image folder '.*/nowhere' does not exist"):
         LlavaSource(tmp_path / "data.json", [str(tmp_path / "nowhere")])
     (tmp_path / "images" / "1.png").unlink()
-    with pytest.raises(ImageError, match=r"1\.png: no such picture in .*/images"):
+    with pytest.raises(ImageError, match=r"1\.png: no such image in .*/images"):
         llava[1].images[1].read()
     with pytest.raises(UserError, match="no image folder is set") as error:
         LlavaSource(tmp_path / "data.json")[0].images[0].read()
@@ -264,7 +267,7 @@ def test_several_places_of_images(tmp_path):
     assert [image.read() for image in source[0].images] == [b"one", b"two", b"three"]
 
 
-# Bare pictures, several sources, TFDS
+# Images without text, several sources, TFDS
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -273,7 +276,7 @@ def test_bare_images(tmp_path, name):
     assert [source[i].id for i in range(len(source))] == NAMES
     assert "conversations" not in source[0].record
     assert source[2].images[0].read() == FILES["sub/0.png"]
-    with pytest.raises(UserError, match="no picture in it"):
+    with pytest.raises(UserError, match="no image in it"):
         ImageSource(write(tmp_path / "texts", {"a.txt": b""}))
 
 
@@ -301,7 +304,7 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
         features = {"image": tfds.features.Image(shape=(None, None, 3)), "caption": tfds.features.Text()}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
     def _split_generators(self, manager):
-        return {"train": ((i, {"image": png(i), "caption": f"picture {i}"}) for i in range(5))}
+        return {"train": ((i, {"image": png(i), "caption": f"image {i}"}) for i in range(5))}
     def _generate_examples(self):
         pass
 
@@ -319,7 +322,7 @@ def test_tfds(tmp_path):
         sample = source[i]
         value = int(np.asarray(decode(sample.images[0].read(), sample.id))[0, 0, 0])
         assert sample.id == f"tiny/train/{i}"
-        assert [m["value"] for m in sample.record["conversations"]] == ["<image>", f"picture {value}"]
+        assert [m["value"] for m in sample.record["conversations"]] == ["<image>", f"image {value}"]
     assert "conversations" not in open_source(SourceConfig("tiny", "tfds", data_dir=str(tmp_path)))[0].record
     assert "tensorflow" not in sys.modules
     for change, message in [
@@ -333,7 +336,7 @@ def test_tfds(tmp_path):
 
 @pytest.fixture
 def pillow_encodes(monkeypatch):
-    """TFDS's mock data encodes its random pictures with TensorFlow, which is not needed here; so Pillow does."""
+    """TFDS's mock data encodes its random images with TensorFlow, which is not installed here. So Pillow does it."""
 
     def encode(self, pixels: np.ndarray) -> bytes:
         buffer = io.BytesIO()
@@ -344,7 +347,7 @@ def pillow_encodes(monkeypatch):
 
 
 def test_imagenet_from_mock_data(pillow_encodes):
-    """Pictures come one by one, when they are asked for; labels and file names stay out."""
+    """Images are read one by one, and labels and file names stay out."""
     config = SourceConfig("imagenet2012", "tfds", split="validation")
     with tfds.testing.mock_data(num_examples=5):
         source = pickle.loads(pickle.dumps(open_source(config)))
@@ -357,15 +360,32 @@ def test_imagenet_from_mock_data(pillow_encodes):
         assert len(images) == 5
 
 
-def test_bare_images_of_tfds_are_not_read_before_they_are_asked_for(pillow_encodes, monkeypatch):
-    """So that measuring lengths takes no pass over ImageNet."""
+class CountingReads:
+    """A TFDS data source that notes which examples are read."""
+
+    def __init__(self, data):
+        self._data, self.dataset_info, self.read = data, data.dataset_info, []
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict:
+        self.read.append(index)
+        return self._data[index]
+
+
+def test_images_of_tfds_are_not_read_before_they_are_asked_for(pillow_encodes, monkeypatch):
+    """So measuring lengths takes no pass over ImageNet."""
     with tfds.testing.mock_data(num_examples=3):
+        data = CountingReads(
+            tfds.data_source("imagenet2012", split="train", decoders={"image": tfds.decode.SkipDecoding()})
+        )
+        monkeypatch.setattr(tfds, "data_source", lambda *args, **kwargs: data)
         source = open_source(SourceConfig("imagenet2012", "tfds"))
-        read = []
-        monkeypatch.setattr(type(source._data), "__getitem__", lambda self, i: read.append(i) or {"image": b"x"})
         samples = [source[i] for i in range(3)]
-        assert not read
-        assert samples[1].images[0].read() == b"x" and read == [1]
+        assert not data.read
+        samples[1].images[0].read()
+        assert data.read == [1]
 
 
 def test_unprepared_imagenet_is_not_downloaded(tmp_path, monkeypatch):

@@ -52,9 +52,9 @@ def test_shows_and_writes_every_conversation(run):
     records = [conversation("<image>\nWhat?", "A dog.", id="one", image="a.jpg"), conversation("Hi", "Yo\x1b[2J", id=2)]
     status, out, err, written = run(records, "--image-tokens", "9")
     assert (status, err) == (0, "")
-    assert "\n\n[picture: 9 tokens]\nWhat?<|eot_id|>" in out
+    assert "\n\n[image: 9 tokens]\nWhat?<|eot_id|>" in out
     assert "⟦A dog.<|eot_id|>⟧" in out
-    assert "⟦Yo\\x1b[2J<|eot_id|>⟧" in out  # data cannot drive the terminal
+    assert "⟦Yo\\x1b[2J<|eot_id|>⟧" in out  # data cannot control the terminal
     assert "== one: " in out and "== 2: " in out
     assert [item["id"] for item in written] == ["one", 2]
     first = written[0]
@@ -62,7 +62,7 @@ def test_shows_and_writes_every_conversation(run):
     assert first["input_ids"].count(-200) == 1 and len(first["input_ids"]) == len(first["labels"])
     assert any(label != -100 for label in first["labels"])
     longest = len(first["input_ids"]) + 8
-    assert f"== one: {longest} tokens, 1 pictures, " in out
+    assert f"== one: {longest} tokens, 1 images, " in out
     assert f"longest {longest};" in out
 
 
@@ -82,7 +82,7 @@ def test_limit_and_missing_ids(run):
     status, out, _, written = run([conversation("Hi", "Yo")] * 5, "--limit", "3")
     assert status == 0
     assert [item["id"] for item in written] == [0, 1, 2]
-    assert "3 conversations, 0 pictures" in out
+    assert "3 conversations, 0 images" in out
 
 
 def test_jsonl(run, inspect_data, tiny, tmp_path, capsys):
@@ -98,13 +98,13 @@ def test_packing_efficiency(run):
     length = len(run(records)[3][0]["input_ids"])
     _, out, _, _ = run(records, "--length", str(2 * length + 1))
     assert (
-        f"rows of {2 * length + 1} tokens and 2 pictures: 2 rows, efficiency {2 * length / (2 * length + 1):.1%}" in out
+        f"rows of {2 * length + 1} tokens and 2 images: 2 rows, efficiency {2 * length / (2 * length + 1):.1%}" in out
     )
     status, out, _, _ = run(records, "--length", str(length - 1))
     assert status == 0
     assert "none of 4 samples fits a row" in out
     images = [conversation("<image>", "Yo", image="x")] * 4
-    assert "1 pictures: 4 rows" in run(images, "--image-tokens", "4", "--image-slots", "1")[1]
+    assert "1 images: 4 rows" in run(images, "--image-tokens", "4", "--image-slots", "1")[1]
 
 
 def test_histogram(inspect_data):
@@ -140,9 +140,9 @@ def test_colours_on_a_terminal_only(inspect_data, monkeypatch):
     encoded = EncodedConversation(np.array([-200, *ids], np.int32), np.array([-100, *labels], np.int32))
     monkeypatch.delenv("NO_COLOR", raising=False)
     text, numbers = inspect_data.describe(encoded, tokenizer, inspect_data.Painter(Terminal()), 4)
-    assert text == "\033[36m[picture: 4 tokens]\033[0mHi\033[32m Yo\033[0m"
+    assert text == "\033[36m[image: 4 tokens]\033[0mHi\033[32m Yo\033[0m"
     assert numbers.startswith("\033[36m[-200]\033[0m ") and numbers.count("\033[32m") == 1
-    plain = ("[picture: 4 tokens]Hi⟦ Yo⟧", f"[-200] {ids[0]} {ids[1]} ⟦{' '.join(map(str, ids[2:]))}⟧")
+    plain = ("[image: 4 tokens]Hi⟦ Yo⟧", f"[-200] {ids[0]} {ids[1]} ⟦{' '.join(map(str, ids[2:]))}⟧")
     assert inspect_data.describe(encoded, tokenizer, inspect_data.Painter(io.StringIO()), 4) == plain
     monkeypatch.setenv("NO_COLOR", "1")
     assert inspect_data.describe(encoded, tokenizer, inspect_data.Painter(Terminal()), 4) == plain
@@ -166,7 +166,7 @@ def test_errors(run, records, arguments, message):
 def test_errors_of_its_own_arguments(run, tmp_path):
     records = [conversation("Hi", "Yo")]
     status, _, err, _ = run(records, "--image-slots", "-1")
-    assert status == 1 and "-1 picture slots" in err
+    assert status == 1 and "-1 image slots" in err
     status, _, err, _ = run(records, "--compat", "official", template="chatml")
     assert status == 1 and "the reference does not have it" in err
     (tmp_path / "out.json").mkdir()
