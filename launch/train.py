@@ -16,12 +16,10 @@ import jax
 from absl import flags
 
 from ross_jax import command_line
-from ross_jax.config import UserError, from_dict, to_dict
-from ross_jax.evaluation.reconstruction import make_evaluator
-from ross_jax.inference.reconstruct import ImageDrawer
-from ross_jax.objectives.reconstruction import reconstructor
+from ross_jax.config import UserError, from_dict
+from ross_jax.evaluation.reconstruction import make_callbacks
 from ross_jax.training import agreement
-from ross_jax.training.profile import parse_steps, tracing
+from ross_jax.training.profile import Tracer, parse_steps
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run, flatten_config
 
@@ -59,17 +57,16 @@ def main() -> int:
         if _DISTRIBUTED.value:
             agreement.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _START_TIMEOUT.value)
         config, folder = from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value)
-        agreement.agree(flatten_config({"config": to_dict(config)}) | agreement.code_version(), _START_TIMEOUT.value)
+        facts = {f"config.{name}": value for name, value in flatten_config(config).items()}
+        agreement.agree(facts | agreement.code_version(), _START_TIMEOUT.value)
         agreement.check_shared(folder, _START_TIMEOUT.value)
         use_cache(folder)
         run = Run(config, folder, _START_TIMEOUT.value)
-        draws = config.reconstruction.kind != "none" and reconstructor(config.model) is not None
-        draw = ImageDrawer(config.model, run.mesh, config.step.dtype) if draws else None
+        callbacks = make_callbacks(config, run.mesh)
         with contextlib.ExitStack() as stack:
-            hooks = ()
             if traced:
-                hooks = (stack.enter_context(tracing(folder / "profile", *traced, run.step, run.steps)),)
-            done = run.train(hooks, draw, evaluate=make_evaluator(config, run.mesh))
+                callbacks.append(stack.enter_context(Tracer(folder / "profile", *traced, run.step, run.steps)))
+            done = run.train(callbacks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if _DISTRIBUTED.value:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ross_jax.evaluation.reconstruction import make_evaluator
+from ross_jax.evaluation.reconstruction import make_callbacks
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run
 
@@ -26,5 +26,5 @@ def train(config: RunConfig, folder: Path) -> None:
     """
     say(f"{folder}: training")
     run = Run(config, folder)
-    if run.train(evaluate=make_evaluator(config, run.mesh)) < run.steps:
+    if run.train(make_callbacks(config, run.mesh)) < run.steps:
         raise Interrupted

@@ -20,9 +20,10 @@ from ross_jax.data.sources import Concatenated, open_source
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.evaluation.images import psnr, ssim, to_uint8
 from ross_jax.inference.prompts import prompt_batches
-from ross_jax.inference.reconstruct import autoencode, encode_latents, target_images, visual_outputs
+from ross_jax.inference.reconstruct import ImageDrawer, autoencode, encode_latents, target_images, visual_outputs
 from ross_jax.objectives.reconstruction import reconstructor
 from ross_jax.sharding import batch_sharding
+from ross_jax.training.callback import Callback
 from ross_jax.training.recipe import RunConfig
 from ross_jax.tree import merge
 
@@ -56,7 +57,7 @@ def _batches(config: RunConfig, images: list[np.ndarray], rows: int) -> list[Bat
     return list(prompt_batches([prompt] * len(own), own, rows, tokens, config.images.size))
 
 
-class ReconstructionEvaluator:
+class ReconstructionEvaluator(Callback):
     """Reconstructs and scores the same pictures from the same noise at every call.
 
     All processes must call it at the same steps. Each process reads all pictures; the mesh's replicas share the work.
@@ -107,7 +108,7 @@ class ReconstructionEvaluator:
         parts = [jax.device_get(function(state.params, state.frozen, batch)) for batch in self._batches]
         return {name: np.concatenate([part[name] for part in parts])[: self._count] for name in parts[0]}
 
-    def __call__(self, state: Any) -> tuple[dict[str, float], UInt8[np.ndarray, "height width 3"]]:
+    def evaluate(self, state: Any) -> tuple[dict[str, float], UInt8[np.ndarray, "height width 3"]]:
         """Computes mean scores and a grid with the columns picture, reconstruction and autoencoder (if there is one).
 
         Args:
@@ -136,6 +137,11 @@ class ReconstructionEvaluator:
         return scores, rearrange(np.stack(shown), "column row h w c -> (row h) (column w) c")
 
 
-def make_evaluator(config: RunConfig, mesh: Mesh) -> ReconstructionEvaluator | None:
-    """The evaluator that `config.loop.evaluate` asks for; None if `config.loop.evaluate` is 0."""
-    return ReconstructionEvaluator(config, mesh) if config.loop.evaluate else None
+def make_callbacks(config: RunConfig, mesh: Mesh) -> list[Callback]:
+    """What `config.loop` asks for: images for TensorBoard, and evaluations."""
+    callbacks: list[Callback] = []
+    if config.loop.images and config.reconstruction.kind != "none" and reconstructor(config.model) is not None:
+        callbacks.append(ImageDrawer(config.model, mesh, config.step.dtype))
+    if config.loop.evaluate:
+        callbacks.append(ReconstructionEvaluator(config, mesh))
+    return callbacks

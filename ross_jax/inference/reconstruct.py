@@ -17,6 +17,7 @@ from ross_jax.inference.prompts import Images, prompt_batches
 from ross_jax.models.ross import Ross, RossConfig, normalise
 from ross_jax.objectives.reconstruction import reconstructor
 from ross_jax.objectives.targets import decode, encode, normalised_latents, target_pixels
+from ross_jax.training.callback import Callback
 from ross_jax.tree import merge
 
 _DRAWN = ("tokens", "positions", "segments", "images", "image_start")
@@ -81,12 +82,10 @@ def autoencode(
     return jnp.clip(decode(config, params, encode_latents(config, params, images)), -1.0, 1.0)
 
 
-class ImageDrawer:
-    """Draws some pictures of a training batch beside their reconstruction, for TensorBoard.
+class ImageDrawer(Callback):
+    """Draws some images of a training batch beside their reconstruction, for TensorBoard.
 
-    One row for each: picture, reconstruction from its visual outputs, the autoencoder's own if there is one. The
-    arguments of a call are those of the training loop's hooks: (step, state, batch), the state with `params` and
-    `frozen`.
+    One row per image: the image, its reconstruction from visual outputs, and the autoencoder's if the model has one.
     """
 
     def __init__(self, config: RossConfig, mesh: Mesh, dtype: str = "float32", count: int = 4, seed: int = 0):
@@ -109,7 +108,8 @@ class ImageDrawer:
 
         self._draw = jax.jit(draw, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def __call__(self, step: int, state: Any, batch: Mapping[str, Array]) -> UInt8[np.ndarray, "height width 3"]:
+    def images(self, step: int, state: Any, batch: Mapping[str, Array]) -> UInt8[np.ndarray, "height width 3"]:
+        """The drawn grid. `state` has `params` and `frozen`."""
         return np.asarray(self._draw(state.params, state.frozen, {name: batch[name] for name in _DRAWN}))
 
 

@@ -1,7 +1,8 @@
-"""What the processes of a run hold against one another before they train together.
+"""What the processes of a run compare before they train together.
 
-They talk through the coordinator that `jax.distributed` starts. A collective would wait without bound for a process
-that never comes, would abort all of them where one fails, and needs the devices first.
+They talk through the coordinator that `jax.distributed` starts: its keys and values, and its barrier. Collectives, such
+as those of `jax.experimental.multihost_utils`, need the devices first, wait without bound for a process that never
+comes, and abort all processes where one fails.
 """
 
 import functools
@@ -15,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +29,39 @@ from ross_jax.config import ConfigError, UserError
 _POLL = 2.0
 """Seconds between two looks at whether another process has failed."""
 _SHARED = 60
-"""Seconds in which a new file must be seen everywhere; NFS caches directories for as long."""
+"""Seconds within which a new file must be seen on all hosts: NFS caches directories for as long."""
 _LEAVE = 5.0
-"""Seconds that the coordinator outlives a failure, so that the others can say what they know."""
+"""Seconds that the coordinator outlives a failure, so that the other processes can read it."""
 _FAILURES = "ross_jax/failures/"
 _SHOWN = 4
+"""Most differences, or processes with the same value, that a message names."""
 _TRY_AGAIN = 75
 """Exit status if a process is missing: EX_TEMPFAIL of sysexits.h."""
+_FOREVER = 365 * 24 * 3600
 _numbers = itertools.count()
+
+Facts = dict[str, str]
 
 
 class PeerError(UserError):
-    """Another process has failed, or is not like this one."""
+    """Another process has failed, or differs from this one."""
 
 
 class MissingError(PeerError):
-    """Another process is not there, so that the same command may do better later."""
+    """Another process is not there, so that the same command may succeed later."""
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> None:
-    """Meets the other processes of the cluster; None: what JAX finds out itself.
+    """Meets the other processes of the cluster.
 
-    If not all have come within `timeout` seconds, the process ends with status 75; JAX would abort it, with a stack
-    trace.
+    Ends the process with status 75 if not all come within `timeout` seconds. JAX would abort it with a stack trace.
+
+    Args:
+      coordinator, processes, process: address of process 0, number of processes, and number of this one. None: what JAX
+        finds out itself.
 
     Raises:
-      ConfigError: no cluster, or one that JAX cannot make out.
+      ConfigError: there is no cluster, or one that JAX does not recognise.
     """
     together = threading.Event()
 
@@ -70,8 +78,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None, ti
             os._exit(_TRY_AGAIN)
 
     threading.Thread(target=give_up, daemon=True).start()
-    where = f"process {'?' if process is None else process} on {socket.gethostname()}"
-    print(f"{where} waits for the others", file=sys.stderr, flush=True)
+    name = f"process {'?' if process is None else process} on {socket.gethostname()}"
+    print(f"{name} waits for the others", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(coordinator, processes, process, initialization_timeout=timeout + 60)
     except (ValueError, RuntimeError, OSError) as error:
@@ -86,9 +94,9 @@ def alone() -> bool:
 
 
 def leave(error: UserError) -> None:
-    """Ends this process once the others know why: with status 1, or 75 if one of them is missing.
+    """Tells the other processes why this one fails, and ends it with status 1, or 75 if another one is missing.
 
-    At a usual exit JAX waits, for minutes, until the others leave too; they wait for this one.
+    The process ends at once: a usual exit waits, for minutes, until the others leave too, and they wait for this one.
     """
     if not alone():
         state = distributed.global_state
@@ -100,63 +108,56 @@ def leave(error: UserError) -> None:
 
 
 def agree(facts: Mapping[str, Any], timeout: int) -> None:
-    """Returns once all processes have come here with the same facts.
+    """Returns once all processes have called it with the same facts.
 
     Raises:
-      PeerError: on all processes: facts that differ, each with who says what; or another process's failure.
-      MissingError: on all others: processes that have not come within `timeout` seconds.
+      PeerError: on all processes: facts differ; names who has which. Or another process has failed.
+      MissingError: on all that came: a process did not come within `timeout` seconds.
     """
-    _consult({name: str(value) for name, value in facts.items()}, _differences, timeout)
+    if not alone():
+        _refuse(_differences(_exchange({name: str(value) for name, value in facts.items()}, timeout)))
 
 
 def check_shared(folder: Path, timeout: int) -> None:
-    """Returns once all processes have seen a file that the first made in `folder`, which is made if need be.
+    """Returns once all processes have seen a file that process 0 made in `folder`, which is made if it is absent.
 
     Raises:
-      CheckpointError: on the first process: it cannot write there.
-      PeerError: on all processes: who does not see the file.
+      CheckpointError: on process 0: it cannot write there.
+      PeerError: on all processes: one does not see the file; names it. Other errors are those of `agree`.
     """
     if alone():
         return
-    key, path = f"ross_jax/shared/{next(_numbers)}", None
-    if distributed.global_state.process_id == 0:
-        path = folder / f".shared-{secrets.token_hex(8)}"
-        with writing(path, folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        distributed.global_state.client.key_value_set(key, path.name)
+    path = folder / f".shared-{secrets.token_hex(8)}"
+    first = distributed.global_state.process_id == 0
     try:
-        name = path.name if path else _wait(key, time.monotonic() + timeout, "process 0")
+        if first:
+            with writing(path, folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                path.touch()
+        name = _exchange({"name": path.name}, timeout)[0]["name"]
         patience = min(timeout, _SHARED)
         deadline = time.monotonic() + patience
         while not (seen := (folder / name).exists()) and time.monotonic() < deadline:
             time.sleep(0.2)
-        _consult({"folder": str(folder.resolve()), "seen": str(seen)}, _not_seen, patience + timeout)
+        _refuse(_not_seen(_exchange({"folder": str(folder.resolve()), "seen": str(seen)}, patience + timeout)))
     finally:
-        if path:
+        if first:
             path.unlink(missing_ok=True)
 
 
-class Turn:
-    """What the first process does before the others, who wait for it however long it takes."""
+def barrier() -> None:
+    """Returns once all processes have called it, however long that takes.
 
-    def __init__(self):
-        self._key = f"ross_jax/turn/{next(_numbers)}"
-
-    def done(self) -> None:
-        """The first process is done."""
-        if not alone() and distributed.global_state.process_id == 0:
-            distributed.global_state.client.key_value_set(self._key, "done")
-
-    def wait(self) -> None:
-        """Returns at once on the first process; on the others when it is done, or with its failure as PeerError."""
-        if not alone() and distributed.global_state.process_id:
-            _wait(self._key, None, "process 0")
+    Raises:
+      PeerError: another process has failed.
+    """
+    if not alone():
+        _wait(f"ross_jax/barrier/{next(_numbers)}", _FOREVER)
 
 
 @functools.cache
 def code_version() -> dict[str, str]:
-    """A hash of every source file of this package, and the versions of what computes."""
+    """Hashes of all source files of this package, and versions of the libraries that compute."""
     package = Path(__file__).parents[1]
     files = {
         f"code of ross_jax/{path.relative_to(package).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -166,62 +167,69 @@ def code_version() -> dict[str, str]:
     return files | {f"version of {name}": version for name, version in versions.items()}
 
 
-def _consult(mine: dict[str, str], judge: Callable[[dict[int, dict[str, str]]], str], timeout: int) -> None:
-    """The first process collects and judges what all say; its verdict, if there is one, is everyone's PeerError."""
-    if alone():
-        return
-    state, key = distributed.global_state, f"ross_jax/consult/{next(_numbers)}"
-    state.client.key_value_set(f"{key}/{state.process_id}", json.dumps({"host": socket.gethostname(), **mine}))
-    deadline = time.monotonic() + timeout
-    if state.process_id == 0:
-        said = {}
-        for process in range(state.num_processes):
-            try:
-                said[process] = json.loads(_wait(f"{key}/{process}", deadline, f"process {process}"))
-            except TimeoutError:
-                continue
+def _refuse(text: str) -> None:
+    if text:
+        raise PeerError(text)
+
+
+def _exchange(facts: Facts, timeout: int) -> dict[int, Facts]:
+    """Process -> its facts and `host`, once all processes have called it. Errors are those of `agree`."""
+    state, key = distributed.global_state, f"ross_jax/exchange/{next(_numbers)}/"
+    state.client.key_value_set(f"{key}{state.process_id}", json.dumps({"host": socket.gethostname(), **facts}))
+    try:
+        _wait(key, timeout)
+        late = False
+    except TimeoutError:
+        late = True
+    found = state.client.key_value_dir_get(key)
+    said = {int(path.rpartition("/")[2]): json.loads(value) for path, value in found}
+    if late:
         missing = [process for process in range(state.num_processes) if process not in said]
-        silent = f"{_names(missing)} said nothing for {timeout} s while the run was starting; look at its log"
-        verdict = {"missing": bool(missing), "text": silent if missing else judge(said)}
-        state.client.key_value_set(f"{key}/verdict", json.dumps(verdict))
-    else:
-        verdict = json.loads(_wait(f"{key}/verdict", deadline + _SHARED, "process 0"))
-    if verdict["text"]:
-        raise (MissingError if verdict["missing"] else PeerError)(verdict["text"])
+        who = f"{_names(missing)} said nothing" if missing else "not all processes came"
+        raise MissingError(f"{who} for {timeout} s while the run was starting; look at its log")
+    return said
 
 
-def _wait(key: str, deadline: float | None, whom: str) -> str:
-    """The value of a key, once it is there.
+def _wait(key: str, timeout: int) -> None:
+    """Returns once all processes wait for the same key. All of them time out together.
 
     Raises:
       PeerError: a process has failed.
-      MissingError: the coordinator is gone; or, except on the first process, at the deadline, naming `whom`.
-      TimeoutError: on the first process, at the deadline.
+      MissingError: the coordinator is gone.
+      TimeoutError: not all have come within `timeout` seconds.
     """
-    client = distributed.global_state.client
-    while True:
-        left = _POLL if deadline is None else min(_POLL, max(deadline - time.monotonic(), 0.05))
+    client, errors = distributed.global_state.client, []
+
+    def wait() -> None:
         try:
-            return client.blocking_key_value_get(key, int(left * 1000))
+            client.wait_at_barrier(key, timeout * 1000)
         except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise MissingError(f"the coordinator does not answer any more: {error}") from error
-        for path, failure in sorted(client.key_value_dir_get(_FAILURES)):
-            raise PeerError(f"process {path.rpartition('/')[2]} {failure}")
-        if deadline is not None and time.monotonic() >= deadline:
-            if distributed.global_state.process_id == 0:
-                raise TimeoutError
-            raise MissingError(f"{whom} said nothing while the run was starting; look at its log")
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    try:
+        while waiting.is_alive():
+            waiting.join(_POLL)
+            for path, failure in sorted(client.key_value_dir_get(_FAILURES)):
+                raise PeerError(f"process {path.rpartition('/')[2]} {failure}")
+        if errors:
+            raise errors[0]
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            raise TimeoutError from None
+        raise MissingError(f"the coordinator does not answer any more: {error}") from error
 
 
-def _names(processes: list[int], said: Mapping[int, Mapping[str, str]] | None = None) -> str:
-    """`process 1 (host)`, `processes 0 (host), 2 (other)`; few of many."""
+def _names(processes: list[int], said: Mapping[int, Facts] | None = None) -> str:
+    """`process 1 (host)`, `processes 0 (host), 2 (other)`, `processes 0 (host), ... and 9 more`."""
     names = [f"{process} ({said[process]['host']})" if said else str(process) for process in processes]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"process{'es' if len(names) > 1 else ''} {', '.join(names[:_SHOWN])}{more}"
 
 
-def _differences(said: dict[int, dict[str, str]]) -> str:
+def _differences(said: Mapping[int, Facts]) -> str:
+    """Who says what of facts that differ; empty if none does."""
     lines = []
     for name in dict.fromkeys(itertools.chain.from_iterable(said.values())):
         if name == "host":
@@ -238,7 +246,8 @@ def _differences(said: dict[int, dict[str, str]]) -> str:
     return "\n  ".join(["the processes differ, and would train different runs:", *lines[:_SHOWN], *more])
 
 
-def _not_seen(said: dict[int, dict[str, str]]) -> str:
+def _not_seen(said: Mapping[int, Facts]) -> str:
+    """Who does not see the file of process 0, and where it looked; empty if all do."""
     blind = [process for process, facts in said.items() if facts["seen"] != "True"]
     if not blind:
         return ""

@@ -1,11 +1,11 @@
-"""What a run reads from a cache of `launch/cache.py` instead of computing it, and whether the cache is of this run.
+"""Caches of `launch/cache.py`: what a run reads instead of computing it, and whether a cache fits the run.
 
-part       holds                                          computed by
-targets    what the objective's `targets` returns         autoencoder or teacher
-features   what the projector sees                        vision encoder, where it is frozen
+    part       holds                                         computed by
+    targets    what the objective's `targets` returns        autoencoder or teacher
+    features   what the projector reads                      vision encoder, if it is frozen
 
-A cache stands in for the components that made it: it is refused unless their configs and parameters, the list of
-pictures, their size and how they were decoded are those of the run.
+A cache stands in for the components that computed it. It is refused unless their configs and parameters, the list of
+images, their size, and how they were decoded are those of the run.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ PartName = Literal["targets", "features"]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a cache, as a run's config has it.
+    """A part of a cache, as a run's config would have it.
 
     Attributes:
-      component: that computes it.
-      settings: all that its values depend on, pictures and parameters apart.
+      component: name of the component that computes it.
+      settings: what its values depend on besides images and parameters.
     """
 
     component: str
@@ -48,15 +48,15 @@ class Part:
 
 
 def objective_of(config: RunConfig) -> Objective | None:
-    """The run's."""
+    """The run's objective; None without reconstruction."""
     return make_objective(config.model, config.reconstruction, config.step.dtype)
 
 
 def find_part(config: RunConfig, name: str) -> Part:
-    """What the part would be made of.
+    """The part of a cache that the run would read.
 
     Raises:
-      ConfigError: the run has no use for it.
+      ConfigError: there is no such part, or the run has no use for it.
     """
     model, names = config.model, typing.get_args(PartName)
     if name not in names:
@@ -81,30 +81,30 @@ def find_part(config: RunConfig, name: str) -> Part:
 def compute(
     config: RunConfig, parts: tuple[str, ...], params: Tree, images: Shaped[Array, "batch height width 3"]
 ) -> dict[str, dict[str, Array]]:
-    """What is stored of uint8 pictures, by part and by the batch's field.
+    """Part -> field of the batch -> values for these images, as a cache stores them.
 
     Args:
-      params: of the components that compute the parts.
+      params: parameters of the components that compute the parts.
+      images: uint8.
     """
-    made = {}
+    computed = {}
     if "targets" in parts:
         objective = objective_of(config)
         slots = jnp.zeros((len(images), 1), jnp.int32)
         batch = {"images": images[:, None], "image_start": slots, "tokens": slots}
-        made["targets"] = objective.pack(objective.targets(params, batch))
+        computed["targets"] = objective.pack(objective.targets(params, batch))
     if "features" in parts:
         encoder = VisionEncoder(config.model.vision, jnp.dtype(config.step.dtype))
-        made["features"] = {
-            "image_features": encoder.apply({"params": params["vision"]}, normalise(config.model, images))
-        }
-    return made
+        features = encoder.apply({"params": params["vision"]}, normalise(config.model, images))
+        computed["features"] = {"image_features": features}
+    return computed
 
 
 def open_cached(config: RunConfig) -> Precomputed | None:
-    """The parts of `config.data.precomputed` that the run can read.
+    """The cache at `config.data.precomputed`, with the parts that the run can read; None if the config names no cache.
 
     Raises:
-      UserError: no usable cache there, or it has features of a vision encoder that now learns.
+      UserError: there is no usable cache, or it holds features of a vision encoder that trains now.
     """
     if config.data.precomputed is None:
         return None
@@ -124,49 +124,50 @@ def open_cached(config: RunConfig) -> Precomputed | None:
 
 
 def needs_pixels(config: RunConfig, cached: Collection[str]) -> bool:
-    """Whether anything of a run that reads these parts still looks at the pictures themselves."""
+    """Whether a run that reads these parts of a cache needs pixels as well."""
     encodes = "features" not in cached
     return encodes or (config.reconstruction.kind != "none" and "targets" not in cached) or config.loop.images > 0
 
 
 def spared_components(config: RunConfig, cached: Collection[str]) -> set[str]:
-    """Components that do not run, since what they compute is read."""
+    """Components that need not run, because a run reads these parts of a cache."""
     return {find_part(config, name).component for name in cached}
 
 
 def describe(config: RunConfig, parts: tuple[str, ...], pipeline: Pipeline) -> dict[str, Any]:
-    """What parts of a cache are made of, parameters apart."""
+    """What the images and these parts of a cache depend on, without parameters: `made_of` of its manifest."""
     return {"images": pipeline.described, **{name: dict(find_part(config, name).settings) for name in parts}}
 
 
 def check_settings(config: RunConfig, cache: Precomputed, pipeline: Pipeline) -> None:
-    """Raises UserError if the cache was made of something else; lists what."""
-    ours = describe(config, cache.parts, pipeline)
-    theirs = {name: dict(cache.made_of[name]) for name in ours}
+    """Raises UserError, with what differs, if the cache was computed with other settings or from other images."""
+    current = describe(config, cache.parts, pipeline)
+    stored = {name: dict(cache.made_of[name]) for name in current}
     for name in cache.parts:
-        theirs[name].pop("parameters_hash", None)
-    refuse_differences(cache.folder, theirs, ours)
+        stored[name].pop("parameters_hash", None)
+    refuse_differences(cache.folder, stored, current)
 
 
 def check_parameters(config: RunConfig, cache: Precomputed | None, params: Tree) -> None:
-    """Raises UserError if there is a cache and it was made by components with other parameters.
+    """Raises UserError if components with other parameters computed the cache.
 
     Args:
-      params: with those components.
+      cache: None is accepted.
+      params: parameters by component, at least of the components that compute the cache's parts.
     """
     if cache is None:
         return
-    ours, theirs = {}, {}
+    current, stored = {}, {}
     for name in cache.parts:
         component = find_part(config, name).component
-        ours[name] = {f"{component}.parameters_hash": parameters_hash(params[component])}
-        theirs[name] = {f"{component}.parameters_hash": cache.made_of[name]["parameters_hash"]}
-    refuse_differences(cache.folder, theirs, ours)
+        current[name] = {f"{component}.parameters_hash": parameters_hash(params[component])}
+        stored[name] = {f"{component}.parameters_hash": cache.made_of[name]["parameters_hash"]}
+    refuse_differences(cache.folder, stored, current)
 
 
-def refuse_differences(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raises UserError that lists what a cache and a run do not have in common."""
-    found = differences(theirs, ours)
+def refuse_differences(folder: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raises UserError that lists where the description in a cache differs from the run's."""
+    found = differences(stored, current)
     if found:
         listed = "\n  ".join(found)
         raise UserError(
@@ -176,7 +177,7 @@ def refuse_differences(folder: Path, theirs: Mapping[str, Any], ours: Mapping[st
 
 
 def parameters_hash(params: Tree) -> str:
-    """Tells parameters apart: of every bit of every leaf, whatever devices they are on and however they are split."""
+    """A hash of every bit of every parameter, the same however they are sharded."""
     flat = flatten(params)
     sums = np.asarray(jax.jit(lambda leaves: jnp.stack([_checksum(leaf) for leaf in leaves]))(list(flat.values())))
     described = [f"{path} {leaf.dtype} {leaf.shape} {sums[i].tolist()}" for i, (path, leaf) in enumerate(flat.items())]
@@ -184,13 +185,13 @@ def parameters_hash(params: Tree) -> str:
 
 
 def _checksum(leaf: Float[Array, "*shape"]) -> UInt32[Array, "2"]:
-    """Two sums, modulo 2^32, over hashes of (place, bits): exact, so their order does not matter."""
+    """Two sums, modulo 2^32, over hashes of (position, bits): exact, so the order of adding does not matter."""
     unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
+    position = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return jnp.stack([jnp.sum(_mix(bits ^ _mix(place + np.uint32(salt)))) for salt in (1, 0x9E3779B9)])
+        position = position * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.stack([jnp.sum(_mix(bits ^ _mix(position + np.uint32(salt)))) for salt in (1, 0x9E3779B9)])
 
 
 def _mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:

@@ -1,10 +1,11 @@
-"""The loop: batches in, steps done, metrics and checkpoints out."""
+"""The training loop: batches in, steps done, metrics and checkpoints out."""
 
+import contextlib
 import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +14,9 @@ from jax.sharding import NamedSharding
 
 from ross_jax.checkpoints import RunCheckpoints
 from ross_jax.config import UserError
-from ross_jax.training.metrics import LossRangeMonitor, Meter, Writer
+from ross_jax.training.callback import Callback
+from ross_jax.training.metrics import Meter, Reporter
 from ross_jax.training.state import TrainState
-
-Hook = Callable[[int, TrainState, Mapping[str, Any]], None]
-Draw = Callable[[int, TrainState, Mapping[str, Any]], np.ndarray]
-Evaluate = Callable[[TrainState], tuple[dict[str, float], np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +24,14 @@ class LoopConfig:
     """How often things happen, in steps.
 
     Attributes:
-      log: numbers are fetched and written.
-      save: a checkpoint is made; the last step always is one.
-      keep: newest checkpoints that stay on disk.
-      images: reconstructions are drawn for TensorBoard; 0 never.
-      evaluate: pictures that are not trained on are reconstructed and scored, before the first step and after the last
-        too; 0 never.
-      expected_reconstruction: lowest and highest reconstruction loss after the warmup, averaged over ten logs; a
-        warning is given outside. None: no opinion.
+      log: metrics are fetched and written.
+      save: a checkpoint is saved. One is saved after the last step in any case.
+      keep: number of newest checkpoints that stay on disk.
+      images: images of the batch are reconstructed for TensorBoard; 0: never.
+      evaluate: images of `evaluation.sources` are reconstructed and scored, also before the first step and after the
+        last one; 0: never.
+      expected_reconstruction: lowest and highest reconstruction loss after the warmup, averaged over ten logs. Outside,
+        a warning is printed. None: no warning.
     """
 
     log: int = 10
@@ -45,34 +43,59 @@ class LoopConfig:
 
     def __post_init__(self):
         if min(self.log, self.save, self.keep) < 1 or min(self.images, self.evaluate) < 0:
-            raise ValueError("log, save and keep must be at least 1, pictures and evaluate at least 0")
+            raise ValueError("log, save and keep must be at least 1, images and evaluate at least 0")
 
 
-class Stop:
-    """Whether a signal asked for the end; the second one ends the process as usual."""
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """Which steps a loop does.
 
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)):
-        self.requested = False
-        self._previous = {number: signal.signal(number, self._handle) for number in signals}
+    Attributes:
+      start: number of steps done before.
+      steps: number of steps of the whole run.
+      config: how often things happen.
+      stop_at: asked after every step, with the same answer on all processes: whether to save and end here.
+    """
 
-    def _handle(self, number: int, frame: Any) -> None:
-        self.requested = True
-        signal.signal(number, self._previous[number])
+    start: int
+    steps: int
+    config: LoopConfig
+    stop_at: Callable[[int], bool] = lambda step: False
 
-    def restore(self) -> None:
-        """Puts the former handlers back."""
-        for number, handler in self._previous.items():
+
+@contextlib.contextmanager
+def stop_signals(*numbers: int) -> Iterator[Callable[[], bool]]:
+    """Yields a function: whether one of these signals has come. The second one of a kind does what it usually does."""
+    requested = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield lambda: requested
+    finally:
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def global_batches(
     batches: Iterator[dict[str, np.ndarray]], sharding: NamedSharding, shares: int = 1, meter: Meter | None = None
 ) -> Iterator[dict[str, jax.Array]]:
-    """This process's rows, one of `shares` parts of the global batch, on its devices; one batch ahead of the step."""
+    """Batches on the devices, one batch ahead of the step.
+
+    Args:
+      batches: this process's rows of every global batch.
+      sharding: of the global batch.
+      shares: number of equal shares that processes read of a global batch.
+      meter: told how long each batch took to come.
+    """
 
     def place(rows: np.ndarray) -> jax.Array:
-        whole = (shares * len(rows), *rows.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, rows, whole)
+        global_shape = (shares * len(rows), *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, global_shape)
 
     ahead = None
     while True:
@@ -89,11 +112,15 @@ def global_batches(
 
 
 def check(steps: list[dict[str, float]], first: int) -> None:
-    """Looks at finished steps before anything is built on them.
+    """Refuses steps that must not be built on.
+
+    Args:
+      steps: metrics of consecutive steps.
+      first: number of the first one.
 
     Raises:
-      UserError: a loss or gradient that is not finite, or a batch without any supervised token (without a text loss:
-        any picture); names the step.
+      UserError: a loss or gradient is not finite; a batch has no supervised token, or without a text loss no image.
+        Names the step.
     """
     for step, values in enumerate(steps, start=first):
         if "text_loss" not in values and values["images"] == 0:
@@ -116,92 +143,72 @@ def run_loop(
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
     state: TrainState,
     batches: Iterator[dict[str, jax.Array]],
-    start: int,
-    steps: int,
-    config: LoopConfig,
+    settings: LoopSettings,
     saver: RunCheckpoints,
-    meter: Meter,
-    writer: Writer | None = None,
-    watch: LossRangeMonitor | None = None,
-    hooks: tuple[Hook, ...] = (),
-    draw: Draw | None = None,
-    stop_at: Callable[[int], bool] = lambda _: False,
-    evaluate: Evaluate | None = None,
+    reporter: Reporter,
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[TrainState, int]:
-    """Trains from step `start` to `steps`.
+    """Trains to the last step, or to the step after which `settings.stop_at` says so.
+
+    After a step come, each if it is due: metrics, `on_step` of all callbacks, their `images`, their `evaluate`, and a
+    checkpoint. Metrics are checked before anything else is done, so that no bad state is saved.
 
     Args:
       train_step: compiled.
-      batches: of the steps from `start` on.
-      saver: checkpoints; only states whose numbers have been looked at are given to it.
-      writer: on the process that reports.
-      watch: of the reconstruction loss.
-      hooks: called as (step, state, batch) after every step.
-      draw: called likewise as often as `config.images` says, by all processes; gives a uint8 [height, width, 3]
-        picture for TensorBoard.
-      stop_at: asked after every step, by all processes alike: whether to save and end here.
-      evaluate: called as (state,) as often as `config.evaluate` says, by all processes; gives scores by name, and a
-        picture as `draw` does.
+      batches: global batches of the steps from `settings.start` on.
 
     Returns:
-      The last state, and the number of steps done.
+      The last state and the number of steps done.
 
     Raises:
-      UserError: as `check`. What was saved before stays.
+      UserError: as `check`, or the data ended too early. Earlier checkpoints stay.
     """
+    config = settings.config
     pending: list[dict[str, jax.Array]] = []
-    saved = step = start
-
-    def settle() -> None:
-        """Fetches the numbers of all finished steps, checks them, and reports."""
-        if not pending:
-            return
-        values = [{name: float(value) for name, value in jax.device_get(metrics).items()} for metrics in pending]
-        pending.clear()
-        check(values, step - len(values) + 1)
-        line = {**values[-1], **meter.read(values)}
-        if writer is not None:
-            writer.write(step, line)
-            writer.progress(step, steps, line)
-            if watch is not None:
-                losses = [each["reconstruction_loss"] for each in values]
-                warning = watch.update(step, sum(losses) / len(losses))
-                if warning:
-                    writer.warn(warning)
-
-    def report_evaluation() -> None:
-        begun = time.perf_counter()
-        scores, grid = evaluate(state)
-        if writer is not None:
-            writer.write(step, {f"evaluation/{name}": score for name, score in scores.items()})
-            writer.image("evaluation", step, grid)
-        meter.skip(time.perf_counter() - begun)
-
-    if evaluate is not None and config.evaluate and step == 0:
-        report_evaluation()
+    saved = step = settings.start
+    if config.evaluate and step == 0:
+        _evaluate(callbacks, step, state, reporter)
     for batch in batches:
         state, metrics = train_step(state, batch)
         step += 1
         pending.append(metrics)
-        meter.running = metrics["loss"]
-        stopping = stop_at(step)
-        evaluating = evaluate is not None and config.evaluate and (step % config.evaluate == 0 or step == steps)
-        if step % config.log == 0 or step % config.save == 0 or stopping or evaluating or step == steps:
-            settle()
-        for hook in hooks:
-            hook(step, state, batch)
-        if draw is not None and config.images and step % config.images == 0:
-            grid = draw(step, state, batch)
-            if writer is not None:
-                writer.image("reconstruction", step, grid)
+        reporter.meter.running = metrics["loss"]
+        last = settings.stop_at(step) or step == settings.steps
+        saving = last or step % config.save == 0
+        evaluating = config.evaluate and (step % config.evaluate == 0 or step == settings.steps)
+        if saving or evaluating or step % config.log == 0:
+            _report_steps(pending, step, settings.steps, reporter)
+            pending = []
+        for callback in callbacks:
+            callback.on_step(step, state, batch)
+        if config.images and step % config.images == 0:
+            for callback in callbacks:
+                reporter.image("reconstruction", step, callback.images(step, state, batch))
         if evaluating:
-            report_evaluation()
-        if step % config.save == 0 or stopping or step == steps:
+            _evaluate(callbacks, step, state, reporter)
+        if saving:
             saver.save(step, state)
             saved = step
-        if stopping or step == steps:
+        if last:
             break
     saver.wait()
-    if step < steps and saved < step:
-        raise UserError(f"the data ended at step {step} of {steps}")
+    if step < settings.steps and saved < step:
+        raise UserError(f"the data ended at step {step} of {settings.steps}")
     return state, step
+
+
+def _report_steps(pending: list[dict[str, jax.Array]], step: int, steps: int, reporter: Reporter) -> None:
+    """Fetches, checks and reports the metrics of the steps up to `step`."""
+    values = [{name: float(value) for name, value in jax.device_get(metrics).items()} for metrics in pending]
+    check(values, step - len(values) + 1)
+    reporter.steps(step, steps, values)
+
+
+def _evaluate(callbacks: Sequence[Callback], step: int, state: TrainState, reporter: Reporter) -> None:
+    """Evaluates, and leaves the time that it takes out of the step's."""
+    started = time.perf_counter()
+    for callback in callbacks:
+        found = callback.evaluate(state)
+        if found is not None:
+            reporter.evaluation(step, *found)
+    reporter.meter.skip(time.perf_counter() - started)

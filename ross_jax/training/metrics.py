@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines, TensorBoard, and one calm progress line."""
+"""What a run reports: rates, JSON lines, TensorBoard, and a progress line."""
 
 import collections
 import contextlib
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import numpy as np
+from jaxtyping import UInt8
 
 from ross_jax import process
 from ross_jax.checkpoints import writing
@@ -35,25 +37,25 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
-"""Device kind -> dense bfloat16 FLOP/s, as its vendor states."""
-
+"""Device kind -> dense bfloat16 FLOP/s that its vendor states."""
 
 _ORDER = ("teacher", "vision", "projector", "language", "denoiser", "regressor")
 _FIRST = re.compile(
     r"((vision|teacher)/patch_embedding|projector/linear_0|denoiser/condition_embedding|regressor/linear_0)/kernel"
 )
+"""Matrices that come first in their component."""
 _DATA = re.compile(r"denoiser/(latent_embedding|timestep_in)/kernel")
-"""Matrices that are the first of their component, and those whose inputs are noise or a timestep."""
+"""Matrices whose inputs are noise or a timestep."""
 
 
 def matrix_sizes(params: Mapping[str, Any], logits: bool = True) -> dict[str, int]:
-    """Elements of every matrix that activations are multiplied with, by path.
+    """Path -> number of elements, of every matrix that activations are multiplied with.
 
-    A table that is only looked up is none. The autoencoder, all convolutions, is left out.
+    Embedding tables are left out unless they compute logits, and so is the autoencoder, which consists of convolutions.
 
     Args:
-      params: the whole tree, or its shapes.
-      logits: whether they are computed, which takes the language model's head.
+      params: all parameters, or their shapes.
+      logits: whether logits are computed, by the language model's head.
     """
     flat = flatten(params)
     head = "language/head" if "language/head" in flat else "language/embedding"
@@ -67,22 +69,22 @@ def matrix_sizes(params: Mapping[str, Any], logits: bool = True) -> dict[str, in
 def step_flops(
     config: RossConfig, sizes: Mapping[str, int], trained: set[str], draws: int, tokens: float, images: float
 ) -> float:
-    """FLOPs that one step needs, recomputation not counted.
+    """FLOPs that one step needs, without recomputation.
 
-    A matrix takes 2 per element and token forward, 2 more for the gradient of its inputs, and 2 for its own. Attention
-    scores are left out, as is the autoencoder.
+    A matrix takes 2 FLOPs per element and token forward, 2 for the gradient of its inputs, and 2 for its own gradient.
+    Attention scores and the autoencoder are left out.
 
     Args:
-      sizes: of `matrix_sizes`.
-      trained: components that learn; a frozen one passes gradients on to what learns before it.
-      draws: noise levels per picture; 0 without a denoiser that is used.
-      tokens: of text and pictures, padding not counted.
-      images: real ones.
+      sizes: from `matrix_sizes`.
+      trained: components that train. A frozen component still passes gradients on to components before it.
+      draws: noise levels per image; 0 if no denoiser is used.
+      tokens: number of text and image tokens, without padding.
+      images: number of images, without empty slots.
     """
     image_tokens = images * config.vision.num_tokens
 
     def uses(path: str) -> float:
-        """How often the matrix is applied."""
+        """Number of vectors that the matrix is multiplied with."""
         if path.startswith("denoiser/timestep"):
             return images * draws
         if path.startswith("denoiser/condition"):
@@ -94,7 +96,7 @@ def step_flops(
         return {"language": tokens, "denoiser": image_tokens * draws}.get(component, image_tokens)
 
     def passes(path: str) -> int:
-        """Forward, and the gradients that are needed."""
+        """1 for forward, plus 1 for each gradient that is needed."""
         component = path.partition("/")[0]
         learns, before = component in trained, _ORDER[: _ORDER.index(component)]
         # Gradients flow into a matrix's inputs if they reach something that learns.
@@ -110,8 +112,8 @@ class Meter:
 
     Attributes:
       config, sizes, trained, draws: as in `step_flops`.
-      waited: seconds since the last reading in which the device had nothing to do but to wait for input.
-      running: a result of the step that was started last.
+      waited: seconds since the last reading in which the device was idle, waiting for input.
+      running: a metric of the step that was started last; not ready while the step runs.
     """
 
     config: RossConfig
@@ -123,16 +125,16 @@ class Meter:
     _last: float = dataclasses.field(default_factory=time.perf_counter)
 
     def wait(self, seconds: float) -> None:
-        """Notes that the next batch took that long to come. While a step still runs, nobody waits for it."""
+        """Notes that the next batch took `seconds` to come. It does not count as waiting while a step still runs."""
         if self.running is None or self.running.is_ready():
             self.waited += seconds
 
     def skip(self, seconds: float) -> None:
-        """Leaves time since the last reading that no step took out of the rates."""
+        """Leaves `seconds` since the last reading, in which no step ran, out of the rates."""
         self._last += seconds
 
     def read(self, steps: list[dict[str, float]]) -> dict[str, float]:
-        """Rates over the steps since the last reading."""
+        """Rates over the steps since the last reading, from their metrics."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         tokens, images = (sum(step[name] for step in steps) for name in ("tokens", "images"))
@@ -152,18 +154,18 @@ class Meter:
 
 
 def peak_memory() -> int:
-    """Most bytes held at once: on the first device, or of the process where the device does not say."""
+    """Peak memory in bytes: of the first device, or of this process where the device does not report it."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     return statistics.get("peak_bytes_in_use") or process.peak_memory()
 
 
 class LossRangeMonitor:
-    """Warns when a loss, averaged over the last logs, leaves the range that is expected of it.
+    """Warns when the mean of a loss over the last logs leaves an expected range.
 
     Args:
       expected: lowest and highest value.
-      start: step from which on it is watched; before it, in the warmup, anything goes.
-      logs: how many are averaged.
+      start: last step of the warmup, in which any value is accepted.
+      logs: number of logs that the mean is taken over.
     """
 
     def __init__(self, expected: tuple[float, float], start: int, logs: int = 10):
@@ -172,7 +174,7 @@ class LossRangeMonitor:
         self._values: collections.deque[float] = collections.deque(maxlen=logs)
 
     def update(self, step: int, value: float) -> str | None:
-        """A warning once the average is outside; then None until it has been back."""
+        """A warning when the mean leaves the range, else None; the next one only after it has come back."""
         if step <= self._start:
             return None
         self._values.append(value)
@@ -189,7 +191,7 @@ class LossRangeMonitor:
 
 
 class _Board:
-    """A TensorBoard file. Written at once: `SummaryWriter`'s thread dies of a full disk, and its caller hangs."""
+    """A TensorBoard file, written without `SummaryWriter`, whose callers hang once its thread met a full disk."""
 
     def __init__(self, folder: Path, start: int):
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -199,7 +201,7 @@ class _Board:
         self.path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._event, self._file = Event, RecordWriter(str(self.path))
         self._add(file_version="brain.Event:2")
-        # What an interrupted run had drawn from here on disappears.
+        # TensorBoard drops what an interrupted run wrote from this step on.
         self._add(step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def _add(self, **content: Any) -> None:
@@ -215,20 +217,21 @@ class _Board:
 
 
 class Writer:
-    """Appends to `metrics.jsonl` and TensorBoard files in a run's directory; on one process only.
+    """Appends to `metrics.jsonl` and TensorBoard files in a run's directory, on one process.
 
-    A continued run drops what an interrupted one had written past the step it continues from.
+    Lines that an interrupted run wrote after the step that it continues from are dropped.
 
     Raises:
       CheckpointError: from every method: a file that cannot be written.
     """
 
     def __init__(self, folder: Path, start: int, stream: TextIO | None = None):
+        """Opens the files of the run in `folder` that continues after step `start`. Progress goes to stderr."""
         self._folder, self._path = folder, folder / "metrics.jsonl"
         self._stream = stream or sys.stderr
         with writing(self._path, self._folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # A run that starts anew writes what it has to say of step 0 again.
+            # A run that starts anew writes the evaluation before its first step again.
             kept = [line for line in _complete_lines(self._path) if start and json.loads(line)["step"] <= start]
             partial = self._path.with_name("metrics.jsonl.partial")
             partial.write_text("".join(line + "\n" for line in kept))
@@ -238,7 +241,7 @@ class Writer:
             self._board = _Board(folder / "tensorboard", start)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line of numbers."""
+        """Writes one line of numbers."""
         from tensorboardX.summary import scalar
 
         with writing(self._path, self._folder):
@@ -247,18 +250,18 @@ class Writer:
             self._board.add(step, *(scalar(name, value) for name, value in values.items()))
 
     def image(self, name: str, step: int, grid: Any) -> None:
-        """A uint8 [height, width, 3] picture for TensorBoard."""
+        """Writes an image, uint8[height, width, 3], to TensorBoard."""
         from tensorboardX.summary import image
 
         with writing(self._board.path, self._folder):
             self._board.add(step, image(name, grid, dataformats="HWC"))
 
     def warn(self, text: str) -> None:
-        """A line on the terminal."""
+        """Prints a warning."""
         print(f"warning: {text}", file=self._stream, flush=True)
 
     def progress(self, step: int, steps: int, values: dict[str, Any]) -> None:
-        """One line on the terminal."""
+        """Prints one line of progress."""
         rest = (steps - step) * values["seconds_per_step"]
         text_loss = f"  text {values['text_loss']:.4f}" if "text_loss" in values else ""
         text = (
@@ -269,14 +272,53 @@ class Writer:
         print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Flushes and closes. What a full disk does not take was reported when it was written."""
+        """Flushes and closes. A full disk was reported when a line was written."""
         for file in (self._file, self._board):
             with contextlib.suppress(OSError):
                 file.close()
 
 
+@dataclasses.dataclass
+class Reporter:
+    """Where a run's numbers go.
+
+    Attributes:
+      meter: computes rates.
+      writer: None on all processes but the one that reports.
+      monitor: of the reconstruction loss, if the recipe expects a range of it.
+    """
+
+    meter: Meter
+    writer: Writer | None = None
+    monitor: LossRangeMonitor | None = None
+
+    def steps(self, step: int, steps: int, values: list[dict[str, float]]) -> None:
+        """Reports the metrics of the last of `values`, which is step `step` of `steps`, and rates over all of them."""
+        line = {**values[-1], **self.meter.read(values)}
+        if self.writer is None:
+            return
+        self.writer.write(step, line)
+        self.writer.progress(step, steps, line)
+        if self.monitor is not None:
+            losses = [each["reconstruction_loss"] for each in values]
+            warning = self.monitor.update(step, sum(losses) / len(losses))
+            if warning:
+                self.writer.warn(warning)
+
+    def image(self, name: str, step: int, image: UInt8[np.ndarray, "height width 3"] | None) -> None:
+        """Reports an image, if there is one."""
+        if self.writer is not None and image is not None:
+            self.writer.image(name, step, image)
+
+    def evaluation(self, step: int, scores: Mapping[str, float], image: UInt8[np.ndarray, "height width 3"]) -> None:
+        """Reports scores of an evaluation, by name, and its image."""
+        if self.writer is not None:
+            self.writer.write(step, {f"evaluation/{name}": score for name, score in scores.items()})
+        self.image("evaluation", step, image)
+
+
 def _complete_lines(path: Path) -> list[str]:
-    """Lines that were written whole; a killed process may have left half of one."""
+    """Lines of a file, without the half of one that a killed process may have left at its end."""
     if not path.is_file():
         return []
     text = path.read_text()

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate per group of parameters, warmup and cosine decay."""
+"""AdamW or Muon with a learning rate per group of parameters, warmup and cosine decay."""
 
 import dataclasses
 import math
@@ -13,21 +13,21 @@ import optax.contrib
 from ross_jax.tree import flatten, unflatten
 
 _ADAM_RMS = 0.2
-"""Root mean square that AdamW's updates have, in units of the learning rate, as Moonlight (arXiv 2502.16982) found."""
+"""Root mean square of AdamW's updates in units of the learning rate, by Moonlight (arXiv 2502.16982)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, as the reference sets it, or Muon.
+    """AdamW, with the reference's defaults, or Muon.
 
     Attributes:
-      algorithm: `adamw`; or `muon` for matrices, whose updates are scaled to the size of AdamW's, so that rates keep
-        their meaning, with AdamW for all else (embeddings, norms, biases).
-      learning_rate: peak, of every parameter that no group names.
-      groups: (pattern of paths, peak learning rate); the first match counts.
-      warmup_ratio: share of the run in which the rate rises from 0.
-      weight_decay: of matrices and embeddings, not of norms and biases; with Muon of its matrices alone.
-      max_gradient_norm: gradients are scaled down to it; over all groups together.
+      learning_rate: peak learning rate of parameters that no group matches.
+      groups: (pattern of paths, peak learning rate). The first pattern that matches a path counts.
+      warmup_ratio: share of the run in which the learning rate rises from 0.
+      weight_decay: of matrices and embeddings, not of norms and biases. With Muon, only of the matrices it updates.
+      max_gradient_norm: gradients with a larger norm, over all groups together, are scaled down to it.
+      algorithm: `adamw`; or `muon` for matrices and AdamW for everything else (embeddings, norms, biases). Updates by
+        Muon are scaled to the size of AdamW's, so that learning rates keep their meaning.
     """
 
     learning_rate: float
@@ -45,21 +45,21 @@ class OptimizerConfig:
             raise ValueError(f"warmup_ratio {self.warmup_ratio} must be in [0, 1)")
 
     def rates(self) -> dict[str, float]:
-        """Peak learning rate of each group, by its pattern; `rest` for all others."""
+        """Pattern of each group -> its peak learning rate; `rest` -> that of all other parameters."""
         return {"rest": self.learning_rate, **dict(self.groups)}
 
     def group(self, path: str) -> str:
-        """The group of a parameter."""
+        """The pattern of the parameter's group, or `rest`."""
         return next((pattern for pattern, _ in self.groups if re.fullmatch(pattern, path)), "rest")
 
 
 def warmup_steps(steps: int, warmup_ratio: float) -> int:
-    """Steps in which the rate rises."""
+    """Number of steps in which the learning rate rises."""
     return math.ceil(steps * warmup_ratio)
 
 
 def schedule(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Linear warmup from 0, then half a cosine to 0 at `steps`; as transformers' cosine schedule."""
+    """Learning rate by step: linear warmup from 0, then half a cosine to 0 at `steps`, as in transformers."""
     warmup = warmup_steps(steps, warmup_ratio)
 
     def rate(step):
@@ -82,12 +82,12 @@ def _is_kernel(path: tuple[Any, ...]) -> bool:
 
 
 def _decayed(params: Any) -> Any:
-    """Stacked norms and biases have two dimensions as well, so names decide."""
+    """True where weight decay applies. Names decide, because stacked norms and biases have two dimensions, too."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
 def _matrices(params: Any) -> Any:
-    """Which axes of a kernel are a matrix's rows and columns; stacked layers are matrices of their own."""
+    """Axes of each kernel that are the rows and columns of a matrix, layer by layer where layers are stacked."""
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         if not _is_kernel(path):
@@ -101,7 +101,7 @@ def _matrices(params: Any) -> Any:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer for a run of `steps` steps."""
 
-    def of_group(peak: float) -> optax.GradientTransformation:
+    def make_group(peak: float) -> optax.GradientTransformation:
         rate = schedule(peak, steps, config.warmup_ratio)
         if config.algorithm == "adamw":
             return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=_decayed)
@@ -118,5 +118,5 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     def labels(params: Any) -> Any:
         return unflatten({path: config.group(path) for path in flatten(params)})
 
-    groups = {name: of_group(peak) for name, peak in config.rates().items()}
+    groups = {name: make_group(peak) for name, peak in config.rates().items()}
     return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.multi_transform(groups, labels))

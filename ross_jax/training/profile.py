@@ -1,23 +1,21 @@
 """A trace of some steps, for xprof."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from ross_jax.checkpoints import writing
 from ross_jax.config import ConfigError
-from ross_jax.training.loop import Hook
+from ross_jax.training.callback import Callback
 from ross_jax.training.state import TrainState
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """`START:COUNT` -> first step of the trace, from 1, and how many.
+    """First traced step, counted from 1, and number of traced steps, from `START:COUNT`.
 
     Raises:
-      ConfigError: it is something else.
+      ConfigError: `text` is something else.
     """
     first, _, count = text.partition(":")
     if not (first.isdecimal() and count.isdecimal() and int(first) and int(count)):
@@ -25,44 +23,45 @@ def parse_steps(text: str) -> tuple[int, int]:
     return int(first), int(count)
 
 
-@contextlib.contextmanager
-def tracing(folder: Path, first: int, count: int, done: int, steps: int) -> Iterator[Hook]:
-    """A hook that writes a trace of `count` steps from `first` on to `folder`, or of those that come before the end.
+class Tracer(Callback):
+    """Writes a trace of `count` steps from step `first` on, or of as many as come before the run ends.
 
-    Of several processes the first writes: all do the same, and those of one host would write the same file. A run that
-    is continued behind `first` is not traced, so that the same command continues it.
-
-    Args:
-      done: steps before the run.
-      steps: of the whole run.
-
-    Raises:
-      ConfigError: the run ends before `first`.
-      CheckpointError: `folder` cannot be made.
+    A context manager around the loop. Only process 0 writes, because all processes do the same and those of one host
+    would write the same file. A run that continues after `first` is not traced, so that the same command continues it.
     """
-    if first > steps:
-        raise ConfigError(f"--profile={first}:{count}: the run has {steps} steps")
-    running = False
 
-    def switch(step: int) -> None:
-        nonlocal running
-        if step + 1 == first and not running and jax.process_index() == 0:
-            with writing(folder, folder.parent):
-                folder.mkdir(parents=True, exist_ok=True)
-            jax.profiler.start_trace(folder)
-            running = True
-        elif running and step + 1 >= first + count:
+    def __init__(self, folder: Path, first: int, count: int, done: int, steps: int):
+        """Traces to `folder` a run of `steps` steps, of which `done` are done.
+
+        Raises:
+          ConfigError: the run ends before `first`.
+          CheckpointError: on entering, or from `on_step`: `folder` cannot be made.
+        """
+        if first > steps:
+            raise ConfigError(f"--profile={first}:{count}: the run has {steps} steps")
+        self._folder, self._first, self._end, self._done = folder, first, first + count, done
+        self._running = False
+
+    def __enter__(self) -> "Tracer":
+        self._switch(self._done)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._running:
             jax.profiler.stop_trace()
-            running = False
 
-    def hook(step: int, state: TrainState, batch: Mapping[str, Any]) -> None:
-        if step + 1 in (first, first + count):
-            jax.block_until_ready(state)  # steps run behind the loop; only whole ones count
-        switch(step)
+    def on_step(self, step: int, state: TrainState, batch: Mapping[str, jax.Array]) -> None:
+        if step + 1 in (self._first, self._end):
+            jax.block_until_ready(state)  # steps run behind the loop, and only whole steps count
+        self._switch(step)
 
-    switch(done)
-    try:
-        yield hook
-    finally:
-        if running:
+    def _switch(self, step: int) -> None:
+        """Starts or ends the trace after `step` steps."""
+        if step + 1 == self._first and not self._running and jax.process_index() == 0:
+            with writing(self._folder, self._folder.parent):
+                self._folder.mkdir(parents=True, exist_ok=True)
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        elif self._running and step + 1 >= self._end:
             jax.profiler.stop_trace()
+            self._running = False

@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,40 @@ from ross_jax.config import ConfigError, UserError, from_dict, to_dict
 from ross_jax.data.encoders import build_training_encoder
 from ross_jax.data.images import decode, decode_official
 from ross_jax.data.pipeline import Pipeline, Preprocessing, open_pipeline
+from ross_jax.data.precomputed import differences
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
 from ross_jax.training import agreement
 from ross_jax.training.build import build_step
 from ross_jax.training.cached import check_parameters, check_settings, needs_pixels, open_cached, spared_components
-from ross_jax.training.loop import Draw, Evaluate, Hook, Stop, global_batches, run_loop
-from ross_jax.training.metrics import LossRangeMonitor, Meter, Writer, matrix_sizes
+from ross_jax.training.callback import Callback
+from ross_jax.training.loop import LoopSettings, global_batches, run_loop, stop_signals
+from ross_jax.training.metrics import LossRangeMonitor, Meter, Reporter, Writer, matrix_sizes
 from ross_jax.training.optimizer import warmup_steps
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.state import TrainState, Tree, init_components, split
 from ross_jax.training.step import make_state
-from ross_jax.tree import merge
+from ross_jax.tree import flatten, merge
+from ross_jax.upgrade import upgrade
+
+RECORD = "run.json"
+"""File of a run's directory with its config and what identifies its data."""
+_FREE = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
+_FREE += ("data.precomputed",)
+"""Beginnings of the fields that a run may change when it continues."""
 
 
 def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, timeout: int = 300) -> Pipeline:
-    """The run's batches. Of several processes the first measures and plans, the others read what it cached.
+    """The run's batches. Of several processes, process 0 measures and plans, and the others read what it cached.
+
+    Args:
+      rows_per_step: of the run that continues; None for a new run.
+      timeout: seconds within which all processes must have opened their data.
 
     Raises:
-      UserError: data, tokenizer or `config.data.precomputed` that cannot be used; on all processes, if their data or
-        tokenizers differ or one did not open its data within `timeout` seconds.
+      UserError: data, tokenizer or `config.data.precomputed` cannot be used. On all processes: their data or tokenizers
+        differ, or one of them was late.
     """
     model, text = config.model, config.text
     tokenizer = load_tokenizer(text.tokenizer)
@@ -49,12 +63,11 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, t
     key = json.dumps([to_dict(text), len(tokenizer)])
     cached = open_cached(config)
 
-    plan = agreement.Turn()
-
     def opened(fingerprint: str) -> None:
         vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
         agreement.agree({"data": fingerprint[:12], "tokenizer": vocabulary[:12]}, timeout)
-        plan.wait()
+        if jax.process_index() > 0:
+            agreement.barrier()  # process 0 arrives when lengths and plans are in the cache
 
     preprocessing = Preprocessing(
         encode,
@@ -73,64 +86,75 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, t
         writer=jax.process_index() == 0,
         opened=opened,
     )
-    plan.done()
+    if jax.process_index() == 0:
+        agreement.barrier()
     if cached is not None:
         check_settings(config, cached, pipeline)
     return pipeline
 
 
 def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, Path]]:
-    """The parameters before the first step, and the model directory that each component came from.
+    """The parameters before the first step, and the model directory of each component that comes from one.
+
+    Args:
+      tree: shapes, dtypes and shardings of the parameters by component; from `abstract_tree`.
 
     Raises:
-      UserError: a model directory that cannot be read, or whose component has another config.
+      UserError: a model directory cannot be read, or a component in it has another config.
     """
-    wanted = {name: getattr(config.model, name) for name in tree}
     origins: dict[str, Path] = {}
     for folder in map(Path, config.init):
         manifest = checkpoints.read_manifest(folder)
-        theirs = from_dict(RossConfig, manifest["config"], f"{folder}: config")
-        for name, ours in wanted.items():
-            found = getattr(theirs, name)
-            if found is None:
-                continue
-            if found != ours:
-                there, here = to_dict(found), to_dict(ours)
-                differences = [
-                    f"{field}: {there.get(field)} there, {value} in config.model"
-                    for field, value in here.items()
-                    if there.get(field) != value
-                ]
-                raise ConfigError(f"config.init: {folder}: its {name} differs: {'; '.join(differences)}")
-            origins[name] = folder
+        model = from_dict(RossConfig, manifest["config"], f"{folder}: config")
+        for name in tree:
+            if getattr(model, name) is not None:
+                _check_component(folder, name, getattr(model, name), getattr(config.model, name))
+                origins[name] = folder
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    made = init_components(config.model, tree, [name for name in tree if name not in origins], key)
+    params = init_components(config.model, tree, [name for name in tree if name not in origins], key)
     for folder in dict.fromkeys(origins.values()):
         names = [name for name, origin in origins.items() if origin == folder and tree[name]]
-        made |= checkpoints.restore_model(folder, {name: tree[name] for name in names})
-    return {name: made.get(name, {}) for name in tree}, origins
+        params |= checkpoints.restore_model(folder, {name: tree[name] for name in names})
+    return {name: params.get(name, {}) for name in tree}, origins
+
+
+def _check_component(folder: Path, name: str, stored: Any, expected: Any) -> None:
+    """Raises ConfigError, with what differs, if a component of a model directory has another config than the run."""
+    there, here = to_dict(stored), to_dict(expected)
+    differing = [
+        f"{field}: {there.get(field)} there, {value} in config.model"
+        for field, value in here.items()
+        if there.get(field) != value
+    ]
+    if differing:
+        raise ConfigError(f"config.init: {folder}: its {name} differs: {'; '.join(differing)}")
 
 
 class Run:
-    """A run's directory and everything that its loop needs.
+    """A run's directory, and everything that its loop needs.
 
     Args:
-      timeout: seconds that its processes wait for one another while it starts.
+      folder: the directory, which is made if it is absent.
+      timeout: seconds that processes wait for one another while the run starts.
 
     Attributes:
-      step: steps done.
-      steps: of the whole run.
+      step: number of steps done.
+      steps: number of steps of the whole run.
+      state: after `step` steps.
+      data: the batches.
+
+    Raises:
+      UserError: a config, data or directory that cannot be used; the directory holds a run of another config or data.
     """
 
     def __init__(self, config: RunConfig, folder: Path, timeout: int = 300):
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
-        self._check_directory()
+        record = self._read_record()
         self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
         self.step = self._checkpoints.latest() or 0
-        recorded = self._read_recorded()
-        self.data = open_data(self._with_cache(), self.mesh, recorded.get("rows_per_step"), timeout)
-        if recorded.get("data", self.data.hash) != self.data.hash:
+        self.data = open_data(self._with_shared_cache(), self.mesh, record.get("rows_per_step"), timeout)
+        if record.get("data", self.data.hash) != self.data.hash:
             raise UserError(
                 f"{folder}: was trained on other data or another packing plan; a run continues only with its own. "
                 "Restore the data, or start a new run in another directory"
@@ -145,17 +169,18 @@ class Run:
         else:
             self.state = self._first_state(built.tree)
 
-    def _with_cache(self) -> RunConfig:
-        """Several processes share the packing plan: if no cache is set, in the run's directory."""
+    def _with_shared_cache(self) -> RunConfig:
+        """The config of several processes, which must share lengths and plans; by default in the run's directory."""
         if jax.process_count() == 1 or self.config.data.cache is not None:
             return self.config
         data = dataclasses.replace(self.config.data, cache=str(self.folder / "cache"))
         return dataclasses.replace(self.config, data=data)
 
     def _first_state(self, tree: Tree) -> TrainState:
-        made, origins = initial_parameters(self.config, tree)
-        check_parameters(self.config, self.data.precomputed, made)
-        params, frozen = split(made, self.config.freeze)
+        """The state before the first step. Writes what makes the directory a model, and the frozen parameters."""
+        initial, origins = initial_parameters(self.config, tree)
+        check_parameters(self.config, self.data.precomputed, initial)
+        params, frozen = split(initial, self.config.freeze)
         make = jax.jit(lambda p, f: make_state(p, f, self._optimizer), out_shardings=self.shardings)
         with use_mesh(self.mesh, self.config.mesh):
             state = make(params, frozen)
@@ -165,34 +190,30 @@ class Run:
         self._checkpoints.save_frozen(frozen)
         return state
 
-    def _record(self) -> dict[str, Any]:
-        return json.loads(json.dumps(to_dict(self.config)))
+    def _read_record(self) -> dict[str, Any]:
+        """The record of the run that the directory holds; empty for a new one.
 
-    def _check_directory(self) -> None:
-        """A directory that holds another run is refused, with what differs."""
-        path = self.folder / "run.json"
+        Raises:
+          ConfigError: it is a run of another config; lists what differs.
+        """
+        path = self.folder / RECORD
         if not path.is_file():
-            return
-        # Frozen, so that a field younger than the run has its default.
-        recorded = from_dict(RunConfig, json.loads(path.read_text())["config"], f"{path}: config")
-        theirs, ours = flatten_config(to_dict(recorded)), flatten_config(to_dict(self.config))
-        free = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
-        free += ("data.precomputed",)
-        differ = [
-            f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now"
-            for name in sorted(theirs.keys() | ours.keys())
-            if theirs.get(name) != ours.get(name) and not name.startswith(free)
-        ]
-        if differ:
-            lines = "\n  ".join(differ)
+            return {}
+        record = upgrade(RECORD, json.loads(path.read_text()))
+        # A field that is younger than the run has its default.
+        recorded = from_dict(RunConfig, record["config"], f"{path}: config")
+        listed = [line for line in differences(to_dict(recorded), to_dict(self.config)) if not line.startswith(_FREE)]
+        if listed:
+            lines = "\n  ".join(listed)
             raise ConfigError(f"{self.folder}: holds a run with another config:\n  {lines}\nUse another directory")
-
-    def _read_recorded(self) -> dict[str, Any]:
-        path = self.folder / "run.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return record
 
     def _write_description(self, origins: dict[str, Path]) -> None:
-        """Manifest, config, tokenizer and the files that came with the components: what makes the run a model."""
+        """Writes manifest, record, tokenizer, and the files that came with the components.
+
+        Args:
+          origins: model directory of each component that comes from one.
+        """
         foreign: dict[str, Any] = {}
         for name, origin in origins.items():
             manifest = checkpoints.read_manifest(origin)
@@ -212,19 +233,12 @@ class Run:
             "reconstruction": to_dict(self.config.reconstruction),
         }
         checkpoints.write_manifest(self.folder, {"config": to_dict(self.config.model), "foreign": foreign, **settings})
-        record = {"config": self._record(), "rows_per_step": self.data.rows_per_step, "data": self.data.hash}
-        partial = self.folder / "run.json.partial"
+        record = {"config": to_dict(self.config), "rows_per_step": self.data.rows_per_step, "data": self.data.hash}
+        partial = self.folder / f"{RECORD}.partial"
         partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(self.folder / "run.json")
+        partial.replace(self.folder / RECORD)
 
-    def train(
-        self,
-        hooks: tuple[Hook, ...] = (),
-        draw: Draw | None = None,
-        stop_at: Callable[[int], bool] | None = None,
-        evaluate: Evaluate | None = None,
-    ) -> int:
-        """Runs, or continues, until the end or a signal; returns the number of steps done."""
+    def _make_reporter(self) -> Reporter:
         config = self.config
         sizes = matrix_sizes(merge(self.state.params, self.state.frozen), logits=bool(config.text.weight))
         spared = spared_components(config, self.data.precomputed.parts if self.data.precomputed else ())
@@ -232,45 +246,42 @@ class Run:
         kind = config.reconstruction.kind
         draws = config.reconstruction.draws if kind == "denoise" else 0
         meter = Meter(config.model, sizes, set(self.state.params), draws)
+        if jax.process_index() > 0:
+            return Reporter(meter)
         expected, warmup = config.loop.expected_reconstruction, warmup_steps(self.steps, config.optimizer.warmup_ratio)
-        watch = LossRangeMonitor(expected, warmup) if expected and kind != "none" else None
-        writer = Writer(self.folder, self.step) if jax.process_index() == 0 else None
+        monitor = LossRangeMonitor(expected, warmup) if expected and kind != "none" else None
+        return Reporter(meter, Writer(self.folder, self.step), monitor)
+
+    def train(self, callbacks: Sequence[Callback] = (), stop_at: Callable[[int], bool] | None = None) -> int:
+        """Trains to the end, or until SIGTERM or SIGINT comes, which saves a checkpoint.
+
+        Args:
+          stop_at: asked after every step, in place of the signals: whether to save and end here.
+
+        Returns:
+          The number of steps done.
+        """
+        reporter = self._make_reporter()
         share, shares = process_share(self.mesh)
         batches = self.data.batches(self.step, share, shares)
-        # Of several processes, JAX's own handler counts: it makes all of them agree on a step.
-        stop = Stop() if jax.process_count() == 1 else Stop(())
-        try:
-            with use_mesh(self.mesh, self.config.mesh):
-                self.state, self.step = run_loop(
-                    self.train_step,
-                    self.state,
-                    global_batches(batches, batch_sharding(self.mesh), shares, meter),
-                    self.step,
-                    self.steps,
-                    config.loop,
-                    self._checkpoints,
-                    meter,
-                    writer,
-                    watch,
-                    hooks,
-                    draw,
-                    stop_at or self._checkpoints.stop_at(lambda: stop.requested),
-                    evaluate,
-                )
-        finally:
-            stop.restore()
-            self._checkpoints.wait()
-            if writer is not None:
-                writer.close()
+        batches = global_batches(batches, batch_sharding(self.mesh), shares, reporter.meter)
+        # Of several processes, JAX's own handler makes all end after the same step.
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        with stop_signals(*numbers) as requested:
+            stop_at = stop_at or self._checkpoints.stop_at(requested)
+            settings = LoopSettings(self.step, self.steps, self.config.loop, stop_at)
+            try:
+                with use_mesh(self.mesh, self.config.mesh):
+                    self.state, self.step = run_loop(
+                        self.train_step, self.state, batches, settings, self._checkpoints, reporter, callbacks
+                    )
+            finally:
+                self._checkpoints.wait()
+                if reporter.writer is not None:
+                    reporter.writer.close()
         return self.step
 
 
-def flatten_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Leaves of a nested config by dotted name; lists count as values."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": leaf for inner, leaf in flatten_config(value).items()}
-        else:
-            flat[name] = value
-    return flat
+def flatten_config(config: RunConfig) -> dict[str, Any]:
+    """Values of a config by dotted name, such as `optimizer.learning_rate`. Lists count as values."""
+    return {path.replace("/", "."): value for path, value in flatten(to_dict(config)).items()}

@@ -17,7 +17,7 @@ from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
 from ross_jax.evaluation import reconstruction
 from ross_jax.evaluation.images import psnr, ssim, to_uint8
-from ross_jax.evaluation.reconstruction import make_evaluator, read_images
+from ross_jax.evaluation.reconstruction import ReconstructionEvaluator, make_callbacks, read_images
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
 from ross_jax.inference.reconstruct import autoencode, encode_latents, outputs_of_images, target_images
 from ross_jax.objectives.denoise import DenoiseObjective
@@ -71,8 +71,8 @@ def evaluate(config, model, mesh, devices=1):
     frozen = {name: part for name, part in model.params.items() if name != "denoiser"}
     state = jax.device_put({"params": params, "frozen": frozen}, NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        evaluator = make_evaluator(config, mesh)
-        first, again = (evaluator(SimpleNamespace(**state)) for _ in range(2))
+        evaluator = ReconstructionEvaluator(config, mesh)
+        first, again = (evaluator.evaluate(SimpleNamespace(**state)) for _ in range(2))
     assert first[0] == again[0]  # the same noise
     np.testing.assert_array_equal(first[1], again[1])
     return first
@@ -146,4 +146,4 @@ def test_what_cannot_be_evaluated(folder, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_images(make_config(folder, sources=(SourceConfig(str(tmp_path / "absent"), "images"),)))
     config = dataclasses.replace(make_config(folder), loop=LoopConfig())
-    assert make_evaluator(config, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])) is None
+    assert make_callbacks(config, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])) == []

@@ -126,7 +126,7 @@ def test_images_of_a_batch_for_tensorboard(model, batch, devices):
     )
     state = jax.device_put(vars(state), NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        grid = ImageDrawer(model.config, mesh, count=2)(7, SimpleNamespace(**state), placed)
+        grid = ImageDrawer(model.config, mesh, count=2).images(7, SimpleNamespace(**state), placed)
     side = model.config.target_size
     assert grid.shape == (2 * side, 3 * side, 3)
     first, second = wide["images"][1, 1], wide["images"][3, 0]

@@ -1,4 +1,4 @@
-"""Several processes that meet, and hold what they know against one another; none of them may hang."""
+"""Processes that meet and compare what they know. None of them may hang."""
 
 import re
 import socket
@@ -26,9 +26,11 @@ except UserError as error:
 
 
 def meet(folder, body: str, processes: int = 3, started: int | None = None, patience: int = 100):
-    """Runs the program so many times; each one's exit status and output. All must end, on a busy machine, too.
+    """Exit status and output of each of so many processes that run the program. All must end, on a busy machine, too.
 
-    `patience`: seconds that they wait for one another to start.
+    Args:
+      started: number of processes that are started, if not all.
+      patience: seconds that they wait for one another to start.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -77,10 +79,8 @@ def test_a_failure_of_one_reaches_the_others(tmp_path):
         assert f"error: process 2 on {socket.gethostname()}: no such data" in text
 
 
-def test_a_failure_of_the_first_reaches_those_that_wait_for_its_turn(tmp_path):
-    body = (
-        "turn = agreement.Turn(); exec('if process == 0: time.sleep(3); raise UserError(\"disk full\")'); turn.wait()"
-    )
+def test_a_failure_of_the_first_reaches_those_that_wait_at_a_barrier(tmp_path):
+    body = "exec('if process == 0: time.sleep(3); raise UserError(\"disk full\")'); agreement.barrier()"
     codes, said = meet(tmp_path, body)
     assert codes == [1, 1, 1]
     assert all(f"error: process 0 on {socket.gethostname()}: disk full" in text for text in said[1:])
@@ -88,8 +88,8 @@ def test_a_failure_of_the_first_reaches_those_that_wait_for_its_turn(tmp_path):
 
 def test_the_others_wait_for_the_first(tmp_path):
     body = (
-        "turn = agreement.Turn(); path = folder / 'made'; "
-        "exec('if process == 0: time.sleep(3); path.touch(); turn.done()'); turn.wait(); assert path.exists()"
+        "path = folder / 'made'; exec('if process == 0: time.sleep(3); path.touch()'); agreement.barrier(); "
+        "assert path.exists()"
     )
     codes, said = meet(tmp_path, body)
     assert codes == [0, 0, 0], said
@@ -126,7 +126,7 @@ def test_one_that_never_starts(tmp_path):
 def test_alone_nothing_is_asked(tmp_path):
     agreement.agree({"a": 1}, 0)
     agreement.check_shared(tmp_path / "absent", 0)
-    agreement.Turn().wait()
+    agreement.barrier()
     assert agreement.alone() and not (tmp_path / "absent").exists()
 
 

@@ -18,7 +18,7 @@ from ross_jax.data.images import decode, preprocess
 from ross_jax.data.packing import PackingConfig
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
-from ross_jax.evaluation.reconstruction import make_evaluator, read_images
+from ross_jax.evaluation.reconstruction import make_callbacks, read_images
 from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
 from ross_jax.inference.reconstruct import outputs_of_images, visual_outputs
 from ross_jax.objectives.objective import Sampling
@@ -77,7 +77,7 @@ def make_config(data: Path, **changes) -> RunConfig:
 
 def train(config: RunConfig, folder: Path, **arguments) -> Run:
     run = Run(config, folder)
-    run.train(evaluate=make_evaluator(config, run.mesh), **arguments)
+    run.train(make_callbacks(config, run.mesh), **arguments)
     return run
 
 

@@ -5,19 +5,19 @@ import jax.numpy as jnp
 import pytest
 
 from ross_jax.config import ConfigError
-from ross_jax.training.profile import parse_steps, tracing
+from ross_jax.training.profile import Tracer, parse_steps
 from ross_jax.training.state import TrainState
 
 
 def traced_steps(folder, first, count, done, last, steps=30):
     """Steps that a loop from `done` to `last` left in its trace; None if there is no trace."""
     work = jax.jit(lambda x: x + 1)
-    with tracing(folder, first, count, done, steps) as hook:
+    with Tracer(folder, first, count, done, steps) as tracer:
         state = TrainState(jnp.int32(done), {}, (), {})
         for step in range(done + 1, last + 1):
             with jax.profiler.TraceAnnotation(f"step_{step}"):
                 state = state._replace(step=work(state.step))
-            hook(step, state, {})
+            tracer.on_step(step, state, {})
     files = list(folder.rglob("*.xplane.pb"))
     if not files:
         return None
@@ -43,11 +43,8 @@ def test_a_trace_holds_the_steps_asked_for(tmp_path, first, count, done, last, e
 
 
 def test_a_start_behind_the_end_is_an_error(tmp_path):
-    with (
-        pytest.raises(ConfigError, match="--profile=31:2: the run has 30 steps"),
-        tracing(tmp_path, 31, 2, 0, 30),
-    ):
-        pass
+    with pytest.raises(ConfigError, match="--profile=31:2: the run has 30 steps"):
+        Tracer(tmp_path, 31, 2, 0, 30)
 
 
 @pytest.mark.parametrize("text", ["", "5", "5:", ":5", "0:5", "5:0", "-1:5", "a:b", "1:2:3", "1.5:2"])

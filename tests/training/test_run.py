@@ -27,6 +27,7 @@ from ross_jax.data.sources import SourceConfig
 from ross_jax.models.ross import abstract_params
 from ross_jax.models.tiny_autoencoder import TinyAutoencoderConfig
 from ross_jax.sharding import MeshConfig
+from ross_jax.training.callback import Callback
 from ross_jax.training.loop import LoopConfig, check
 from ross_jax.training.optimizer import OptimizerConfig
 from ross_jax.training.recipe import RunConfig, TextConfig
@@ -337,12 +338,13 @@ def board_images(folder: Path) -> list[tuple[int, str, tuple[int, int]]]:
 def test_images_go_to_tensorboard(data, tmp_path):
     config = make_config(data, loop=LoopConfig(log=2, save=100, images=2))
     run = Run(config, tmp_path)
-    grids = {}
+    drawn = {}
 
-    def draw(step, state, batch):
-        grids[step] = int(state.step)
-        return np.full((4, 6, 3), step, np.uint8)
+    class Drawer(Callback):
+        def images(self, step, state, batch):
+            drawn[step] = int(state.step)
+            return np.full((4, 6, 3), step, np.uint8)
 
-    run.train(draw=draw, stop_at=lambda step: step == 5)
-    assert grids == {2: 2, 4: 4}
+    run.train([Drawer()], stop_at=lambda step: step == 5)
+    assert drawn == {2: 2, 4: 4}
     assert board_images(tmp_path) == [(2, "reconstruction", (4, 6)), (4, "reconstruction", (4, 6))]
