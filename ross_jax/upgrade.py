@@ -18,25 +18,30 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Change:
-    """A field of a stored file that has another name or other values now.
+    """A field of a stored file that has another name or other values now, or is gone.
 
     Attributes:
       file: the file's name.
       old: path of the field or section, its parts joined by `/`. `*` stands for any one key or index of a list.
       new: its path now. Each `*` stands for what the same one of `old` was. Empty: the path has not changed.
       values: old value -> value now. Values that are not in it have not changed.
+      gone: the field had one value only, and is left out.
     """
 
     file: str
     old: str
     new: str = ""
     values: Mapping[Any, Any] = field(default_factory=dict)
+    gone: bool = False
+
+    def matches(self, path: Path) -> bool:
+        """Whether the change is about the leaf at `path`."""
+        old = self.old.split("/")
+        return len(path) >= len(old) and all(part in ("*", str(key)) for part, key in zip(old, path, strict=False))
 
     def apply(self, path: Path, value: Any) -> tuple[Path, Any]:
-        """Today's path and value of a leaf; those given, if the change is not about it."""
+        """Today's path and value of a leaf that the change is about."""
         old = self.old.split("/")
-        if len(path) < len(old) or any(part not in ("*", str(key)) for part, key in zip(old, path, strict=False)):
-            return path, value
         if len(path) == len(old):
             value = next((new for each, new in self.values.items() if each == value), value)
         if self.new:
@@ -54,6 +59,7 @@ CHANGES = (
     Change("cache.json", "parts/*/picture_targets_mean", "parts/*/image_targets_mean"),
     Change("cache.json", "parts/*/picture_targets_logvar", "parts/*/image_targets_logvar"),
     Change("cache.json", "made_of/pictures", "made_of/images"),
+    Change("cache.json", "made_of/images/image/rescale_factor", gone=True),
 )
 
 
@@ -67,7 +73,8 @@ def upgrade(file: str, values: Mapping[str, Any]) -> dict[str, Any]:
     leaves = list(_leaves(values))
     for change in CHANGES:
         if change.file == file:
-            leaves = [change.apply(path, value) for path, value in leaves]
+            kept = [leaf for leaf in leaves if not (change.gone and change.matches(leaf[0]))]
+            leaves = [change.apply(*leaf) if change.matches(leaf[0]) else leaf for leaf in kept]
     return _nested(leaves)
 
 

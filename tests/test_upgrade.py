@@ -115,15 +115,16 @@ def test_a_cache_gives_the_same_losses(old):
 
 
 def test_values_and_paths(monkeypatch):
-    """Sections and fields move and values change; lists, empty containers and the order of fields stay."""
+    """Sections and fields move or go and values change; lists, empty containers and the order of fields stay."""
     changes = (
         upgrade.Change("a.json", "old/*/x", "new/*/deep/y"),
         upgrade.Change("a.json", "new/*/deep/y", values={"one": 1}),
         upgrade.Change("a.json", "section", "renamed"),
+        upgrade.Change("a.json", "old/*/w", gone=True),
         upgrade.Change("b.json", "section", "other"),
     )
     monkeypatch.setattr(upgrade, "CHANGES", changes)
-    before = {"b": [], "old": [{"x": "one", "z": {}}, {"x": "two"}], "section": {"x": ["one", None]}, "a": 0}
+    before = {"b": [], "old": [{"x": "one", "z": {}}, {"x": "two", "w": 3}], "section": {"x": ["one", None]}, "a": 0}
     after = {"b": [], "new": [{"deep": {"y": 1}}, {"deep": {"y": "two"}}], "old": [{"z": {}}]}
     after |= {"renamed": {"x": ["one", None]}, "a": 0}
     found = upgrade.upgrade("a.json", before)
