@@ -84,9 +84,9 @@ class Peer:
             for piece in expand(table, {path: leaf.shape for path, leaf in flat.items()}):
                 leaf = flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer]
                 # Laid out as its gradient will be: fused AdamW goes through both in order of memory.
-                value = np.ascontiguousarray(piece.transform.to_theirs(leaf), np.float32)
+                value = np.ascontiguousarray(piece.transform.to_hf(leaf), np.float32)
                 value = torch.tensor(value, device=self.device)
-                own = state[piece.key]
+                own = state[piece.hf_key]
                 with torch.no_grad():
                     own.copy_(value)
                 own.requires_grad_(self._config.freeze.trains(f"{name}/{piece.path}"))

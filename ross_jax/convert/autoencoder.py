@@ -1,4 +1,4 @@
-"""diffusers' autoencoders: config and keys. `AutoencoderKL` is here, `AutoencoderTiny` in its own file."""
+"""Autoencoders of diffusers: config.json and keys of `AutoencoderKL`. `AutoencoderTiny` has a file of its own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,18 @@ from ross_jax.models.tiny_autoencoder import TinyAutoencoderConfig
 _DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 _UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 _MAX_LEVELS = 10
-"""Each halves the picture."""
+"""Every level but the last halves the picture."""
 
 
 def autoencoder_config(settings: Mapping[str, Any], where: str) -> AutoencoderConfig | TinyAutoencoderConfig:
-    """Reads the config.json of an AutoencoderKL or AutoencoderTiny; diffusers' defaults fill what it leaves out.
+    """Reads the config.json of an AutoencoderKL or AutoencoderTiny. Missing fields get the defaults of diffusers.
+
+    Args:
+      settings: the parsed file.
+      where: name of the file, for messages.
 
     Raises:
-      ConfigError: what is malformed or not computed by us, by name.
+      ConfigError: names every field that is malformed or not supported.
     """
     if settings.get("_class_name") == "AutoencoderTiny":
         return tiny_autoencoder.tiny_autoencoder_config(settings, where)
@@ -51,14 +55,14 @@ def autoencoder_config(settings: Mapping[str, Any], where: str) -> AutoencoderCo
     return read.build(AutoencoderConfig, **fields)
 
 
-def _resnet(theirs: str, ours: str, shortcut: bool) -> tuple[Row, ...]:
-    rows = norm(f"{theirs}.norm1", f"{ours}/norm1") + conv(f"{theirs}.conv1", f"{ours}/conv1")
-    rows += norm(f"{theirs}.norm2", f"{ours}/norm2") + conv(f"{theirs}.conv2", f"{ours}/conv2")
-    return rows + (conv(f"{theirs}.conv_shortcut", f"{ours}/shortcut") if shortcut else ())
+def _resnet(hf_key: str, path: str, shortcut: bool) -> tuple[Row, ...]:
+    rows = norm(f"{hf_key}.norm1", f"{path}/norm1") + conv(f"{hf_key}.conv1", f"{path}/conv1")
+    rows += norm(f"{hf_key}.norm2", f"{path}/norm2") + conv(f"{hf_key}.conv2", f"{path}/conv2")
+    return rows + (conv(f"{hf_key}.conv_shortcut", f"{path}/shortcut") if shortcut else ())
 
 
-def _attention(theirs: str, ours: str) -> tuple[Row, ...]:
-    rows = list(norm(f"{theirs}.group_norm", f"{ours}/norm"))
+def _attention(hf_key: str, path: str) -> tuple[Row, ...]:
+    rows = list(norm(f"{hf_key}.group_norm", f"{path}/norm"))
     names = {
         "query": ("to_q", "query"),
         "key": ("to_k", "key"),
@@ -66,42 +70,49 @@ def _attention(theirs: str, ours: str) -> tuple[Row, ...]:
         "out": ("to_out.0", "proj_attn"),
     }
     for name, (key, old) in names.items():
-        # diffusers before 0.15 named them otherwise; Stable Diffusion's published autoencoders still do.
-        rows.append(Row(f"{theirs}.{key}.weight", f"{ours}/{name}/kernel", LINEAR, f"{theirs}.{old}.weight"))
-        rows.append(Row(f"{theirs}.{key}.bias", f"{ours}/{name}/bias", alias=f"{theirs}.{old}.bias"))
+        # The published autoencoders of Stable Diffusion have the names of diffusers before 0.15.
+        rows.append(Row(f"{hf_key}.{key}.weight", f"{path}/{name}/kernel", LINEAR, f"{hf_key}.{old}.weight"))
+        rows.append(Row(f"{hf_key}.{key}.bias", f"{path}/{name}/bias", alias=f"{hf_key}.{old}.bias"))
     return tuple(rows)
 
 
-def _half(theirs: str, channels: list[int], first: int, layers: int, attends: tuple[bool, ...], up: bool, mid: bool):
-    """Rows of the encoder or decoder; `first` = channels that enter the first level."""
-    level, sample = ("up", "upsample") if up else ("down", "downsample")
-    rows = [*conv(f"{theirs}.conv_in", f"{theirs}/conv_in")]
-    entering = first
+def _half(half: str, channels: list[int], layers: int, attends: tuple[bool, ...], mid: bool) -> list[Row]:
+    """Rows of the encoder or decoder.
+
+    Args:
+      half: "encoder" or "decoder".
+      channels: channels of each level, in the order of computation.
+      layers: residual blocks per level.
+      attends: whether each level has attention.
+      mid: whether the middle block has attention.
+    """
+    level, sample = ("up", "upsample") if half == "decoder" else ("down", "downsample")
+    rows = [*conv(f"{half}.conv_in", f"{half}/conv_in")]
+    entering = channels[0]
     for i, features in enumerate(channels):
         for j in range(layers):
-            block = f"{theirs}.{level}_blocks.{i}"
-            rows += _resnet(f"{block}.resnets.{j}", f"{theirs}/{level}_{i}/resnet_{j}", entering != features)
+            block = f"{half}.{level}_blocks.{i}"
+            rows += _resnet(f"{block}.resnets.{j}", f"{half}/{level}_{i}/resnet_{j}", entering != features)
             if attends[i]:
-                rows += _attention(f"{block}.attentions.{j}", f"{theirs}/{level}_{i}/attention_{j}")
+                rows += _attention(f"{block}.attentions.{j}", f"{half}/{level}_{i}/attention_{j}")
             entering = features
         if i < len(channels) - 1:
-            rows += conv(f"{block}.{sample}rs.0.conv", f"{theirs}/{sample}_{i}")
+            rows += conv(f"{block}.{sample}rs.0.conv", f"{half}/{sample}_{i}")
     for j in range(2):
-        rows += _resnet(f"{theirs}.mid_block.resnets.{j}", f"{theirs}/mid/resnet_{j}", False)
+        rows += _resnet(f"{half}.mid_block.resnets.{j}", f"{half}/mid/resnet_{j}", False)
     if mid:
-        rows += _attention(f"{theirs}.mid_block.attentions.0", f"{theirs}/mid/attention_0")
-    rows += norm(f"{theirs}.conv_norm_out", f"{theirs}/norm_out")
-    return [*rows, *conv(f"{theirs}.conv_out", f"{theirs}/conv_out")]
+        rows += _attention(f"{half}.mid_block.attentions.0", f"{half}/mid/attention_0")
+    rows += norm(f"{half}.conv_norm_out", f"{half}/norm_out")
+    return [*rows, *conv(f"{half}.conv_out", f"{half}/conv_out")]
 
 
 def table(config: AutoencoderConfig | TinyAutoencoderConfig) -> Table:
-    """Keys of diffusers' AutoencoderKL or AutoencoderTiny."""
+    """Table of diffusers' AutoencoderKL or AutoencoderTiny."""
     if config.kind == "tiny":
         return tiny_autoencoder.table(config)
     channels, layers = list(config.channels), config.layers_per_block
-    mid = config.mid_attention
-    rows = _half("encoder", channels, channels[0], layers, config.down_attention, False, mid)
-    rows += _half("decoder", channels[::-1], channels[-1], layers + 1, config.up_attention, True, mid)
+    rows = _half("encoder", channels, layers, config.down_attention, config.mid_attention)
+    rows += _half("decoder", channels[::-1], layers + 1, config.up_attention, config.mid_attention)
     if config.quant_conv:
         rows += conv("quant_conv", "quant_conv")
     if config.post_quant_conv:

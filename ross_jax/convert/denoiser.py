@@ -1,4 +1,4 @@
-"""The reference's denoiser (`mm_inv_projector.net`): sizes and keys."""
+"""Denoiser of the reference (`mm_inv_projector.net`): sizes and keys."""
 
 import math
 import re
@@ -12,14 +12,15 @@ from ross_jax.models.denoiser import NUM_HEADS, DenoiserConfig
 def read_denoiser_config(
     shapes: Mapping[str, tuple[int, ...]], kind: str | None = None, num_heads: int = NUM_HEADS
 ) -> DenoiserConfig:
-    """Reads the sizes off the tensors (key below `net.` -> shape).
+    """Reads the sizes from the shapes of the tensors.
 
     Args:
-      kind: `mm_inv_projector_type`, `denoiser_vitNx`, if a config names one; it must agree with the tensors.
-      num_heads: of the reference's published sizes; tensors do not tell.
+      shapes: key below `net.` -> shape.
+      kind: `mm_inv_projector_type` of the config, `denoiser_vitNx` with N blocks. None if there is no config.
+      num_heads: number of attention heads, which no shape tells.
 
     Raises:
-      ConfigError: another kind, another depth, or tensors from which sizes cannot be read.
+      ConfigError: another kind, another number of blocks, or tensors that do not tell the sizes.
     """
     needed = {
         "x_embedder.proj.weight": 4,
@@ -59,8 +60,8 @@ def read_denoiser_config(
 
 
 def table(config: DenoiserConfig) -> Table:
-    """Keys below `mm_inv_projector.net.`; `pos_embed` is taken as it is, never computed anew."""
-    del config  # the same keys for every size
+    """Table of the keys below `mm_inv_projector.net.`."""
+    del config  # all sizes have the same keys
     block = "blocks.{}"
     return Table(
         (

@@ -1,4 +1,4 @@
-"""Export: a model directory back to the layouts of the reference, transformers and diffusers."""
+"""Export of a model directory to the layouts of the reference, transformers and diffusers."""
 
 import contextlib
 import dataclasses
@@ -16,12 +16,13 @@ import numpy as np
 from ross_jax import checkpoints
 from ross_jax.config import UserError, from_dict, nearest
 from ross_jax.convert import vision
+from ross_jax.convert.dtypes import DTYPES, TAGS
 from ross_jax.convert.importing import SCOPES, TABLES, is_finite
 from ross_jax.convert.mapping import Piece, expand, raise_all
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.settings import Settings
 from ross_jax.convert.sources import ROSS_FAMILIES, read_json
-from ross_jax.convert.tensors import DTYPES, TAGS, TensorFiles, open_tensors
+from ross_jax.convert.tensors import TensorFiles, open_tensors
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.tree import flatten, unflatten
 
@@ -29,9 +30,9 @@ Progress = Callable[[str], None]
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 COMPONENTS = (*SCOPES, "regressor", "teacher")
-"""All that a model may have, in the order of export."""
+"""Every component that a model can have, in the order of export."""
 FOLDERS = {"vision": "vision_tower", "language": "llm", "autoencoder": "vae", "teacher": "teacher"}
-"""Folder of each component in the `components` layout; projector and denoiser are `adapters/`."""
+"""Component -> its folder in the `components` layout. Projector and denoiser are in `adapters/`."""
 _STEMS = {"autoencoder": "diffusion_pytorch_model"}
 _ADAPTERS = {"projector": "mm_projector", "denoiser": "mm_inv_projector"}
 _GROUP_BYTES = 2**28
@@ -40,11 +41,14 @@ _FLOATS = {np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A component about to be exported.
+    """A component to export.
 
     Attributes:
-      pieces: our path -> [(piece, key below the scope, dtype tag)].
-      unused: key below the scope -> the key of the tensor kept aside, in `files`.
+      name: name of the component.
+      shapes: path -> shape and dtype of the parameter.
+      pieces: path -> [(piece, key below the scope, tag of the dtype)].
+      unused: key below the scope -> key in `files`, for the tensors that import kept aside.
+      files: the tensors that import kept aside, if there are any.
     """
 
     name: str
@@ -54,7 +58,12 @@ class Component:
     files: TensorFiles | None
 
     def declare(self, scope: str, dtype: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Every key to write -> (dtype tag, shape)."""
+        """Lists the tensors to write: key -> (tag of the dtype, shape).
+
+        Args:
+          scope: prefix of the keys.
+          dtype: tag for all floating-point tensors. None keeps the dtypes of the import.
+        """
         infos = {scope + key: (tag, piece.shape) for pieces in self.pieces.values() for piece, key, tag in pieces}
         for key, name in self.unused.items():
             infos[scope + key] = (self.files[name].tag, self.files[name].shape)
@@ -64,14 +73,14 @@ class Component:
 
 
 def read_config(model: Path) -> RossConfig:
-    """The config of a model directory."""
+    """Reads the config of a model directory."""
     return from_dict(
         RossConfig, checkpoints.read_manifest(model).get("config"), f"{model / checkpoints.MANIFEST}: config"
     )
 
 
 def _read_foreign(model: Path) -> dict[str, Any]:
-    """Component -> what import noted of its origin; empty for what was never imported."""
+    """Reads what import recorded: component -> origin, layout, prefix and keys. Empty for one made by training."""
     read = Settings(checkpoints.read_manifest(model), str(model / checkpoints.MANIFEST))
     foreign = read.inner("foreign")
     parts = {name: foreign.inner(name) for name in COMPONENTS}
@@ -87,7 +96,7 @@ def _read_foreign(model: Path) -> dict[str, Any]:
 
 
 def _saved_leaves(model: Path, config: RossConfig, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Component -> path -> shape and dtype as saved; they must be those that the config implies."""
+    """Reads shapes and dtypes of the saved parameters: component -> path -> leaf. They must fit the config."""
     saved, expected = checkpoints.model_abstract(model), abstract_params(config)
     leaves, wrong = {}, set()
     for name in names:
@@ -109,28 +118,28 @@ def _open_component(
     kept = {key: key for key in files or ()}
     prefix = imported = foreign.get("prefix") or ""
     keys = foreign.get("keys") or {}
-    # In a full checkpoint, the reference's own libraries name the keys: those of a folder may be older or newer, and
-    # a whole SigLIP/CLIP's text model has no place there.
+    # A full checkpoint has the keys of the libraries that the reference was written for. Those of a component's folder
+    # can be older or newer, and a full checkpoint has no place for the text model of SigLIP and CLIP.
     standard = layout == "ross" and foreign.get("layout") in ("vision", "autoencoder")
     if standard and name == "vision":
         prefix = vision.PREFIXES[0]
         kept = {prefix + key.removeprefix(imported): key for key in kept if key.startswith(imported)}
     pieces: dict[str, list[tuple[Piece, str, str]]] = {}
-    paths = {}
+    by_key = {}
     for piece in expand(table, shapes):
         old = piece.alias is not None and imported + piece.alias in keys
-        found = piece.alias if old else piece.key
+        found = piece.alias if old else piece.hf_key
         tag = keys.get(imported + found, TAGS[np.dtype(leaves[piece.path].dtype)])
-        pieces.setdefault(piece.path, []).append((piece, prefix + (piece.key if standard else found), tag))
-        paths[piece.key] = piece
+        pieces.setdefault(piece.path, []).append((piece, prefix + (piece.hf_key if standard else found), tag))
+        by_key[piece.hf_key] = piece
     for key, of in table.copies.items():
         if imported + key in keys:
-            pieces[paths[of].path].append((paths[of], prefix + key, keys[imported + key]))
+            pieces[by_key[of].path].append((by_key[of], prefix + key, keys[imported + key]))
     return Component(name, leaves, pieces, kept, files)
 
 
 def _leaves(model: Path, component: Component) -> Iterator[tuple[str, np.ndarray]]:
-    """Every leaf by its path, restored only when asked for."""
+    """Yields the path and values of every parameter, restored when asked for."""
     for group in _groups(component):
         tree = unflatten({f"{component.name}/{path}": component.shapes[path] for path in group})
         leaves = flatten(checkpoints.restore_model(model, tree))
@@ -139,7 +148,7 @@ def _leaves(model: Path, component: Component) -> Iterator[tuple[str, np.ndarray
 
 
 def _groups(component: Component) -> Iterator[list[str]]:
-    """Paths to restore together: small leaves in groups, as each restore has a price; large ones alone."""
+    """Yields paths to restore together. Small parameters come in groups, because every restore takes some time."""
     group, size = [], 0
     for path in component.pieces:
         leaf = component.shapes[path]
@@ -156,7 +165,7 @@ def _groups(component: Component) -> Iterator[list[str]]:
 def _write_weights(
     model: Path, folder: Path, stem: str, components: Mapping[str, Component], dtype: str | None, progress: Progress
 ) -> None:
-    """Writes components (by the scope of their keys) as one checkpoint."""
+    """Writes components as one checkpoint. `components`: scope -> component."""
     infos = {
         key: info for scope, component in components.items() for key, info in component.declare(scope, dtype).items()
     }
@@ -170,15 +179,12 @@ def _write_weights(
         for scope, component in components.items():
             for path, leaf in _leaves(model, component):
                 for piece, key, _ in component.pieces[path]:
-                    ours = leaf if piece.layer is None else leaf[piece.layer]
-                    put(scope + key, np.ascontiguousarray(piece.transform.to_theirs(ours)))
+                    part = leaf if piece.layer is None else leaf[piece.layer]
+                    put(scope + key, np.ascontiguousarray(piece.transform.to_hf(part)))
                 progress(f"{component.name}/{path}")
-                del leaf, ours  # before the next is restored: two of the largest would not fit the bound
+                del leaf, part  # frees the memory before the next is restored
             for key, name in component.unused.items():
-                if infos[scope + key][0] == component.files[name].tag:
-                    writer.write_raw(scope + key, component.files.read_raw(name))
-                else:
-                    put(scope + key, component.files.read(name))
+                put(scope + key, component.files.read(name))
 
 
 def _cast(values: np.ndarray, tag: str, key: str) -> np.ndarray:
@@ -192,7 +198,7 @@ def _cast(values: np.ndarray, tag: str, key: str) -> np.ndarray:
 
 
 def _leave_out(model: Path, config: RossConfig, without: Collection[str]) -> RossConfig:
-    """The config without the named components."""
+    """Removes the named components from the config."""
     have = [name for name in COMPONENTS if getattr(config, name) is not None]
     unknown = [name for name in without if name not in have]
     if unknown:
@@ -241,14 +247,15 @@ def export(
     progress: Progress = lambda _: None,
     without: Collection[str] = (),
 ) -> None:
-    """Writes a model directory in a foreign layout; complete, or not at all.
+    """Writes a model directory in a foreign layout, completely or not at all.
 
     Args:
-      model: made by import or training.
-      output: must not exist.
-      layout: `ross`, one checkpoint as the reference saves it, or `components`, a folder for each.
-      dtype: `float32`, `bfloat16` or `float16` for every floating tensor; default: as imported.
-      without: components to leave out, and whatever config.json would say of them.
+      model: model directory, made by import or training.
+      output: folder to write. It must not exist.
+      layout: `ross`, one checkpoint as the reference saves it, or `components`, a folder for each component.
+      dtype: `float32`, `bfloat16` or `float16` for all floating-point tensors. None keeps the dtypes of the import.
+      progress: called with a line of text after each parameter.
+      without: components to leave out, together with what config.json says about them.
 
     Raises:
       UserError: nothing to export, components that the layout cannot hold, or an output that cannot be written.
@@ -292,7 +299,7 @@ def export(
 
 
 def _copy_files(folders: list[Path], target: Path, names: Collection[str] | None = None) -> None:
-    """Passengers, or only the `names`; of two with the same name the first folder's."""
+    """Copies extra files: all, or only `names`. Where two folders have a file of the same name, the first one's."""
     for folder in reversed(folders):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if names is None or path.name in names:
@@ -300,7 +307,7 @@ def _copy_files(folders: list[Path], target: Path, names: Collection[str] | None
 
 
 def _write_config(folder: Path, settings: dict[str, Any], dtype: str | None) -> None:
-    """Writes config.json; one that is already there and says the same keeps its bytes."""
+    """Writes config.json with `dtype`, if it has a dtype. A file that says the same already keeps its bytes."""
     for name in ("torch_dtype", "dtype"):
         if dtype and name in settings:
             settings = {**settings, name: dtype}
@@ -310,18 +317,22 @@ def _write_config(folder: Path, settings: dict[str, Any], dtype: str | None) -> 
 
 
 def component_settings(files: Path, name: str) -> dict[str, Any]:
-    """A component's own config.json; the language model's is the full checkpoint's without the fields of Ross.
+    """config.json of a component. The language model's can come from a full checkpoint, without the fields of Ross.
+
+    Args:
+      files: folder `files` of the model directory.
+      name: name of the component.
 
     Raises:
-      SourceError: there is none; the component was not imported.
+      SourceError: there is none, because the component was not imported.
     """
-    own, whole = files / name / "config.json", files / "ross" / "config.json"
-    if own.is_file() or not whole.is_file() or name != "language":
+    own, full = files / name / "config.json", files / "ross" / "config.json"
+    if own.is_file() or not full.is_file() or name != "language":
         return read_json(own)
-    settings = read_json(whole)
+    settings = read_json(full)
     family = ROSS_FAMILIES.get(str(settings.get("model_type")))
     if family is None:
-        raise UserError(f"{whole}: model_type {settings.get('model_type')!r} is not that of a full checkpoint")
+        raise UserError(f"{full}: model_type {settings.get('model_type')!r} is not that of a full checkpoint")
     architecture = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[family]
     kept = {name: value for name, value in settings.items() if not _is_ross_field(name)}
     return {**kept, "model_type": family, "architectures": [architecture]}
@@ -339,7 +350,7 @@ def _is_ross_field(name: str) -> bool:
 
 
 def ross_settings(files: Path, config: RossConfig, foreign: Mapping[str, Any]) -> dict[str, Any]:
-    """The full checkpoint's config.json: the one imported, or one composed of the components' and the adapters'."""
+    """config.json of a full checkpoint: as imported, or composed of those of the components and the adapters."""
     if foreign["language"].get("layout") == "ross":
         return read_json(files / "ross" / "config.json")
     language, adapters = component_settings(files, "language"), files / "adapters" / "config.json"
@@ -383,15 +394,15 @@ _FIELDS = {
     "denoiser": ("use_mm_inv_proj", "mm_inv_"),
     "autoencoder": ("mm_pixel_decoder",),
 }
-"""How the fields of a full checkpoint's config.json begin that say something of each component."""
+"""Component -> beginnings of the names of its fields in a full checkpoint's config.json."""
 
 
 def settings_without(settings: dict[str, Any], without: Collection[str]) -> dict[str, Any]:
-    """A full checkpoint's config.json that says nothing of the components left out.
+    """Removes what a full checkpoint's config.json says about the components left out.
 
-    A regressor stands in the denoiser's place, so a config.json from before the run that made it speaks of a denoiser
-    that is gone. The reference computes its reconstruction loss where `ross_enable` is true, and needs denoiser and
-    autoencoder for that.
+    A regressor takes the denoiser's place. A run that trained one may have started from a checkpoint with a denoiser,
+    whose config.json still describes it. `ross_enable` makes the reference compute the reconstruction loss, which needs
+    denoiser and autoencoder.
     """
     names = {"denoiser" if name == "regressor" else name for name in without}
     gone = tuple(begin for name in names for begin in _FIELDS.get(name, ()))
@@ -402,6 +413,6 @@ def settings_without(settings: dict[str, Any], without: Collection[str]) -> dict
 def _projector_type(config: RossConfig, foreign: Mapping[str, Any]) -> str:
     if config.projector.kind == "identity":
         return "identity"
-    numbered = "0.weight" in (foreign["projector"].get("keys") or {})  # LLaVA's mlp1x_gelu is a list of one
+    numbered = "0.weight" in (foreign["projector"].get("keys") or {})  # mlp1x_gelu of LLaVA is a list of one layer
     depth = config.projector.depth
     return "linear" if depth == 1 and not numbered else f"mlp{depth}x_gelu"

@@ -1,4 +1,4 @@
-"""Import: foreign checkpoints to a model directory, or straight into memory. Tensors stream, one layer at a time."""
+"""Import of foreign checkpoints into a model directory or into memory. Tensors stream, one layer at a time."""
 
 import dataclasses
 import json
@@ -33,18 +33,22 @@ TABLES: dict[str, Callable[[Any], Table]] = {
     "autoencoder": autoencoder.table,
     "teacher": vision.table,
 }
+"""Component -> function that makes its table from its config."""
 _FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclasses.dataclass
 class Plan:
-    """An import, checked against headers, before any tensor is read.
+    """An import for which only headers were read.
 
     Attributes:
-      leaves: component -> our path -> [(piece, its full key)].
-      unused: component -> keys kept aside, without the scope.
-      copies: (component, key, the key it must equal), full keys.
-      problems: found so far.
+      config: config of the model.
+      sources: opened checkpoints.
+      parts: component -> where it is.
+      leaves: component -> path of a parameter -> [(piece, full key)].
+      unused: component -> keys to keep aside, without the scope.
+      copies: (component, full key, full key of the tensor that it must equal).
+      problems: everything found so far that does not fit.
     """
 
     config: RossConfig
@@ -56,7 +60,7 @@ class Plan:
     problems: list[str]
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the weights of all sources."""
         for source in self.sources:
             for files in source.files:
                 files.close()
@@ -70,17 +74,18 @@ def plan_import(
     num_heads: int = NUM_HEADS,
     teacher: str | None = None,
 ) -> Plan:
-    """Opens foreign checkpoints and holds their keys against the tables.
+    """Opens foreign checkpoints and compares their keys with the tables.
 
     Args:
-      origins: folders or hub ids; together they make one model, each component from one of them.
-      vision_tower, autoencoder_folder: folders with the config.json of what a full checkpoint only points to.
-      whole_tower: keep all layers of the vision tower, above the selected one too.
-      num_heads: of the denoiser; no file records them.
+      origins: folders or hub ids. Together they make one model, each component from one of them.
+      vision_tower: folder with the config.json of the vision tower, for a full checkpoint that only points to it.
+      autoencoder_folder: folder with the config.json of the autoencoder, likewise.
+      whole_tower: makes parameters of all layers of the vision tower, even above the selected one.
+      num_heads: attention heads of the denoiser, which no file records.
       teacher: folder or hub id of the vision encoder whose features are reconstruction targets.
 
     Raises:
-      UserError: nothing that can be read, or settings that we do not compute.
+      UserError: sources that cannot be read, or settings that are not supported.
     """
     where = " + ".join([*origins, *([teacher] if teacher else [])])
     sources: list[Source] = []
@@ -106,6 +111,7 @@ def plan_import(
 
 
 def match_parts(config: RossConfig, sources: list[Source], parts: dict[str, Part]) -> Plan:
+    """Compares the keys of all components with the tables of `config`."""
     plan = Plan(config, sources, parts, {}, {}, [], [])
     trees = abstract_params(config)
     for component, part in parts.items():
@@ -136,18 +142,18 @@ def _check_finite(plan: Plan, files: TensorFiles, key: str, values: np.ndarray) 
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether every number is; in pieces, so that hardly any memory is used."""
+    """Whether all values are finite. Works in pieces, so that it needs little memory."""
     flat = values.reshape(-1)
     return all(bool(np.isfinite(flat[i : i + 2**22]).all()) for i in range(0, flat.size, 2**22))
 
 
 def _streamed(plan: Plan, component: str, path: str) -> StreamedLeaf:
-    """One leaf; its tensors are read, checked and re-laid when asked for."""
+    """Makes a leaf whose tensors are read, checked and transformed when it is saved."""
     files, pieces = plan.parts[component].files, plan.leaves[component][path]
     tags = {files[key].tag for _, key in pieces}
-    # Layers of different dtypes share a leaf in float32, which holds each exactly.
+    # Where the dtypes of layers differ, float32 holds the values of all exactly.
     dtype = files[pieces[0][1]].dtype if len(tags) == 1 else np.dtype(np.float32)
-    inner = pieces[0][0].transform.to_ours(np.broadcast_to(np.int8(0), pieces[0][0].shape)).shape
+    inner = pieces[0][0].transform.from_hf(np.broadcast_to(np.int8(0), pieces[0][0].shape)).shape
     stacked = pieces[0][0].layer is not None
     shape = (len(pieces), *inner) if stacked else inner
 
@@ -155,7 +161,7 @@ def _streamed(plan: Plan, component: str, path: str) -> StreamedLeaf:
         for piece, key in pieces:
             values = files.read(key)
             _check_finite(plan, files, key, values)
-            yield piece.layer, np.ascontiguousarray(piece.transform.to_ours(values)).astype(dtype, copy=False)
+            yield piece.layer, np.ascontiguousarray(piece.transform.from_hf(values)).astype(dtype, copy=False)
 
     return StreamedLeaf(shape, dtype, parts)
 
@@ -163,7 +169,8 @@ def _streamed(plan: Plan, component: str, path: str) -> StreamedLeaf:
 def _check_copies(plan: Plan) -> None:
     for component, key, of in plan.copies:
         files = plan.parts[component].files
-        if not np.array_equal(files.read_raw(key), files.read_raw(of)):
+        tensor, original = (files.read(name).reshape(-1).view(np.uint8) for name in (key, of))
+        if not np.array_equal(tensor, original):
             plan.problems.append(
                 f"{key} differs from {of}, although tie_word_embeddings is true; set it to false in config.json if the "
                 "model has a head of its own"
@@ -171,7 +178,7 @@ def _check_copies(plan: Plan) -> None:
 
 
 def _raise_problems(plan: Plan) -> None:
-    """Stops an import whose headers do not fit; reads it all first, so that one error names everything."""
+    """Stops an import whose headers do not fit. Reads all tensors first, so that one error names everything."""
     if not plan.problems:
         return
     for component, leaves in plan.leaves.items():
@@ -184,7 +191,7 @@ def _raise_problems(plan: Plan) -> None:
 
 
 def _run(plan: Plan) -> Plan:
-    """The plan with a list of its own for what reading will find, so that it can be used again."""
+    """Copies the plan, with a list of its own for the problems that reading finds: a plan can be used twice."""
     return dataclasses.replace(plan, problems=list(plan.problems))
 
 
@@ -193,10 +200,10 @@ def _origins(plan: Plan) -> str:
 
 
 def load(plan: Plan) -> dict[str, Any]:
-    """The parameter tree in memory, as NumPy arrays in the dtypes of the files.
+    """Reads the parameter tree into memory, as NumPy arrays in the dtypes of the files.
 
     Raises:
-      ConversionError: everything that does not fit.
+      ConversionError: names everything that does not fit.
     """
     plan = _run(plan)
     _check_copies(plan)
@@ -216,10 +223,15 @@ def load(plan: Plan) -> dict[str, Any]:
 
 
 def write(plan: Plan, output: Path, progress: Progress = lambda _: None) -> None:
-    """Writes a model directory; complete, or not at all.
+    """Writes a model directory, completely or not at all.
+
+    Args:
+      plan: the import.
+      output: the directory. It must not exist.
+      progress: called with a line of text after each parameter.
 
     Raises:
-      ConversionError: everything that does not fit.
+      ConversionError: names everything that does not fit.
       CheckpointError: the output exists or cannot be written.
     """
     with checkpoints.complete_directory(output) as folder:
@@ -239,13 +251,13 @@ def write(plan: Plan, output: Path, progress: Progress = lambda _: None) -> None
 
 
 class _Reporter:
-    """Says how far a conversion is, leaf by leaf."""
+    """Reports how many of `total` bytes are saved, after each leaf."""
 
     def __init__(self, total: int, progress: Progress):
         self.total, self.done, self.progress = total, 0, progress
 
     def watch(self, leaves: dict[str, dict[str, StreamedLeaf]]) -> None:
-        """Replaces each leaf by one that reports when it is done."""
+        """Replaces each leaf by one that reports when it is saved."""
         for component, flat in leaves.items():
             for path, leaf in flat.items():
                 flat[path] = dataclasses.replace(leaf, parts=self._reporting(leaf, f"{component}/{path}"))
@@ -260,14 +272,14 @@ class _Reporter:
 
 
 def _unused(plan: Plan, component: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor kept aside, as its bytes: checked like the others, for it tells whether the files are sound."""
+    """Reads every tensor kept aside. Like all others they must be finite: if they are not, the files are damaged."""
     part = plan.parts[component]
     for key in plan.unused[component]:
         full = part.scope + key
-        data = part.files.read_raw(full)
+        values = part.files.read(full)
         if part.files[full].tag in _FLOATS:
-            _check_finite(plan, part.files, full, data.view(part.files[full].dtype))
-        yield key, data
+            _check_finite(plan, part.files, full, values)
+        yield key, values
 
 
 def _write_unused(plan: Plan, folder: Path) -> None:
@@ -277,12 +289,16 @@ def _write_unused(plan: Plan, folder: Path) -> None:
             continue
         infos = {key: (part.files[part.scope + key].tag, part.files[part.scope + key].shape) for key in keys}
         with SafetensorsWriter(folder, component, infos, max_shard_bytes=2**62) as writer:
-            for key, data in _unused(plan, component):
-                writer.write_raw(key, data)
+            for key, values in _unused(plan, component):
+                writer.write(key, values)
 
 
 def _write_files(plan: Plan, folder: Path) -> None:
-    """Configs and passengers: of each kind of source under its name, and those that a full checkpoint points to."""
+    """Writes configs and extra files.
+
+    Each source has a folder named after its kind. A component that a full checkpoint points to has one named after the
+    component.
+    """
     for source in plan.sources:
         target = folder / source.kind
         target.mkdir(parents=True, exist_ok=True)
@@ -295,7 +311,7 @@ def _write_files(plan: Plan, folder: Path) -> None:
             continue
         target = folder / component
         target.mkdir(parents=True, exist_ok=True)
-        if part.folder is None:  # of a published model, known by its hub id
+        if part.folder is None:  # a published model, known by its hub id
             (target / "config.json").write_text(json.dumps(part.settings, indent=2) + "\n")
         for name in ("config.json", "preprocessor_config.json") if part.folder else ():
             if (part.folder / name).is_file():
@@ -303,7 +319,7 @@ def _write_files(plan: Plan, folder: Path) -> None:
 
 
 def _foreign(plan: Plan) -> dict[str, Any]:
-    """What export needs to write the same tensors again: their names, dtypes and where they came from."""
+    """Record of the origin, layout, keys and dtypes of all components, with which export writes the same tensors."""
     foreign = {}
     for component, part in plan.parts.items():
         unused, origin = set(plan.unused[component]), Path(part.source.origin)

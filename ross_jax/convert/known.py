@@ -1,6 +1,7 @@
-"""Published vision encoders and autoencoders by hub id, so that a checkpoint that names one converts offline.
+"""Published models by hub id, with the settings of their config.json.
 
-The settings are those of the published config.json files.
+A checkpoint that names one of these vision encoders or autoencoders converts offline. Recipes take the sizes of all
+models from here.
 """
 
 from typing import Any
@@ -129,7 +130,7 @@ VISION_TOWERS: dict[str, dict[str, Any]] = {
     "facebook/dinov2-with-registers-large": _dinov2(1024, 24, 16, 4),
     "facebook/dinov2-with-registers-giant": _dinov2(1536, 40, 24, 4),
 }
-"""Hub id -> config.json of the vision encoder alone."""
+"""Hub id -> config.json of the vision encoder, without the text model that SigLIP and CLIP come with."""
 
 _FLUX = _autoencoder(16, False, 0.3611, 0.1159)
 AUTOENCODERS: dict[str, dict[str, Any]] = {

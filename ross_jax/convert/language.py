@@ -1,4 +1,4 @@
-"""Qwen2 / Qwen2.5 / Qwen3 and Llama / Vicuna: configs and keys of transformers."""
+"""Language models of transformers: config.json and keys of Qwen2, Qwen2.5, Qwen3, Llama and Vicuna."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from ross_jax.convert.settings import MAX_LAYERS, Settings
 from ross_jax.models.language import LanguageConfig, RopeScaling
 
 FAMILIES = ("qwen2", "qwen3", "llama")
-"""`model_type` of the configs that `language_config` reads."""
+"""Every `model_type` that `language_config` reads."""
 _ROPE_FIELDS = {
     *("type", "rope_type", "rope_theta", "partial_rotary_factor"),
     *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -16,15 +16,15 @@ _ROPE_FIELDS = {
 
 
 def language_config(family: str, settings: Mapping[str, Any], where: str) -> LanguageConfig:
-    """Reads a language model's config.json.
+    """Reads the config.json of a language model.
 
     Args:
       family: one of `FAMILIES`.
-      settings: the parsed file; sizes must be there, transformers' defaults fill in the rest.
-      where: its name, for messages.
+      settings: the parsed file. Sizes are required; other missing fields get the defaults of transformers.
+      where: name of the file, for messages.
 
     Raises:
-      ConfigError: what is missing, malformed or not computed by us, by name.
+      ConfigError: names every field that is missing, malformed or not supported.
     """
     read = Settings(settings, where)
     heads, layers = read.size("num_attention_heads"), read.size("num_hidden_layers", most=MAX_LAYERS)
@@ -54,7 +54,10 @@ def language_config(family: str, settings: Mapping[str, Any], where: str) -> Lan
 
 
 def _refuse_windows(read: Settings, family: str, layers: int) -> None:
-    """Sliding windows that a layer uses: Qwen's need `use_sliding_window` and a layer past the full ones."""
+    """Refuses sliding windows.
+
+    Qwen's layers have one if `use_sliding_window` is set and their number is at least `max_window_layers`.
+    """
     windows = family != "llama" and read.flag("use_sliding_window") and read.values.get("sliding_window", 4096)
     if read.values.get("layer_types") is not None:
         if set(read.texts("layer_types", (), MAX_LAYERS)) - {"full_attention"}:
@@ -64,7 +67,7 @@ def _refuse_windows(read: Settings, family: str, layers: int) -> None:
 
 
 def _rotary(read: Settings) -> dict[str, Any]:
-    """Base and scaling, as transformers wrote them before version 5 (`rope_theta`, `rope_scaling`) and since."""
+    """Reads base and scaling of the rotary embedding: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
     scaling = read.inner("rope_parameters" if read.values.get("rope_parameters") else "rope_scaling")
     for name in sorted(scaling.values.keys() - _ROPE_FIELDS):
         scaling.refuse(name, "no such field")
@@ -84,7 +87,7 @@ def _rotary(read: Settings) -> dict[str, Any]:
 
 
 def table(config: LanguageConfig) -> Table:
-    """Keys of `...ForCausalLM`."""
+    """Table of transformers' `...ForCausalLM`."""
     layer = "model.layers.{}"
     rows = [
         Row("model.embed_tokens.weight", "embedding"),
@@ -102,7 +105,7 @@ def table(config: LanguageConfig) -> Table:
     if config.qk_norm:
         rows.append(Row(f"{layer}.self_attn.q_norm.weight", "layers/query_norm/scale"))
         rows.append(Row(f"{layer}.self_attn.k_norm.weight", "layers/key_norm/scale"))
-    # Buffers that old checkpoints stored.
+    # Old checkpoints stored these buffers.
     unused = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
     if config.tied_head:
         return Table(tuple(rows), unused, {"lm_head.weight": "model.embed_tokens.weight"})

@@ -1,4 +1,10 @@
-"""The conversion engine: one table of (their key, our path, transform) per component, for import and export."""
+"""Conversion engine: one table of (Hugging Face key, path, transform) per component serves import and export.
+
+    Row("model.layers.{}.mlp.up_proj.weight", "layers/up/kernel", LINEAR)
+
+says that the tensors `model.layers.0.mlp.up_proj.weight`, `model.layers.1...` of a checkpoint, transposed and stacked,
+are the parameter `layers/up/kernel`.
+"""
 
 import contextlib
 import dataclasses
@@ -11,7 +17,7 @@ from ross_jax.config import UserError
 
 
 class ConversionError(UserError):
-    """A checkpoint that cannot be converted; lists every problem found."""
+    """A checkpoint that cannot be converted. The message lists all `problems`."""
 
     def __init__(self, where: str, problems: Iterable[str]):
         self.problems = list(problems)
@@ -21,7 +27,7 @@ class ConversionError(UserError):
 
 @contextlib.contextmanager
 def collecting(errors: list[UserError]) -> Iterator[None]:
-    """Keeps a UserError for later, so that one run names all that is wrong."""
+    """Collects a UserError of the block instead of raising it, so that one run names everything that is wrong."""
     try:
         yield
     except UserError as error:
@@ -29,7 +35,7 @@ def collecting(errors: list[UserError]) -> Iterator[None]:
 
 
 def raise_all(where: str, errors: Sequence[UserError]) -> None:
-    """Raises what was collected, if anything, as one error."""
+    """Raises the collected errors, if there are any, as one."""
     if len(errors) == 1:
         raise errors[0]
     if errors:
@@ -38,19 +44,19 @@ def raise_all(where: str, errors: Sequence[UserError]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A change of layout and its inverse. Both return views, so they also serve to compute shapes at no cost."""
+    """A change of layout and its inverse. Both return views, so they also compute shapes at no cost."""
 
-    to_ours: Callable[[np.ndarray], np.ndarray]
-    to_theirs: Callable[[np.ndarray], np.ndarray]
+    from_hf: Callable[[np.ndarray], np.ndarray]
+    to_hf: Callable[[np.ndarray], np.ndarray]
 
 
 COPY = Transform(lambda x: x, lambda x: x)
 LINEAR = Transform(lambda x: x.T, lambda x: x.T)
-"""torch Linear [out, in] <-> [in, out]."""
+"""Kernel of a torch Linear: [out, in] <-> [in, out]."""
 CONV = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
-"""torch Conv2d [out, in, height, width] <-> [height, width, in, out]."""
+"""Kernel of a torch Conv2d: [out, in, height, width] <-> [height, width, in, out]."""
 POINTWISE = Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
-"""torch 1x1 Conv2d [out, in, 1, 1] <-> [in, out]."""
+"""Kernel of a torch 1x1 Conv2d: [out, in, 1, 1] <-> [in, out]."""
 BATCHED = Transform(lambda x: x[0], lambda x: x[None])
 """[1, ...] <-> [...]."""
 
@@ -60,25 +66,27 @@ class Row:
     """One line of a table.
 
     Attributes:
-      theirs: key; `{}` stands for the number of a stacked layer.
-      ours: path in the component's parameters; a stacked leaf has the layer as its leading axis.
-      alias: another key that older checkpoints use.
+      hf_key: key in the checkpoint. `{}` stands for the number of a layer.
+      path: path of the component's parameter. If `hf_key` has a `{}`, the parameter's leading axis is the layer.
+      transform: change of layout.
+      alias: key in older checkpoints, if they have another.
     """
 
-    theirs: str
-    ours: str
+    hf_key: str
+    path: str
     transform: Transform = COPY
     alias: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """How one component's foreign keys map to its parameters.
+    """Keys of one component, and the parameters that they map to.
 
     Attributes:
-      rows: cover every parameter exactly once.
-      unused: patterns of keys that belong to the component but that we never compute with.
-      copies: key -> the row's key that it duplicates when present (a tied head that was stored all the same).
+      rows: one row for each parameter.
+      unused: regular expressions of keys that belong to the component but are not needed to compute it. Import keeps
+        these tensors aside for export.
+      copies: key -> key of the row whose tensor it repeats, in checkpoints that store a tied head twice.
     """
 
     rows: tuple[Row, ...]
@@ -88,63 +96,75 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One foreign tensor's place: the whole of a leaf, or one layer of it."""
+    """One tensor of a checkpoint: a parameter, or one layer of it.
 
-    key: str
+    Attributes:
+      hf_key: key in the checkpoint.
+      alias: key in older checkpoints, if they have another.
+      path: path of the parameter.
+      layer: index along the parameter's leading axis. None if the tensor is the whole parameter.
+      transform: change of layout between the two.
+      shape: shape in the checkpoint.
+    """
+
+    hf_key: str
     alias: str | None
     path: str
     layer: int | None
     transform: Transform
     shape: tuple[int, ...]
-    """Theirs."""
 
 
-def dense(theirs: str, ours: str, bias: bool = True) -> tuple[Row, ...]:
+def dense(hf_key: str, path: str, bias: bool = True) -> tuple[Row, ...]:
     """Rows of a linear layer: `weight` <-> `kernel` and, if it has one, `bias`."""
-    rows = (Row(f"{theirs}.weight", f"{ours}/kernel", LINEAR), Row(f"{theirs}.bias", f"{ours}/bias"))
+    rows = (Row(f"{hf_key}.weight", f"{path}/kernel", LINEAR), Row(f"{hf_key}.bias", f"{path}/bias"))
     return rows if bias else rows[:1]
 
 
-def conv(theirs: str, ours: str, bias: bool = True) -> tuple[Row, ...]:
+def conv(hf_key: str, path: str, bias: bool = True) -> tuple[Row, ...]:
     """Rows of a convolution: `weight` <-> `kernel` and, if it has one, `bias`."""
-    rows = (Row(f"{theirs}.weight", f"{ours}/kernel", CONV), Row(f"{theirs}.bias", f"{ours}/bias"))
+    rows = (Row(f"{hf_key}.weight", f"{path}/kernel", CONV), Row(f"{hf_key}.bias", f"{path}/bias"))
     return rows if bias else rows[:1]
 
 
-def norm(theirs: str, ours: str) -> tuple[Row, ...]:
+def norm(hf_key: str, path: str) -> tuple[Row, ...]:
     """Rows of an affine norm with bias."""
-    return (Row(f"{theirs}.weight", f"{ours}/scale"), Row(f"{theirs}.bias", f"{ours}/bias"))
+    return (Row(f"{hf_key}.weight", f"{path}/scale"), Row(f"{hf_key}.bias", f"{path}/bias"))
 
 
 def expand(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
-    """Every foreign tensor that fills the leaves of `shapes` (our path -> shape).
+    """Lists the tensors of a checkpoint that fill all parameters.
+
+    Args:
+      table: the component's table.
+      shapes: path -> shape of each parameter.
 
     Raises:
-      ValueError: the table and the leaves do not cover each other exactly; a mistake in the table.
+      ValueError: table and parameters do not cover each other exactly, which is a mistake in the table.
     """
-    paths = [row.ours for row in table.rows]
+    paths = [row.path for row in table.rows]
     if sorted(paths) != sorted(shapes):
         raise ValueError(f"table and parameters differ: {sorted(set(paths) ^ set(shapes)) or 'duplicate rows'}")
     pieces = []
     for row in table.rows:
-        shape = shapes[row.ours]
-        stacked = "{}" in row.theirs
+        shape = shapes[row.path]
+        stacked = "{}" in row.hf_key
         inner = np.broadcast_to(np.int8(0), shape[1:] if stacked else shape)
-        theirs = row.transform.to_theirs(inner).shape
+        hf_shape = row.transform.to_hf(inner).shape
         for layer in range(shape[0]) if stacked else (None,):
             alias = row.alias and row.alias.format(layer)
-            pieces.append(Piece(row.theirs.format(layer), alias, row.ours, layer, row.transform, theirs))
+            pieces.append(Piece(row.hf_key.format(layer), alias, row.path, layer, row.transform, hf_shape))
     return pieces
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A component's table held against the keys that are there.
+    """Result of comparing a component's table with the keys of a checkpoint.
 
     Attributes:
-      pieces: (piece, the key found for it).
-      unused: keys kept aside under their own names.
-      copies: (key, the key found that it duplicates).
+      pieces: (piece, its key or alias, whichever the checkpoint has).
+      unused: keys to keep aside.
+      copies: (key, the other key that it repeats).
       problems: what does not fit, one line each.
     """
 
@@ -155,19 +175,25 @@ class Match:
 
 
 def match(table: Table, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Match:
-    """Assigns foreign keys (key -> shape) to leaves, and lists everything that does not fit."""
-    stacked = max((shapes[row.ours][0] for row in table.rows if "{}" in row.theirs), default=0)
-    if stacked > len(found):  # a mistyped number of layers would be listed key by key
+    """Assigns the keys of a checkpoint to parameters, and lists everything that does not fit.
+
+    Args:
+      table: the component's table.
+      shapes: path -> shape of each parameter.
+      found: key -> shape of each tensor in the checkpoint.
+    """
+    stacked = max((shapes[row.path][0] for row in table.rows if "{}" in row.hf_key), default=0)
+    if stacked > len(found):  # else a mistyped number of layers would be listed key by key
         return Match([], [], [], [f"the config has {stacked} layers, more than there are tensors ({len(found)})"])
     pieces, problems, names = [], [], {}
     left = dict(found)
     for piece in expand(table, shapes):
-        key = piece.key if piece.key in left or piece.alias is None else piece.alias
+        key = piece.hf_key if piece.hf_key in left or piece.alias is None else piece.alias
         if key not in left:
-            problems.append(f"missing: {piece.key}, expected shape {list(piece.shape)}")
+            problems.append(f"missing: {piece.hf_key}, expected shape {list(piece.shape)}")
             continue
         shape = left.pop(key)
-        names[piece.key] = key
+        names[piece.hf_key] = key
         if shape != piece.shape:
             problems.append(f"wrong shape: {key}, expected {list(piece.shape)}, found {list(shape)}")
         else:

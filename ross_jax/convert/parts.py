@@ -1,4 +1,4 @@
-"""What the sources of an import hold: their components, and the config of each."""
+"""Splits the sources of an import into components, and reads the config of each."""
 
 import dataclasses
 import functools
@@ -21,24 +21,35 @@ SCOPES = {
     "autoencoder": "model.pixel_decoder.pixel_decoder.",
     "language": "",
 }
-"""Where a full Ross checkpoint keeps each component; what lies nowhere else belongs to the language model."""
+"""Component -> prefix of its keys in a full Ross checkpoint. All other keys belong to the language model."""
 _INVERSE = "model.mm_inv_projector."
 _POINTERS = {
     "vision": ("mm_vision_tower", "--vision-tower", known.VISION_TOWERS),
     "autoencoder": ("mm_pixel_decoder", "--autoencoder", known.AUTOENCODERS),
 }
-"""Components that a full checkpoint's config.json only points to -> its field, the flag instead, published settings."""
+"""Component -> (field, flag, published settings by hub id).
+
+A full checkpoint has no settings for these components: the field of its config.json points to them, and the flag of
+`launch/convert.py import` names a folder instead.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One component of one source.
+    """One component in one source.
+
+    A tensor's key is scope + prefix + the key in the component's table:
+    `model.vision_tower.vision_tower.` + `vision_model.` + `embeddings.class_embedding`.
 
     Attributes:
-      scope: prefix of the component's keys in the source's layout.
+      component: name of the component.
+      source: checkpoint that holds it.
+      files: weights that hold it.
+      scope: prefix that the layout of the source gives to the component.
       keys: the component's keys, without the scope.
-      prefix: what of each key is not in the table, below the scope (`vision_model.`).
-      settings: its own config.json, if it has one, and the folder that came from.
+      prefix: prefix that the component's own library gives to its keys.
+      settings: parsed config.json of the component, if it has one of its own.
+      folder: where the settings are from.
     """
 
     component: str
@@ -51,7 +62,7 @@ class Part:
     folder: Path | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every key below scope and prefix."""
+        """Key below scope and prefix -> shape."""
         return {
             key.removeprefix(self.prefix): self.files[self.scope + key].shape
             for key in self.keys
@@ -60,7 +71,12 @@ class Part:
 
 
 def split(sources: Sequence[Source], errors: list[UserError]) -> dict[str, Part]:
-    """Every component of the sources, by name."""
+    """Finds the components of all sources.
+
+    Args:
+      sources: opened checkpoints.
+      errors: gets an error for each component that is there twice, and for each key that belongs to none.
+    """
     parts: dict[str, Part] = {}
     for source in sources:
         for files in source.files:
@@ -100,12 +116,16 @@ def _tower_prefix(keys: Sequence[str] | TensorFiles) -> str:
 def read_configs(
     sources: Sequence[Source], parts: dict[str, Part], folders: Mapping[str, Path | None], num_heads: int
 ) -> tuple[dict[str, Any], list[UserError]]:
-    """The fields of `RossConfig`, and all that is wrong.
+    """Reads the configs of all components.
 
     Args:
-      parts: those whose settings a full checkpoint only points to are replaced by ones that have them.
+      sources: opened checkpoints.
+      parts: components by name. A part without settings that a config.json points to is replaced by one with them.
       folders: component -> folder with its config.json, if the user named one.
-      num_heads: of the denoiser.
+      num_heads: attention heads of the denoiser.
+
+    Returns:
+      Fields of `RossConfig`, and everything that is wrong.
     """
     readers = {
         "vision": _read_tower,
@@ -137,7 +157,7 @@ def read_configs(
 
 
 def _about(sources: Sequence[Source]) -> Settings:
-    """What full checkpoints and adapters say of all components; settings that we do not compute are refused."""
+    """Merges the config.json files of full checkpoints and adapters, and refuses settings that are not supported."""
     found = [source for source in sources if source.kind in ("ross", "adapters") and source.settings]
     values = {name: value for source in found for name, value in source.settings.items()}
     about = Settings(values, " + ".join(str(source.folder / "config.json") for source in found))
@@ -165,13 +185,13 @@ def _where(part: Part, about: Settings) -> str:
 
 
 def _read_tower(part: Part, about: Settings) -> dict[str, Any]:
-    """Encoder and normalisation: that of the checkpoint, else of the tower's processor, else as published."""
+    """Reads the vision encoder and how its images are normalised."""
     where = _where(part, about)
     if part.settings.get("model_type") not in vision.model_types():
         kind = part.settings.get("model_type")
         raise ConfigError(f"{where}: model_type {kind!r} is no vision tower; expected one of {vision.model_types()}")
     config = vision.vision_config(part.settings, where)
-    if config.kind != "siglip":  # for which the reference ignores the setting
+    if config.kind != "siglip":  # the reference ignores the setting for SigLIP
         try:
             config = dataclasses.replace(config, select_layer=about.integer("mm_vision_select_layer", -2))
         except ValueError as error:
@@ -181,7 +201,7 @@ def _read_tower(part: Part, about: Settings) -> dict[str, Any]:
 
 
 def _read_teacher(part: Part, about: Settings) -> dict[str, Any]:
-    """A full checkpoint's settings, `about`, say nothing of it."""
+    """Reads the teacher. The settings of full checkpoints, `about`, do not describe it."""
     where = _where(part, about)
     config = vision.teacher_config(part.settings, where)
     mean, std = _normalisation(part, config.kind, Settings({}, where))
@@ -189,7 +209,7 @@ def _read_teacher(part: Part, about: Settings) -> dict[str, Any]:
 
 
 def _normalisation(part: Part, kind: str, about: Settings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pictures."""
+    """Mean and standard deviation of images: from the checkpoint, else the tower's processor, else as published."""
     processor = part.folder / "preprocessor_config.json" if part.folder else None
     read = about
     if "image_mean" not in about.values and processor and processor.is_file():

@@ -1,4 +1,4 @@
-"""LLaVA's projector: sizes and keys."""
+"""Projector of LLaVA (`mm_projector`): sizes and keys."""
 
 import re
 from collections.abc import Mapping
@@ -9,10 +9,16 @@ from ross_jax.models.projector import ProjectorConfig
 
 
 def projector_config(kind: str, in_size: int, out_size: int, where: str) -> ProjectorConfig:
-    """From LLaVA's `mm_projector_type`: `linear`, `mlpNx_gelu` or `identity`.
+    """Config of a projector that a config.json describes.
+
+    Args:
+      kind: `mm_projector_type`: `linear`, `mlpNx_gelu` or `identity`.
+      in_size: width of the image features.
+      out_size: width of the language model.
+      where: name of the file, for messages.
 
     Raises:
-      ConfigError: another type.
+      ConfigError: another type, or sizes that do not fit it.
     """
     depth = re.fullmatch(r"mlp([0-9]{1,2})x_gelu", kind)
     if kind not in ("linear", "identity") and not depth:
@@ -26,7 +32,14 @@ def projector_config(kind: str, in_size: int, out_size: int, where: str) -> Proj
 
 
 def read_projector_config(shapes: Mapping[str, tuple[int, ...]]) -> ProjectorConfig:
-    """Reads the sizes off the tensors (key below `mm_projector.` -> shape)."""
+    """Reads the sizes from the tensors.
+
+    Args:
+      shapes: key below `mm_projector.` -> shape.
+
+    Raises:
+      ConfigError: there is no weight matrix.
+    """
     matrices = [(key, shape) for key, shape in sorted(shapes.items()) if len(shape) == 2 and 0 not in shape]
     weights = [shape for key, shape in matrices if key.endswith("weight")]
     if not weights:
@@ -35,7 +48,7 @@ def read_projector_config(shapes: Mapping[str, tuple[int, ...]]) -> ProjectorCon
 
 
 def table(config: ProjectorConfig) -> Table:
-    """Keys below `mm_projector.`."""
+    """Table of the keys below `mm_projector.`."""
     if config.kind == "identity":
         return Table(())
     if config.depth == 1:

@@ -1,6 +1,10 @@
-"""Writing safetensors files tensor by tensor, byte for byte as the safetensors library writes them whole."""
+"""Writing safetensors files tensor by tensor, byte for byte as the safetensors library writes them whole.
+
+The library has no streaming writer: its `save_file` takes all tensors of a file at once, more than memory may hold.
+"""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +15,29 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ross_jax.convert.tensors import CHUNK_BYTES, DTYPES, TAGS, TensorError, tensor_bytes
+from ross_jax.convert.dtypes import DTYPES
+from ross_jax.convert.tensors import TensorError
 
-ORDER = {tag: i for i, tag in enumerate(DTYPES)}
+_ORDER = {tag: i for i, tag in enumerate(DTYPES)}
+_CHUNK_BYTES = 2**24
+"""Largest piece of one write: Linux writes less than 2 GiB at once."""
+
+
+def _tensor_bytes(tag: str, shape: Sequence[int]) -> int:
+    return math.prod(shape) * DTYPES[tag].itemsize
 
 
 @dataclass
 class _Shard:
-    """A file: its header, where each of its tensors begins, and its size, all in bytes."""
+    """A file that is being written.
+
+    Attributes:
+      file: name that it gets when it is complete.
+      header: its first bytes.
+      starts: position of each tensor, in bytes.
+      size: size of the file, in bytes.
+      handle: the open file, under the name `partial`.
+    """
 
     file: Path
     header: bytes
@@ -32,70 +51,55 @@ class _Shard:
 
 
 class SafetensorsWriter:
-    """Writes safetensors files whose layout is declared first; the tensors then come in any order, each once.
+    """Writer of safetensors files. Their layout is declared first; the tensors then come in any order, each once.
 
-    One file `{stem}.safetensors` if the tensors fit into `max_shard_bytes`, else `{stem}-00001-of-0000N.safetensors`
-    and `{stem}.safetensors.index.json`, filled in the order of `infos`. The files get their names only when `close` has
-    them complete and on the disk: until then they end in `.partial`. As a context manager it closes, or discards
-    everything after an exception.
+    Tensors that fit into `max_shard_bytes` make one file `{stem}.safetensors`. Others are spread over
+    `{stem}-00001-of-0000N.safetensors`, in the order of `infos`, with a `{stem}.safetensors.index.json`. The files end
+    in `.partial` until `close` has them complete and on the disk. As a context manager the writer closes itself, or
+    discards everything after an exception.
     """
 
     def __init__(
         self,
         folder: Path,
         stem: str,
-        infos: Mapping[str, tuple[Any, Sequence[int]]],
+        infos: Mapping[str, tuple[str, Sequence[int]]],
         max_shard_bytes: int = 5 * 10**9,
-        metadata: Mapping[str, str] | None = None,
     ):
         """Lays out and creates the files.
 
         Args:
           folder: created if need be. It must not hold weights of the same stem.
           stem: "model", or "diffusion_pytorch_model" for diffusers.
-          infos: name -> (numpy dtype or safetensors tag, shape).
-          max_shard_bytes: tensor bytes per file; a larger tensor has a file of its own.
-          metadata: strings for the header; None means {"format": "pt"}, which transformers asks for; {} means none.
+          infos: name -> (tag of the dtype, shape).
+          max_shard_bytes: tensor bytes per file. A larger tensor has a file of its own.
 
         Raises:
-          TensorError: dtypes that safetensors lacks, a folder that holds such weights already, an error of the disk.
+          TensorError: names that a file cannot hold, a folder that holds such weights already, an error of the disk.
         """
         self.folder = Path(folder)
         self._stem = stem
-        self._infos = self._declare(infos)
+        self._infos = {key: (tag, tuple(shape)) for key, (tag, shape) in infos.items()}
+        # Surrogates have no place in UTF-8.
+        bad = [key for key in infos if key == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in key)]
+        if bad:
+            raise TensorError(*[f"{self.folder}: no tensor can be named {key!r}" for key in bad])
         self._missing = dict.fromkeys(self._infos)  # an ordered set
         self._state = "open"
         groups = self._group(max_shard_bytes)
         names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
         if len(groups) == 1:
             names = [f"{stem}.safetensors"]
-        metadata = {"format": "pt"} if metadata is None else dict(metadata)
-        self._shards = [
-            self._lay_out(self.folder / name, keys, metadata) for name, keys in zip(names, groups, strict=True)
-        ]
+        self._shards = [self._lay_out(self.folder / name, keys) for name, keys in zip(names, groups, strict=True)]
         self._shard_of = {key: shard for shard in self._shards for key in shard.starts}
         with self._discarding():
             self._create()
-
-    def _declare(self, infos: Mapping[str, tuple[Any, Sequence[int]]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        declared, problems = {}, []
-        for key, (dtype, shape) in infos.items():
-            tag = dtype if isinstance(dtype, str) and dtype in DTYPES else TAGS.get(np.dtype(dtype))
-            if key == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in key):  # surrogates: not in UTF-8
-                problems.append(f"{self.folder}: no tensor can be named {key!r}")
-            elif tag is None:
-                problems.append(f"{self.folder}: tensor {key!r}: safetensors has no dtype {np.dtype(dtype)}")
-            else:
-                declared[key] = (tag, tuple(int(n) for n in shape))
-        if problems:
-            raise TensorError(*problems)
-        return declared
 
     def _group(self, max_shard_bytes: int) -> list[list[str]]:
         groups: list[list[str]] = [[]]
         filled = 0
         for key, info in self._infos.items():
-            size = tensor_bytes(*info)
+            size = _tensor_bytes(*info)
             if groups[-1] and filled + size > max_shard_bytes:
                 groups.append([])
                 filled = 0
@@ -103,13 +107,12 @@ class SafetensorsWriter:
             filled += size
         return groups
 
-    def _lay_out(self, file: Path, keys: Sequence[str], metadata: Mapping[str, str]) -> _Shard:
-        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    def _lay_out(self, file: Path, keys: Sequence[str]) -> _Shard:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
         begins, position = {}, 0
-        # The library's order: the most aligned dtypes first, then by name.
-        for key in sorted(keys, key=lambda key: (-ORDER[self._infos[key][0]], key)):
+        for key in sorted(keys, key=lambda key: (-_ORDER[self._infos[key][0]], key)):  # as the library does
             tag, shape = self._infos[key]
-            begins[key], end = position, position + tensor_bytes(tag, shape)
+            begins[key], end = position, position + _tensor_bytes(tag, shape)
             header[key] = {"dtype": tag, "shape": shape, "data_offsets": [position, end]}
             position = end
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -120,8 +123,8 @@ class SafetensorsWriter:
 
     def _create(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        ours = re.compile(rf"{re.escape(self._stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-        present = sorted(entry.name for entry in self.folder.iterdir() if ours.fullmatch(entry.name))
+        names = re.compile(rf"{re.escape(self._stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+        present = sorted(entry.name for entry in self.folder.iterdir() if names.fullmatch(entry.name))
         if present:
             raise TensorError(
                 f"{self.folder}: already holds {', '.join(present)}; remove them or choose another folder"
@@ -132,26 +135,22 @@ class SafetensorsWriter:
             self._put(shard, np.frombuffer(shard.header, np.uint8), 0)
 
     def write(self, key: str, array: np.ndarray) -> None:
-        """Writes a tensor of the declared dtype and shape; TensorError if it differs, is undeclared or came before."""
+        """Writes a tensor.
+
+        Raises:
+          TensorError: the dtype or shape differs from the declared, the tensor was not declared or came before, or an
+            error of the disk, after which no files are left.
+        """
         array = np.asarray(array)
         tag, shape = self._expect(key)
-        if DTYPES[tag] is None or array.dtype != DTYPES[tag] or array.shape != shape:
+        if array.dtype != DTYPES[tag] or array.shape != shape:
             raise TensorError(
                 f"{self.folder}: tensor {key!r} is declared as {tag} {list(shape)}, "
                 f"but {array.dtype} {list(array.shape)} came"
             )
-        self.write_raw(key, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-    def write_raw(self, key: str, data: np.ndarray) -> None:
-        """Writes a tensor's bytes, uint8 [bytes] in C order as of `TensorFiles.read_raw`. Errors as `write`."""
-        size = tensor_bytes(*self._expect(key))
-        if data.dtype != np.uint8 or data.shape != (size,):
-            raise TensorError(
-                f"{self.folder}: tensor {key!r} takes uint8 [{size}], but {data.dtype} {list(data.shape)} came"
-            )
         shard = self._shard_of[key]
         with self._discarding():
-            self._put(shard, data, shard.starts[key])
+            self._put(shard, np.ascontiguousarray(array).reshape(-1).view(np.uint8), shard.starts[key])
         del self._missing[key]
 
     def _expect(self, key: str) -> tuple[str, tuple[int, ...]]:
@@ -164,16 +163,16 @@ class SafetensorsWriter:
 
     @staticmethod
     def _put(shard: _Shard, data: np.ndarray, position: int) -> None:
-        view = memoryview(np.ascontiguousarray(data))
+        view = memoryview(data)
         while view.nbytes:
-            written = os.pwrite(shard.handle.fileno(), view[:CHUNK_BYTES], position)
+            written = os.pwrite(shard.handle.fileno(), view[:_CHUNK_BYTES], position)
             view, position = view[written:], position + written
 
     def close(self) -> None:
         """Completes the files and gives them their names.
 
         Raises:
-          TensorError: declared tensors never came (all are named), or an error of the disk; no files are left then.
+          TensorError: declared tensors never came, all of which are named, or an error of the disk. No files are left.
         """
         if self._state == "closed":
             return
@@ -198,7 +197,7 @@ class SafetensorsWriter:
         self._state = "closed"
 
     def _write_index(self) -> None:
-        total = sum(tensor_bytes(*info) for info in self._infos.values())
+        total = sum(_tensor_bytes(*info) for info in self._infos.values())
         weight_map = {key: self._shard_of[key].file.name for key in sorted(self._infos)}
         file = self.folder / f"{self._stem}.safetensors.index.json"
         partial = file.with_name(file.name + ".partial")
@@ -210,7 +209,7 @@ class SafetensorsWriter:
         partial.rename(file)
 
     def discard(self) -> None:
-        """Removes what was written; does nothing after `close`."""
+        """Removes the files, unless `close` has completed them."""
         if self._state != "open":
             return
         self._state = "discarded"

@@ -1,4 +1,4 @@
-"""A config.json, read field by field: types and ranges are checked, and one error names everything that is wrong."""
+"""Reads a config.json field by field, checks types and ranges, and names everything that is wrong in one error."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,82 +9,89 @@ from ross_jax.config import ConfigError, from_dict
 T = TypeVar("T")
 
 MAX_SIZE = 2**20
-"""Far above any width; keeps a damaged number from being multiplied beyond 64 bits."""
+"""Largest width. It is far above any model's, and products of several stay within 64 bits."""
 MAX_LAYERS = 1000
 
 
 class Settings:
-    """The fields of a foreign config.
+    """Fields of a foreign config.
 
-    A field that is absent or null takes its default, and is required where it has none. Whatever is wrong is put into
-    `problems` and replaced by a stand-in, so that reading goes on; `check` and `build` raise it all.
+    A field that is absent or null has its default. Without a default it is required. A wrong value is noted in
+    `problems` and replaced by a valid one, so that reading goes on. `check` and `build` raise all problems.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "", problems: list[str] | None = None):
-        """Args: `values` as parsed; `where` they are from and the `prefix` of their names, for messages."""
+        """Wraps a parsed config.
+
+        Args:
+          values: the parsed fields.
+          where: name of the file, for messages.
+          prefix: what to put before the names of fields in messages ("rope_scaling.").
+          problems: list to note problems in, shared with other settings.
+        """
         self.values, self.where, self._prefix = values, where, prefix
         self.problems: list[str] = [] if problems is None else problems
 
     def size(self, name: str, default: int | None = None, most: int = MAX_SIZE) -> int:
-        """A whole number from 1 to `most`."""
+        """Reads a whole number from 1 to `most`."""
         return self._read(name, default, 1, f"a whole number from 1 to {most}", lambda v: _is_size(v, most))
 
     def integer(self, name: str, default: int) -> int:
-        """A whole number of either sign."""
+        """Reads a whole number of either sign."""
         return self._read(name, default, default, "a whole number", lambda v: type(v) is int and _is_size(abs(v) + 1))
 
     def number(self, name: str, default: float | None = None, positive: bool = True) -> float:
-        """A finite number, above 0 or of either sign."""
+        """Reads a finite number: above 0, or of either sign if not `positive`."""
         expected = "a number above 0" if positive else "a number"
         return float(self._read(name, default, 1.0, expected, lambda v: _is_number(v) and (v > 0 or not positive)))
 
     def numbers(self, name: str, default: Sequence[float]) -> tuple[float, ...]:
-        """As many finite numbers as `default` has."""
+        """Reads a list of as many finite numbers as `default` has."""
         count = len(default)
         read = self._read(name, default, default, f"a list of {count} numbers", _list_of(_is_number, count, count))
         return tuple(map(float, read))
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """True or false."""
+        """Reads a boolean."""
         return self._read(name, default, default, "true or false", lambda v: isinstance(v, bool))
 
     def text(self, name: str, default: str) -> str:
-        """A string."""
+        """Reads a string."""
         return self._read(name, default, default, "a string", lambda v: isinstance(v, str))
 
     def texts(self, name: str, default: Sequence[str], most: int) -> tuple[str, ...]:
-        """At most `most` strings."""
+        """Reads a list of at most `most` strings."""
         fits = _list_of(lambda v: isinstance(v, str), 0, most)
         return tuple(self._read(name, default, default, f"a list of at most {most} strings", fits))
 
     def sizes(self, name: str, default: Sequence[int], most: int) -> tuple[int, ...]:
-        """From one to `most` whole numbers above 0."""
+        """Reads a list of 1 to `most` whole numbers above 0."""
         fits = _list_of(_is_size, 1, most)
         return tuple(self._read(name, default, default, f"a list of 1 to {most} whole numbers above 0", fits))
 
     def inner(self, name: str) -> "Settings":
-        """The fields of an object, none if it is absent; their problems are noted here."""
+        """Reads an object. It is empty if absent, and its problems are noted in the same list."""
         values = self._read(name, {}, {}, "an object", lambda v: isinstance(v, dict))
         return Settings(values, self.where, f"{self._prefix}{name}.", self.problems)
 
     def only(self, name: str, *accepted: Any) -> None:
-        """Refuses all other values of a field that changes what is computed; absent or null is fine."""
+        """Notes a problem if the field is present, not null and not one of the accepted values."""
         if self.values.get(name) is not None and self.values[name] not in accepted:
             self.refuse(name, " or ".join(map(repr, accepted)) or "null")
 
     def refuse(self, name: str, supported: str) -> None:
-        """Notes that the field's value is not supported, and what is."""
+        """Notes that the value of a field is not supported, and which values are."""
         self.problems.append(
             f"{self._prefix}{name} {_show(self.values.get(name))} is not supported; expected {supported}"
         )
 
     def check(self) -> None:
-        """Raises a ConfigError with all problems, if there are any."""
+        """Raises all problems as one ConfigError, if there are any."""
         if self.problems:
             raise ConfigError(f"{self.where}: {'; '.join(self.problems)}")
 
     def build(self, cls: type[T], **fields: Any) -> T:
-        """The config `cls`, or a ConfigError."""
+        """Makes a config of type `cls`, or raises all problems as one ConfigError."""
         self.check()
         return from_dict(cls, fields, self.where)
 

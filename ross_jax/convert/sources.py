@@ -1,4 +1,4 @@
-"""Foreign checkpoints: what a folder or hub id holds, and the settings that it names or points to."""
+"""Opens foreign checkpoints: finds out what a folder or hub id holds, and reads its settings."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from ross_jax.convert.tensors import TensorFiles, open_tensors
 Kind = Literal["ross", "adapters", "vision", "language", "autoencoder", "teacher"]
 
 ADAPTERS = ("mm_projector", "mm_inv_projector")
-"""File stems of what stage 1 saves."""
+"""File names, without suffix, of the adapters that stage 1 of the reference saves."""
 ROSS_FAMILIES = {
     "ross_qwen2": "qwen2",
     "ross_llama": "llama",
@@ -23,13 +23,13 @@ ROSS_FAMILIES = {
     "llava_llama": "llama",
     "llava": "llama",
 }
-"""`model_type` of full checkpoints -> the language model's family."""
+"""`model_type` of full checkpoints -> family of the language model."""
 _PASSED_THROUGH = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _NOT_PASSED = {"config.json", "model_index.json", "trainer_state.json"}
 
 
 class SourceError(UserError):
-    """A folder that is no checkpoint, or one of a kind that we do not read."""
+    """A folder that is no checkpoint, or a checkpoint of a kind that is not supported."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,11 @@ class Source:
     """An opened foreign checkpoint.
 
     Attributes:
-      origin: what the user called it.
-      settings: parsed config.json; empty for adapters without one.
-      files: weights, headers read.
+      origin: folder or hub id as the user named it.
+      folder: where its files are.
+      kind: what it holds: one component, the adapters of stage 1, or a full checkpoint ("ross").
+      settings: parsed config.json. Empty for adapters without one.
+      files: opened weights.
     """
 
     origin: str
@@ -49,12 +51,12 @@ class Source:
     files: list[TensorFiles]
 
     def extra_files(self) -> list[Path]:
-        """Files beside the weights that travel along: tokenizer, processor, generation settings."""
+        """Files that import and export copy: tokenizer, processor, generation settings."""
         return [path for path in sorted(self.folder.iterdir()) if _travels(path)]
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file that we may see; somebody else's path may also be too long or forbidden here."""
+    """Whether a file is there. False for paths that this system forbids: they may come from another machine."""
     try:
         return path.is_file()
     except OSError:
@@ -67,7 +69,11 @@ def _travels(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; errors name file and position."""
+    """Reads a JSON object.
+
+    Raises:
+      SourceError: no such file, or not a JSON object. Names the file and the position.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -82,10 +88,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_source(origin: str) -> Source:
-    """Opens a folder, or downloads a hub id (`owner/name` or `owner/name/subfolder`) if there is no such folder.
+    """Opens a folder. If there is none of that name, downloads the hub id `owner/name` or `owner/name/subfolder`.
 
     Raises:
-      SourceError: no such path, no checkpoint, or a kind that we do not read.
+      SourceError: no such path, no checkpoint, or a kind that is not supported.
       TensorError: weights that cannot be read.
     """
     folder = Path(origin)
@@ -103,7 +109,7 @@ def _open_folder(origin: str, folder: Path) -> Source:
     if folder.is_file():
         raise SourceError(f"{origin}: is a file; name the folder that holds it and its config.json")
     if (folder / "model_index.json").is_file() and (folder / "vae").is_dir():
-        folder = folder / "vae"  # a whole diffusion pipeline, of which we use the autoencoder
+        folder = folder / "vae"  # the autoencoder of a diffusion pipeline
     has_config = (folder / "config.json").is_file()
     settings = read_json(folder / "config.json") if has_config else {}
     adapters = [path for stem in ADAPTERS for path in _adapter(folder, stem)]
@@ -115,10 +121,10 @@ def _open_folder(origin: str, folder: Path) -> Source:
 
 
 def open_teacher(origin: str) -> Source:
-    """Opens a vision encoder's folder or hub id as the teacher of reconstruction targets.
+    """Opens the vision encoder whose features are reconstruction targets.
 
     Raises:
-      SourceError: as `open_source`, or another kind of checkpoint.
+      SourceError: as `open_source`, or a checkpoint that is no vision encoder.
     """
     source = open_source(origin)
     if source.kind != "vision":
@@ -160,7 +166,7 @@ def _kind(settings: Mapping[str, Any], folder: Path) -> Kind:
 
 
 def download(origin: str) -> Path:
-    """Fetches a hub repository (weights as safetensors where it has them) and returns its folder.
+    """Downloads a repository of the hub and returns its folder. Of safetensors and .bin weights, the former.
 
     Raises:
       SourceError: offline, no such repository, or no access to it.
@@ -179,9 +185,9 @@ def download(origin: str) -> Path:
             raise FileNotFoundError(f"it has no folder {prefix}")
         weights = ".safetensors" if any(f.endswith(".safetensors") and "/" not in f for f in here) else ".bin"
         suffixes = (weights, *_PASSED_THROUGH)
-        wanted = [prefix + file for file in here if "/" not in file and file.endswith(suffixes)]
-        root = huggingface_hub.snapshot_download(f"{owner}/{name}", allow_patterns=wanted)
-    except Exception as error:  # of the hub's client and of the HTTP library below it, which changes with versions
+        names = [prefix + file for file in here if "/" not in file and file.endswith(suffixes)]
+        root = huggingface_hub.snapshot_download(f"{owner}/{name}", allow_patterns=names)
+    except Exception as error:  # the hub's client and its HTTP library raise errors of many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
             f"{origin}: no such folder, and the hub repository of that name could not be fetched ({reason}). "
@@ -193,20 +199,21 @@ def download(origin: str) -> Path:
 def resolve_settings(
     value: Any, checkpoint: Path, known: Mapping[str, dict[str, Any]], given: Path | None, field: str, flag: str
 ) -> tuple[dict[str, Any], Path | None]:
-    """The settings of a component that a full checkpoint's config.json only points to.
+    """Finds the settings of a component that the config.json of a full checkpoint points to.
 
     Args:
-      value: of the field: a hub id, an absolute path, or one relative to the folder that holds the checkpoint's parent.
-      checkpoint: the checkpoint's folder.
+      value: value of the field: a hub id, an absolute path, or a path relative to the checkpoint's grandparent folder.
+      checkpoint: folder of the checkpoint.
       known: settings of published models by hub id.
-      given: the folder that the user named instead.
-      field, flag: names for messages.
+      given: folder that the user named instead.
+      field: name of the field, for messages.
+      flag: name of the flag, for messages.
 
     Returns:
-      Settings, and the folder that they were read from, if any.
+      The settings, and the folder they are from. None for published settings.
 
     Raises:
-      SourceError: nothing there; says which flag to use.
+      SourceError: no settings found. Says which flag to use.
     """
     candidates = [given] if given else []
     if not given and isinstance(value, str) and value:

@@ -1,4 +1,4 @@
-"""diffusers' `AutoencoderTiny`: config and keys."""
+"""`AutoencoderTiny` of diffusers: config.json and keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,21 +8,29 @@ from ross_jax.convert.settings import Settings
 from ross_jax.models.tiny_autoencoder import TinyAutoencoderConfig
 
 _MAX_LEVELS = 10
-"""Each halves the picture."""
+"""Every level but the last halves the picture."""
 _MAX_BLOCKS = 16
 _FIXED = {"act_fn": "relu", "in_channels": 3, "out_channels": 3, "upsample_fn": "nearest"}
 _FIXED |= {"upsampling_scaling_factor": 2}
 _READ = {"num_encoder_blocks", "num_decoder_blocks", "encoder_block_out_channels", "decoder_block_out_channels"}
 _READ |= {"latent_channels", "scaling_factor", "shift_factor"}
 _UNUSED = {"latent_magnitude", "latent_shift", "force_upcast", "block_out_channels"}
-"""Neither encode nor decode reads them: latents as bytes of a picture file, a pipeline's dtype, a copy."""
+"""Fields that neither encoding nor decoding reads.
+
+`latent_magnitude` and `latent_shift` scale latents for display, `force_upcast` chooses a dtype for pipelines, and
+`block_out_channels` repeats `encoder_block_out_channels`.
+"""
 
 
 def tiny_autoencoder_config(settings: Mapping[str, Any], where: str) -> TinyAutoencoderConfig:
-    """Reads an AutoencoderTiny config.json; diffusers' defaults fill what it leaves out.
+    """Reads the config.json of an AutoencoderTiny. Missing fields get the defaults of diffusers.
+
+    Args:
+      settings: the parsed file.
+      where: name of the file, for messages.
 
     Raises:
-      ConfigError: what is malformed or not computed by us, by name; fields that diffusers does not have, too.
+      ConfigError: names every field that is malformed, not supported or unknown to diffusers.
     """
     read = Settings(settings, where)
     for name, value in _FIXED.items():
@@ -45,7 +53,7 @@ def tiny_autoencoder_config(settings: Mapping[str, Any], where: str) -> TinyAuto
 
 
 def _half(read: Settings, half: str, default: list[int]) -> tuple[int, tuple[int, ...]]:
-    """Width and blocks of the encoder or decoder; a convolution between levels keeps its width."""
+    """Width of the encoder or decoder, the same at all levels, and number of blocks per level."""
     widths, numbers = f"{half}_block_out_channels", f"num_{half}_blocks"
     channels, blocks = read.sizes(widths, [64] * 4, _MAX_LEVELS), read.sizes(numbers, default, _MAX_LEVELS)
     if len(set(channels)) > 1:
@@ -58,22 +66,22 @@ def _half(read: Settings, half: str, default: list[int]) -> tuple[int, tuple[int
 
 
 def _rows(half: str, layers: list[str | None]) -> list[Row]:
-    """Rows of a torch Sequential; None is a layer without parameters."""
+    """Rows of a torch Sequential. None stands for a layer without parameters."""
     rows: list[Row] = []
     for i, name in enumerate(layers):
-        theirs, ours = f"{half}.layers.{i}", f"{half}/{name}"
+        hf_key, path = f"{half}.layers.{i}", f"{half}/{name}"
         if name is None:
             continue
         if name.startswith("block"):
             for j in range(3):
-                rows += conv(f"{theirs}.conv.{2 * j}", f"{ours}/conv{j + 1}")
+                rows += conv(f"{hf_key}.conv.{2 * j}", f"{path}/conv{j + 1}")
         else:
-            rows += conv(theirs, ours, bias="sample" not in name)
+            rows += conv(hf_key, path, bias="sample" not in name)
     return rows
 
 
 def table(config: TinyAutoencoderConfig) -> Table:
-    """Keys of diffusers' AutoencoderTiny, which numbers all layers of a half, activations included."""
+    """Table of diffusers' AutoencoderTiny, which numbers all layers of encoder and decoder, activations included."""
     encoder: list[str | None] = ["conv_in"]
     decoder: list[str | None] = ["conv_in", None]
     for i, blocks in enumerate(config.encoder_blocks):

@@ -1,63 +1,69 @@
-"""Where the tensors lie in a file of `torch.save`, found without torch and without executing the pickle.
+"""State dicts of `torch.save`, read without torch and without running what the pickle in the file asks for.
 
-Such a file (torch >= 1.6) is an uncompressed zip: `<name>/data.pkl` pickles the state dict, in which every tensor
-refers to a storage, and `<name>/data/<key>` is the storage of that key, raw and little-endian. `read_layout` reads the
-directory and the pickle, never the data.
+torch >= 1.6 writes a zip archive without compression:
 
-Unpickling calls whatever the file names, so the pickle is not given to `pickle`: a small stack machine reads its
-opcodes, knows only those that state dicts consist of, and builds nothing but containers, strings, numbers and
-`_Tensor` descriptions. A name of anything else ends the reading.
+    NAME/data.pkl     pickle of the state dict; each tensor names a storage, an offset, a shape and strides
+    NAME/data/KEY     bytes of the storage KEY
+    NAME/byteorder    "little" or "big"
+
+`read_layout` reads the archive's directory and the pickle. `StoredTensor.read` reads one tensor.
 """
 
+import io
 import math
 import os
+import pickle
 import pickletools
 import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-MAX_PICKLE_BYTES = 100_000_000
-MAX_EXPANDED_BYTES = 2**24  # what a tensor may take beyond its storage (stride 0): a small file fills no memory
-MAX_RANK = 64  # of numpy
+import numpy as np
+
+from ross_jax.convert.dtypes import DTYPES
+
+MAX_PICKLE_BYTES = 2**24
+"""Enough for some 70,000 tensors. Objects in memory can take a hundred times as much as their pickle."""
+MAX_EXPANDED_BYTES = 2**24
+"""Most bytes of a tensor that is larger than its storage (stride 0), so that a small file cannot fill the memory."""
+MAX_RANK = 64
+"""NumPy's limit."""
 
 RESAVE = "re-save it with torch.save(state_dict, path) of torch >= 1.6, or convert it to safetensors"
 
-# torch's storage class or dtype -> (safetensors tag, bytes of an element)
 STORAGES = {
-    "BoolStorage": ("BOOL", 1),
-    "ByteStorage": ("U8", 1),
-    "CharStorage": ("I8", 1),
-    "ShortStorage": ("I16", 2),
-    "IntStorage": ("I32", 4),
-    "LongStorage": ("I64", 8),
-    "HalfStorage": ("F16", 2),
-    "BFloat16Storage": ("BF16", 2),
-    "FloatStorage": ("F32", 4),
-    "DoubleStorage": ("F64", 8),
-    "ComplexFloatStorage": ("C64", 8),
+    "BoolStorage": "BOOL",
+    "ByteStorage": "U8",
+    "CharStorage": "I8",
+    "ShortStorage": "I16",
+    "IntStorage": "I32",
+    "LongStorage": "I64",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "FloatStorage": "F32",
+    "DoubleStorage": "F64",
+    "ComplexFloatStorage": "C64",
 }
-DTYPES = {
-    "bool": ("BOOL", 1),
-    "uint8": ("U8", 1),
-    "int8": ("I8", 1),
-    "uint16": ("U16", 2),
-    "int16": ("I16", 2),
-    "uint32": ("U32", 4),
-    "int32": ("I32", 4),
-    "uint64": ("U64", 8),
-    "int64": ("I64", 8),
-    "float8_e4m3fn": ("F8_E4M3", 1),
-    "float8_e5m2": ("F8_E5M2", 1),
-    "float8_e8m0fnu": ("F8_E8M0", 1),
-    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
-    "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
-    "float16": ("F16", 2),
-    "bfloat16": ("BF16", 2),
-    "float32": ("F32", 4),
-    "float64": ("F64", 8),
-    "complex64": ("C64", 8),
+"""Class of typed storages in `torch` -> tag of the dtype."""
+TORCH_DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
 }
+"""Dtype in `torch` -> tag, for tensors of untyped storages."""
 
 
 class TorchFileError(Exception):
@@ -70,16 +76,45 @@ class TorchFileError(Exception):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's place: `start` in bytes from the file's begin; `strides` in elements, None where contiguous."""
+    """Place of a tensor in a file.
+
+    Attributes:
+      tag: name of the dtype.
+      shape: number of elements along each axis.
+      strides: steps between elements along each axis, in elements. None where contiguous.
+      start: position of the first element in the file, in bytes.
+    """
 
     tag: str
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None
     start: int
 
+    def read(self, handle: BinaryIO) -> np.ndarray:
+        """Reads the tensor into a new C-contiguous array."""
+        dtype = DTYPES[self.tag]
+        if self.strides is None:
+            array = np.empty(self.shape, dtype)
+            self._fill(array.reshape(-1).view(np.uint8), handle)
+            return array
+        # The bytes between the first and the last element, then a strided view of them.
+        span = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+        stored = np.empty(span * dtype.itemsize, np.uint8)
+        self._fill(stored, handle)
+        steps = [step * dtype.itemsize for step in self.strides]
+        return np.ndarray(self.shape, dtype, buffer=stored, strides=steps).copy()
 
-def read_layout(handle: BinaryIO, size: int) -> dict[str, StoredTensor]:
-    """The tensors of an open file of `size` bytes by name, in the order of the state dict.
+    def _fill(self, out: np.ndarray, handle: BinaryIO) -> None:
+        done = 0
+        while done < out.size:
+            count = os.preadv(handle.fileno(), [out[done:]], self.start + done)
+            if not count:
+                raise TorchFileError("has become shorter since it was opened")
+            done += count
+
+
+def read_layout(handle: BinaryIO) -> dict[str, StoredTensor]:
+    """Finds the tensors of an open file: name -> place, in the order of the state dict.
 
     Raises:
       TorchFileError: not such a file, compressed, TorchScript, big-endian, truncated; a pickle that names anything but
@@ -89,14 +124,14 @@ def read_layout(handle: BinaryIO, size: int) -> dict[str, StoredTensor]:
     if head != b"PK":
         kind = "a legacy torch file (a bare pickle)" if head[:1] == b"\x80" else "no zip file as torch.save writes it"
         raise TorchFileError(f"{kind}; {RESAVE}")
-    root, members = _members(handle, size)
+    root, members = _members(handle)
     byteorder = members.get(f"{root}/byteorder")
     if byteorder is not None and os.pread(handle.fileno(), min(byteorder[1], 16), byteorder[0]) != b"little":
         raise TorchFileError(f"written on a big-endian machine; {RESAVE} on a little-endian one")
     start, length = members[f"{root}/data.pkl"]
     if length > MAX_PICKLE_BYTES:
         raise TorchFileError(f"its data.pkl has {length} bytes, more than {MAX_PICKLE_BYTES}")
-    state = _read_pickle(os.pread(handle.fileno(), length, start))
+    state = _unpickle(os.pread(handle.fileno(), length, start))
     if not isinstance(state, dict):
         raise TorchFileError(f"holds {_kind(state)}, not a state dict of names to tensors; {RESAVE}")
     layout, problems = {}, []
@@ -114,8 +149,9 @@ def read_layout(handle: BinaryIO, size: int) -> dict[str, StoredTensor]:
     return layout
 
 
-def _members(handle: BinaryIO, size: int) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The archive's root folder, and (start, bytes) of each member's data."""
+def _members(handle: BinaryIO) -> tuple[str, dict[str, tuple[int, int]]]:
+    """Root folder of the archive, and name of each member -> (start, length) of its data in bytes."""
+    size = os.fstat(handle.fileno()).st_size
     try:
         entries = zipfile.ZipFile(handle).infolist()
     except (zipfile.BadZipFile, ValueError, OSError, RuntimeError, EOFError, struct.error) as error:
@@ -132,7 +168,8 @@ def _members(handle: BinaryIO, size: int) -> tuple[str, dict[str, tuple[int, int
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
             problems.append(f"member {entry.filename!r} is compressed or encrypted; {RESAVE}")
             continue
-        # The local header repeats the name with an extra field of its own length (torch aligns the data with it).
+        # The data begins after the local header, whose extra field may be longer than the directory's: torch aligns
+        # the data with it.
         local = os.pread(handle.fileno(), 30, entry.header_offset) if 0 <= entry.header_offset < size else b""
         if len(local) < 30 or not local.startswith(b"PK\x03\x04"):
             problems.append(f"member {entry.filename!r} has no local header: truncated or corrupt zip")
@@ -147,49 +184,52 @@ def _members(handle: BinaryIO, size: int) -> tuple[str, dict[str, tuple[int, int
 
 
 def _place(tensor: "_Tensor", member: tuple[int, int] | None) -> StoredTensor:
+    """Place in the file of a tensor whose storage is the `member` at (start, length)."""
     storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
     if member is None:
         raise TorchFileError(f"its storage data/{storage.key} is not in the file")
     start, member_bytes = member
-    storage_bytes = storage.count * storage.itemsize
+    storage_bytes = storage.count * (DTYPES[storage.tag].itemsize if storage.tag else 1)
+    itemsize = DTYPES[tensor.tag].itemsize
     if storage_bytes > member_bytes:
         raise TorchFileError(f"its storage needs {storage_bytes} bytes, data/{storage.key} has {member_bytes}")
     if len(shape) > MAX_RANK:
         raise TorchFileError(f"it has {len(shape)} dimensions, more than {MAX_RANK}")
-    if tensor.itemsize * math.prod(max(n, 1) for n in shape) >= 2**63:
+    if itemsize * math.prod(max(n, 1) for n in shape) >= 2**63:
         raise TorchFileError(f"its shape {shape} is too large")
     size = math.prod(shape)
-    # A dimension of 1 is never stepped along: its stride may be anything.
+    # A dimension of 1 is never stepped along, so its stride may be anything.
     strides = tuple(0 if n == 1 else step for n, step in zip(shape, strides, strict=True))
     span = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if size else 0
-    if (tensor.offset + span) * tensor.itemsize > storage_bytes:
+    if (tensor.offset + span) * itemsize > storage_bytes:
         raise TorchFileError(
             f"shape {shape}, strides {strides} and offset {tensor.offset} reach out of its storage of "
             f"{storage_bytes} bytes"
         )
-    if size * tensor.itemsize > max(storage_bytes, MAX_EXPANDED_BYTES):
+    if size * itemsize > max(storage_bytes, MAX_EXPANDED_BYTES):
         raise TorchFileError(f"expands {storage_bytes} bytes to shape {shape}; save it contiguous")
     dense = tuple(0 if n == 1 else math.prod(shape[i + 1 :]) for i, n in enumerate(shape))
-    return StoredTensor(
-        tensor.tag,
-        shape,
-        None if strides == dense or not size else strides,
-        start + tensor.offset * tensor.itemsize,
-    )
+    contiguous = strides == dense or not size
+    return StoredTensor(tensor.tag, shape, None if contiguous else strides, start + tensor.offset * itemsize)
 
 
-# The stack machine.
+# Stand-ins for the objects of torch that a state dict's pickle names. None of them does anything.
 
 
 @dataclass(frozen=True)
-class _Global:
-    name: str  # "module name"
+class _Dtype:
+    tag: str
+
+
+@dataclass(frozen=True)
+class _StorageType:
+    tag: str | None
+    """None: an untyped storage, which counts bytes."""
 
 
 @dataclass(frozen=True)
 class _Storage:
-    tag: str | None  # None: untyped
-    itemsize: int
+    tag: str | None
     key: str
     count: int
 
@@ -198,166 +238,154 @@ class _Storage:
 class _Tensor:
     storage: _Storage
     tag: str
-    itemsize: int
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
-_ORDERED_DICT = "collections OrderedDict"
-_TENSOR_V2 = "torch._utils _rebuild_tensor_v2"
-_TENSOR_V3 = "torch._utils _rebuild_tensor_v3"
-_PARAMETER = "torch._utils _rebuild_parameter"
-_UNTYPED = "torch.storage UntypedStorage"
-_GLOBALS = {_ORDERED_DICT, _TENSOR_V2, _TENSOR_V3, _PARAMETER, _UNTYPED}
-_GLOBALS |= {f"torch {name}" for name in (*STORAGES, *DTYPES)}
+class _Dict(dict):
+    """A dict or OrderedDict of the pickle.
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES"),
-}
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_MARK = object()
+    Keys are strings or integers: hashing a tuple of tuples can overflow the stack, or take time exponential in the
+    size of the file.
+    """
 
+    __slots__ = ()
 
-def _read_pickle(data: bytes) -> Any:
-    try:
-        return _run(data)
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise TorchFileError(f"its data.pkl is corrupt ({type(error).__name__}: {error})") from error
-
-
-def _run(data: bytes) -> Any:
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-
-    def pop_to_mark() -> list[Any]:
-        items = []
-        while (item := stack.pop()) is not _MARK:
-            items.append(item)
-        return items[::-1]
-
-    for opcode, arg, _ in pickletools.genops(data):
-        name = opcode.name
-        if name in ("PROTO", "FRAME"):
-            continue
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _LITERALS:
-            stack.append(arg)
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[arg] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[arg])
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "EMPTY_LIST":
-            stack.append([])
-        elif name == "TUPLE":
-            stack.append(tuple(pop_to_mark()))
-        elif name in _TUPLES:
-            first = len(stack) - _TUPLES[name]
-            stack[first:] = [tuple(stack[first:])]
-        elif name == "APPEND":
-            _append(stack[-2], [stack.pop()])
-        elif name == "APPENDS":
-            items = pop_to_mark()
-            _append(stack[-1], items)
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            _set(stack[-1], [key, value])
-        elif name == "SETITEMS":
-            items = pop_to_mark()
-            _set(stack[-1], items)
-        elif name == "GLOBAL":
-            stack.append(_find(arg))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(_find(f"{module} {attribute}"))
-        elif name == "BINPERSID":
-            stack.append(_storage(stack.pop()))
-        elif name == "REDUCE":
-            args, function = stack.pop(), stack.pop()
-            stack.append(_reduce(function, args))
-        elif name == "BUILD":  # attributes of an OrderedDict: `_metadata` of Module.state_dict(), of no use here
-            stack.pop()
-            if not isinstance(stack[-1], dict):
-                raise TorchFileError(f"refused: its pickle sets the state of {_kind(stack[-1])}; {RESAVE}")
-        elif name == "STOP":
-            if len(stack) != 1 or stack[0] is _MARK:
-                raise ValueError("ends in the middle")
-            return stack.pop()
-        else:
-            raise TorchFileError(f"refused: its pickle uses {name}, which a state dict of tensors never does; {RESAVE}")
-    raise ValueError("no end")
-
-
-def _find(name: str) -> _Global:
-    if name not in _GLOBALS:
-        raise TorchFileError(
-            f"refused: its pickle names {name.replace(' ', '.')!r}, which is no part of a plain state dict "
-            f"(nothing was executed). If you trust its origin, {RESAVE}"
-        )
-    return _Global(name)
-
-
-def _append(items: Any, more: list[Any]) -> None:
-    if not isinstance(items, list):
-        raise TypeError("appends to what is no list")
-    items += more
-
-
-def _set(items: Any, more: list[Any]) -> None:
-    if not isinstance(items, dict) or len(more) % 2:
-        raise TypeError("sets items of what is no dict")
-    for key, value in zip(more[::2], more[1::2], strict=True):
-        # Hashing nested tuples that share their parts takes time exponential in the pickle's length.
+    def __setitem__(self, key: Any, value: Any) -> None:
         if type(key) not in (str, int):
             raise TypeError(f"a dict key of type {type(key).__name__}")
-        items[key] = value
+        super().__setitem__(key, value)
 
 
-def _storage(persistent_id: Any) -> _Storage:
-    kind, cls, key, _, count = persistent_id
-    if kind != "storage" or type(cls) is not _Global or type(key) is not str or type(count) is not int or count < 0:
-        raise ValueError("a reference that is no storage")
-    if cls.name == _UNTYPED:
-        return _Storage(None, 1, key, count)
-    return _Storage(*STORAGES[cls.name.removeprefix("torch ")], key, count)
+def _ordered_dict() -> _Dict:
+    return _Dict()
 
 
-def _reduce(function: Any, args: Any) -> Any:
-    if type(function) is not _Global or type(args) is not tuple:
-        raise TypeError("calls what is no function")
-    if function.name == _ORDERED_DICT and args == ():
-        return {}
-    if function.name == _PARAMETER and len(args) == 3 and isinstance(args[0], _Tensor):
-        return args[0]
-    if function.name not in (_TENSOR_V2, _TENSOR_V3):
-        raise TypeError(f"calls {function.name.replace(' ', '.')} with {len(args)} arguments")
-    storage, offset, shape, strides, _, _, *rest = args
-    if type(storage) is not _Storage:
-        raise TypeError("a tensor without a storage")
-    tag, itemsize = storage.tag, storage.itemsize
-    if function.name == _TENSOR_V3:
-        dtype, *rest = rest
-        tag, itemsize = DTYPES[dtype.name.removeprefix("torch ")] if type(dtype) is _Global else (None, 1)
-    if tag is None:
-        raise TypeError("a tensor without a dtype")
-    if any(rest):  # {"conj": True} or {"neg": True}: the stored numbers are not the tensor's
+def _rebuild_parameter(data: Any, requires_grad: Any, backward_hooks: Any) -> _Tensor:
+    if type(data) is not _Tensor:
+        raise TypeError("a parameter without a tensor")
+    return data
+
+
+def _rebuild_tensor_v2(
+    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+) -> _Tensor:
+    if type(storage) is not _Storage or storage.tag is None:
+        raise TypeError("a tensor without a typed storage")
+    return _rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, _Dtype(storage.tag), metadata)
+
+
+def _rebuild_tensor_v3(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> _Tensor:
+    if type(storage) is not _Storage or type(dtype) is not _Dtype:
+        raise TypeError("a tensor without a storage or a dtype")
+    if metadata:  # {"conj": True} or {"neg": True}: the stored numbers are not the tensor's
         raise TorchFileError(f"holds a lazily conjugated or negated tensor; resolve it and {RESAVE}")
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError("a tensor's offset, shape or strides are no natural numbers")
-    return _Tensor(storage, tag, itemsize, offset, tuple(shape), tuple(strides))
+    return _Tensor(storage, dtype.tag, offset, tuple(shape), tuple(strides))
+
+
+_NAMES: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    ("torch.storage", "UntypedStorage"): _StorageType(None),
+}
+_NAMES |= {("torch", name): _StorageType(tag) for name, tag in STORAGES.items()}
+_NAMES |= {("torch", name): _Dtype(tag) for name, tag in TORCH_DTYPES.items()}
+"""Every (module, name) that a pickle may name -> our stand-in."""
+
+
+class _Opcodes(dict[int, Callable[[Any], None]]):
+    """Opcode -> the method of the unpickler that executes it; others are refused."""
+
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        known = pickletools.code2op.get(chr(code))
+        if known is None:
+            raise ValueError(f"unknown opcode {code}")
+        raise TorchFileError(
+            f"refused: its pickle uses {known.name}, which a state dict of tensors never does; {RESAVE}"
+        )
+
+
+_OPCODES = (
+    *(pickle.PROTO, pickle.FRAME, pickle.MARK, pickle.STOP),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.BINBYTES, pickle.SHORT_BINBYTES),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID, pickle.REDUCE),
+)
+"""Opcodes that `pickle` executes as it always does."""
+
+
+class _StateDictUnpickler(pickle._Unpickler):
+    """Unpickler that imports nothing: names stand for the objects in `_NAMES`, and others end the reading.
+
+    The base class is `pickle.Unpickler` in Python rather than C. The one in C hashes dict keys of any kind and makes
+    its memo as large as the largest index in the file, before a subclass can object.
+    """
+
+    dispatch = _Opcodes({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES})
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Stand-in for an object of torch."""
+        if (module, name) not in _NAMES:
+            full = f"{module}.{name}"
+            raise TorchFileError(
+                f"refused: its pickle names {full!r}, which is no part of a plain state dict "
+                f"(nothing was executed). If you trust its origin, {RESAVE}"
+            )
+        return _NAMES[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Storage that a tensor refers to: `pid` is ("storage", type, key, device, number of elements)."""
+        kind, storage_type, key, _, count = pid
+        if kind != "storage" or type(storage_type) is not _StorageType or type(key) is not str:
+            raise ValueError("a reference that is no storage")
+        if type(count) is not int or count < 0:
+            raise ValueError("a storage whose size is no natural number")
+        return _Storage(storage_type.tag, key, count)
+
+    def load_empty_dictionary(self) -> None:
+        """Pushes a dict that checks its keys."""
+        self.append(_Dict())
+
+    def load_build(self) -> None:
+        """Skips attributes of an OrderedDict: the `_metadata` of `Module.state_dict()`."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], _Dict):
+            raise TorchFileError(f"refused: its pickle sets the state of {_kind(self.stack[-1])}; {RESAVE}")
+
+    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dictionary
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _unpickle(data: bytes) -> Any:
+    try:
+        return _StateDictUnpickler(io.BytesIO(data)).load()
+    except TorchFileError:
+        raise
+    except Exception as error:  # damaged pickles raise errors of many kinds
+        raise TorchFileError(f"its data.pkl is corrupt ({type(error).__name__}: {error})") from error
 
 
 def _kind(value: Any) -> str:
-    names = {_Global: "a function or class", _Tensor: "a bare tensor", _Storage: "a bare storage"}
+    names = {_Dict: "a dict", _Tensor: "a bare tensor", _Storage: "a bare storage"}
+    if callable(value) or isinstance(value, _Dtype | _StorageType):
+        return "a function or class"
     return names.get(type(value), f"a value of type {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""SigLIP, CLIP and DINOv2: configs and keys of transformers."""
+"""Vision encoders of transformers: config.json and keys of SigLIP, CLIP and DINOv2."""
 
 import dataclasses
 import re
@@ -10,15 +10,15 @@ from ross_jax.convert.settings import MAX_LAYERS, Settings
 from ross_jax.models.vision import VisionConfig
 
 PREFIXES = ("vision_model.", "")
-"""transformers 5 writes vision-only checkpoints without the prefix; DINOv2 never had it."""
+"""Prefixes that the keys of a vision tower can have. transformers 5 writes none in vision-only checkpoints."""
 ANCHORS = ("embeddings.position_embedding.weight", "embeddings.position_embeddings", "embeddings.cls_token")
-"""Keys of which every vision tower has one, below its prefix."""
+"""Keys below the prefix, one of which every vision tower has. They tell the prefix."""
 NORMALISATION = {
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-"""Mean and standard deviation of the pictures that the published models were trained on."""
+"""Kind -> (mean, standard deviation) that the published models expect of the colours red, green and blue, in [0, 1]."""
 _MODEL_TYPES = {
     "siglip_vision_model": "siglip",
     "clip_vision_model": "clip",
@@ -28,40 +28,39 @@ _MODEL_TYPES = {
     "dinov2_with_registers": "dinov2",
 }
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh"}
-# What transformers assumes where a config is silent, by `model_type` without `_vision_model`: activation, patch size,
-# epsilon of the norms.
 _DEFAULTS = {
     "siglip": ("gelu_pytorch_tanh", 16, 1e-6),
     "clip": ("quick_gelu", 32, 1e-5),
     "dinov2": ("gelu", 14, 1e-6),
     "dinov2_with_registers": ("gelu", 16, 1e-6),
 }
+"""`model_type` without `_vision_model` -> defaults of transformers: activation, patch size, epsilon of the norms."""
 _CLASS_TOKEN = Transform(lambda x: x[0, 0], lambda x: x[None, None])
 _GATED_KERNEL = Transform(
     lambda x: x.reshape(2, x.shape[0] // 2, x.shape[1]).transpose(2, 0, 1),
     lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
 )
-"""torch Linear of gate and input, one after the other, [2 * out, in] <-> [in, 2, out]."""
+"""Kernel of a torch Linear that computes gate and input: [2 * out, in] <-> [in, 2, out]."""
 _GATED_BIAS = Transform(lambda x: x.reshape(2, -1), lambda x: x.reshape(-1))
 
 
 def model_types() -> list[str]:
-    """`model_type` of the configs that `vision_config` reads."""
+    """Every `model_type` that `vision_config` reads."""
     return list(_MODEL_TYPES)
 
 
 def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
-    """Reads a SigLIP/CLIP/DINOv2 config.json, of the whole model or of its vision tower.
+    """Reads the config.json of SigLIP, CLIP or DINOv2, either of the whole model or of its vision tower.
 
     Args:
-      settings: the parsed file; transformers' defaults, the base model's sizes, fill what it leaves out.
-      where: its name, for messages.
+      settings: the parsed file. Missing fields get the defaults of transformers.
+      where: name of the file, for messages.
 
     Returns:
       A config that selects the last layer but one, as the reference always does for SigLIP.
 
     Raises:
-      ConfigError: what is malformed or not computed by us, by name.
+      ConfigError: names every field that is malformed or not supported.
     """
     model_type = settings["model_type"]
     kind = _MODEL_TYPES[model_type]
@@ -80,7 +79,7 @@ def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
         "patch_size": read.size("patch_size", default_patch),
         "hidden_size": hidden,
         "num_layers": read.size("num_hidden_layers", 12, most=MAX_LAYERS),
-        # No tensor tells the number of heads, so another width's is not guessed.
+        # No tensor's shape tells the number of heads. Only the default width has a default.
         "num_heads": read.size("num_attention_heads", 12 if hidden == 768 else None),
         "activation": _ACTIVATIONS.get(activation),
         "norm_eps": read.number("layer_norm_eps", default_eps),
@@ -89,7 +88,7 @@ def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
         read.only("qkv_bias", True)
         swiglu = fields["swiglu"] = read.flag("use_swiglu_ffn")
         wide = hidden * read.size("mlp_ratio", 4, most=64)
-        # Two thirds for a gated MLP, rounded up to a multiple of 8.
+        # A gated MLP has two thirds of the width, rounded up to a multiple of 8.
         fields["intermediate_size"] = (int(wide * 2 / 3) + 7) // 8 * 8 if swiglu else wide
         registered = model_type == "dinov2_with_registers"
         fields["registers"] = read.size("num_register_tokens", 4, most=2**10) if registered else 0
@@ -99,21 +98,22 @@ def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
 
 
 def teacher_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
-    """As `vision_config`, but its features are transformers' `last_hidden_state`, as a teacher is used.
+    """Reads the config.json of a teacher, whose features are transformers' `last_hidden_state`.
 
-    That is the last layer's output, after the final norm where the model has one for patches: SigLIP and DINOv2.
+    This is the output of the last layer, after the final norm in SigLIP and DINOv2. CLIP's final norm sees the class
+    token only. Arguments and errors are those of `vision_config`.
     """
     config = vision_config(settings, where)
     return dataclasses.replace(config, select_layer=-1, final_norm=config.kind != "clip")
 
 
 def table(config: VisionConfig) -> Table:
-    """Keys below the tower's prefix."""
+    """Table of the keys below the tower's prefix."""
     return _dinov2_table(config) if config.kind == "dinov2" else _siglip_table(config)
 
 
 def _siglip_table(config: VisionConfig) -> Table:
-    """SigLIP and CLIP."""
+    """Table of SigLIP and CLIP."""
     layer, clip = "encoder.layers.{}", config.kind == "clip"
     rows = [
         Row("embeddings.patch_embedding.weight", "patch_embedding/kernel", CONV),
@@ -126,8 +126,8 @@ def _siglip_table(config: VisionConfig) -> Table:
         rows.append(Row("embeddings.patch_embedding.bias", "patch_embedding/bias"))
     if config.layers_used:
         rows += norm(f"{layer}.layer_norm1", "layers/norm1") + norm(f"{layer}.layer_norm2", "layers/norm2")
-        for theirs, ours in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}.items():
-            rows += dense(f"{layer}.self_attn.{theirs}", f"layers/attention/{ours}")
+        for hf_key, path in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}.items():
+            rows += dense(f"{layer}.self_attn.{hf_key}", f"layers/attention/{path}")
         rows += dense(f"{layer}.mlp.fc1", "layers/mlp/up") + dense(f"{layer}.mlp.fc2", "layers/mlp/down")
     if config.final_norm:
         rows += norm("post_layernorm", "final_norm")
@@ -141,7 +141,7 @@ def _siglip_table(config: VisionConfig) -> Table:
 
 
 def _dinov2_table(config: VisionConfig) -> Table:
-    """DINOv2, with or without registers."""
+    """Table of DINOv2, with or without registers."""
     layer = "encoder.layer.{}"
     rows = [
         *conv("embeddings.patch_embeddings.projection", "patch_embedding"),
@@ -169,7 +169,7 @@ def _dinov2_table(config: VisionConfig) -> Table:
 
 
 def _above(config: VisionConfig) -> str:
-    """Pattern of the layers that never run."""
+    """Regular expression of the numbers of the layers above the selected one, which never run."""
     return "|".join(str(i) for i in range(config.layers_used, config.num_layers)) or "none"
 
 
@@ -177,5 +177,5 @@ _OUTSIDE = (r"text_model\..*", r"text_projection\..*", r"visual_projection\..*",
 
 
 def is_outside(key: str) -> bool:
-    """Whether a key belongs to a whole SigLIP/CLIP model, beside its tower: kept, never used."""
+    """Whether a key of a whole SigLIP or CLIP model lies outside its vision tower. Import keeps such tensors aside."""
     return any(re.fullmatch(pattern, key) for pattern in _OUTSIDE)

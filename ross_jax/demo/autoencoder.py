@@ -198,10 +198,10 @@ def save_diffusers(architecture: AutoencoderConfig, params: Params, folder: Path
     (folder / "config.json").write_text(json.dumps(diffusers_settings(architecture), indent=2) + "\n")
     leaves = flatten(params)
     pieces = expand(table(architecture), {path: leaf.shape for path, leaf in leaves.items()})
-    with SafetensorsWriter(folder, _STEM, {piece.key: ("F32", piece.shape) for piece in pieces}) as writer:
+    with SafetensorsWriter(folder, _STEM, {piece.hf_key: ("F32", piece.shape) for piece in pieces}) as writer:
         for piece in pieces:
-            values = piece.transform.to_theirs(np.asarray(leaves[piece.path], np.float32))
-            writer.write(piece.key, np.ascontiguousarray(values))
+            values = piece.transform.to_hf(np.asarray(leaves[piece.path], np.float32))
+            writer.write(piece.hf_key, np.ascontiguousarray(values))
 
 
 def diffusers_settings(architecture: AutoencoderConfig) -> dict[str, Any]:

@@ -317,8 +317,8 @@ def foreign_names(config: RossConfig, tree: Params) -> Iterator[tuple[str, jax.A
         table = TABLES[component](getattr(config, component))
         for piece in expand(table, {path: leaf.shape for path, leaf in flat.items()}):
             leaf = flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer]
-            named = piece.transform.to_theirs(leaf)
-            for key in (piece.key, *(copy for copy, of in table.copies.items() if of == piece.key)):
+            named = piece.transform.to_hf(leaf)
+            for key in (piece.hf_key, *(copy for copy, of in table.copies.items() if of == piece.hf_key)):
                 yield SCOPES[component] + key, named
 
 

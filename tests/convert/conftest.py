@@ -1,4 +1,4 @@
-"""A small full checkpoint."""
+"""Fixtures: a small full checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from convert.foreign import full
 
 @pytest.fixture(scope="session")
 def ross(tmp_path_factory):
-    """A small full checkpoint, not to be changed; `copy` one."""
+    """Small full checkpoint. Tests that change it take `copy`."""
     return full(tmp_path_factory.mktemp("ross"))
 
 

@@ -1,4 +1,4 @@
-"""Foreign checkpoints to import: the goldens, and tiny components of random weights made here."""
+"""Foreign checkpoints for tests of import: the goldens, and tiny components with random weights."""
 
 import dataclasses
 import itertools
@@ -88,7 +88,7 @@ ROSS = LLAMA | {
     "mm_hidden_size": 8,
     "mm_projector_type": "mlp2x_gelu",
 }
-"""Of a full checkpoint beside `towers/clip`, which `full` writes."""
+"""config.json of the full checkpoint that `full` writes beside `towers/clip`."""
 
 
 def random_arrays(shapes: dict[str, tuple[int, ...]], dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
@@ -97,7 +97,7 @@ def random_arrays(shapes: dict[str, tuple[int, ...]], dtype: Any = np.float32, s
 
 
 def component_state(settings: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors of all that the component's settings imply, unused layers included."""
+    """Random tensors of the component that `settings` describe, unused layers included."""
     if "_class_name" in settings:
         return random_arrays(_shapes("autoencoder", autoencoder_config(settings, "")), dtype, seed)
     if "image_size" not in settings:
@@ -113,16 +113,21 @@ def component_state(settings: dict[str, Any], dtype: Any = np.float32, seed: int
 
 def _shapes(kind: str, config: Any) -> dict[str, tuple[int, ...]]:
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(RossConfig(**{kind: config}))[kind]).items()}
-    return {piece.key: piece.shape for piece in expand(TABLES[kind](config), shapes)}
+    return {piece.hf_key: piece.shape for piece in expand(TABLES[kind](config), shapes)}
 
 
 def scoped(state: dict[str, np.ndarray], component: str) -> dict[str, np.ndarray]:
-    """As a full checkpoint names them."""
+    """Gives the tensors of a component the keys of a full checkpoint."""
     return {SCOPES[component] + key: value for key, value in state.items()}
 
 
 def projector_state(sizes: list[int], first: str = "0.") -> dict[str, np.ndarray]:
-    """LLaVA's projector of these sizes; `first` is empty for its plain `linear`."""
+    """Random tensors of LLaVA's projector.
+
+    Args:
+      sizes: widths before, between and after its layers.
+      first: prefix of the first layer's keys. Empty for the type `linear`.
+    """
     shapes = {}
     for i, (size, into) in enumerate(itertools.pairwise(sizes)):
         name = first if i == 0 else f"{2 * i}."
@@ -139,13 +144,13 @@ def save(folder: Path, state: dict[str, np.ndarray], settings: dict[str, Any] | 
 
 
 def component(folder: Path, settings: dict[str, Any], **options: Any) -> Path:
-    """A component's folder."""
+    """Writes the folder of a component with random weights."""
     stem = "diffusion_pytorch_model" if "_class_name" in settings else "model"
     return save(folder, component_state(settings, **options), settings, stem)
 
 
 def full(folder: Path, settings: dict[str, Any] = ROSS, projector: list[int] | None = None) -> Path:
-    """A small full checkpoint `folder/model/checkpoint`: Llama and CLIP, no reconstruction; and the tower it names."""
+    """Writes a small full checkpoint of Llama and CLIP, `folder/model/checkpoint`, and the tower that it names."""
     component(folder / "towers" / "clip", CLIP)
     state = component_state({**settings, "model_type": "llama"})
     state |= scoped(component_state(CLIP, seed=1), "vision") | projector_state(projector or [8, 8, 8])
@@ -153,7 +158,7 @@ def full(folder: Path, settings: dict[str, Any] = ROSS, projector: list[int] | N
 
 
 def golden(name: str, folder: Path) -> Path:
-    """A copy of a golden's folders below `folder`, to be damaged; its full checkpoint."""
+    """Copies the folders of a golden into `folder`, and returns the full checkpoint among them."""
     for part in ("checkpoint", "llm", "vision_tower", "vae"):
         shutil.copytree(GOLDEN / name / part, folder / name / part)
     return folder / name / "checkpoint"
@@ -165,7 +170,7 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 def edit_tensors(file: Path, **changes: Any) -> None:
-    """Replaces tensors of a safetensors file; ABSENT removes one."""
+    """Replaces tensors of a safetensors file. ABSENT removes one."""
     state = {**state_of(file), **changes}
     safetensors.numpy.save_file({key: value for key, value in state.items() if value is not ABSENT}, file)
 
@@ -180,7 +185,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
-    """Names, dtypes and bits."""
+    """Checks that two states have the same keys, dtypes and bits."""
     assert left.keys() == right.keys()
     different = [key for key in left if not identical(left[key], right[key])]
     assert not different
@@ -200,7 +205,7 @@ def import_model(output: Path, *origins: Path, **flags: Any) -> Path:
 
 
 def import_tree(*origins: Path, **flags: Any) -> dict[str, np.ndarray]:
-    """Leaves by path, in memory."""
+    """Imports into memory: path -> array."""
     plan = plan_import([str(origin) for origin in origins], **flags)
     try:
         return flatten(load(plan))
@@ -209,14 +214,14 @@ def import_tree(*origins: Path, **flags: Any) -> dict[str, np.ndarray]:
 
 
 def round_trip(folder: Path, layout: str, *origins: Path, dtype: str | None = None, **flags: Any) -> Path:
-    """Imports and exports again."""
+    """Imports and exports, and returns the exported folder."""
     model = import_model(folder / "imported", *origins, **flags)
     export(model, folder / "exported", layout, dtype)
     return folder / "exported"
 
 
 def refused(*origins: Path | str, **flags: Any) -> str:
-    """The message of an import that must fail."""
+    """Runs an import that must fail, and returns its message."""
     with pytest.raises(UserError) as caught:
         plan = plan_import([str(origin) for origin in origins], **flags)
         load(plan)

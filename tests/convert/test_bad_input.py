@@ -1,4 +1,4 @@
-"""Foreign checkpoints that cannot be used: what, where, and what to do, all in one error."""
+"""Foreign checkpoints that cannot be used: one error names everything that is wrong, and what to do."""
 
 import json
 import os
@@ -46,7 +46,7 @@ TOWER = "model.vision_tower.vision_tower.vision_model."
 EMBEDDING = "model.embed_tokens.weight"
 
 
-# Tensors. One plan finds what is wrong with headers, reading what is wrong with values: one error has both.
+# Tensors. One error has what headers tell and what values tell.
 
 
 def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
@@ -59,7 +59,7 @@ def with_value(shape: tuple[int, ...], value: float, dtype: Any = np.float32) ->
     return array
 
 
-NORM = f"{TOWER}encoder.layers.2.layer_norm1.bias"  # of the last layer, which the selected one leaves unused
+NORM = f"{TOWER}encoder.layers.2.layer_norm1.bias"  # unused: in a layer above the selected one
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_tensors(changes, patterns, copy):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite_in_unused_tensors(value, copy, tmp_path):
-    """A model directory holds them too; and one error names them beside those in use."""
+    """Unused tensors are checked, too, and one error names them and the others."""
     edit_tensors(copy / "model.safetensors", **{NORM: with_value((8,), value), EMBEDDING: with_value((11, 8), value)})
     plan = plan_import([str(copy)])
     with pytest.raises(UserError) as caught:
@@ -170,11 +170,11 @@ def test_two_sources_with_the_same_component(what, tmp_path):
 
 @pytest.fixture(scope="module")
 def inverse() -> dict[str, np.ndarray]:
-    """The tensors of a small denoiser: two blocks, width 16, 4 tokens of 3 channels, condition 8."""
+    """Tensors of a small denoiser: two blocks, width 16, 4 tokens of 3 channels, condition 8."""
     config = DenoiserConfig(condition_size=8, latent_size=3, grid=2, width=16, depth=2)
     leaves = flatten(abstract_params(RossConfig(denoiser=config))["denoiser"])
     pieces = expand(table(config), {path: leaf.shape for path, leaf in leaves.items()})
-    return scoped({piece.key: np.zeros(piece.shape, np.float32) for piece in pieces}, "denoiser")
+    return scoped({piece.hf_key: np.zeros(piece.shape, np.float32) for piece in pieces}, "denoiser")
 
 
 NET = "model.mm_inv_projector.net."
@@ -218,7 +218,7 @@ def test_denoisers(kind, changes, patterns, inverse, tmp_path):
 
 
 def test_another_inverse_projector_is_named(copy):
-    """Ross^R's heads are not the denoiser's `net`."""
+    """The heads of Ross^R have other keys than the denoiser."""
     edit_tensors(copy / "model.safetensors", **{"model.mm_inv_projector.0.weight": zeros(3, 8)})
     edit_json(copy / "config.json", mm_inv_projector_type="mlp2x_gelu")
     assert_says(refused(copy), "mm_inv_projector_type 'mlp2x_gelu' is not supported; expected denoiser_vitNx")
@@ -255,11 +255,11 @@ def test_the_autoencoder_of_a_full_checkpoint(tmp_path):
 
 def test_paths(tmp_path):
     assert_says(refused("/nowhere/at/all"), "/nowhere/at/all: no such folder")
-    theirs = component(tmp_path / "llm", LLAMA)
-    assert_says(refused(theirs / "model.safetensors"), "model.safetensors: is a file; name the folder that holds it")
+    original = component(tmp_path / "llm", LLAMA)
+    assert_says(refused(original / "model.safetensors"), "model.safetensors: is a file; name the folder that holds it")
     assert_says(refused("/nowhere/a", "/nowhere/b"), r"2 problem\(s\)", "/nowhere/a: no such", "/nowhere/b: no such")
-    (theirs / "config.json").unlink()
-    assert_says(refused(theirs), rf"{theirs}/config\.json: missing or empty; it decides all sizes")
+    (original / "config.json").unlink()
+    assert_says(refused(original), rf"{original}/config\.json: missing or empty; it decides all sizes")
     (tmp_path / "empty").mkdir()
     assert_says(refused(tmp_path / "empty"), "config.json: missing or empty")
 
@@ -280,18 +280,17 @@ def test_missing_and_damaged_shards_are_all_named(copy):
     shards[0].unlink()
     shards[2].write_bytes(shards[2].read_bytes()[:-1])
     message = refused(copy)
-    assert_says(message, "2 problems", rf"{shards[0]}: missing", rf"{shards[2]}: truncated: .*copy it again")
+    assert_says(message, "2 problems", rf"{shards[0]}: missing", rf"{shards[2]}: truncated, or .*copy it again")
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "truncated: 0 bytes"),
+        (b"", r"truncated, or not a safetensors file \(.*\); download or copy it again"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n",
             "git-lfs pointer, .*run `git lfs pull`",
         ),
-        (b"\x80\x02}.", "truncated: 4 bytes"),
         (struct.pack("<Q", 2**60), "not a safetensors file"),
     ],
 )
@@ -328,18 +327,18 @@ def test_weights_that_shrink_while_they_are_read(copy, tmp_path):
     file = copy / "model.safetensors"
     with file.open("r+b") as handle:
         handle.truncate(file.stat().st_size // 2)
-    with pytest.raises(UserError, match="has become shorter since it was opened"):
+    with pytest.raises(UserError, match=rf"{file}: cannot read the tensor '.*' \("):
         write(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-# Random damage ends in success or in a UserError.
+# Random damage. Import succeeds or raises a UserError.
 
 VALUES = [None, True, -1, 0, 1, 3, 10**6, 2**40, 1e9, -0.5, float("inf"), "", "x", "8", [], [1], {}, {"a": 1}, [[]]]
 
 
 def damage_json(generator: random.Random, text: str) -> bytes:
-    """Some fields of the file, inner ones too, get other values, names or places; or the text loses its sense."""
+    """Changes the values or names of some fields, nested ones included, or some bytes of the text."""
     if generator.random() < 0.15:
         content = bytearray(text.encode())
         for _ in range(generator.randint(1, 3)):
@@ -391,34 +390,34 @@ def test_damaged_settings(settings, tmp_path):
     else:
         inner = settings.get("vision_config", settings)
         stem = "diffusion_pytorch_model" if "_class_name" in settings else "model"
-        folder = save(tmp_path / "theirs", component_state(inner), settings, stem)
+        folder = save(tmp_path / "original", component_state(inner), settings, stem)
     assert ends_well(folder)
     text = (folder / "config.json").read_text()
     generator = random.Random(0)
     results = []
-    for _ in range(60):
+    for _ in range(30):
         (folder / "config.json").write_bytes(damage_json(generator, text))
         results.append(ends_well(folder))
-    assert 0 < sum(results) < 60  # it neither refuses nor swallows everything
+    assert 0 < sum(results) < 30  # some are accepted, some refused
 
 
 @pytest.mark.parametrize("kind", ["adapters", "llm"])
 def test_damaged_headers(kind, inverse, tmp_path):
-    """Other shapes, dtypes, names and places of the tensors."""
+    """Headers give tensors other shapes, dtypes, names and places."""
     if kind == "llm":
-        folder = component(tmp_path / "theirs", LLAMA)
+        folder = component(tmp_path / "original", LLAMA)
     else:
-        folder = save(tmp_path / "theirs", inverse, None, "mm_inv_projector")
+        folder = save(tmp_path / "original", inverse, None, "mm_inv_projector")
     (file,) = folder.glob("*.safetensors")
     content = file.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     header, data = content[8 : 8 + length].decode(), content[8 + length :]
     generator = random.Random(1)
     results = []
-    for i in range(120):
+    for i in range(60):
         if i % 3:
             damaged = damage_json(generator, header)
-        else:  # a name: of another layer, block or part
+        else:  # a tensor gets the name of another layer, block or part
             names = [name for name in json.loads(header) if name != "__metadata__"]
             old, new = generator.sample(names, 2)
             new = generator.choice([new + "x", re.sub(r"\d+", str(generator.choice([5, 10**12])), old), old[:-3]])

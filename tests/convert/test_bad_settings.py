@@ -1,4 +1,4 @@
-"""Settings of foreign checkpoints that cannot be used: what, where, and what is expected, all in one error."""
+"""Unsupported settings of foreign checkpoints: one error names the file, every field, and what is expected."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def check_config(file: Path, changes: dict[str, Any], patterns: list[str], origi
     edit_json(file, **changes)
     message = refused(origin, **flags)
     assert_says(message, re.escape(str(file)), *patterns)
-    assert "Error" not in message  # no name of a bare exception
+    assert "Error" not in message  # no name of an exception
 
 
 SIZE = "expected a whole number from 1 to"
@@ -94,16 +94,16 @@ SIZE = "expected a whole number from 1 to"
     ],
 )
 def test_language_settings(changes, patterns, tmp_path):
-    theirs = save(tmp_path / "llm", {"x": np.zeros(1, np.float32)}, LLAMA)
-    check_config(theirs / "config.json", changes, patterns, theirs)
+    original = save(tmp_path / "llm", {"x": np.zeros(1, np.float32)}, LLAMA)
+    check_config(original / "config.json", changes, patterns, original)
 
 
 def test_windows_that_no_layer_uses_are_fine(tmp_path):
-    """As of Qwen2-7B, whose config.json names a window that starts above its last layer."""
+    """The config.json of Qwen2-7B has a window that would start above its last layer."""
     settings = LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}
     for more in ({}, {"max_window_layers": 0, "use_sliding_window": False}, {"layer_types": ["full_attention"] * 3}):
-        theirs = component(tmp_path / str(len(more)), settings | more)
-        assert load(plan_import([str(theirs)]))
+        original = component(tmp_path / str(len(more)), settings | more)
+        assert load(plan_import([str(original)]))
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_windows_that_no_layer_uses_are_fine(tmp_path):
     ],
 )
 def test_vision_settings(changes, patterns, tmp_path):
-    theirs = save(tmp_path / "clip", {"x": np.zeros(1, np.float32)}, CLIP)
-    check_config(theirs / "config.json", changes, patterns, theirs)
+    original = save(tmp_path / "clip", {"x": np.zeros(1, np.float32)}, CLIP)
+    check_config(original / "config.json", changes, patterns, original)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_vision_settings(changes, patterns, tmp_path):
     ],
 )
 def test_dinov2_settings(changes, patterns, tmp_path):
-    theirs = save(tmp_path / "dinov2", {"x": np.zeros(1, np.float32)}, DINOV2)
-    check_config(theirs / "config.json", changes, patterns, theirs)
+    original = save(tmp_path / "dinov2", {"x": np.zeros(1, np.float32)}, DINOV2)
+    check_config(original / "config.json", changes, patterns, original)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ def test_dinov2_settings(changes, patterns, tmp_path):
     ],
 )
 def test_autoencoder_settings(changes, patterns, tmp_path):
-    theirs = save(tmp_path / "vae", {"x": np.zeros(1, np.float32)}, VAE, "diffusion_pytorch_model")
-    check_config(theirs / "config.json", changes, patterns, theirs)
+    original = save(tmp_path / "vae", {"x": np.zeros(1, np.float32)}, VAE, "diffusion_pytorch_model")
+    check_config(original / "config.json", changes, patterns, original)
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,8 @@ def test_autoencoder_settings(changes, patterns, tmp_path):
     ],
 )
 def test_tiny_autoencoder_settings(changes, patterns, tmp_path):
-    theirs = save(tmp_path / "vae", {"x": np.zeros(1, np.float32)}, TINY, "diffusion_pytorch_model")
-    check_config(theirs / "config.json", changes, patterns, theirs)
+    original = save(tmp_path / "vae", {"x": np.zeros(1, np.float32)}, TINY, "diffusion_pytorch_model")
+    check_config(original / "config.json", changes, patterns, original)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Import and export: what travels along unused, the settings of Ross, and models composed of several sources."""
+"""Import and export of unused tensors, extra files, settings of Ross, and models composed of several sources."""
 
 import json
 
@@ -33,11 +33,11 @@ from ross_jax.config import UserError
 from ross_jax.convert.exporting import export
 from ross_jax.convert.importing import load, plan_import
 
-# What is kept though it is never used, and what travels along.
+# Unused tensors and extra files.
 
 
 def whole_model(settings: dict, dtype=np.float32) -> tuple[dict[str, np.ndarray], dict]:
-    """A whole SigLIP/CLIP: with text model, projections, logit scale and buffers."""
+    """Tensors and settings of a whole SigLIP or CLIP, with text model, projections, logit scale and buffers."""
     state = component_state(settings, dtype)
     more = {"text_model.final_layer_norm.weight": (8,), "logit_scale": (), "visual_projection.weight": (3, 8)}
     state |= random_arrays(more | {"text_model.encoder.layers.0.mlp.fc1.weight": (4, 8)}, dtype, seed=3)
@@ -50,10 +50,10 @@ def whole_model(settings: dict, dtype=np.float32) -> tuple[dict[str, np.ndarray]
 @pytest.mark.parametrize("settings", [SIGLIP, CLIP])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_whole_siglip_and_clip_come_back(settings, dtype, tmp_path):
-    theirs = save(tmp_path / "theirs", *whole_model(settings, dtype))
-    assert files_of(round_trip(tmp_path, "components", theirs) / "vision_tower") == files_of(theirs)
+    original = save(tmp_path / "original", *whole_model(settings, dtype))
+    assert files_of(round_trip(tmp_path, "components", original) / "vision_tower") == files_of(original)
     tower = component(tmp_path / "tower", settings, dtype=dtype)
-    assert_same(import_tree(theirs), import_tree(tower))
+    assert_same(import_tree(original), import_tree(tower))
 
 
 def test_only_the_tower_of_a_whole_clip_goes_into_a_full_checkpoint(tmp_path):
@@ -65,7 +65,7 @@ def test_only_the_tower_of_a_whole_clip_goes_into_a_full_checkpoint(tmp_path):
 
 
 def test_a_full_checkpoint_has_the_reference_s_names(tmp_path):
-    """Whatever those of the component folders: towers of transformers 5, autoencoders of old diffusers."""
+    """Folders of transformers 5 and old diffusers have other keys than the reference's checkpoint."""
     tower = {key.removeprefix("vision_model."): value for key, value in component_state(SIGLIP).items()}
     save(tmp_path / "tower", tower, SIGLIP)
     vae, old = component_state(VAE), {}
@@ -80,7 +80,7 @@ def test_a_full_checkpoint_has_the_reference_s_names(tmp_path):
     exported = round_trip(tmp_path, "ross", *parts)
     expected = scoped(component_state(SIGLIP), "vision") | scoped(vae, "autoencoder") | component_state(LLAMA)
     assert_same(state_of(exported), expected)
-    # Exported as components again, each keeps the names that it came with.
+    # Exported as folders, components keep the keys that they were imported with.
     export(tmp_path / "imported", tmp_path / "components", "components")
     assert files_of(tmp_path / "components/vision_tower") == files_of(tmp_path / "tower")
     assert files_of(tmp_path / "components/vae") == files_of(tmp_path / "vae")
@@ -97,22 +97,22 @@ def test_buffers_pass_through(tmp_path):
     assert state_of(exported)["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"].dtype == np.int64
 
 
-PASSENGERS = ["tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "generation_config.json"]
+EXTRA_FILES = ["tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "generation_config.json"]
 LEFT = ["README.md", "trainer_state.json", "training_args.bin", "model.safetensors.index.fp16.json", "script.py"]
 
 
 @pytest.mark.parametrize("kind", ["full", "llm", "tower"])
 def test_tokenizer_and_processor_files_pass_through(kind, tmp_path):
     if kind == "full":
-        theirs, folder = full(tmp_path), "."
+        original, folder = full(tmp_path), "."
     else:
-        theirs, folder = tmp_path / "theirs", {"llm": "llm", "tower": "vision_tower"}[kind]
-        component(theirs, {"llm": LLAMA, "tower": CLIP}[kind])
-    expected = files_of(theirs)
-    for i, name in enumerate([*PASSENGERS, *LEFT]):
-        (theirs / name).write_bytes(bytes([i, 255, 0]))
-    exported = round_trip(tmp_path, "ross" if kind == "full" else "components", theirs)
-    expected |= {name: bytes([i, 255, 0]) for i, name in enumerate(PASSENGERS)}
+        original, folder = tmp_path / "original", {"llm": "llm", "tower": "vision_tower"}[kind]
+        component(original, {"llm": LLAMA, "tower": CLIP}[kind])
+    expected = files_of(original)
+    for i, name in enumerate([*EXTRA_FILES, *LEFT]):
+        (original / name).write_bytes(bytes([i, 255, 0]))
+    exported = round_trip(tmp_path, "ross" if kind == "full" else "components", original)
+    expected |= {name: bytes([i, 255, 0]) for i, name in enumerate(EXTRA_FILES)}
     assert files_of(exported / folder) == expected
 
 
@@ -172,7 +172,7 @@ def test_projectors(kind, state, depth, tmp_path):
     export(tmp_path / "imported", tmp_path / "components", "components")
     adapters = tmp_path / "components/adapters"
     assert_same(state_of(adapters / "mm_projector.safetensors") if depth else {}, state)
-    # The adapters alone, and with the other components, are the same projector.
+    # The exported adapters hold the same projector.
     if depth:
         assert plan_import([str(adapters)]).config.projector == config
     again = [adapters] if depth else [checkpoint]
@@ -183,7 +183,7 @@ def test_projectors(kind, state, depth, tmp_path):
 
 
 def test_a_composed_linear_projector_has_the_name_of_its_keys(tmp_path):
-    """LLaVA's `linear` and `mlp1x_gelu` are the same numbers under different names."""
+    """`linear` and `mlp1x_gelu` of LLaVA have different keys for the same tensors."""
     for i, (first, kind) in enumerate([("", "linear"), ("0.", "mlp1x_gelu")]):
         folder = tmp_path / str(i)
         adapters = save(folder / "adapters", projector_state([8, 8], first), None, "mm_projector")
@@ -215,7 +215,7 @@ def test_settings_named_by_a_flag(tmp_path):
 
 
 def test_a_model_is_exported_only_as_what_it_is(tmp_path):
-    model = import_model(tmp_path / "tower", component(tmp_path / "theirs", CLIP))
+    model = import_model(tmp_path / "tower", component(tmp_path / "original", CLIP))
     with pytest.raises(
         UserError, match="has no language model, so it is no full Ross checkpoint; use --format components"
     ):

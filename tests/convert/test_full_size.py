@@ -1,4 +1,7 @@
-"""Import and export of full-size checkpoints of random weights: bit for bit, in bounded memory."""
+"""Import and export of full-size checkpoints with random weights: same bits, bounded memory.
+
+`pytest -m slow -s tests/convert/test_full_size.py` prints the memory table of `ross_jax/convert/README.md`.
+"""
 
 import hashlib
 import json
@@ -63,7 +66,7 @@ ROSS = {
 
 
 def shapes(settings: dict) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the full checkpoint, tensors that we never use included."""
+    """Keys and shapes of the full checkpoint, unused tensors included."""
     family = settings["model_type"].removeprefix("ross_")
     language = language_config(family, settings, "config.json")
     tower = vision_config(known.VISION_TOWERS[TOWER], "tower")
@@ -80,7 +83,7 @@ def shapes(settings: dict) -> dict[str, tuple[int, ...]]:
         prefix = SCOPES[name] + ("vision_model." if name == "vision" else "")
         table = TABLES[name](getattr(config, name))
         for piece in expand(table, {path: leaf.shape for path, leaf in flatten(tree).items()}):
-            found[prefix + piece.key] = piece.shape
+            found[prefix + piece.hf_key] = piece.shape
     head = SCOPES["vision"] + "vision_model."
     found |= {head + "post_layernorm.weight": (1152,), head + "post_layernorm.bias": (1152,)}
     found |= {head + "head.probe": (1, 1, 1152), head + "head.attention.in_proj_weight": (3456, 1152)}
@@ -88,7 +91,7 @@ def shapes(settings: dict) -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(folder: Path, settings: dict) -> dict[str, str]:
-    """Random finite bfloat16 weights; returns the digest of each tensor."""
+    """Writes random finite bfloat16 weights, and returns the digest of each tensor."""
     infos = {key: ("BF16", shape) for key, shape in shapes(settings).items()}
     rng, digests = np.random.default_rng(0), {}
     folder.mkdir(parents=True)
@@ -112,7 +115,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def convert(*args: str) -> float:
-    """Runs the launcher; returns the most memory that it held at once, in GB."""
+    """Runs the launcher, and returns the most memory that it held at once, in GB."""
     command = [sys.executable, "-c", MEASURED, str(REPOSITORY / "launch" / "convert.py"), *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, f"{args} failed: {done.stderr[-2000:]}"
@@ -125,7 +128,6 @@ def convert(*args: str) -> float:
     [pytest.param(QWEN2_7B, 36, 12.0, id="qwen2_7b"), pytest.param(VICUNA_13B, 60, 17.0, id="vicuna_13b")],
 )
 def test_full_size_round_trip(tmp_path, settings, disk, limit):
-    """Recorded with jax 0.10.2, orbax-checkpoint 0.12.8: see the README's table of conversions."""
     if settings is VICUNA_13B and "ROSS_TEST_13B" not in os.environ:
         pytest.skip("set ROSS_TEST_13B=1 for the 13B conversion (60 GB of disk, some 10 minutes)")
     if shutil.disk_usage(tmp_path).free < disk * 1e9:
@@ -142,7 +144,7 @@ def test_full_size_round_trip(tmp_path, settings, disk, limit):
         with open_tensors(back) as files:
             assert sorted(files) == sorted(digests)
             for key, digest in digests.items():
-                assert hashlib.blake2b(files.read_raw(key).tobytes(), digest_size=16).hexdigest() == digest, key
+                assert hashlib.blake2b(files.read(key).tobytes(), digest_size=16).hexdigest() == digest, key
     finally:
         for folder in (source, model, back):
             shutil.rmtree(folder, ignore_errors=True)

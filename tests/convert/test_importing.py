@@ -1,4 +1,4 @@
-"""Import and export: what comes in goes out again, bit for bit, and nothing else."""
+"""Import followed by export gives the same bytes."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ GOLDENS = ["siglip_qwen2", "clip_vicuna"]
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """The goldens' full checkpoints, imported."""
+    """Imported full checkpoints of the goldens: name -> model directory."""
     folder = tmp_path_factory.mktemp("imported")
     return {name: import_model(folder / name, GOLDEN / name / "checkpoint") for name in GOLDENS}
 
@@ -62,24 +62,24 @@ def test_full_checkpoint_comes_back_byte_for_byte(name, imported, tmp_path):
 @pytest.mark.parametrize("name", GOLDENS)
 def test_components_of_a_full_checkpoint(name, imported, tmp_path):
     export(imported[name], tmp_path / "out", "components")
-    out, theirs = files_of(tmp_path / "out"), files_of(GOLDEN / name)
+    out, original = files_of(tmp_path / "out"), files_of(GOLDEN / name)
     settings = json.loads(out.pop("llm/config.json"))
-    assert settings == json.loads(theirs["llm/config.json"])
+    assert settings == json.loads(original["llm/config.json"])
     adapters = {key: out.pop(key) for key in sorted(out) if key.startswith("adapters/")}
     assert list(adapters) == [f"adapters/{n}" for n in ("config.json", "mm_inv_projector.safetensors")] + [
         "adapters/mm_projector.safetensors"
     ]
-    assert adapters["adapters/config.json"] == theirs["checkpoint/config.json"]
-    assert out == {key: theirs[key] for key in out} and len(out) == 7
+    assert adapters["adapters/config.json"] == original["checkpoint/config.json"]
+    assert out == {key: original[key] for key in out} and len(out) == 7
     whole = state_of(GOLDEN / name / "checkpoint")
-    ours = state_of(tmp_path / "out/adapters/mm_projector.safetensors")
-    ours |= state_of(tmp_path / "out/adapters/mm_inv_projector.safetensors")
-    assert_same(ours, {key: whole[key] for key in whole if key.startswith(("model.mm_projector", "model.mm_inv"))})
+    found = state_of(tmp_path / "out/adapters/mm_projector.safetensors")
+    found |= state_of(tmp_path / "out/adapters/mm_inv_projector.safetensors")
+    assert_same(found, {key: whole[key] for key in whole if key.startswith(("model.mm_projector", "model.mm_inv"))})
 
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_components_make_the_same_model(name, imported, tmp_path):
-    """Adapters as torch files, the other components as folders: one tree, and one full checkpoint again."""
+    """Adapters in torch files and folders of the other components give the tree and checkpoint of the full one."""
     whole, folder = state_of(GOLDEN / name / "checkpoint"), tmp_path / "stage1"
     for stem in ("mm_projector", "mm_inv_projector"):
         state = {key: value for key, value in whole.items() if key.startswith(f"model.{stem}.")}
@@ -91,11 +91,13 @@ def test_components_make_the_same_model(name, imported, tmp_path):
     assert (exported / "model.safetensors").read_bytes() == (
         GOLDEN / name / "checkpoint/model.safetensors"
     ).read_bytes()
-    settings, theirs = (
+    settings, original = (
         json.loads((path / "config.json").read_text()) for path in (exported, GOLDEN / name / "checkpoint")
     )
     changed = {
-        key: (settings.get(key), theirs.get(key)) for key in settings | theirs if settings.get(key) != theirs.get(key)
+        key: (settings.get(key), original.get(key))
+        for key in settings | original
+        if settings.get(key) != original.get(key)
     }
     assert changed == {
         "_name_or_path": (None, f"{name}/llm"),
@@ -145,7 +147,7 @@ def test_an_edit_and_nothing_else_is_exported(name, path, layer, key, imported, 
 
 
 def save_arrays(folder: Path, leaves: dict[str, np.ndarray]) -> None:
-    """Leaves by path, as a checkpoint."""
+    """Writes arrays (path -> array) as a checkpoint."""
     streamed = {k: StreamedLeaf(v.shape, v.dtype, lambda v=v: iter([(None, v)])) for k, v in leaves.items()}
     checkpoints.save_streamed(folder, unflatten(streamed))
 
@@ -170,9 +172,9 @@ COMPONENTS = {"llm": LLAMA, "vision_tower": CLIP, "vae": VAE}
     ],
 )
 def test_component_folders_come_back(folder, settings, dtype, tmp_path):
-    theirs = component(tmp_path / "theirs", settings, dtype=dtype)
-    exported = round_trip(tmp_path, "components", theirs)
-    assert files_of(exported / folder) == files_of(theirs)
+    original = component(tmp_path / "original", settings, dtype=dtype)
+    exported = round_trip(tmp_path, "components", original)
+    assert files_of(exported / folder) == files_of(original)
     assert [path.name for path in exported.iterdir()] == [folder]
 
 
@@ -181,7 +183,7 @@ def test_dtype(dtype, tmp_path):
     settings = SIGLIP | {"torch_dtype": "float32"}
     state = component_state(settings)
     state |= {"vision_model.embeddings.position_ids": np.arange(4)[None]}
-    exported = round_trip(tmp_path, "components", save(tmp_path / "theirs", state, settings), dtype=dtype)
+    exported = round_trip(tmp_path, "components", save(tmp_path / "original", state, settings), dtype=dtype)
     target = np.dtype(getattr(ml_dtypes, dtype, dtype))
     expected = {k: v.astype(target) if v.dtype == np.float32 else v for k, v in state.items()}
     assert_same(state_of(exported / "vision_tower"), expected)
@@ -192,12 +194,12 @@ def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path):
     state = component_state(LLAMA)
     state["model.layers.1.mlp.up_proj.weight"][2, 3] = 1e5
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight: has values that float16 cannot hold"):
-        round_trip(tmp_path, "components", save(tmp_path / "theirs", state, LLAMA), dtype="float16")
+        round_trip(tmp_path, "components", save(tmp_path / "original", state, LLAMA), dtype="float16")
     assert [path.name for path in tmp_path.iterdir() if "exported" in path.name] == []
 
 
 def test_layers_of_different_dtypes_come_back(tmp_path):
-    """They share a stacked leaf, and keep their bits: subnormal, negative zero, largest."""
+    """Layers share a stacked leaf. Negative zero, subnormal and largest numbers keep their bits."""
     state = component_state(LLAMA)
     name = "model.layers.{}.mlp.up_proj.weight"
     for i, dtype in enumerate([np.float16, ml_dtypes.bfloat16]):
@@ -205,38 +207,38 @@ def test_layers_of_different_dtypes_come_back(tmp_path):
         values.reshape(-1)[:4] = [-0.0, ml_dtypes.finfo(dtype).smallest_subnormal, ml_dtypes.finfo(dtype).max, 0.1]
         state[name.format(i)] = values
     assert len({state[name.format(i)].dtype for i in range(3)}) == 3
-    theirs = save(tmp_path / "theirs", state, LLAMA)
-    assert files_of(round_trip(tmp_path, "components", theirs) / "llm") == files_of(theirs)
+    original = save(tmp_path / "original", state, LLAMA)
+    assert files_of(round_trip(tmp_path, "components", original) / "llm") == files_of(original)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 @pytest.mark.parametrize("settings, folder", [(QWEN2, "llm"), (DINOV2_GIANT, "vision_tower")])
 def test_sharded_files(settings, folder, suffix, tmp_path):
     state = component_state(settings)
-    theirs = save(tmp_path / "theirs", {}, settings)
-    (theirs / "model.safetensors").unlink()
+    original = save(tmp_path / "original", {}, settings)
+    (original / "model.safetensors").unlink()
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     weight_map = {}
     for i in range(3):
         name = f"{stem}-{i + 1:05d}-of-00003.{suffix}"
         part = {key: state[key] for key in list(state)[i::3]}
         if suffix == "bin":
-            torch_zip.save(theirs / name, part)
+            torch_zip.save(original / name, part)
         else:
-            safetensors.numpy.save_file(part, theirs / name)
+            safetensors.numpy.save_file(part, original / name)
         weight_map |= dict.fromkeys(part, name)
-    (theirs / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    exported = round_trip(tmp_path, "components", theirs)
+    (original / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    exported = round_trip(tmp_path, "components", original)
     assert_same(state_of(exported / folder), state)
     assert sorted(path.name for path in (exported / folder).iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_full_checkpoint_as_torch_file(tmp_path):
-    theirs = full(tmp_path)
-    state = state_of(theirs)
-    torch_zip.save(theirs / "pytorch_model.bin", state)
-    (theirs / "model.safetensors").unlink()
-    assert_same(state_of(round_trip(tmp_path, "ross", theirs)), state)
+    original = full(tmp_path)
+    state = state_of(original)
+    torch_zip.save(original / "pytorch_model.bin", state)
+    (original / "model.safetensors").unlink()
+    assert_same(state_of(round_trip(tmp_path, "ross", original)), state)
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -246,9 +248,9 @@ def test_tied_head(copy, tmp_path):
     assert "lm_head.weight" not in state
     if copy:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    exported = round_trip(tmp_path, "components", save(tmp_path / "theirs", state, settings))
+    exported = round_trip(tmp_path, "components", save(tmp_path / "original", state, settings))
     assert_same(state_of(exported / "llm"), state)
-    # An edit of the embedding shows in its copy too.
+    # Export writes an edited embedding to its copy, too.
     leaves = flatten(
         checkpoints.restore(tmp_path / "imported/params", checkpoints.abstract(tmp_path / "imported/params"))
     )
@@ -266,7 +268,7 @@ def test_copy_of_a_tied_head_that_differs_is_refused(tmp_path):
     settings = QWEN2 | {"tie_word_embeddings": True}
     state = component_state(settings)
     state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1e-3
-    plan = plan_import([str(save(tmp_path / "theirs", state, settings))])
+    plan = plan_import([str(save(tmp_path / "original", state, settings))])
     for _ in range(2):
         with pytest.raises(
             ConversionError, match=r"1 problem.*\n.*lm_head\.weight differs from model\.embed_tokens\.weight"
@@ -290,7 +292,7 @@ def test_full_checkpoints_without_some_components(missing, tmp_path):
     state = {key: value for key, value in state.items() if not key.startswith(dropped)}
     safetensors.numpy.save_file(state, checkpoint / "model.safetensors", {"format": "pt"})
     if "autoencoder" in missing:
-        shutil.rmtree(tmp_path / "clip_vicuna/vae")  # nothing asks for it
+        shutil.rmtree(tmp_path / "clip_vicuna/vae")  # not needed without the autoencoder
     exported = round_trip(tmp_path, "ross", checkpoint)
     assert files_of(exported) == files_of(checkpoint)
     tree = import_tree(checkpoint)

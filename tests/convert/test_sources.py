@@ -1,4 +1,4 @@
-"""Finding what an import is given: kinds of folders, hub ids, and settings that lie elsewhere."""
+"""Opening sources: kinds of folders, hub ids, and settings that a full checkpoint points to."""
 
 import json
 import time
@@ -45,7 +45,7 @@ WHOLE_CLIP = {"model_type": "clip", "vision_config": CLIP}
         (DINOV2, ["model.safetensors"], "vision", ["model"]),
         (DINOV2_REGISTERS, ["model.safetensors"], "vision", ["model"]),
         (VAE, ["diffusion_pytorch_model.safetensors"], "autoencoder", ["diffusion_pytorch_model"]),
-        # TAESD's repository has its halves beside the whole.
+        # The repository of TAESD has encoder and decoder beside the whole autoencoder.
         (
             TINY,
             ["diffusion_pytorch_model.safetensors", "taesd_decoder.safetensors", "taesd_encoder.safetensors"],
@@ -111,7 +111,7 @@ def test_hub_ids_are_known_offline(tmp_path):
 
 @pytest.mark.parametrize("place", ["tower", "pipeline/vae"])
 def test_paths(place, tmp_path):
-    """Absolute, or relative to the folder that holds the checkpoint's parent; a diffusers pipeline holds a `vae`."""
+    """Paths are absolute or relative to the checkpoint's grandparent. In a diffusers pipeline, `vae` is meant."""
     folder, checkpoint = tmp_path / place, tmp_path / "run" / "checkpoint"
     component(folder, CLIP)
     checkpoint.mkdir(parents=True)
@@ -181,15 +181,15 @@ def test_json_that_is_not_there(tmp_path):
         read_json(tmp_path)
 
 
-# The hub, of which there is a stand-in: repositories are folders.
+# Downloads, with a stand-in for the hub whose repositories are folders.
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder of repositories; `hub.wanted` is what was downloaded."""
+    """Stand-in for the hub: `folder` holds its repositories, `downloaded` names the files asked for."""
 
     class Hub:
-        folder, wanted = tmp_path / "hub", None
+        folder, downloaded = tmp_path / "hub", None
 
     def list_repo_files(self, repo):
         if not (Hub.folder / repo).is_dir():
@@ -198,7 +198,7 @@ def hub(tmp_path, monkeypatch):
         return [str(p.relative_to(Hub.folder / repo)) for p in sorted((Hub.folder / repo).rglob("*")) if p.is_file()]
 
     def snapshot_download(repo, allow_patterns):
-        Hub.wanted = sorted(allow_patterns)
+        Hub.downloaded = sorted(allow_patterns)
         return str(Hub.folder / repo)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
@@ -213,7 +213,7 @@ def fill(folder: Path, *names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "files, origin, wanted",
+    "files, origin, expected",
     [
         (
             ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5", "README.md", "onnx/model.onnx"],
@@ -237,11 +237,11 @@ def fill(folder: Path, *names: str) -> None:
         ),
     ],
 )
-def test_what_is_downloaded(files, origin, wanted, hub):
+def test_what_is_downloaded(files, origin, expected, hub):
     fill(hub.folder / "owner/name", *files)
     folder = download(origin)
-    assert hub.wanted == wanted
-    assert folder == hub.folder / "owner/name" / ("vae" if wanted[0].startswith("vae/") else "")
+    assert hub.downloaded == expected
+    assert folder == hub.folder / "owner/name" / ("vae" if expected[0].startswith("vae/") else "")
 
 
 def test_a_hub_id_is_opened(hub, tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ def test_a_hub_id_is_opened(hub, tmp_path, monkeypatch):
     component(hub.folder / "owner/clip", CLIP)
     source = open_source("owner/clip")
     assert (source.kind, source.origin) == ("vision", "owner/clip")
-    component(tmp_path / "owner/clip", SIGLIP)  # a folder of that name comes first
+    component(tmp_path / "owner/clip", SIGLIP)  # a folder of that name is preferred
     assert open_source("owner/clip").settings == SIGLIP
 
 
@@ -287,13 +287,13 @@ def test_offline_is_said_at_once(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("origin", ["/nowhere/at/all", "./owner/name", "a/b/c/d", "name", "../x", "a b/c", "x" * 5000])
 def test_what_is_no_hub_id_is_not_asked_for(origin, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # whose parent has no `x`
+    monkeypatch.chdir(tmp_path)  # its parent has no `x`
     monkeypatch.setattr(sources, "download", lambda _: pytest.fail("asked the hub"))
     with pytest.raises(SourceError, match=r"no such folder|cannot be read"):
         open_source(origin)
 
 
-def test_passengers(tmp_path):
+def test_extra_files(tmp_path):
     save(tmp_path, component_state(LLAMA), LLAMA)
     travel = ["generation_config.json", "merges.txt", "tokenizer.json", "tokenizer.model", "vocab.tiktoken"]
     stay = ["pytorch_model.bin.index.json", "model.safetensors.index.fp16.json", "trainer_state.json", "run.py", "a.md"]

@@ -1,4 +1,4 @@
-"""DINOv2, and a vision encoder as the teacher of a model: there and back."""
+"""Import and export of DINOv2, and of vision encoders as teachers."""
 
 import json
 
@@ -42,9 +42,9 @@ ENCODERS = {
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name not in ("siglip", "clip")])
 def test_dinov2_comes_back(name, dtype, tmp_path):
-    theirs = component(tmp_path / "theirs", ENCODERS[name], dtype=dtype)
-    assert files_of(round_trip(tmp_path, "components", theirs) / "vision_tower") == files_of(theirs)
-    # Only the selected layers run; the rest, the last norm and the mask token are kept aside.
+    original = component(tmp_path / "original", ENCODERS[name], dtype=dtype)
+    assert files_of(round_trip(tmp_path, "components", original) / "vision_tower") == files_of(original)
+    # Layers above the selected one, the last norm and the mask token are not used.
     unused = state_of(tmp_path / "imported/unused/vision.safetensors")
     assert {key for key in unused if not key.startswith("encoder.layer.2.")} == {
         "embeddings.mask_token",
@@ -55,28 +55,28 @@ def test_dinov2_comes_back(name, dtype, tmp_path):
 
 def test_gate_and_input_of_a_gated_mlp(tmp_path):
     """The first half of the rows is the gate."""
-    theirs = component(tmp_path / "theirs", DINOV2_GIANT)
-    ours, state = import_tree(theirs), component_state(DINOV2_GIANT)
+    original = component(tmp_path / "original", DINOV2_GIANT)
+    tree, state = import_tree(original), component_state(DINOV2_GIANT)
     kernel = state["encoder.layer.1.mlp.weights_in.weight"]
-    assert kernel.shape == (32, 8) and ours["vision/layers/mlp/gate_up/kernel"].shape == (2, 8, 2, 16)
-    np.testing.assert_array_equal(ours["vision/layers/mlp/gate_up/kernel"][1, :, 0], kernel[:16].T)
-    np.testing.assert_array_equal(ours["vision/layers/mlp/gate_up/kernel"][1, :, 1], kernel[16:].T)
+    assert kernel.shape == (32, 8) and tree["vision/layers/mlp/gate_up/kernel"].shape == (2, 8, 2, 16)
+    np.testing.assert_array_equal(tree["vision/layers/mlp/gate_up/kernel"][1, :, 0], kernel[:16].T)
+    np.testing.assert_array_equal(tree["vision/layers/mlp/gate_up/kernel"][1, :, 1], kernel[16:].T)
     bias = state["encoder.layer.1.mlp.weights_in.bias"]
-    np.testing.assert_array_equal(ours["vision/layers/mlp/gate_up/bias"][1], [bias[:16], bias[16:]])
+    np.testing.assert_array_equal(tree["vision/layers/mlp/gate_up/bias"][1], [bias[:16], bias[16:]])
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_teacher_comes_back(name, tmp_path):
-    """All its layers and its last norm are in the tree; the exported folder is a teacher again."""
-    theirs = component(tmp_path / "theirs", ENCODERS[name])
-    (theirs / "preprocessor_config.json").write_text('{"image_mean": [1, 2, 3], "image_std": [4, 5, 6]}')
-    model = import_model(tmp_path / "model", teacher=str(theirs))
+    """The tree has all layers and the last norm, and the exported folder imports as a teacher."""
+    original = component(tmp_path / "original", ENCODERS[name])
+    (original / "preprocessor_config.json").write_text('{"image_mean": [1, 2, 3], "image_std": [4, 5, 6]}')
+    model = import_model(tmp_path / "model", teacher=str(original))
     export(model, tmp_path / "out", "components")
-    assert files_of(tmp_path / "out") == {f"teacher/{path}": data for path, data in files_of(theirs).items()}
+    assert files_of(tmp_path / "out") == {f"teacher/{path}": data for path, data in files_of(original).items()}
     config = read_config(model)
     assert (config.teacher.layers_used, config.teacher.select_layer) == (3, -1)
     assert (config.teacher_mean, config.teacher_std) == ((1, 2, 3), (4, 5, 6)) and config.vision is None
-    tree = import_tree(teacher=str(theirs))
+    tree = import_tree(teacher=str(original))
     assert ("teacher/final_norm/scale" in tree) == config.teacher.final_norm == (name != "clip")
     assert_same(import_tree(teacher=str(tmp_path / "out/teacher")), tree)
 
@@ -107,10 +107,10 @@ def test_a_teacher_that_is_part_of_a_whole_clip(tmp_path):
         "logit_scale": np.ones((), np.float32),
         "text_model.x.weight": np.ones(2, np.float32),
     }
-    theirs = save(tmp_path / "theirs", state, {"model_type": "clip", "vision_config": CLIP})
-    model = import_model(tmp_path / "model", teacher=str(theirs))
+    original = save(tmp_path / "original", state, {"model_type": "clip", "vision_config": CLIP})
+    model = import_model(tmp_path / "model", teacher=str(original))
     export(model, tmp_path / "out", "components")
-    assert files_of(tmp_path / "out/teacher") == files_of(theirs)
+    assert files_of(tmp_path / "out/teacher") == files_of(original)
 
 
 def test_what_is_no_teacher(tmp_path):
@@ -122,11 +122,11 @@ def test_what_is_no_teacher(tmp_path):
     state = component_state(DINOV2)
     del state["layernorm.bias"]
     state["encoder.layer.3.norm1.weight"] = state["encoder.layer.0.norm1.weight"]
-    theirs = save(tmp_path / "theirs", state, DINOV2)
-    assert refused(teacher=str(theirs)) == (
-        f"{theirs}: 2 problem(s)\n  {theirs}: : missing: layernorm.bias, expected shape [8]\n"
-        f"  {theirs}: : unmapped: encoder.layer.3.norm1.weight, shape [8]"
+    original = save(tmp_path / "original", state, DINOV2)
+    assert refused(teacher=str(original)) == (
+        f"{original}: 2 problem(s)\n  {original}: : missing: layernorm.bias, expected shape [8]\n"
+        f"  {original}: : unmapped: encoder.layer.3.norm1.weight, shape [8]"
     )
     # Without the last norm it is still a vision encoder.
     del state["encoder.layer.3.norm1.weight"]
-    assert import_tree(save(tmp_path / "theirs", state, DINOV2))
+    assert import_tree(save(tmp_path / "original", state, DINOV2))

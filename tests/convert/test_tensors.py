@@ -1,4 +1,4 @@
-"""Reading and writing weight files: against the safetensors library, and against everything that can be wrong."""
+"""Weight files: written as the safetensors library writes them, found, read in bounded memory, refused when damaged."""
 
 import itertools
 import json
@@ -16,28 +16,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ross_jax.config import UserError
+from ross_jax.convert.dtypes import DTYPES, TAGS
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.tensors import TensorError, TensorFiles, find_weights, open_tensors
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4\n"
-
-DTYPES = [
-    *(np.bool_, np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64),
-    *(np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.complex64),
-    *(ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu),
-]
-
-
-def array_bytes(array: np.ndarray) -> bytes:
-    return np.ascontiguousarray(array).tobytes()
 
 
 @st.composite
 def arrays(draw) -> np.ndarray:
     """Any dtype, any bits, any small shape."""
-    dtype = np.dtype(draw(st.sampled_from(DTYPES)))
+    dtype = draw(st.sampled_from(list(DTYPES.values())))
     shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
     size = math.prod(shape)
     if dtype == np.bool_:
@@ -50,49 +39,41 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lam
 STATES = st.dictionaries(NAMES, arrays(), max_size=6)
 
 
-def layout(state: dict[str, np.ndarray]) -> dict:
-    return {key: (array.dtype, array.shape) for key, array in state.items()}
-
-
 def write(folder: Path, state: dict[str, np.ndarray], stem: str = "model", **options) -> None:
-    with SafetensorsWriter(folder, stem, layout(state), **options) as writer:
+    infos = {key: (TAGS[array.dtype], array.shape) for key, array in state.items()}
+    with SafetensorsWriter(folder, stem, infos, **options) as writer:
         for key in reversed(state):
             writer.write(key, state[key])
+
+
+def library_bytes(state: dict[str, np.ndarray]) -> bytes:
+    return safetensors.numpy.save(state, {"format": "pt"})
 
 
 def assert_holds(files: TensorFiles, state: dict[str, np.ndarray]) -> None:
     assert set(files) == set(state) and len(files) == len(state)
     for key, array in state.items():
-        assert (files[key].dtype, files[key].shape, files[key].nbytes) == (array.dtype, array.shape, array.nbytes)
+        assert (files[key].dtype, files[key].shape) == (array.dtype, array.shape)
         read = files.read(key)
-        assert (read.dtype, read.shape, array_bytes(read)) == (array.dtype, array.shape, array_bytes(array))
-        assert read.flags.c_contiguous and read.flags.writeable and read.flags.owndata
-        assert files.read_raw(key).tobytes() == array_bytes(array)
+        assert (read.dtype, read.shape, read.tobytes()) == (array.dtype, array.shape, array.tobytes())
+        assert read.flags.c_contiguous
 
 
-# Safetensors, against the library.
+# Writing.
 
 
 @settings(max_examples=60, deadline=None)
-@given(STATES, st.sampled_from([None, {}, {"format": "pt"}, {"a \n": "é"}]))
-@example({}, None)
-@example({'"\\\x7f\x01\u2028\U0001f600': np.zeros((), np.float32), "z": np.zeros((0, 3), np.int64)}, {})
-def test_files_are_those_of_the_library(state, metadata):
+@given(STATES)
+@example({})
+@example({'"\\\x7f\x01\u2028\U0001f600': np.zeros((), np.float32), "z": np.zeros((0, 3), np.int64)})
+@example({tag: np.zeros(3, dtype) for tag, dtype in DTYPES.items()})
+def test_files_are_those_of_the_library(state):
     with tempfile.TemporaryDirectory() as name:
-        write(Path(name), state, metadata=metadata)
-        ours = (Path(name) / "model.safetensors").read_bytes()
-        assert ours == safetensors.numpy.save(state, {"format": "pt"} if metadata is None else metadata or None)
-        assert sorted(path.name for path in Path(name).iterdir()) == ["model.safetensors"]
+        write(Path(name), state)
+        assert (Path(name) / "model.safetensors").read_bytes() == library_bytes(state)
+        assert [path.name for path in Path(name).iterdir()] == ["model.safetensors"]
         with open_tensors(Path(name)) as files:
-            assert files.format == "safetensors"
-            assert files.metadata == ({"format": "pt"} if metadata is None else metadata)
             assert_holds(files, state)
-
-
-def test_all_dtypes_are_in_the_order_of_the_library(tmp_path):
-    state = {np.dtype(dtype).name: np.zeros(3, dtype) for dtype in DTYPES}
-    write(tmp_path, state)
-    assert (tmp_path / "model.safetensors").read_bytes() == safetensors.numpy.save(state, {"format": "pt"})
 
 
 @settings(max_examples=40, deadline=None)
@@ -106,71 +87,95 @@ def test_sharding(state, max_shard_bytes):
             assert_holds(files, state)
             groups = [[key for key in state if files[key].file == shard] for shard in shards]
         for shard, group in zip(shards, groups, strict=True):
-            assert shard.read_bytes() == safetensors.numpy.save({key: state[key] for key in group}, {"format": "pt"})
+            assert shard.read_bytes() == library_bytes({key: state[key] for key in group})
             assert group or not state
             assert len(group) <= 1 or sum(state[key].nbytes for key in group) <= max_shard_bytes
         for group, following in itertools.pairwise(groups):
             assert sum(state[key].nbytes for key in [*group, following[0]]) > max_shard_bytes
         assert [key for group in groups for key in group] == list(state)
         index = folder / "diffusion_pytorch_model.safetensors.index.json"
-        if len(shards) == 1:
+        count = len(shards)
+        if count == 1:
             assert shards[0].name == "diffusion_pytorch_model.safetensors" and not index.exists()
-        else:
-            count = len(shards)
-            assert [s.name for s in shards] == [
-                f"diffusion_pytorch_model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
-            ]
-            content = json.loads(index.read_text())
-            assert content["metadata"] == {"total_size": sum(array.nbytes for array in state.values())}
-            assert content["weight_map"] == {k: s.name for s, group in zip(shards, groups, strict=True) for k in group}
-        assert not list(folder.glob("*.partial"))
+            return
+        names = [f"diffusion_pytorch_model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        assert [shard.name for shard in shards] == names
+        assert json.loads(index.read_text()) == {
+            "metadata": {"total_size": sum(array.nbytes for array in state.values())},
+            "weight_map": {key: name for name, group in zip(names, groups, strict=True) for key in group},
+        }
 
 
-GOLDEN_WEIGHTS = sorted(GOLDEN.glob("*/*/*.safetensors"))
-
-
-def test_there_are_golden_checkpoints():
-    assert {file.parent.name for file in GOLDEN_WEIGHTS} >= {"checkpoint", "llm", "vae", "vision_tower"}
-
-
-@pytest.mark.parametrize("file", GOLDEN_WEIGHTS, ids=lambda file: str(file.relative_to(GOLDEN).parent))
-def test_golden_checkpoints_come_back_byte_for_byte(file, tmp_path):
-    with open_tensors(file.parent) as files:
-        infos = {key: (info.dtype, info.shape) for key, info in files.items()}
-        with SafetensorsWriter(tmp_path, file.stem, infos, metadata=files.metadata) as writer:
-            for key in files:
-                writer.write(key, files.read(key))
-    assert (tmp_path / file.name).read_bytes() == file.read_bytes()
-
-
-def test_packed_dtypes_pass_through_as_bytes(tmp_path):
-    header = {
-        "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
-        "b": {"dtype": "F4", "shape": [3, 4], "data_offsets": [4, 10]},
-    }
-    text = json.dumps(header, separators=(",", ":"))
-    text += " " * (-len(text) % 8)
-    file = raw_file(tmp_path / "in" / "model.safetensors", text.encode(), bytes(range(10)))
-    with open_tensors(file) as files:
-        with pytest.raises(TensorError, match="F4 packs"):
-            files.read("b")
-        infos = {key: (info.tag, info.shape) for key, info in files.items()}
-        with SafetensorsWriter(tmp_path / "out", "model", infos, metadata={}) as writer:
-            with pytest.raises(TensorError, match="declared as F4"):
-                writer.write("b", np.zeros((3, 4)))
-            for key in files:
-                writer.write_raw(key, files.read_raw(key))
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == file.read_bytes()
-
-
-def test_reading_and_writing_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("ross_jax.convert.tensors.CHUNK_BYTES", 7)
-    monkeypatch.setattr("ross_jax.convert.safetensors_writer.CHUNK_BYTES", 5)
-    state = {"a": np.arange(1000.0), "b": np.arange(24, dtype=np.int16).reshape(2, 3, 4).transpose(2, 0, 1)}
-    write(tmp_path, state)
+def test_tensors_must_be_as_declared(tmp_path):
+    writer = SafetensorsWriter(tmp_path, "model", {"a": ("F32", (2,)), "b": ("BF16", ())})
+    for array in (np.zeros(2), np.zeros(2, ">f4"), np.zeros((2, 1), np.float32)):
+        with pytest.raises(TensorError, match=r"'a' is declared as F32 \[2\], but"):
+            writer.write("a", array)
+    with pytest.raises(TensorError, match="'c' was not declared"):
+        writer.write("c", np.zeros(2))
+    writer.write("a", np.ones(2, np.float32))
+    with pytest.raises(TensorError, match="'a' was written before"):
+        writer.write("a", np.ones(2, np.float32))
+    writer.write("b", np.asarray(3, ml_dtypes.bfloat16))
+    writer.close()
+    writer.close()
+    with pytest.raises(TensorError, match="after the files were closed"):
+        writer.write("a", np.ones(2, np.float32))
     with open_tensors(tmp_path) as files:
-        assert_holds(files, state)
+        assert files.read("a").tolist() == [1, 1] and files.read("b") == 3
 
+
+def test_incomplete_files_never_get_their_name(tmp_path):
+    writer = SafetensorsWriter(tmp_path, "model", {key: ("F32", (2,)) for key in "abc"}, max_shard_bytes=8)
+    writer.write("b", np.zeros(2, np.float32))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
+    with pytest.raises(TensorError) as caught:
+        writer.close()
+    assert [problem.split("tensor ")[1][:3] for problem in caught.value.problems] == ["'a'", "'c'"]
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TensorError, match="discarded"):
+        writer.close()
+
+
+def test_an_exception_discards(tmp_path):
+    with pytest.raises(RuntimeError), SafetensorsWriter(tmp_path, "model", {"a": ("F32", ())}) as writer:
+        writer.write("a", np.zeros((), np.float32))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_not_overwritten(tmp_path):
+    write(tmp_path, {"a": np.zeros(1)})
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(TensorError, match=r"already holds model\.safetensors"):
+        write(tmp_path, {"a": np.ones(1), "b": np.zeros(9)}, max_shard_bytes=8)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"model.safetensors": before}
+    write(tmp_path, {"a": np.ones(1)}, stem="diffusion_pytorch_model")
+
+
+def test_names_that_safetensors_cannot_hold(tmp_path):
+    with pytest.raises(TensorError, match="2 problems") as caught:
+        SafetensorsWriter(tmp_path, "model", {"__metadata__": ("I8", ()), "a": ("I8", ()), "\ud800": ("I8", ())})
+    for problem, name in zip(caught.value.problems, ["'__metadata__'", r"'\ud800'"], strict=True):
+        assert name in problem
+
+
+def test_disk_errors_are_readable(tmp_path, monkeypatch):
+    writer = SafetensorsWriter(tmp_path, "model", {"a": ("F32", ())})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(TensorError, match="No space left"):
+        writer.write("a", np.zeros((), np.float32))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(TensorError, match=r"file"):
+        SafetensorsWriter(tmp_path / "file", "model", {})
+
+
+# Memory.
 
 MEMORY = """
 import sys
@@ -179,8 +184,8 @@ from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.tensors import open_tensors
 from ross_jax.process import peak_memory
 with open_tensors(Path(sys.argv[1])) as files:
-    infos = {key: (info.dtype, info.shape) for key, info in files.items()}
-    with SafetensorsWriter(Path(sys.argv[2]), "model", infos, metadata={}) as writer:
+    infos = {key: (info.tag, info.shape) for key, info in files.items()}
+    with SafetensorsWriter(Path(sys.argv[2]), "model", infos) as writer:
         before = peak_memory()
         for key in files:
             array = files.read(key)
@@ -194,7 +199,7 @@ with open_tensors(Path(sys.argv[1])) as files:
 def test_memory_holds_one_tensor_at_a_time(tmp_path):
     size = 50_000_000
     header = {
-        str(i): {"dtype": "F32", "shape": [size // 4], "data_offsets": [i * size, (i + 1) * size]} for i in range(6)
+        str(i): {"dtype": "BF16", "shape": [size // 2], "data_offsets": [i * size, (i + 1) * size]} for i in range(6)
     }
     file = raw_file(tmp_path / "model.safetensors", header, b"")
     with file.open("r+b") as handle:
@@ -244,13 +249,6 @@ def test_choice(tmp_path, present, chosen):
     assert find_weights(tmp_path) == tmp_path / chosen
 
 
-def test_names_choose_the_stem(tmp_path):
-    for name in ("model.safetensors", "mm_projector.bin"):
-        (tmp_path / name).touch()
-    assert find_weights(tmp_path, ["mm_projector"]).name == "mm_projector.bin"
-    assert find_weights(tmp_path / "mm_projector.bin").name == "mm_projector.bin"
-
-
 @pytest.mark.parametrize(
     "present, message",
     [
@@ -264,7 +262,7 @@ def test_no_choice(tmp_path, present, message):
         (tmp_path / name).touch()
     with pytest.raises(TensorError, match=message) as caught:
         find_weights(tmp_path)
-    assert isinstance(caught.value, UserError) and str(tmp_path) in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_missing_path(tmp_path):
@@ -283,7 +281,7 @@ def test_index_beside_a_single_file(tmp_path):
         open_tensors(tmp_path)
 
 
-# Sharded files that do not fit together.
+# Shards.
 
 
 def test_all_problems_of_the_shards_are_in_one_error(tmp_path):
@@ -315,26 +313,18 @@ def test_tensors_that_the_index_omits_are_read(tmp_path):
         assert files.read("extra") == 1
 
 
-def test_mixed_formats(tmp_path):
-    save_index(tmp_path / "model.safetensors.index.json", {"a": "1.safetensors", "b": "2.bin"})
-    with pytest.raises(TensorError, match="mixes safetensors and torch"):
-        open_tensors(tmp_path)
-
-
 @pytest.mark.parametrize(
     "text, message",
     [
         (b"{", "no valid JSON"),
         (b"\xff", "no valid JSON"),
         (b"[" * 100_000, "no valid JSON"),
-        (b"[]", "not a JSON object"),
-        (b'{"metadata": {}}', "no weight_map"),
+        (b"[]", "no weight_map"),
         (b'{"weight_map": {}}', "no weight_map"),
-        (b'{"weight_map": {"a": "x.bin", "a": "y.bin"}}', "'a' appears twice"),
         (b'{"weight_map": {"a": 1}}', "1 is no file name"),
         (b'{"weight_map": {"a": "../b.safetensors"}}', "no file name in its folder"),
         (b'{"weight_map": {"a": "/etc/passwd"}}', "no file name in its folder"),
-        (b'{"weight_map": {"a": ".."}}', "not a name of weights"),
+        (b'{"weight_map": {"a": ".."}}', "directory"),
         (LFS_POINTER, "git-lfs pointer"),
     ],
 )
@@ -345,79 +335,45 @@ def test_corrupt_index(tmp_path, text, message):
     assert str(tmp_path) in str(caught.value)
 
 
-# Damaged safetensors.
+# Damaged files. The safetensors library checks headers; here its errors become one line that names the file.
 
 
-def raw_file(file: Path, header: dict | bytes, data: bytes, length: int | None = None) -> Path:
+def raw_file(file: Path, header: dict | bytes, data: bytes) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return file
 
 
-def entry(begin: int, end: int, shape: object, dtype: object = "U8") -> dict:
+def entry(begin: int, end: int, shape: object, dtype: str = "U8") -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 @pytest.mark.parametrize(
     "header, data, message",
     [
-        (b"{]", b"", "no valid JSON"),
-        (b"[]", b"", "not a JSON object"),
-        (b"\xff\xfe", b"", "no valid JSON"),
-        (b'{"a": 1, "a": 2}', b"", "'a' appears twice"),
-        ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
-        ({"__metadata__": "a"}, b"", "__metadata__"),
-        ({"a": 1}, b"", "'a': its entry is not an object"),
-        ({"a": {}}, b"", "'a': unknown dtype None"),
-        ({"a": entry(0, 4, [4], "Q8")}, b"1234", "'a': unknown dtype 'Q8'"),
-        ({"a": entry(0, 4, [4], [])}, b"1234", "'a': unknown dtype"),
-        ({"a": entry(0, 4, [-4])}, b"1234", "'a': its shape"),
-        ({"a": entry(0, 4, [4.0])}, b"1234", "'a': its shape"),
-        ({"a": entry(0, 1, [True])}, b"1", "'a': its shape"),
-        ({"a": entry(0, 4, 4)}, b"1234", "'a': its shape"),
-        ({"a": entry(0, 0, [0, 2**62, 2**62])}, b"", "'a': its shape is too large"),
-        ({"a": entry(0, 1, [1] * 65)}, b"1", "'a': its shape is too large"),
-        ({"a": entry(-4, 0, [4])}, b"1234", "'a': its data_offsets"),
-        ({"a": {**entry(0, 4, [4]), "data_offsets": [4]}}, b"1234", "'a': its data_offsets is no pair"),
-        ({"a": entry(0, 4, [2], "F32")}, b"1234", "takes 8 bytes, its data_offsets span 4"),
-        ({"a": entry(4, 0, [4])}, b"1234", "span -4"),
-        ({"a": entry(0, 4, [4]), "b": entry(0, 4, [4])}, b"1234", "'b' overlaps"),
-        ({"a": entry(0, 4, [4]), "b": entry(2, 6, [4])}, b"123456", "'b' overlaps"),
-        ({"a": entry(0, 2, [2]), "b": entry(4, 6, [2])}, b"123456", "'b' leaves a gap"),
-        ({"a": entry(2, 4, [2])}, b"1234", "'a' leaves a gap"),
-        ({"a": entry(0, 8, [8])}, b"1234", "truncated: .* bytes instead of"),
-        ({"a": entry(0, 4, [4])}, b"12345", "more than its header lists"),
+        (b"{]", b"", "invalid JSON in header"),
+        ({"a": entry(0, 4, [4], "Q8")}, b"1234", "unknown variant `Q8`"),
+        ({"a": entry(0, 4, [2], "F32")}, b"1234", "invalid shape, data type, or offset"),
+        ({"a": entry(0, 4, [4]), "b": entry(0, 4, [4])}, b"1234", "invalid offset for tensor"),
+        ({"a": entry(0, 8, [8])}, b"1234", "file not fully covered"),
+        ({"a": entry(0, 4, [4])}, b"12345", "file not fully covered"),
     ],
 )
 def test_corrupt_safetensors(tmp_path, header, data, message):
     file = raw_file(tmp_path / "model.safetensors", header, data)
-    with pytest.raises(TensorError, match=message) as caught:
+    with pytest.raises(TensorError) as caught:
         open_tensors(file)
-    assert str(file) in str(caught.value)
-    with pytest.raises(Exception):  # noqa: B017  the library refuses each of them too
-        safetensors.numpy.load(file.read_bytes())
-
-
-def test_all_corrupt_entries_are_named(tmp_path):
-    file = raw_file(tmp_path / "model.safetensors", {"a": entry(0, 1, [2]), "b": entry(0, 1, [1], "X")}, b"1")
-    with pytest.raises(TensorError, match="2 problems") as caught:
-        open_tensors(file)
-    assert ["'a'" in caught.value.problems[0], "'b'" in caught.value.problems[1]] == [True, True]
-
-
-@pytest.mark.parametrize("length, message", [(100_000_001, "100000001 bytes"), (99, "truncated: the header ends")])
-def test_header_length(tmp_path, length, message):
-    file = raw_file(tmp_path / "model.safetensors", {}, b"", length=length)
-    with pytest.raises(TensorError, match=message):
-        open_tensors(file)
+    text = str(caught.value)
+    assert text.startswith(f"{file}: truncated, or not a safetensors file (") and text.endswith("copy it again")
+    assert message in text and "\n" not in text
 
 
 def test_every_truncation_is_noticed(tmp_path):
-    whole = safetensors.numpy.save({"a": np.zeros(3), "b": np.zeros((), np.int8)})
+    complete = safetensors.numpy.save({"a": np.zeros(3), "b": np.zeros((), np.int8)})
     file = tmp_path / "model.safetensors"
-    for size in range(len(whole)):
-        file.write_bytes(whole[:size])
+    for size in range(len(complete)):
+        file.write_bytes(complete[:size])
         with pytest.raises(TensorError, match="truncated"):
             open_tensors(file)
 
@@ -433,9 +389,23 @@ def test_damage_never_escapes_as_another_error(position, byte):
         try:
             with open_tensors(file) as files:
                 for key in files:
-                    assert files.read(key).nbytes == files[key].nbytes
+                    assert files.read(key).shape == files[key].shape
         except TensorError:
             pass
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, size",
+    [([3, 4], "F4", 6), ([2], "F8_E4M3", 2), ([1] * 65, "U8", 1), ([0, 2**62, 2**62], "U8", 0)],
+    ids=["packed", "float8", "rank", "huge"],
+)
+def test_tensors_that_numpy_cannot_hold(tmp_path, shape, dtype, size):
+    """Their names and shapes are known all the same, so that an import can list them."""
+    file = raw_file(tmp_path / "model.safetensors", {"a": entry(0, size, shape, dtype)}, bytes(size))
+    with open_tensors(file) as files:
+        assert (files["a"].tag, files["a"].shape) == (dtype, tuple(shape))
+        with pytest.raises(TensorError, match=f"{file}: .*'a'"):
+            files.read("a")
 
 
 def test_other_files(tmp_path):
@@ -443,99 +413,11 @@ def test_other_files(tmp_path):
         (tmp_path / name).touch()
         with pytest.raises(TensorError, match=message):
             open_tensors(tmp_path / name)
-    (tmp_path / "pytorch_model.safetensors").mkdir()
-    with pytest.raises(TensorError, match="directory"):
-        TensorFiles([tmp_path / "pytorch_model.safetensors"])
 
 
 def test_file_that_shrinks_while_open(tmp_path):
     save(tmp_path / "model.safetensors", a=np.zeros(100))
     with open_tensors(tmp_path) as files, (tmp_path / "model.safetensors").open("r+b") as handle:
         handle.truncate(200)
-        with pytest.raises(TensorError, match="shorter"):
+        with pytest.raises(TensorError, match=r"model\.safetensors: cannot read the tensor 'a' \("):
             files.read("a")
-
-
-def test_missing_tensor_is_a_key_error_with_a_message(tmp_path):
-    save(tmp_path / "model.safetensors", a=np.zeros(1))
-    with open_tensors(tmp_path) as files:
-        assert "b" not in files and files.get("b") is None
-        with pytest.raises(TensorError) as caught:
-            files.read("b")
-    assert isinstance(caught.value, KeyError)
-    assert str(caught.value) == f"no tensor 'b' in {tmp_path}/model.safetensors"
-
-
-# The writer's refusals.
-
-
-def test_tensors_must_be_as_declared(tmp_path):
-    writer = SafetensorsWriter(tmp_path, "model", {"a": (np.float32, (2,)), "b": ("BF16", ())})
-    for array in (np.zeros(2), np.zeros(2, ">f4"), np.zeros((2, 1), np.float32)):
-        with pytest.raises(TensorError, match=r"'a' is declared as F32 \[2\], but"):
-            writer.write("a", array)
-    with pytest.raises(TensorError, match="'b' takes uint8"):
-        writer.write_raw("b", np.zeros(1, np.uint8))
-    with pytest.raises(TensorError, match="'c' was not declared"):
-        writer.write("c", np.zeros(2))
-    writer.write("a", np.ones(2, np.float32))
-    with pytest.raises(TensorError, match="'a' was written before"):
-        writer.write("a", np.ones(2, np.float32))
-    writer.write("b", np.asarray(3, ml_dtypes.bfloat16))
-    writer.close()
-    writer.close()
-    with pytest.raises(TensorError, match="after the files were closed"):
-        writer.write("a", np.ones(2, np.float32))
-    with open_tensors(tmp_path) as files:
-        assert files.read("a").tolist() == [1, 1] and files.read("b") == 3
-
-
-def test_incomplete_files_never_get_their_name(tmp_path):
-    writer = SafetensorsWriter(tmp_path, "model", {k: (np.float32, (2,)) for k in "abc"}, max_shard_bytes=8)
-    writer.write("b", np.zeros(2, np.float32))
-    assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
-    with pytest.raises(TensorError) as caught:
-        writer.close()
-    assert [problem.split("tensor ")[1][:3] for problem in caught.value.problems] == ["'a'", "'c'"]
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(TensorError, match="discarded"):
-        writer.close()
-
-
-def test_an_exception_discards(tmp_path):
-    with pytest.raises(RuntimeError), SafetensorsWriter(tmp_path, "model", {"a": (np.float32, ())}) as writer:
-        writer.write("a", np.zeros((), np.float32))
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_weights_are_not_overwritten(tmp_path):
-    write(tmp_path, {"a": np.zeros(1)})
-    before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(TensorError, match=r"already holds model\.safetensors"):
-        write(tmp_path, {"a": np.ones(1), "b": np.zeros(9)}, max_shard_bytes=8)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"model.safetensors": before}
-    write(tmp_path, {"a": np.ones(1)}, stem="diffusion_pytorch_model")
-
-
-def test_declarations_that_safetensors_cannot_hold(tmp_path):
-    infos = {"a": (np.complex128, ()), "__metadata__": (np.int8, ()), "\ud800": (np.int8, ())}
-    with pytest.raises(TensorError, match="3 problems") as caught:
-        SafetensorsWriter(tmp_path, "model", infos)
-    for problem, name in zip(caught.value.problems, ["complex128", "'__metadata__'", r"'\ud800'"], strict=True):
-        assert name in problem
-
-
-def test_disk_errors_are_readable(tmp_path, monkeypatch):
-    writer = SafetensorsWriter(tmp_path, "model", {"a": (np.float32, ())})
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.pwrite", full)
-    with pytest.raises(TensorError, match="No space left"):
-        writer.write("a", np.zeros((), np.float32))
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").touch()
-    with pytest.raises(TensorError, match=r"file"):
-        SafetensorsWriter(tmp_path / "file", "model", {})

@@ -36,17 +36,17 @@ CONFIG = TinyAutoencoderConfig(2, 3, (1, 2, 1), (2, 1, 1), 4)
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_round_trip(dtype, tmp_path):
-    theirs = component(tmp_path / "theirs", TINY, dtype=dtype)
-    assert files_of(round_trip(tmp_path, "components", theirs) / "vae") == files_of(theirs)
+    original = component(tmp_path / "original", TINY, dtype=dtype)
+    assert files_of(round_trip(tmp_path, "components", original) / "vae") == files_of(original)
     assert read_config(tmp_path / "imported").autoencoder == CONFIG
     manifest = checkpoints.read_manifest(tmp_path / "imported")
     assert json.loads(json.dumps(manifest["config"]["autoencoder"]))["kind"] == "tiny"
 
 
 def test_places_of_the_layers(tmp_path):
-    """The numbers of the Sequential, counted by hand: activations and upsampling have one too."""
-    theirs = component(tmp_path / "theirs", TINY)
-    tree, state = import_tree(theirs), state_of(theirs)
+    """The numbers of the Sequential, counted by hand, include activations and upsampling."""
+    original = component(tmp_path / "original", TINY)
+    tree, state = import_tree(original), state_of(original)
     places = {
         "encoder/conv_in": "encoder.layers.0",
         "encoder/block_0_0/conv1": "encoder.layers.1.conv.0",
@@ -61,31 +61,31 @@ def test_places_of_the_layers(tmp_path):
         "decoder/upsample_2": "decoder.layers.8",
         "decoder/conv_out": "decoder.layers.10",
     }
-    for ours, name in places.items():
+    for path, name in places.items():
         kernel = state[f"{name}.weight"].transpose(2, 3, 1, 0)
-        np.testing.assert_array_equal(tree[f"autoencoder/{ours}/kernel"], kernel)
-        assert (f"{name}.bias" in state) == (f"autoencoder/{ours}/bias" in tree) == ("sample" not in ours)
+        np.testing.assert_array_equal(tree[f"autoencoder/{path}/kernel"], kernel)
+        assert (f"{name}.bias" in state) == (f"autoencoder/{path}/bias" in tree) == ("sample" not in path)
 
 
 def test_defaults_are_taesd(tmp_path):
-    """diffusers' own where config.json is silent; of the fields that neither encode nor decode reads, any value."""
+    """Missing fields get the defaults of diffusers. Fields that are not read may have any value."""
     settings = {"_class_name": "AutoencoderTiny", "latent_magnitude": 7, "latent_shift": None, "force_upcast": True}
-    save(tmp_path / "theirs", component_state(settings), settings, STEM)
-    model = import_model(tmp_path / "model", tmp_path / "theirs")
+    save(tmp_path / "original", component_state(settings), settings, STEM)
+    model = import_model(tmp_path / "model", tmp_path / "original")
     assert read_config(model).autoencoder == TinyAutoencoderConfig(64, 64, (1, 3, 3, 3), (3, 3, 3, 1), 4)
 
 
 def test_what_does_not_fit_is_all_named(tmp_path):
-    theirs = component(tmp_path / "theirs", TINY)
+    original = component(tmp_path / "original", TINY)
     changes = {
         "encoder.layers.0.weight": np.zeros((2, 3, 1, 1), np.float32),
         "decoder.layers.5.bias": np.zeros(3, np.float32),
         "encoder.layers.8.pool.0.weight": np.zeros((8, 2, 1, 1), np.float32),
     }
-    edit_tensors(theirs / f"{STEM}.safetensors", **changes)
-    edit_json(theirs / "config.json", latent_channels=5)
+    edit_tensors(original / f"{STEM}.safetensors", **changes)
+    edit_json(original / "config.json", latent_channels=5)
     assert_says(
-        refused(theirs),
+        refused(original),
         r"wrong shape: encoder\.layers\.0\.weight, expected \[2, 3, 3, 3\], found \[2, 3, 1, 1\]",
         r"wrong shape: encoder\.layers\.7\.bias, expected \[5\], found \[4\]",
         r"wrong shape: decoder\.layers\.0\.weight, expected \[3, 5, 3, 3\], found \[3, 4, 3, 3\]",
@@ -96,10 +96,10 @@ def test_what_does_not_fit_is_all_named(tmp_path):
 
 @pytest.mark.parametrize("settings, other", [(TINY, "AutoencoderKL"), (VAE, "AutoencoderTiny")])
 def test_weights_of_the_other_kind(settings, other, tmp_path):
-    theirs = component(tmp_path / "theirs", settings)
+    original = component(tmp_path / "original", settings)
     replaced = {**(VAE if settings is TINY else TINY), "_class_name": other}
-    (theirs / "config.json").write_text(json.dumps(replaced))
-    assert_says(refused(theirs), "missing: encoder", "unmapped: encoder")
+    (original / "config.json").write_text(json.dumps(replaced))
+    assert_says(refused(original), "missing: encoder", "unmapped: encoder")
 
 
 def test_both_kinds_are_one_component(tmp_path):
@@ -117,7 +117,7 @@ def test_the_references_layout_has_no_place_for_it(tmp_path):
 
 
 def test_a_full_checkpoint_that_points_to_one(tmp_path):
-    """Not the reference's work, but as clear as one with a KL autoencoder."""
+    """The reference cannot make such a checkpoint, but its meaning is clear."""
     checkpoint = full(tmp_path)
     state = state_of(checkpoint) | scoped(component_state(TINY), "autoencoder")
     save(checkpoint, state, None)

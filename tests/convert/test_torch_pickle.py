@@ -1,4 +1,4 @@
-"""Files of torch.save, most of them built by hand, so that no torch is needed to test the reading."""
+"""Reading files of torch.save. Most are built by hand, so that the tests need no torch."""
 
 import math
 import os
@@ -57,11 +57,7 @@ UNTYPED = {
     "uint16": np.uint16,
     "uint32": np.uint32,
     "uint64": np.uint64,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
-    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "bfloat16": ml_dtypes.bfloat16,
     "float32": np.float32,
 }
 
@@ -72,13 +68,11 @@ def test_every_storage_class(tmp_path):
     state = {name: tensor(storage(name, name, 6), (2, 3), (3, 1)) for name in arrays}
     file = torch_zip(tmp_path / "pytorch_model.bin", dict_of(state), {k: a.tobytes() for k, a in arrays.items()})
     with open_tensors(tmp_path) as files:
-        assert files.format == "torch" and files.metadata == {}
         assert list(files) == list(arrays)
         for name, array in arrays.items():
             assert (files[name].dtype, files[name].shape, files[name].file) == (array.dtype, array.shape, file)
             read = files.read(name)
             assert (read.dtype, read.tobytes()) == (array.dtype, array.tobytes())
-            assert files.read_raw(name).tobytes() == array.tobytes()
 
 
 def test_dtypes_beside_untyped_storages(tmp_path):
@@ -97,7 +91,7 @@ def test_dtypes_beside_untyped_storages(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_views_of_a_storage(data):
-    """Any shape, strides and offset inside the storage, against numpy."""
+    """Any shape, strides and offset inside the storage give the same array as in NumPy."""
     stored = np.arange(60, dtype=np.float32)
     shape = data.draw(st.lists(st.integers(0, 4), max_size=3))
     room = 60
@@ -115,9 +109,8 @@ def test_views_of_a_storage(data):
         )
         with open_tensors(file) as files:
             read = files.read("x")
-            assert read.shape == expected.shape and read.flags.c_contiguous and read.flags.writeable
+            assert read.shape == expected.shape and read.flags.c_contiguous
             np.testing.assert_array_equal(read, expected)
-            assert files.read_raw("x").tobytes() == expected.tobytes()
 
 
 def test_stride_of_a_single_step_may_be_anything(tmp_path):
@@ -179,7 +172,7 @@ def test_sharded(tmp_path):
         open_tensors(tmp_path)
 
 
-# Pickles that are not what they should be.
+# Malicious and damaged pickles.
 
 
 class Evil:
@@ -209,6 +202,45 @@ def test_nothing_is_executed(tmp_path, protocol, kind):
     assert canary.exists()  # the attack would have worked
 
 
+def test_nothing_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(torch_zip(tmp_path / "a.bin", dict_of({"a": named("trap", "x")})), r"names 'trap\.x'")
+
+
+@pytest.mark.parametrize(
+    "opcodes, name",
+    [
+        (b"\x82\x01", "EXT1"),  # an extension that some library registered
+        (named("torch", "FloatStorage") + b")\x81", "NEWOBJ"),
+        (named("torch", "FloatStorage") + b")}\x92", "NEWOBJ_EX"),
+        (b"(icollections\nOrderedDict\n", "INST"),
+        (b"(" + named("collections", "OrderedDict") + b"o", "OBJ"),
+        (b"P0\n", "PERSID"),
+        (b"\x8f", "EMPTY_SET"),
+        (b"\x96" + struct.pack("<Q", 2**40), "BYTEARRAY8"),
+        (b"\x8b" + struct.pack("<I", 2**30), "LONG4"),
+        (b"S'x'\n", "STRING"),
+    ],
+)
+def test_other_opcodes_are_refused(tmp_path, opcodes, name):
+    refused(torch_zip(tmp_path / "a.bin", dict_of({"a": opcodes})), f"refused: its pickle uses {name}, which")
+
+
+def test_a_memo_index_costs_no_memory(tmp_path):
+    """`pickle` in C makes its memo as large as the index says: here 64 GiB."""
+    item = floats(2, (2,), (1,)) + b"r\xff\xff\xff\xff"
+    torch_zip(tmp_path / "a.bin", dict_of({"a": item, "b": b"j\xff\xff\xff\xff"}), {"0": bytes(8)})
+    with open_tensors(tmp_path / "a.bin") as files:
+        assert list(files) == ["a", "b"]
+
+
+def test_deep_nesting_does_not_overflow_the_stack(tmp_path):
+    deep = number(1) + b"\x85" * 200_000
+    refused(torch_zip(tmp_path / "a.bin", b"}" + deep + number(1) + b"s"), "a dict key of type tuple")
+    refused(torch_zip(tmp_path / "b.bin", dict_of({"a": deep})), "'a': expected a tensor, found a value of type tuple")
+
+
 @pytest.mark.parametrize(
     "module, name",
     [
@@ -229,7 +261,8 @@ def test_other_names_are_refused(tmp_path, module, name):
 
 
 def test_state_is_set_on_nothing_but_dicts(tmp_path):
-    for victim in (floats(1, (), ()), named("collections", "OrderedDict"), string("x")):
+    victims = [floats(1, (), ()), named("collections", "OrderedDict"), named("torch", "FloatStorage"), string("x")]
+    for victim in victims:
         refused(
             torch_zip(tmp_path / "a.bin", victim + dict_of({"shape": number(9)}) + b"b", {"0": b"1234"}),
             "sets the state",
@@ -280,10 +313,7 @@ def test_shared_parts_take_no_exponential_time(tmp_path):
 def test_values_that_are_no_tensors_are_named(tmp_path):
     state = {"state_dict": dict_of({"a": floats(1, (), ())}), "step": number(3), "w": floats(1, (), ())}
     error = refused(torch_zip(tmp_path / "a.bin", dict_of(state), {"0": bytes(4)}), "2 problems")
-    assert (
-        "'state_dict': expected a tensor, found a value of type dict; save only the flat state dict"
-        in error.problems[0]
-    )
+    assert "'state_dict': expected a tensor, found a dict; save only the flat state dict" in error.problems[0]
     assert "'step': expected a tensor, found a value of type int" in error.problems[1]
 
 
@@ -335,12 +365,12 @@ def test_damage_never_escapes_as_another_error(position, byte, insert):
         try:
             with open_tensors(file) as files:
                 for key in files:
-                    assert files.read(key).nbytes == files[key].nbytes <= 2**24
+                    assert files.read(key).nbytes <= 2**24
         except TensorError:
             pass
 
 
-# Zip files that are not what they should be.
+# Other archives, and damaged ones.
 
 
 GOOD = dict_of({"w": floats(4, (4,), (1,))})
@@ -416,7 +446,7 @@ def test_damaged_archives_never_escape_as_another_error(data):
             pass
 
 
-# Against torch.
+# Files that torch writes.
 
 
 @pytest.mark.parity
@@ -425,7 +455,7 @@ def test_files_of_torch(tmp_path, protocol):
     torch = pytest.importorskip("torch")
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for name in torch_pickle.DTYPES:
+    for name in torch_pickle.TORCH_DTYPES:
         bits = torch.randint(0, 2 if name == "bool" else 256, (24 * 8,), dtype=torch.uint8, generator=generator)
         size = torch.empty((), dtype=getattr(torch, name)).element_size()
         state[name] = bits[: 24 * size].view(getattr(torch, name)).reshape(2, 3, 4)
@@ -438,10 +468,8 @@ def test_files_of_torch(tmp_path, protocol):
         assert list(files) == list(state)
         for key, expected in state.items():
             read = files.read(key)
-            assert (read.shape, files[key].tag) == (
-                tuple(expected.shape),
-                torch_pickle.DTYPES[str(expected.dtype)[6:]][0],
-            )
+            tag = torch_pickle.TORCH_DTYPES[str(expected.dtype).removeprefix("torch.")]
+            assert (read.shape, files[key].tag) == (tuple(expected.shape), tag)
             expected = expected.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
             assert read.tobytes() == expected.tobytes()
 

@@ -1,7 +1,8 @@
-"""What foreign layouts cannot hold is refused by name, and left out on request."""
+"""Export refuses components that a layout cannot hold, and leaves components out on request."""
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -23,33 +24,34 @@ from ross_jax import checkpoints
 from ross_jax.config import UserError, to_dict
 from ross_jax.convert.exporting import export, read_config
 from ross_jax.convert.importing import SCOPES
+from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.regressor import RegressorConfig
-from ross_jax.models.ross import abstract_params
+from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.tree import flatten, unflatten
 
 CHECKPOINT = GOLDEN / "siglip_qwen2" / "checkpoint"
 INVERSE = {"mm_inv_hidden_size", "mm_inv_projector_lr", "mm_inv_projector_type", "use_mm_inv_proj"}
-"""Fields of the golden's config.json that speak of its denoiser."""
+"""Fields of the golden's config.json that describe its denoiser."""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """The golden, with a DINOv2 as teacher."""
+    """Imported golden with a DINOv2 as teacher."""
     folder = tmp_path_factory.mktemp("model")
     return import_model(folder / "model", CHECKPOINT, teacher=str(component(folder / "dinov2", DINOV2)))
 
 
 @pytest.fixture(scope="module")
 def regressing(model, tmp_path_factory) -> Path:
-    """The same after a run that trained a regressor instead of the denoiser."""
+    """Model directory as a run leaves it that started from `model` and trained a regressor instead of the denoiser."""
     folder, config = tmp_path_factory.mktemp("regressing") / "model", read_config(model)
     shutil.copytree(model / "files", folder / "files")
     shutil.copytree(model / "unused", folder / "unused")
     regressor = RegressorConfig("features", config.language.hidden_size, config.teacher.hidden_size, 5)
     config = dataclasses.replace(config, denoiser=None, regressor=regressor)
-    wanted = abstract_params(config)
-    tree = checkpoints.restore_model(model, {name: wanted[name] for name in wanted if name != "regressor"})
-    tree["regressor"] = unflatten({p: np.ones(x.shape, np.float32) for p, x in flatten(wanted["regressor"]).items()})
+    shapes = abstract_params(config)
+    tree = checkpoints.restore_model(model, {name: shapes[name] for name in shapes if name != "regressor"})
+    tree["regressor"] = unflatten({p: np.ones(x.shape, np.float32) for p, x in flatten(shapes["regressor"]).items()})
     leaves = {
         path: checkpoints.StreamedLeaf(leaf.shape, leaf.dtype, lambda leaf=leaf: iter([(None, leaf)]))
         for path, leaf in flatten(tree).items()
@@ -64,16 +66,16 @@ def settings_of(folder: Path) -> dict:
 
 
 def check_ross(exported: Path, left_out: list[str], fields: set[str], enabled: bool) -> None:
-    """The golden less some components and fields, otherwise the same bytes."""
-    theirs, expected = state_of(CHECKPOINT), settings_of(CHECKPOINT)
+    """Checks that an export is the golden without some components and fields, and otherwise has the same bytes."""
+    original, expected = state_of(CHECKPOINT), settings_of(CHECKPOINT)
     scopes = tuple(SCOPES[name] for name in left_out)
-    assert_same(state_of(exported), {key: x for key, x in theirs.items() if not scopes or not key.startswith(scopes)})
+    assert_same(state_of(exported), {key: x for key, x in original.items() if not scopes or not key.startswith(scopes)})
     assert fields < set(expected)
     expected = {key: value for key, value in expected.items() if key not in fields}
     assert settings_of(exported) == expected | {"ross_enable": enabled}
-    ours, golden = files_of(exported), files_of(CHECKPOINT)
-    assert ours.keys() == golden.keys()
-    assert {name for name in ours if ours[name] != golden[name]} <= {"config.json", "model.safetensors"}
+    found, golden = files_of(exported), files_of(CHECKPOINT)
+    assert found.keys() == golden.keys()
+    assert {name for name in found if found[name] != golden[name]} <= {"config.json", "model.safetensors"}
 
 
 def test_a_teacher_left_out(model, tmp_path):
@@ -87,7 +89,7 @@ def test_a_denoiser_left_out(model, tmp_path):
 
 
 def test_nothing_that_reconstructs(model, tmp_path):
-    """What is left is LLaVA's, and imports as that."""
+    """Without denoiser and autoencoder, the export is a LLaVA checkpoint and imports as one."""
     export(model, tmp_path / "out", "ross", without=["denoiser", "autoencoder", "teacher"])
     check_ross(tmp_path / "out", ["denoiser", "autoencoder"], INVERSE | {"mm_pixel_decoder"}, False)
     flags = {"vision_tower": CHECKPOINT.parent / "vision_tower"}
@@ -100,7 +102,7 @@ def test_nothing_that_reconstructs(model, tmp_path):
 
 
 def test_a_regressor_left_out(regressing, tmp_path):
-    """The imported config.json still speaks of a denoiser, which the run did away with."""
+    """The imported config.json still describes the denoiser that the run replaced."""
     export(regressing, tmp_path / "out", "ross", without=["regressor", "teacher"])
     check_ross(tmp_path / "out", ["denoiser"], INVERSE, False)
     export(regressing, tmp_path / "parts", "components", without=["regressor"])
@@ -154,6 +156,15 @@ def test_the_reference_has_no_dinov2(tmp_path):
     model = import_model(tmp_path / "model", *parts)
     message = f"{model}: the reference has no vision tower dinov2; use --format components"
     assert refusal(model, tmp_path / "out", "ross") == message
+
+
+@pytest.mark.parametrize("field, value", [("prediction", "v"), ("schedule", "sigmoid"), ("block", "vit")])
+def test_denoisers_that_layouts_cannot_describe(field, value, tmp_path):
+    config = RossConfig(denoiser=dataclasses.replace(DenoiserConfig(64, 64, 2, 32, 2, num_heads=4), **{field: value}))
+    checkpoints.write_manifest(tmp_path, {"config": to_dict(config), "foreign": {}})
+    for layout in ("ross", "components"):
+        message = refusal(tmp_path, tmp_path / "out", layout)
+        assert re.search(rf"denoiser has {field} '{value}', foreign layouts know only .* --without denoiser", message)
 
 
 def test_names_that_are_none(model, tmp_path):

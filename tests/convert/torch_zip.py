@@ -1,4 +1,4 @@
-"""Files as torch.save writes them, built by hand, so that no torch is needed to test the reading."""
+"""Writes files as torch.save does, without torch."""
 
 import struct
 import warnings
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Pickle opcodes, written out: `pickle` itself can name torch's classes only where torch is installed.
+# Opcodes are written by hand: the pickle module can name the classes of torch only where torch is installed.
 
 
 def string(text: str) -> bytes:
@@ -58,13 +58,13 @@ def floats(count: int, shape, strides, offset: int = 0) -> bytes:
 
 
 def torch_zip(file: Path, state: bytes, data: dict[str, bytes] | None = None, extra=None, **options) -> Path:
-    """As torch lays it out; the local headers have an alignment field that the directory lacks."""
+    """Writes the archive as torch lays it out: local headers have an alignment field that the directory lacks."""
     members = {"data.pkl": b"\x80\x02" + state + b".", "version": b"3\n", "byteorder": b"little"}
     members |= {f"data/{key}": content for key, content in (data or {}).items()}
     members |= extra or {}
     file.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), zipfile.ZipFile(file, "w", **options) as archive:
-        warnings.simplefilter("ignore", UserWarning)  # of names that are there twice
+        warnings.simplefilter("ignore", UserWarning)  # duplicate names
         for name, content in members.items():
             info = zipfile.ZipInfo(f"archive/{name}")
             info.compress_type = archive.compression
@@ -78,7 +78,7 @@ CLASSES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFl
 
 
 def save(file: Path, state: dict[str, np.ndarray]) -> Path:
-    """A state dict of contiguous tensors."""
+    """Saves a state dict of contiguous tensors."""
     items, data = {}, {}
     for i, (key, array) in enumerate(state.items()):
         strides = [int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim)]

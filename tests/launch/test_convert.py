@@ -1,4 +1,4 @@
-"""`launch/convert.py`: what it prints and returns, and that nothing half-written is ever left under a model's name."""
+"""`launch/convert.py`: what it prints and returns, and that an output is complete or not there."""
 
 import json
 import os
@@ -36,7 +36,7 @@ SCRIPT = REPOSITORY / "launch" / "convert.py"
 
 
 def run(*arguments: str | Path, before: str = "", **options) -> subprocess.CompletedProcess:
-    """The script as users run it, if need be with something done `before` in its process."""
+    """Runs the script in a process of its own, after the statements `before`."""
     prelude = f"import runpy, sys; sys.argv[0] = {str(SCRIPT)!r}; {before}\n"
     command = [sys.executable, "-c", f"{prelude}runpy.run_path({str(SCRIPT)!r}, run_name='__main__')", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=120, **options)
@@ -44,13 +44,13 @@ def run(*arguments: str | Path, before: str = "", **options) -> subprocess.Compl
 
 @pytest.fixture
 def main(monkeypatch, capsys):
-    """The script's main function in this process: (arguments) -> exit status, output, error output."""
+    """The script's main function, in this process: (arguments) -> exit status, output, error output."""
     module = load_script("convert")
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         try:
             status = module.main([str(argument) for argument in arguments])
-        except SystemExit as error:  # of argparse
+        except SystemExit as error:  # raised by argparse
             status = error.code
         return status, *capsys.readouterr()
 
@@ -62,7 +62,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_there_and_back(tmp_path):
-    """The commands of the usage text, each in a process of its own."""
+    """The commands of the usage text."""
     golden = GOLDEN / "siglip_qwen2" / "checkpoint"
     done = run("import", "--from", golden, "--output", tmp_path / "model")
     assert (done.returncode, done.stdout) == (
@@ -137,11 +137,11 @@ def test_errors_have_no_traceback(tmp_path):
 
 
 def test_outputs_that_cannot_be(main, tmp_path):
-    theirs = component(tmp_path / "llm", LLAMA)
+    original = component(tmp_path / "llm", LLAMA)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").touch()
-    model = import_model(tmp_path / "model", theirs)
-    for command in (["import", "--from", theirs], ["export", "--from", model, "--format", "components"]):
+    model = import_model(tmp_path / "model", original)
+    for command in (["import", "--from", original], ["export", "--from", model, "--format", "components"]):
         for output, message in [
             ("taken", "exists already; choose another output or remove it first"),
             ("taken/x", "exists already; choose another output or remove it first"),
@@ -155,9 +155,9 @@ def test_outputs_that_cannot_be(main, tmp_path):
 def test_models_that_cannot_be_exported(main, tmp_path):
     command = ["export", "--format", "components", "--output", tmp_path / "out", "--from"]
     assert f"error: {tmp_path}/nowhere: no such directory" in main(*command, tmp_path / "nowhere")[2]
-    theirs = component(tmp_path / "llm", LLAMA)
-    assert f"{theirs}: no ross_jax.json in it, so it is no ross_jax model" in main(*command, theirs)[2]
-    model = import_model(tmp_path / "model", theirs)
+    original = component(tmp_path / "llm", LLAMA)
+    assert f"{original}: no ross_jax.json in it, so it is no ross_jax model" in main(*command, original)[2]
+    model = import_model(tmp_path / "model", original)
     manifest = json.loads((model / MANIFEST).read_text())
     for change, message in [
         ({"format": 7}, "format 7, this version reads 1"),
@@ -193,23 +193,23 @@ def test_damaged_parameters(kept, message, main, tmp_path):
     assert names(tmp_path) == ["llm", "model"]
 
 
-# A full disk: files that cannot grow.
+# A full disk, imitated by a limit on the size of files.
 
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 
 
 @pytest.mark.parametrize("what", ["parameters", "unused", "manifest", "export"])
 def test_a_full_disk(what, tmp_path):
-    """Orbax, the safetensors writer and plain files: one line is said, nothing is left."""
+    """Whether Orbax, the safetensors writer or a plain write fails, there is one line of error, and no file is left."""
     state = component_state(CLIP)
     if what == "unused":
         state["text_model.embeddings.token_embedding.weight"] = np.ones((1000, 100), np.float32)
-    theirs = save(tmp_path / "theirs", state, CLIP)
+    original = save(tmp_path / "original", state, CLIP)
     if what == "manifest":
-        edit_json(theirs / "config.json", comment="x" * 300_000)
-    command = ["import", "--from", theirs]
+        edit_json(original / "config.json", comment="x" * 300_000)
+    command = ["import", "--from", original]
     if what == "export":
-        command = ["export", "--format", "components", "--from", import_model(tmp_path / "model", theirs)]
+        command = ["export", "--format", "components", "--from", import_model(tmp_path / "model", original)]
     before = names(tmp_path)
     limit = {"parameters": 1000, "unused": 200_000, "manifest": 200_000, "export": 1000}[what]
     done = run(*command, "--output", tmp_path / "out", before=LIMIT.format(limit))
@@ -219,8 +219,8 @@ def test_a_full_disk(what, tmp_path):
     assert names(tmp_path) == before
 
 
-# Killed, and beside one another. Conversions are slowed, so that they last; each runs in a fork of one process, which
-# itself uses nothing of JAX.
+# Conversions that are killed or run at once. They are slowed down, so that they last. Each runs in a fork of one
+# process, which itself does not use JAX.
 
 SLOWED = """
 import json, os, shutil, signal, sys, time
@@ -238,7 +238,7 @@ def slowed(function, seconds):
         return result
     return call
 
-importing.is_finite = slowed(importing.is_finite, 0.01)  # asked of every tensor
+importing.is_finite = slowed(importing.is_finite, 0.01)  # called for every tensor
 SafetensorsWriter.write = slowed(SafetensorsWriter.write, 0.01)
 SafetensorsWriter.close = slowed(SafetensorsWriter.close, 0.1)
 checkpoints.write_manifest = slowed(checkpoints.write_manifest, 0.1)
@@ -279,7 +279,7 @@ for i in range(6):
 
 
 def killed(folder: Path, *command: str | Path) -> list[Path]:
-    """Kills a conversion at six moments. Complete outputs: of those that came first, and of the runs after each."""
+    """Kills a conversion at six moments, and returns all complete outputs: some came before the kill, some after it."""
     folder.mkdir()
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{SCRIPT.parent}"}
     arguments = [sys.executable, "-c", KILLED, str(folder), *map(str, command)]
@@ -288,75 +288,86 @@ def killed(folder: Path, *command: str | Path) -> list[Path]:
     lines = [line for line in done.stdout.splitlines() if not line.startswith(str(folder))]
     assert len(lines) == 6
     for i, line in enumerate(lines):
-        assert line.startswith(f"{i} 0 ") and ".out" not in line  # the next run succeeds, and clears what was left
+        assert line.startswith(f"{i} 0 ") and ".out" not in line  # the next run succeeds, and removes what was left
     assert len(list(folder.glob("left*"))) >= 2  # some were killed in the middle
     return [folder / "whole", *folder.glob("next*"), *folder.glob("out*")]
 
 
 @pytest.mark.slow
 def test_killed_imports(tmp_path):
-    theirs = component(tmp_path / "theirs", CLIP)
-    complete = killed(tmp_path / "killed", "import", "--from", theirs)
-    # Complete too is what was killed in its very last moment, just before it got its name.
+    original = component(tmp_path / "original", CLIP)
+    complete = killed(tmp_path / "killed", "import", "--from", original)
+    # A run that was killed just before the last renaming is complete, too.
     left = list((tmp_path / "killed").glob("left*"))
     for i, model in enumerate([*complete, *(folder for folder in left if (folder / MANIFEST).exists())]):
         export(model, tmp_path / f"export{i}", "components")
-        assert_same(state_of(tmp_path / f"export{i}/vision_tower"), state_of(theirs))
+        assert_same(state_of(tmp_path / f"export{i}/vision_tower"), state_of(original))
     for folder in left:
         if not (folder / MANIFEST).exists():
             with pytest.raises(UserError, match="no ross_jax model"):
                 export(folder, tmp_path / "out", "components")
 
 
+@pytest.mark.slow
 def test_killed_exports(tmp_path):
-    theirs = component(tmp_path / "theirs", CLIP)
-    model = import_model(tmp_path / "model", theirs)
+    original = component(tmp_path / "original", CLIP)
+    model = import_model(tmp_path / "model", original)
     complete = killed(tmp_path / "killed", "export", "--format", "components", "--from", model)
     for folder in complete:
-        assert names(folder) == ["vision_tower"] and names(folder / "vision_tower") == names(theirs)
+        assert names(folder) == ["vision_tower"] and names(folder / "vision_tower") == names(original)
         assert all(
-            (folder / "vision_tower" / name).read_bytes() == (theirs / name).read_bytes() for name in names(theirs)
+            (folder / "vision_tower" / name).read_bytes() == (original / name).read_bytes() for name in names(original)
         )
     for left in (tmp_path / "killed").glob("left*"):
         try:
             found = import_tree(left / "vision_tower")
         except UserError:
             continue
-        assert_same(found, import_tree(theirs))
+        assert_same(found, import_tree(original))
 
 
 TWO = (
     SLOWED
     + """
 folder, command = Path(sys.argv[1]), sys.argv[2:]
+release, write_manifest = folder.with_name("release"), checkpoints.write_manifest
+
+def released(*args):
+    while not release.exists():
+        time.sleep(0.01)
+    write_manifest(*args)
+
+checkpoints.write_manifest = released
 first = start(command, folder / "out")
 while not (folder / ".out.incomplete").exists():
     time.sleep(0.01)
 status = convert.main([*command, "--output", str(folder / "out")])
+release.touch()
 print(status, wait(first), sorted(os.listdir(folder)))
 """
 )
 
 
 def test_two_at_once(tmp_path):
-    theirs = component(tmp_path / "llm", LLAMA)
+    """The second gives up while the first, which waits for it, holds the lock."""
+    original = component(tmp_path / "llm", LLAMA)
     (tmp_path / "both").mkdir()
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{SCRIPT.parent}"}
-    command = [sys.executable, "-c", TWO, tmp_path / "both", "import", "--from", theirs]
+    command = [sys.executable, "-c", TWO, tmp_path / "both", "import", "--from", original]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=120)
     assert done.stderr == f"error: {tmp_path}/both/out: another process is writing it\n"
     assert done.stdout.splitlines()[-1] == "1 0 ['out']"
     export(tmp_path / "both" / "out", tmp_path / "again", "components")
-    assert_same(state_of(tmp_path / "again" / "llm"), state_of(theirs))
+    assert_same(state_of(tmp_path / "again" / "llm"), state_of(original))
 
 
 def test_an_interrupt_ends_it_at_once(tmp_path):
-    """Ctrl-C while a thread of Orbax's is at work, here a slow one."""
-    theirs = component(tmp_path / "llm", LLAMA)
+    """Ctrl-C ends the process while a slow thread of Orbax is at work."""
+    original = component(tmp_path / "llm", LLAMA)
     interrupt = "lambda _: (os.kill(os.getpid(), signal.SIGINT), time.sleep(100))"
     slow = f"import os, signal, time; from ross_jax.convert import importing; importing.is_finite = {interrupt}"
     begin = time.monotonic()
-    done = run("import", "--from", theirs, "--output", tmp_path / "out", before=slow)
+    done = run("import", "--from", original, "--output", tmp_path / "out", before=slow)
     assert time.monotonic() - begin < 100
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted; nothing was converted\n")
     assert not (tmp_path / "out").exists()
