@@ -183,7 +183,7 @@ def test_the_same_with_the_real_tokenizers(real_encoder, template, data):
 
 @pytest.mark.parametrize("template", ["v1", "qwen_2", "llama3"])
 def test_default_equals_the_reference_where_it_loses_nothing(real_encoder, template):
-    """Same ids on ordinary records, so that released weights see what they were trained on; every stop supervised."""
+    """Ids of ordinary records, so that released weights see what they were trained on. Every stop is supervised."""
     _, encode = real_encoder(template)
     broken = {"role_strings_in_question"}  # all labels lost
     if template != "llama3":
@@ -489,7 +489,7 @@ def test_a_chat_template_brings_its_own_start_token():
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.text("an A.|>x é", min_size=1, max_size=8), min_size=2, max_size=6))
 def test_chatml_equals_apply_chat_template(texts):
-    """On text without special tokens the ids are those of transformers, but for merges across an answer's border."""
+    """Text without special tokens gets the ids of transformers, except for merges across the border of an answer."""
     tokenizer, encode = tiny_encoder("chatml", "byte_level")
     texts = texts[: len(texts) // 2 * 2]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]

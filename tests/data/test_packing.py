@@ -67,7 +67,7 @@ def test_every_plan_keeps_its_promises(samples, config, batch, multiple, epoch):
 
 
 def test_plan_never_changes():
-    """A run is continued by the plan's hash: a change of it must be a decision, with a new `_FORMAT`."""
+    """A run only continues with the plan that it began with, so plans may only change with a new `_FORMAT`."""
     lengths = llava_like(300)
     packed = make_plan(lengths, PlanSettings(PackingConfig(256, 3, supervised=120), 16, multiple=2, seed=1, epoch=2))
     padded = make_plan(lengths, PlanSettings(PackingConfig(256, 3, layout="pad"), 16, seed=1, epoch=2))

@@ -150,7 +150,7 @@ def test_processes_read_the_same_run_together(folder, reference, processes):
 
 @pytest.mark.parametrize("start", [0, 1, 5])
 def test_a_restored_run_goes_on_bit_for_bit(folder, reference, start):
-    """Another process, opening the data anew, with other numbers of threads."""
+    """Another process opens the data again, with another number of threads."""
     expected_pipeline, expected = reference
     pipeline = open_(config_for(folder, epochs=2, threads=0), rows_per_step=expected_pipeline.rows_per_step)
     assert pipeline.hash == expected_pipeline.hash

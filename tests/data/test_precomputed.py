@@ -1,4 +1,4 @@
-"""Records come back as they were written, by identity; a shard that is not as written is named."""
+"""Records come back as they were written, by identity; a damaged shard is named."""
 
 import json
 import pickle

@@ -105,8 +105,8 @@ def test_special_tokens_in_text_are_spelled_out(tiny):
         assert encoder.split_special(f"a {token}\n") == ["a ", index, "\n"]
 
 
-def test_a_copy_for_a_worker_process_needs_no_switching():
-    """The switch is state of the shared backend: set while another thread encodes, it would fail."""
+def test_a_copy_for_a_worker_process_has_its_mode_set():
+    """The mode is state of the shared backend, and setting it while another thread encodes would fail."""
     copied = pickle.loads(pickle.dumps(TextEncoder(byte_level_tokenizer())))
     assert copied.tokenizer.backend_tokenizer.encode_special_tokens
 
@@ -152,7 +152,7 @@ def test_special_tokens_that_text_could_forge_are_refused():
 
 
 def test_llama2_needs_no_setting_beyond_legacy(tokenizer_folder, tmp_path):  # noqa: F811
-    """What the docstring of the module claims about `legacy`: absent is as good as false."""
+    """`legacy` may be absent instead of false, as the docstring of the module says."""
     folder = shutil.copytree(tokenizer_folder("llama2"), tmp_path / "llama2")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config.pop("legacy") is False
@@ -162,7 +162,7 @@ def test_llama2_needs_no_setting_beyond_legacy(tokenizer_folder, tmp_path):  # n
 
 
 def test_a_folder_with_only_tokenizer_model(tokenizer_folder, tmp_path):  # noqa: F811
-    """Vicuna's layout. Converted by transformers alone, two spaces before a word become other pieces."""
+    """Vicuna's layout. The conversion of transformers alone gives other pieces for two spaces before a word."""
     pytest.importorskip("sentencepiece", reason="reading tokenizer.model needs the sentencepiece package")
     folder = shutil.copytree(tokenizer_folder("llama2"), tmp_path / "vicuna")
     complete = load_tokenizer(folder)
