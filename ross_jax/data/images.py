@@ -3,8 +3,8 @@
     bytes ─ decode ─► RGB image ─ preprocess ─► uint8[size, size, 3] ─ models.ross.normalise ─► encoder's input
                       host                                             device
 
-`preprocess` resizes as the vision encoder's Hugging Face processor does. With `normalise` the result equals the
-reference (`process_images` of LLaVA-1.5 with CLIPImageProcessor or SiglipImageProcessor) bit for bit.
+`preprocess` resizes as the vision encoder's Hugging Face processor does. Its pixels equal the reference
+(`process_images` of LLaVA-1.5 with CLIPImageProcessor or SiglipImageProcessor) bit for bit.
 """
 
 import contextlib
