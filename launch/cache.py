@@ -1,12 +1,12 @@
-"""Computes once what frozen components make of a recipe's pictures, to be read by its runs instead.
+"""Computes, once, what frozen components compute for a recipe's images. Its runs read that instead.
 
   python launch/cache.py --config=configs/ross.py:encoder=siglip,llm=qwen2_7b,stage=pretrain --output=cache/pretrain \
       --config.init="('models/start',)" --what=targets
   python launch/train.py --config=... --workdir=... --config.data.precomputed=cache/pretrain
 
---what=targets: posteriors of the autoencoder, or features of the teacher; features: of the vision encoder; or both.
-The same command goes on where it was cut off. Where one host is not enough, start it on each of N with --processes=N
---process=I, another I on each, and the same folder: each computes its share of the shards on its own devices.
+--what=targets: the autoencoder's posteriors or the teacher's features. --what=features: the vision encoder's features.
+--what=targets,features: both. The same command continues where it was interrupted. Several hosts share the work if each
+starts it with --processes=N, another --process=I, and the same folder.
 """
 
 import sys
@@ -22,30 +22,30 @@ from ross_jax.training.recipe import RunConfig
 
 _CONFIG = command_line.define_recipe()
 _OUTPUT = flags.DEFINE_string("output", None, "The cache's folder.")
-_WHAT = flags.DEFINE_list("what", ["targets"], "What is computed: targets, features, or both with a comma.")
+_WHAT = flags.DEFINE_list("what", ["targets"], "What is computed: targets, features, or both, joined by a comma.")
 _ROWS = flags.DEFINE_integer("rows", 64, "Pictures that are computed at once.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Of stored targets; bfloat16 halves them.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Type of stored targets; bfloat16 halves their size.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "Processes that make the cache together.")
-_PROCESS = flags.DEFINE_integer("process", 0, "Number of this one, from 0.")
+_PROCESS = flags.DEFINE_integer("process", 0, "Number of this process, from 0.")
 
 
 def main() -> int:
-    # On virtual CPU devices, steps that overlap may wait for one another's threads for ever.
+    # On virtual CPU devices, overlapping steps may wait for each other's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     folder = Path(_OUTPUT.value)
     try:
         config = from_dict(RunConfig, _CONFIG.value.to_dict())
         given = {"what": _WHAT, "rows": _ROWS, "dtype": _DTYPE, "processes": _PROCESSES, "process": _PROCESS}
         settings = from_dict(CacheConfig, {name: flag.value for name, flag in given.items()}, "flags")
-        made = precompute(config, folder, settings, report, progress)
+        result = precompute(config, folder, settings, report, progress)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    rate = f", {made.images / made.seconds:.1f} pictures/s" if made.images else ""
-    broken = f", {made.broken} samples broken" if made.broken else ""
-    report(f"{made.images} pictures in {made.seconds:.0f} s{rate}{broken}")
-    if made.missing:
-        report(f"{folder}: {made.missing} shards are left to the other processes")
+    rate = f", {result.images / result.seconds:.1f} pictures/s" if result.images else ""
+    broken = f", {result.broken} samples broken" if result.broken else ""
+    report(f"{result.images} pictures in {result.seconds:.0f} s{rate}{broken}")
+    if result.missing:
+        report(f"{folder}: {result.missing} shards are left to the other processes")
     else:
         report(
             f"{folder}: complete, " + ", ".join(f"{part} {size / 1e9:.3g} GB" for part, size in sizes(folder).items())

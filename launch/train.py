@@ -1,11 +1,11 @@
-"""Trains, or continues, a run.
+"""Trains a run, or continues it.
 
   python launch/train.py --config=configs/ross.py:encoder=siglip,llm=qwen2_7b,stage=finetune --workdir=runs/ross-7b \
       --config.data.batch=64 --config.loop.save=1000
 
-On several hosts start the same command on each with --distributed. Where JAX does not recognise the cluster (it knows
-Cloud TPU, Slurm, Open MPI and Kubernetes), add --coordinator=HOST:PORT --processes=N --process=I, another I on each.
-launch/cluster/ has what starts it on pods, clusters and lists of hosts.
+On several hosts, start the same command on each with --distributed. JAX recognises Cloud TPU, Slurm, Open MPI and
+Kubernetes. Elsewhere, add --coordinator=HOST:PORT --processes=N --process=I, with another I on each host.
+launch/cluster/ starts the command on pods, clusters and lists of hosts.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, shared by 
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Train together with the other processes of a cluster.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX does not find it.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Processes of the cluster, where JAX does not count them.")
-_PROCESS = flags.DEFINE_integer("process", None, "Number of this one, from 0, where JAX does not know it.")
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0, where JAX does not know it.")
 
 _START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds that processes wait for one another to start.", 1)
 _STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "Exit status of a run that a signal ended before its end.")
@@ -42,7 +42,7 @@ _CACHE = flags.DEFINE_string(
 
 
 def use_cache(folder: Path) -> None:
-    """What is compiled once is found again by the same command, also on other hosts."""
+    """Keeps compiled programs, so that the same command need not compile them again, on other hosts either."""
     if _CACHE.value:
         jax.config.update("jax_compilation_cache_dir", None if _CACHE.value == "none" else _CACHE.value)
     elif not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
@@ -50,7 +50,7 @@ def use_cache(folder: Path) -> None:
 
 
 def main() -> int:
-    # On virtual CPU devices, steps that overlap may wait for one another's threads for ever.
+    # On virtual CPU devices, overlapping steps may wait for each other's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         traced = parse_steps(_PROFILE.value) if _PROFILE.value is not None else None

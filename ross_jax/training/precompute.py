@@ -1,4 +1,4 @@
-"""Makes a cache: runs a recipe's frozen components over every picture of its data, once."""
+"""Makes a cache: runs a recipe's frozen components over every image of its data, once."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,8 @@ from ross_jax.training.state import Tree, abstract_tree
 
 Report = Callable[[str], None]
 
-_SECONDS = 5.0  # between lines of progress
+_SECONDS = 5.0
+"""Time between two lines of progress."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +48,12 @@ class CacheConfig:
     """How a cache is made.
 
     Attributes:
-      what: the parts.
-      rows: pictures that are computed at once; rounded up to a multiple of the devices.
-      dtype: in which targets are stored; features are in the dtype that the step computes in.
-      processes, process: several make a cache together, each on devices of its own and without knowing of the others:
-        process p writes the shards s with `s % processes == p`, and the last one to end completes the cache.
-      shard_bytes: about the size of a file.
+      what: parts of the cache.
+      rows: images that are computed at once, rounded up to a multiple of the devices.
+      dtype: of stored targets. Features have the dtype that the step computes in.
+      processes, process: several processes make a cache together, each on its own devices and without knowing of the
+        others. Process p writes the shards s with `s % processes == p`. The last one to end completes the cache.
+      shard_bytes: approximate size of a file.
     """
 
     what: tuple[PartName, ...] = ("targets",)
@@ -72,14 +73,14 @@ class CacheConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class CacheResult:
     """What a call of `precompute` did.
 
     Attributes:
-      images: that it computed.
-      broken: samples among them whose pictures cannot be used.
-      seconds: that it took.
-      missing: shards that other processes still have to write.
+      images: number of images computed.
+      broken: number of samples among them with images that cannot be read.
+      seconds: time that computing took.
+      missing: number of shards that other processes still have to write.
     """
 
     images: int
@@ -88,54 +89,49 @@ class Made:
     missing: int
 
 
-def precompute(config: RunConfig, folder: Path, settings: CacheConfig, report: Report, progress: Report) -> Made:
-    """Writes the cache, or what is missing of it: shards that are there are kept.
+def precompute(config: RunConfig, folder: Path, settings: CacheConfig, report: Report, progress: Report) -> CacheResult:
+    """Writes a cache, or the shards that are missing in it.
 
     Args:
-      report: gets what will be made, and what was.
-      progress: gets warnings, and lines in between.
+      config: of a run that would read the cache.
+      report: told what will be computed, line by line.
+      progress: told warnings, and every few seconds how far it is.
 
     Raises:
-      UserError: a part that the run has no use for; a model or data set that cannot be read; a folder with another
-        cache; a disk that is full; too many broken pictures.
+      UserError: the run has no use for a part; a model or data set cannot be read; the folder holds another cache; the
+        disk is full; too many images are broken.
     """
-    parts = settings.what
-    components = list(dict.fromkeys(find_part(config, name).component for name in parts))
     data = dataclasses.replace(config.data, precomputed=None, epochs=1)
     config = dataclasses.replace(config, data=data)
+    components = {find_part(config, part).component for part in settings.what}
     pipeline = open_data(config, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     rows = -(-settings.rows // mesh.size) * mesh.size
     tree = abstract_tree(config.model, config.freeze, mesh)
-    tree = {name: tree[name] for name in components}
+    tree = {name: leaves for name, leaves in tree.items() if name in components}
 
-    def run(params: Tree, images: Any) -> Tree:
-        made = compute(config, parts, params, images)
-        if "targets" in made:
-            made["targets"] = {name: x.astype(settings.dtype) for name, x in made["targets"].items()}
-        return made
+    def compute_stored(params: Tree, images: Any) -> Tree:
+        values = compute(config, settings.what, params, images)
+        if "targets" in values:
+            values["targets"] = {name: x.astype(settings.dtype) for name, x in values["targets"].items()}
+        return values
 
     side = pipeline.shape.image_size
-    shapes = jax.eval_shape(run, tree, jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8))
+    shapes = jax.eval_shape(compute_stored, tree, jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8))
     arrays = {
-        part: {name: ArraySpec(x.shape[1:], str(x.dtype)) for name, x in values.items()}
-        for part, values in shapes.items()
+        part: {name: ArraySpec(x.shape[1:], str(x.dtype)) for name, x in shapes[part].items()}
+        for part in settings.what
     }
     layout = plan_layout(1 + int(pipeline.lengths.images.sum()), arrays, settings.shard_bytes)
     _estimate(folder, layout, report, progress)
     params, _ = initial_parameters(config, tree)
-    made_of = describe(config, parts, pipeline)
-    for name in parts:
-        made_of[name]["parameters_hash"] = parameters_hash(params[find_part(config, name).component])
-    manifest = {
-        "format": FORMAT,
-        "records": layout.records,
-        "shard_records": layout.shard_records,
-        "parts": {part: {name: dataclasses.asdict(x) for name, x in arrays[part].items()} for part in parts},
-        "made_of": made_of,
-    }
+    made_of = describe(config, settings.what, pipeline)
+    for part in settings.what:
+        made_of[part]["parameters_hash"] = parameters_hash(params[find_part(config, part).component])
+    manifest = _manifest(layout, made_of)
     sharding = batch_sharding(mesh)
-    compiled = jax.jit(run, in_shardings=(NamedSharding(mesh, PartitionSpec()), sharding), out_shardings=sharding)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    compiled = jax.jit(compute_stored, in_shardings=(replicated, sharding), out_shardings=sharding)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -143,22 +139,36 @@ def precompute(config: RunConfig, folder: Path, settings: CacheConfig, report: R
     with checkpoints.lock(folder / f"process-{settings.process}"), jax.set_mesh(mesh):
         _begin(folder, manifest)
         maker = _Maker(pipeline, layout, lambda images: compiled(params, images), rows, progress)
-        mine = [s for s in _unwritten(folder, layout) if s % settings.processes == settings.process]
-        made = maker.make(folder, mine)
+        share = [s for s in _unwritten(folder, layout) if s % settings.processes == settings.process]
+        result = maker.make(folder, share)
         missing = len(_unwritten(folder, layout))
         if not missing:
             _complete(folder, manifest, layout)
-    return dataclasses.replace(made, missing=missing)
+    return dataclasses.replace(result, missing=missing)
+
+
+def _manifest(layout: Layout, made_of: dict[str, Any]) -> dict[str, Any]:
+    """The cache's manifest before its files have been written."""
+    return {
+        "format": FORMAT,
+        "records": layout.records,
+        "shard_records": layout.shard_records,
+        "parts": {
+            part: {name: dataclasses.asdict(spec) for name, spec in arrays.items()}
+            for part, arrays in layout.parts.items()
+        },
+        "made_of": made_of,
+    }
 
 
 def _estimate(folder: Path, layout: Layout, report: Report, progress: Report) -> None:
-    """Says what the cache will hold, and warns if there is no room for it."""
+    """Reports what the cache will hold, and warns if the disk has no room for it."""
     report(f"{layout.records - 1} pictures")
     total = 0
     for part in layout.parts:
         size = layout.records * layout.record_bytes(part)
-        held = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in layout.parts[part].items())
-        report(f"{part}: {size / 1e9:.3g} GB in {layout.shards} shards of {held}")
+        content = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in layout.parts[part].items())
+        report(f"{part}: {size / 1e9:.3g} GB in {layout.shards} shards of {content}")
         total += size
     existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
@@ -167,11 +177,11 @@ def _estimate(folder: Path, layout: Layout, report: Report, progress: Report) ->
 
 
 def _begin(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes down what the folder is for; refuses one that is for something else."""
+    """Writes the manifest of an incomplete cache. Raises UserError if the folder holds something else."""
     for name in (MANIFEST, f"{MANIFEST}.partial"):
         if (folder / name).is_file():
-            theirs = {key: value for key, value in read_json(folder / name).items() if key != "bytes"}
-            refuse_differences(folder, theirs, manifest)
+            stored = {key: value for key, value in read_json(folder / name).items() if key != "bytes"}
+            refuse_differences(folder, stored, manifest)
             return
     if any(path.name[0] != "." for path in folder.iterdir()):
         raise UserError(f"{folder}: is not empty, and holds no cache; choose another folder")
@@ -179,39 +189,40 @@ def _begin(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _unwritten(folder: Path, layout: Layout) -> list[int]:
-    """Shards of which a part is not there."""
+    """Numbers of the shards of which a file is missing."""
     shards = range(layout.shards)
     return [s for s in shards if not all((folder / layout.name(part, s)).is_file() for part in layout.parts)]
 
 
 def _complete(folder: Path, manifest: dict[str, Any], layout: Layout) -> None:
+    """Writes the manifest of the complete cache."""
     names = [layout.name(part, shard) for part in layout.parts for shard in range(layout.shards)]
     write_json(folder / MANIFEST, {**manifest, "bytes": {name: (folder / name).stat().st_size for name in names}})
     (folder / f"{MANIFEST}.partial").unlink(missing_ok=True)
 
 
 class _Maker:
-    """Reads pictures, computes, and writes shard by shard; the device works on one chunk while another is written."""
+    """Reads images, computes, and writes shard by shard. The device computes one chunk while another is written."""
 
     def __init__(self, pipeline: Pipeline, layout: Layout, run: Callable, rows: int, progress: Report):
         self._pipeline, self._layout, self._run, self._rows = pipeline, layout, run, rows
         self._progress = progress
         self._broken = BrokenSamples(int(np.count_nonzero(pipeline.lengths.images)), pipeline.config.max_broken)
 
-    def make(self, folder: Path, shards: list[int]) -> Made:
+    def make(self, folder: Path, shards: list[int]) -> CacheResult:
         """Writes these shards."""
         chunks = [chunk for shard in shards for chunk in self._chunks(shard)]
         total = sum(map(len, chunks))
-        started = told = time.perf_counter()
+        started = reported = time.perf_counter()
         done = 0
 
         def counted(records: Iterator[dict[str, bytes]]) -> Iterator[dict[str, bytes]]:
-            nonlocal done, told
+            nonlocal done, reported
             for record in records:
                 done += 1
                 now = time.perf_counter()
-                if now - told > _SECONDS or done == total:
-                    rate, told = done / (now - started), now
+                if now - reported > _SECONDS or done == total:
+                    rate, reported = done / (now - started), now
                     self._progress(f"{done}/{total} pictures  {rate:.1f}/s  {(total - done) / rate / 60:.1f} min left")
                 yield record
 
@@ -219,14 +230,14 @@ class _Maker:
         for shard in shards:
             files = {part: folder / self._layout.name(part, shard) for part in self._layout.parts}
             write_shards(files, itertools.islice(records, len(self._layout.span(shard))))
-        return Made(total, self._broken.count, time.perf_counter() - started, 0)
+        return CacheResult(total, self._broken.count, time.perf_counter() - started, 0)
 
     def _chunks(self, shard: int) -> list[range]:
         span = self._layout.span(shard)
         return [span[first : first + self._rows] for first in range(0, len(span), self._rows)]
 
     def _records(self, chunks: list[range]) -> Iterator[dict[str, bytes]]:
-        """Every picture's record of every part, in order."""
+        """Part -> record, image by image in order."""
         ahead = None
         reads = self._pipeline.images(chunks)
         try:
@@ -242,8 +253,9 @@ class _Maker:
         finally:
             reads.close()
 
-    def _encoded(self, chunk: range, made: Tree, broken: dict[int, tuple[int, str]]) -> Iterator[dict[str, bytes]]:
-        values = jax.tree.map(np.asarray, made)
+    def _encoded(self, chunk: range, computed: Tree, broken: dict[int, tuple[int, str]]) -> Iterator[dict[str, bytes]]:
+        """Part -> record of each image of a chunk."""
+        values = jax.tree.map(np.asarray, computed)
         for row, image_id in enumerate(chunk):
             if image_id in broken:
                 yield {part: encode_broken(broken[image_id][1]) for part in values}
@@ -257,7 +269,7 @@ class _Maker:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes on disk of every part of a complete cache."""
+    """Part -> its bytes on disk, of a complete cache."""
     manifest = read_json(folder / MANIFEST)
     layout = layout_of(manifest)
     return {

@@ -36,7 +36,7 @@ def test_a_run_on_what_was_computed_before(recipe, cache, tmp_path):
     assert len(expected) == 6
     np.testing.assert_allclose(losses(tmp_path / "cached"), expected, rtol=1e-6)
     refused = train(recipe, tmp_path / "other", "--config.image_mode=crop", flag, cache=cache, devices=2)
-    assert refused.returncode == 1 and "pictures.image.mode: 'pad' there, 'crop' now" in refused.stderr
+    assert refused.returncode == 1 and "images.image.mode: 'pad' there, 'crop' now" in refused.stderr
     again = cache_images(recipe, tmp_path / "cache", "--what=targets,features", cache=cache)
     assert again.returncode == 0 and "0 pictures in 0 s" in again.stdout, again.stderr
 

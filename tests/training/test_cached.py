@@ -176,12 +176,12 @@ REFUSED = {
         {"model": OTHER_VAE},
         r"targets.autoencoder.norm_groups: 4 there, 2 now\n  targets.autoencoder.scaling_factor: 0.5 there, 0.7 now",
     ),
-    "resolution": ({"model": LARGER}, r"pictures.image.size: 28 there, 29 now"),
+    "resolution": ({"model": LARGER}, r"images.image.size: 28 there, 29 now"),
     "normalisation": (
         {"model": dataclasses.replace(MODEL, image_mean=(0.4, 0.5, 0.5))},
-        r"pictures.image.mean: \[0.5, 0.5, 0.5\] there, \[0.4, 0.5, 0.5\] now",
+        r"images.image.mean: \[0.5, 0.5, 0.5\] there, \[0.4, 0.5, 0.5\] now",
     ),
-    "mode": ({"image_mode": "crop"}, r"something else:\n  pictures.image.mode: 'pad' there, 'crop' now\nMake"),
+    "mode": ({"image_mode": "crop"}, r"something else:\n  images.image.mode: 'pad' there, 'crop' now\nMake"),
     "layer": ({"model": LAYER}, r"features.vision.select_layer: -2 there, -1 now"),
     "activations": ({"step": StepConfig(dtype="bfloat16")}, r"features.activations: 'float32' there, 'bfloat16' now"),
     "teacher": (
@@ -212,7 +212,7 @@ def test_other_images(data, cache, tmp_path):
     config = make_config(data)
     sources = (SourceConfig(str(tmp_path / "data.json"), images=(str(data),)),)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
-    with pytest.raises(UserError, match=r"pictures.counts_hash: .*\n  pictures.source_hash: "):
+    with pytest.raises(UserError, match=r"images.counts_hash: .*\n  images.source_hash: "):
         open_data(reading(config, cache), make_mesh(config.mesh))
 
 
