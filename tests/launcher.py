@@ -1,4 +1,4 @@
-"""Scripts of launch/ as modules; runs of launch/train.py on a tiny model and a few pictures."""
+"""Scripts of launch/ as modules, and runs of launch/train.py on a tiny model and a few images."""
 
 import importlib.util
 import json
@@ -56,7 +56,7 @@ def load_script(name: str) -> ModuleType:
 
 
 def make_records(count: int = 24) -> list[dict[str, Any]]:
-    """Questions about one picture."""
+    """Questions about one image."""
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": ""}]
     return [
         {"id": str(i), "image": "0.png", "conversations": [turns[0], turns[1] | {"value": "a" * (i % 4 + 1)}]}
@@ -65,7 +65,7 @@ def make_records(count: int = 24) -> list[dict[str, Any]]:
 
 
 def write_recipe(folder: Path) -> Path:
-    """Data, tokenizer and a recipe of 24 steps."""
+    """Writes data, tokenizer and a recipe of 24 steps."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(folder / "0.png")
     (folder / "data.json").write_text(json.dumps(make_records()))
@@ -82,7 +82,7 @@ def command(recipe: Path | str, workdir: Path, *more: str) -> list[str]:
 
 
 def environment(cache: Path | None = None, devices: int = 1) -> dict[str, str]:
-    """For runs on so many virtual CPU devices that share what they compile."""
+    """Environment of runs on so many virtual CPU devices. Runs with the same `cache` share compiled programs."""
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     values = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     if cache is not None:
@@ -97,7 +97,7 @@ def train(*args: Any, cache: Path | None = None, devices: int = 1) -> subprocess
 
 
 def step_lines(workdir: Path) -> list[dict[str, Any]]:
-    """What a run has reported so far."""
+    """Lines that a run has reported so far."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete or not there, restored as asked, errors that name everything."""
+"""Checkpoints on disk: complete or absent, restored as requested, with errors that name everything."""
 
 import contextlib
 import json
@@ -105,7 +105,7 @@ def hold(target: Path, entered, leave) -> None:
 
 
 def test_two_processes_at_once(tmp_path):
-    """The second is refused and disturbs nothing; once the first is killed, the next goes on."""
+    """A second process is refused and changes nothing. Once the first is killed, the next one may write."""
     context = multiprocessing.get_context("fork")
     for killed in (True, False):
         entered, leave = context.Event(), context.Event()
@@ -129,7 +129,7 @@ def test_two_processes_at_once(tmp_path):
 
 
 def test_a_lock_that_its_holder_has_removed_is_none(tmp_path, monkeypatch):
-    """Between opening and locking, the holder may finish: what is locked then guards nothing."""
+    """If the holder finishes between opening and locking, the lock guards nothing and is refused."""
     flock = checkpoints.fcntl.flock
 
     def late(handle, operation):
@@ -165,7 +165,7 @@ TREE = {
 
 
 def streamed(array: np.ndarray) -> StreamedLeaf:
-    """Row by row if it has rows."""
+    """A leaf that is read row by row if it has rows."""
     parts = [(i, row) for i, row in enumerate(array)] if array.ndim > 1 else [(None, array)]
     return StreamedLeaf(array.shape, array.dtype, lambda: iter(parts))
 
@@ -182,8 +182,8 @@ def test_save_streamed(saved):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), TREE)
     restored = checkpoints.restore(saved, shapes)
     assert jax.tree.structure(restored) == jax.tree.structure(TREE)
-    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(TREE), strict=True):
-        assert isinstance(ours, np.ndarray) and ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
+    for found, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(TREE), strict=True):
+        assert isinstance(found, np.ndarray) and found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
 
 
 def test_some_leaves_cast(saved):
@@ -204,11 +204,11 @@ def test_onto_devices(saved):
     tree = {"a": {"kernel": wanted(TREE["a"]["kernel"], "x", "y"), "scale": wanted(TREE["a"]["scale"])}}
     tree |= {"b": wanted(TREE["b"], ("x", "y"), None)}
     restored = checkpoints.restore(saved, tree)
-    for ours, theirs, leaf in zip(
+    for found, expected, leaf in zip(
         *map(jax.tree.leaves, (restored, {"a": TREE["a"], "b": TREE["b"]}, tree)), strict=True
     ):
-        assert isinstance(ours, jax.Array) and ours.sharding == leaf.sharding and ours.dtype == jnp.float32
-        np.testing.assert_array_equal(ours, theirs.astype(np.float32))
+        assert isinstance(found, jax.Array) and found.sharding == leaf.sharding and found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, expected.astype(np.float32))
     assert restored["a"]["kernel"].addressable_shards[0].data.shape == (1, 3)
 
 
@@ -244,7 +244,7 @@ def test_no_checkpoint_there(what, saved, tmp_path):
 
 @pytest.mark.parametrize("damage", ["removed", "truncated"])
 def test_damaged_files(damage, saved, tmp_path):
-    """tensorstore's own errors become ours."""
+    """tensorstore's errors become a CheckpointError."""
     shutil.copytree(saved, tmp_path / "params")
     for file in (tmp_path / "params").rglob("d/*"):
         file.unlink() if damage == "removed" else os.truncate(file, file.stat().st_size // 2)
@@ -257,7 +257,7 @@ def test_damaged_files(damage, saved, tmp_path):
     "error", [UserError("the source is gone"), OSError(28, "No space left on device"), KeyError("x")]
 )
 def test_a_leaf_that_fails(error, tmp_path, capfd):
-    """One clear error, nothing on the terminal, nothing left; and later leaves are not read."""
+    """There is one clear error, nothing on the terminal and nothing left on disk, and later leaves are not read."""
     read = []
 
     def good(name):
@@ -295,7 +295,7 @@ def largest_file(size: int):
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_is_raised_and_not_printed(background, tmp_path, capfd, caplog):
-    """Nothing on the terminal, although many writes fail at once; what reports errors elsewhere is as before."""
+    """Nothing is printed although many writes fail at once, and error reporting is as before afterwards."""
     rng = np.random.default_rng(0)
     tree = {str(i): jnp.asarray(rng.normal(size=(100, 100)).astype(np.float32)) for i in range(40)}
     state = SimpleNamespace(params=tree, opt_state={"moments": tree}, step=jnp.zeros(()), frozen={})
@@ -341,7 +341,7 @@ print((peak_memory() - before) / 2**20)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded_by_the_parts(tmp_path):
-    """600 MB in parts of 20 MB."""
+    """Saving 600 MB in parts of 20 MB takes less than 250 MB of memory."""
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert 15 < float(done.stdout) < 250

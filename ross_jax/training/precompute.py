@@ -119,8 +119,7 @@ def precompute(config: RunConfig, folder: Path, settings: CacheConfig, report: R
     side = pipeline.shape.image_size
     shapes = jax.eval_shape(compute_stored, tree, jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8))
     arrays = {
-        part: {name: ArraySpec(x.shape[1:], str(x.dtype)) for name, x in shapes[part].items()}
-        for part in settings.what
+        part: {name: ArraySpec(x.shape[1:], str(x.dtype)) for name, x in shapes[part].items()} for part in settings.what
     }
     layout = plan_layout(1 + int(pipeline.lengths.images.sum()), arrays, settings.shard_bytes)
     _estimate(folder, layout, report, progress)

@@ -1,4 +1,4 @@
-"""A recipe of 24 steps, and what its runs compile; a tiny model directory."""
+"""A recipe of 24 steps, a cache of its compiled programs, and a tiny model directory."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""launch/cache.py, then launch/train.py: the same losses; and what it says where it cannot."""
+"""launch/cache.py: a run of launch/train.py on a cache has the same losses; errors are one line."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ def cache_images(recipe: Path, folder: Path, *more: str, cache: Path | None = No
 
 
 def test_a_run_on_what_was_computed_before(recipe, cache, tmp_path):
-    """On two devices, pixels and cache; said are what will be made, how it goes on, and what came of it."""
+    """A cache made on two devices: its output, and the losses of runs with and without it."""
     done = cache_images(recipe, tmp_path / "cache", "--what=targets,features", "--rows=5", cache=cache)
     assert done.returncode == 0, done.stderr
     assert "25/25 pictures" in done.stderr
@@ -42,7 +42,7 @@ def test_a_run_on_what_was_computed_before(recipe, cache, tmp_path):
 
 
 def test_a_full_disk(recipe, cache, tmp_path):
-    """Said in one line; the same command goes on once there is room."""
+    """A full disk is one line, and the same command continues once there is room."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=40K", "tmpfs", str(disk)]

@@ -49,7 +49,7 @@ def recorded(path: Path) -> list[list[str]]:
 
 
 def run(script: str, *arguments: str, path: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
-    """A launcher to its end; `path`: where the stand-ins are."""
+    """Runs a launcher to its end, with the stand-ins at `path`."""
     found = f"{path}:{os.environ['PATH']}" if path else os.environ["PATH"]
     command = ["bash", str(CLUSTER / script), *arguments]
     environ = os.environ | {"PATH": found} | environ
@@ -57,7 +57,7 @@ def run(script: str, *arguments: str, path: Path | None = None, **environ: str) 
 
 
 def run_remote(command: str, home: Path, folder: str) -> list[str]:
-    """What a host's Python is asked by a command that was sent there; the repository is in `folder` of its home."""
+    """Arguments that a command sent to a host gives to Python there; the repository is `folder` of its home."""
     python = recorder(home / folder / ".venv" / "bin" / "python")
     subprocess.run(["bash", "-c", command], cwd=home, check=True, timeout=60)
     (arguments,) = recorded(python)
@@ -128,18 +128,18 @@ def manifest():
 
 
 def as_api(manifest: dict) -> dict:
-    """What the JobSet API's models keep of a manifest; they raise for a wrong type or a missing field."""
+    """A manifest as the JobSet API's models read it. They raise for a wrong type or a missing field."""
     return JobsetV1alpha2JobSet.from_dict(manifest).to_dict()
 
 
-def lost(ours, theirs, path="") -> list[str]:
-    """Where `theirs` has not what `ours` has."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return [each for key in ours for each in lost(ours[key], theirs.get(key), f"{path}.{key}")]
-    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        pairs = enumerate(zip(ours, theirs, strict=True))
+def lost(written, parsed, path="") -> list[str]:
+    """Paths at which `parsed` lacks what `written` has."""
+    if isinstance(written, dict) and isinstance(parsed, dict):
+        return [each for key in written for each in lost(written[key], parsed.get(key), f"{path}.{key}")]
+    if isinstance(written, list) and isinstance(parsed, list) and len(written) == len(parsed):
+        pairs = enumerate(zip(written, parsed, strict=True))
         return [each for i, pair in pairs for each in lost(*pair, f"{path}[{i}]")]
-    return [] if ours == theirs else [path]
+    return [] if written == parsed else [path]
 
 
 def test_the_manifest_is_a_job_set(manifest):
@@ -198,7 +198,7 @@ time.sleep(100)
 
 @pytest.fixture
 def hosts(tmp_path):
-    """Starts ssh_hosts.sh on three hosts that are this one."""
+    """Starts ssh_hosts.sh on three hosts, all of which are this machine."""
     write_script(tmp_path / "bin" / "ssh", SSH)
     (tmp_path / "hosts").write_text("# ours\nme@alpha\n\nbeta  # slow\ngamma\n")
     python = write_script(tmp_path / "python", WORKER)
@@ -237,7 +237,7 @@ def test_ssh_hosts_start_one_process_each(hosts, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_the_end_of_ssh_hosts_lets_every_host_save(hosts, tmp_path, number):
-    """A signal, or the launcher's death, which is what a lost connection looks like to a host."""
+    """The launcher gets a signal, or dies, which to a host looks like a lost connection."""
     process, records = hosts("wait"), tmp_path / "records"
     while sum(path.stat().st_size > 0 for path in records.iterdir()) < 3:
         assert process.poll() is None, process.stdout.read()

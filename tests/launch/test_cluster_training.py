@@ -1,4 +1,4 @@
-"""Real runs of two processes: stand-ins for Slurm and ssh, network namespaces as hosts, and what ends both at once."""
+"""Runs of two processes: with stand-ins for Slurm and ssh, with network namespaces as hosts, and with errors."""
 
 import contextlib
 import os
@@ -73,7 +73,7 @@ def launch(kind: str, stand_ins: str, recipe: Path, workdir: Path, cache: Path, 
 
 @contextlib.contextmanager
 def cleared(process: subprocess.Popen):
-    """Nothing of the launcher's session outlives the test."""
+    """Kills whatever is left of the launcher's session at the end."""
     try:
         yield process
     finally:
@@ -84,7 +84,7 @@ def cleared(process: subprocess.Popen):
 
 @pytest.mark.parametrize("kind", ["slurm", "ssh"])
 def test_a_signal_saves_and_the_same_command_goes_on(kind, stand_ins, recipe, cache, tmp_path):
-    """The losses are in the end those of one process that was never stopped."""
+    """The run ends with the losses of an uninterrupted run of one process."""
     workdir = tmp_path / "run"
     with cleared(launch(kind, stand_ins, recipe, workdir, cache, "--stopped_status=75")) as process:
         while len(step_lines(workdir)) < 3 and process.poll() is None:
@@ -100,7 +100,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(kind, stand_ins, recipe, ca
 
 
 def two(recipe, workdirs, cache, flags, prefixes=((), ()), host="localhost", started=2):
-    """Exit statuses and outputs of two processes; all must end within two minutes."""
+    """Exit statuses and outputs of two processes, which must end by themselves."""
     cluster = ("--distributed", f"--coordinator={host}:{port()}", "--processes=2")
     processes = [
         subprocess.Popen(
@@ -121,7 +121,7 @@ def two(recipe, workdirs, cache, flags, prefixes=((), ()), host="localhost", sta
 
 
 def copy_data(folder: Path, recipe: Path, text: str) -> None:
-    """The recipe's data with one of its answers changed."""
+    """Copies the recipe's data with one of its answers changed."""
     folder.mkdir()
     for name in ("data.json", "0.png"):
         shutil.copy(recipe.parent / name, folder)
@@ -148,7 +148,7 @@ def test_a_workdir_of_each_ends_both(recipe, cache, tmp_path):
 
 
 def test_other_data_at_the_same_place_ends_both(recipe, cache, tmp_path):
-    """The paths agree, the files do not: each process has a mount of its own."""
+    """Paths agree and files differ, because each process has a mount of its own."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("mount namespaces are not allowed here")
     for name, text in (("seen", "aaa"), ("other", "bbb")):
@@ -165,7 +165,7 @@ def test_other_data_at_the_same_place_ends_both(recipe, cache, tmp_path):
 
 @pytest.fixture
 def namespaces(tmp_path):
-    """Two hosts in network namespaces: how to run on each, the first one's address, a command for their link."""
+    """Commands that run on each of two network namespaces, the first one's address, a command for their link."""
     names = [f"ross{os.getpid()}{side}" for side in "ab"]
     ip = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if ip is None or subprocess.run([ip, "netns", "add", names[0]], capture_output=True, check=False).returncode:
@@ -210,7 +210,7 @@ def test_a_host_that_cannot_be_reached(namespaces, recipe, cache, tmp_path):
 
 
 def test_a_trace_and_the_compilation_cache(recipe, tmp_path):
-    """A second run of the same program compiles nothing anew; the trace is there."""
+    """A second run of the same program compiles nothing, and the trace exists."""
     flags = ("--profile=3:2", f"--compilation_cache={tmp_path / 'compiled'}", "--config.data.epochs=1")
     environ = environment() | {
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

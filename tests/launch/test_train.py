@@ -1,4 +1,4 @@
-"""The training launcher, on a recipe of a few lines: starts, continues after a kill, and says what is wrong."""
+"""launch/train.py on a small recipe: it starts, continues after a kill, and says what is wrong."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from ross_jax.checkpoints import RunCheckpoints
 
 @pytest.mark.slow
 def test_a_killed_run_continues(recipe, cache, tmp_path):
-    """SIGTERM saves and exits cleanly; SIGKILL loses what came after the last save; the end is that of a whole run."""
+    """SIGTERM saves and exits with 0, SIGKILL loses unsaved steps; the run then ends like an uninterrupted one."""
     assert train(recipe, tmp_path / "whole", cache=cache).returncode == 0
     whole = step_lines(tmp_path / "whole")
     for number, at in ((signal.SIGTERM, 2), (signal.SIGKILL, 4)):
@@ -43,7 +43,7 @@ def sources(folder: Path, content: str | list, **changes) -> str:
 
 
 def missing(count: int) -> list[dict]:
-    """Records of which so many name a picture that is not there."""
+    """Records, `count` of which name an image that does not exist."""
     return [record | ({"image": "absent.png"} if i < count else {}) for i, record in enumerate(make_records())]
 
 
@@ -84,11 +84,11 @@ BAD_FLAGS = {
     ),
     "first model": (lambda new, old: f"--config.init=('{new}/absent',)", "absent: no such directory$"),
 }
-"""Name -> (new folder, folder of the recipe) -> a flag that makes the run impossible; and what must be said of it."""
+"""Name -> function (new folder, folder of the recipe) -> a flag that makes the run impossible, and the message."""
 
 
 def fails(done: subprocess.CompletedProcess, message: str) -> None:
-    """One error, on the last lines of stderr; nothing of Python's."""
+    """The run failed with one error on the last lines of stderr, and without a traceback."""
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1 and not done.stdout, done.stderr
     error = done.stderr[done.stderr.index("error: ") :].strip()
@@ -130,7 +130,7 @@ def test_unknown_parts(tmp_path):
 
 @pytest.mark.slow
 def test_another_config(recipe, cache, tmp_path):
-    """Neither continued nor started from; every difference is listed."""
+    """A directory with a run of another config is refused with every difference, and so is starting from it."""
     run, short = tmp_path / "run", "--config.data.epochs=1"
     assert train(recipe, run, short, cache=cache).returncode == 0
     differs = ("--config.optimizer.learning_rate=0.5", "--config.seed=1")

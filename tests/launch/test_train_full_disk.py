@@ -1,4 +1,4 @@
-"""A disk that is full: one line says what could not be written, and the run goes on once there is room."""
+"""Full disks: one line says what could not be written, and the run continues once there is room."""
 
 import contextlib
 import subprocess
@@ -27,7 +27,7 @@ def disk(tmp_path):
 
 
 def fill(disk, free=0) -> None:
-    """Leaves so many bytes free; what is there already stays."""
+    """Fills the disk, except for `free` bytes."""
     with (disk / "ballast").open("ab", buffering=0) as file, contextlib.suppress(OSError):
         file.write(bytes(SIZE - free if free else 2**20))
         while not free:
@@ -39,7 +39,7 @@ def clear(disk) -> None:
 
 
 def the_error(done, path, rest) -> None:
-    """The run failed with this one line, progress and log aside."""
+    """The run failed with this one line on stderr, besides progress and log."""
     lines = [line for line in done.stderr.splitlines() if line[:1] not in "IW" and not line.startswith("step ")]
     assert done.returncode == 1 and len(lines) == 1, done.stderr
     assert lines[0].startswith(f"error: {path}: ") and "No space left on device" in lines[0], lines
@@ -61,7 +61,7 @@ def same(run, whole):
 
 
 def test_full_from_the_start(recipe, whole, cache, disk):
-    """No room for the description, for the frozen parameters, for the first step: in turn, in one directory."""
+    """There is no room for the description, then for the frozen parameters, then for the first step."""
     workdir = disk / "run"
     for free, path, rest in (
         (2**14, workdir, "; no step is complete yet"),
@@ -77,7 +77,7 @@ def test_full_from_the_start(recipe, whole, cache, disk):
 
 
 def test_full_in_the_middle(recipe, whole, cache, disk):
-    """The last complete checkpoint stays, and is continued from."""
+    """The run continues from the last complete checkpoint."""
     workdir = disk / "run"
     process = subprocess.Popen(
         command(recipe, workdir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(cache)

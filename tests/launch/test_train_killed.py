@@ -1,4 +1,4 @@
-"""A run that is killed again and again, and started again by the same command, ends as if nothing had happened."""
+"""A run that is killed and restarted again and again ends as if nothing had happened."""
 
 import random
 import signal
@@ -23,7 +23,7 @@ def start(recipe, workdir, cache) -> subprocess.Popen:
 
 
 def wait_for_a_step(process, workdir) -> float:
-    """Seconds until a new step was reported; 0 if the run ended before."""
+    """Seconds until a new step is reported, or 0 if the run ends before."""
     begin, before = time.monotonic(), len(step_lines(workdir))
     while process.poll() is None:
         if len(step_lines(workdir)) > before:
@@ -33,7 +33,7 @@ def wait_for_a_step(process, workdir) -> float:
 
 
 def test_killed_at_random_moments(recipe, cache, tmp_path):
-    """While it starts, and while it trains and saves, which with a save after every step is nearly always."""
+    """Kills come while the run starts, and while it trains and saves, which it does after every step."""
     whole, cut, rng = tmp_path / "whole", tmp_path / "cut", random.Random(0)
     assert train(recipe, whole, *LONG, cache=cache).returncode == 0  # what it compiles, the runs below read
     first = start(recipe, tmp_path / "first", cache)

@@ -1,4 +1,4 @@
-"""Two processes train as one: the same losses and parameters, and a signal to one of them ends both."""
+"""Two processes train as one process does, and a signal to one of them ends both."""
 
 import contextlib
 import re
@@ -22,7 +22,7 @@ ACROSS = ("--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # both processes ho
 
 @contextlib.contextmanager
 def two_processes(recipe, workdir, cache, *flags):
-    """Two processes of two devices each, and the files that they write to; killed at the end if they still run."""
+    """Two processes of two devices each, and the files of their output. Both are killed at the end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -47,7 +47,7 @@ def two_processes(recipe, workdir, cache, *flags):
 
 
 def ends(processes, files) -> list[str]:
-    """What they wrote; they must exit with 0."""
+    """Output of processes, which must exit with 0."""
     codes = [process.wait(300) for process in processes]
     texts = [file.seek(0) or file.read() for file in files]
     assert codes == [0, 0], "\n".join(texts)
@@ -86,7 +86,7 @@ def test_two_processes_are_as_one(mesh, recipe, alone, cache, tmp_path):
 
 @pytest.mark.parametrize("mesh", [SPREAD, ACROSS], ids=["spread", "across"])
 def test_two_processes_evaluate_as_one(mesh, recipe, cache, tmp_path):
-    """The denoiser alone, on pictures alone, with reconstructions of three pictures that do not fill their rows."""
+    """A run of the denoiser alone evaluates three images, which do not fill their rows."""
     folder = tmp_path / "images"
     folder.mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)):
@@ -112,7 +112,7 @@ def test_two_processes_evaluate_as_one(mesh, recipe, cache, tmp_path):
 
 
 def test_a_signal_to_one_ends_both(recipe, alone, cache, tmp_path):
-    """At the same step, with a checkpoint; one process goes on from there."""
+    """Both end at the same step with a checkpoint, and one process continues from there."""
     workdir = tmp_path / "run"
     with two_processes(recipe, workdir, cache, *SPREAD) as (processes, files):
         while len(step_lines(workdir)) < 3 and all(process.poll() is None for process in processes):
@@ -127,7 +127,7 @@ def test_a_signal_to_one_ends_both(recipe, alone, cache, tmp_path):
 
 
 def test_an_error_of_one_ends_both(recipe, cache, tmp_path):
-    """The first process finds the data empty while the second waits for it."""
+    """Process 0 finds the data empty while process 1 waits for it."""
     (tmp_path / "empty.json").write_text("[]")
     flag = f"--config.data.sources=({dict(path=str(tmp_path / 'empty.json'))},)"
     with two_processes(recipe, tmp_path / "run", cache, flag) as (processes, files):

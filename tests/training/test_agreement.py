@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from ross_jax.training import agreement
 
 PROGRAM = """
@@ -53,13 +55,19 @@ def meet(folder, body: str, processes: int = 3, started: int | None = None, pati
     return [process.returncode for process in running], said
 
 
-def test_the_same_facts_agree(tmp_path):
-    body = "agreement.agree({'a': 1, **agreement.code_version()}, 100); agreement.check_shared(folder / 'run', 100)"
+def test_processes_meet(tmp_path):
+    """They have the same facts and folder, and wait at a barrier until the first has made a file."""
+    body = (
+        "agreement.agree({'a': 1, **agreement.code_version()}, 100); agreement.check_shared(folder / 'run', 100); "
+        "exec('if process == 0: time.sleep(3); (folder / \"made\").touch()'); agreement.barrier(); "
+        "assert (folder / 'made').exists()"
+    )
     codes, said = meet(tmp_path, body)
     assert codes == [0, 0, 0] and all("agreed" in text for text in said), said
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_differences_name_the_processes_on_all(tmp_path):
     codes, said = meet(tmp_path, "agreement.agree({'rate': 0.1 * (process == 1), 'same': 2}, 100)")
     host = socket.gethostname()
@@ -70,6 +78,7 @@ def test_differences_name_the_processes_on_all(tmp_path):
     assert codes == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_reaches_the_others(tmp_path):
     body = "exec('if process == 2: raise UserError(\"no such data\")'); agreement.agree({}, 100)"
     codes, said = meet(tmp_path, body)
@@ -79,6 +88,7 @@ def test_a_failure_of_one_reaches_the_others(tmp_path):
         assert f"error: process 2 on {socket.gethostname()}: no such data" in text
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_first_reaches_those_that_wait_at_a_barrier(tmp_path):
     body = "exec('if process == 0: time.sleep(3); raise UserError(\"disk full\")'); agreement.barrier()"
     codes, said = meet(tmp_path, body)
@@ -86,15 +96,7 @@ def test_a_failure_of_the_first_reaches_those_that_wait_at_a_barrier(tmp_path):
     assert all(f"error: process 0 on {socket.gethostname()}: disk full" in text for text in said[1:])
 
 
-def test_the_others_wait_for_the_first(tmp_path):
-    body = (
-        "path = folder / 'made'; exec('if process == 0: time.sleep(3); path.touch()'); agreement.barrier(); "
-        "assert path.exists()"
-    )
-    codes, said = meet(tmp_path, body)
-    assert codes == [0, 0, 0], said
-
-
+@pytest.mark.slow
 def test_a_directory_that_is_not_shared(tmp_path):
     codes, said = meet(tmp_path, "agreement.check_shared(folder / str(process // 2), 10)")
     host = socket.gethostname()
@@ -105,6 +107,7 @@ def test_a_directory_that_is_not_shared(tmp_path):
     assert list((tmp_path / "0").iterdir()) == [] and not (tmp_path / "1").exists()
 
 
+@pytest.mark.slow
 def test_one_that_says_nothing_is_named(tmp_path):
     body = "exec('if process == 1: time.sleep(40)'); agreement.agree({}, 10)"
     codes, said = meet(tmp_path, body)
@@ -113,6 +116,7 @@ def test_one_that_says_nothing_is_named(tmp_path):
         assert "error: process 1 said nothing for 10 s while the run was starting" in text
 
 
+@pytest.mark.slow
 def test_one_that_never_starts(tmp_path):
     began = time.monotonic()
     codes, said = meet(tmp_path, "raise SystemExit('never comes here')", started=2, patience=20)

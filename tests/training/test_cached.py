@@ -1,4 +1,4 @@
-"""Runs that read what `precompute` wrote: the losses of the uncached run; what is not of the run is refused."""
+"""Caches: a run that reads one has the losses of a run on pixels; a cache that does not fit the run is refused."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ BOTH = ("targets", "features")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 records about 6 pictures, one of which is broken, and a tokenizer; every third has two, every fourth none."""
+    """24 records and a tokenizer. Every third record has two of 6 images, every fourth none; one image is broken."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for i in range(6):
@@ -89,7 +89,7 @@ def reading(config: RunConfig, cache: Path) -> RunConfig:
 
 
 def make_cache(config: RunConfig, folder: Path, what=BOTH, **changes):
-    """In several shards, whose pictures are no multiple of the rows."""
+    """Makes a cache of several shards whose sizes are no multiples of the rows."""
     settings = CacheConfig(what, **{"rows": 3, "shard_bytes": 8 * 2048, **changes})
     return precompute(config, folder, settings, lambda _: None, lambda _: None)
 
@@ -100,7 +100,7 @@ def losses(folder: Path) -> np.ndarray:
 
 
 def convolutions(run: Run) -> int:
-    """In the step: the patch embedding is one, the autoencoder has many."""
+    """Number of convolutions in the step: the patch embedding is one, the autoencoder has many."""
     rows = next(run.data.batches())
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(run.mesh)) for name, x in rows.items()
@@ -123,12 +123,12 @@ CASES = [
         marks=pytest.mark.slow,
     ),
 ]
-"""Of the config; what is cached; whether pixels are still read; convolutions that are left in the step."""
+"""Changes of the config, parts of the cache, whether pixels are still read, convolutions left in the step."""
 
 
 @pytest.mark.parametrize(("changes", "what", "pixels", "left"), CASES)
 def test_losses_are_those_of_the_pixels(data, tmp_path, changes, what, pixels, left):
-    """And nothing of the components that made the cache is in the step. A run may be continued with or without it."""
+    """The step holds nothing of the components that made the cache, and a run continues from it."""
     config = make_config(data, **changes)
     assert Run(config, tmp_path / "pixels").train() == 3
     made = make_cache(config, tmp_path / "cache", what)
@@ -146,7 +146,7 @@ def test_losses_are_those_of_the_pixels(data, tmp_path, changes, what, pixels, l
 
 
 def test_stored_dtypes(data, tmp_path):
-    """Half of the bytes for rounded targets; features as the step computes them, exactly."""
+    """bfloat16 halves the bytes of targets. Features are exactly those that the step computes."""
     config = make_config(data, step=StepConfig(dtype="bfloat16", remat="none", text_chunk=128))
     make_cache(config, tmp_path / "full")
     make_cache(config, tmp_path / "half", dtype="bfloat16", rows=40, shard_bytes=2**20)
@@ -217,7 +217,7 @@ def test_other_images(data, cache, tmp_path):
 
 
 def test_other_parameters(data, cache, tmp_path):
-    """Before anything of the run is written."""
+    """The cache is refused before the run writes anything."""
     with pytest.raises(
         UserError, match=r"features.vision.parameters_hash: .*\n  targets.autoencoder.parameters_hash: "
     ):
@@ -226,7 +226,7 @@ def test_other_parameters(data, cache, tmp_path):
 
 
 def test_a_cache_that_is_of_no_use(data, tmp_path):
-    """Targets where none are asked for; with features beside them it still is of use."""
+    """A cache of targets alone is refused by a run without targets; a cache of features too is read."""
     config = make_config(data)
     make_cache(config, tmp_path / "targets", ("targets",))
     baseline = dataclasses.replace(config, reconstruction=ReconstructionConfig("none"))
@@ -265,7 +265,7 @@ def test_what_cannot_be_cached(data, tmp_path, changes, what, message):
 
 @pytest.mark.slow
 def test_what_is_missing_is_made_anew(data, cache, tmp_path):
-    """A shard that is gone; two processes that know nothing of each other; another config in the same folder."""
+    """Two processes without knowledge of each other, a lost shard, and another config in the same folder."""
     config = make_config(data)
     first = make_cache(config, tmp_path / "cache", processes=2, process=1)
     assert first.missing > 0

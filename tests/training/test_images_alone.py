@@ -1,4 +1,4 @@
-"""Runs of the denoiser alone, on pictures alone: what they read, what moves, what is reported, and continuing."""
+"""Runs of the denoiser alone on images alone: what they read, train and report, and how they continue."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ CLASSES = ("n01440764", "n01443537")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A model, and pictures in ImageNet's layout: 10 to train on, 4 held out."""
+    """A model, and images in ImageNet's layout: 10 to train on, 4 held out."""
     folder = tmp_path_factory.mktemp("data")
     write_model(folder / "model")
     rng = np.random.default_rng(0)
@@ -132,7 +132,7 @@ def test_continues_bit_for_bit(data, whole, tmp_path):
 
 
 def test_training_sees_what_inference_sees(data, whole):
-    """Visual outputs of a batch's pictures are those of `outputs_of_images`, which launch/reconstruct.py uses."""
+    """Visual outputs of a batch's images equal those of `outputs_of_images`, which launch/reconstruct.py uses."""
     run, folder, _ = whole
     model = load_model(folder, TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
     (batch, *_) = run.data.batches()
@@ -152,7 +152,7 @@ def test_training_sees_what_inference_sees(data, whole):
 
 
 def test_conversations_are_left_out(data, whole, tmp_path):
-    """The same pictures named by a LLaVA file: the same run, whatever is said about them."""
+    """Images that a LLaVA file names give the same batches; its conversations are ignored."""
     run, *_ = whole
     names = sorted(str(path.relative_to(data / "train")) for path in (data / "train").rglob("*.JPEG"))
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A tench."}]
@@ -166,7 +166,7 @@ def test_conversations_are_left_out(data, whole, tmp_path):
 
 
 def test_mock_imagenet(data, tmp_path, monkeypatch):
-    """TFDS's mock data, which encodes with TensorFlow; here Pillow does."""
+    """Images come from TFDS's mock data, encoded by Pillow instead of TensorFlow."""
 
     def encode(self, pixels: np.ndarray) -> bytes:
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What a run reports: the work of a step, waiting for input, and a loss that leaves its range."""
+"""What a run reports: FLOPs of a step, waiting for input, and a loss outside its range."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ FREEZE = {
 
 
 def products(jaxpr, times: int = 1):
-    """(kind, FLOPs, sizes of the dimensions) of every matrix product and convolution of a program, loops counted out.
+    """(kind, FLOPs, sizes of dimensions) of every matrix product and convolution of a program, with all trips of loops.
 
     Left out: products with batch dimensions, those of attention, of activations with one another; that in which rotary
     embedding swaps the halves of a head; and those with ones, which are sums.
@@ -62,7 +62,7 @@ def products(jaxpr, times: int = 1):
 def program(
     model: RossConfig, freeze: FreezeConfig, reconstruction: ReconstructionConfig, batch: dict, text_weight: float = 1.0
 ):
-    """The traced step without what nothing uses, and the tree of its parameters; nothing is computed."""
+    """The traced step without unused values, and the shapes of its parameters."""
     settings = OptimizerConfig(1e-3)
     optimizer = make_optimizer(settings, 10)
     tree = abstract_tree(model, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]))

@@ -27,7 +27,7 @@ def first_update(params, gradients, **settings) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("algorithm", ["adamw", "muon"])
 def test_norms_and_biases_do_not_decay(params, algorithm):
-    """Without gradients nothing but the decay moves a parameter: by rate x decay x its value."""
+    """Without gradients a parameter moves by rate x decay x its value where it decays, else not at all."""
     updates = first_update(params, jax.tree.map(jnp.zeros_like, params), weight_decay=0.5, algorithm=algorithm)
     for path, leaf in flatten(params).items():
         rate = 1e-4 if path.startswith("denoiser/") else 1e-3
@@ -37,7 +37,7 @@ def test_norms_and_biases_do_not_decay(params, algorithm):
 
 
 def test_muon_orthogonalises_each_layers_matrix(params):
-    """All singular values of an update come near one value; Newton-Schulz leaves most within half of it."""
+    """Most singular values of an update are within half of their median, which Newton-Schulz reaches."""
     gradients = unflatten({path: leaf * jnp.linspace(1, 20, leaf.shape[-1]) for path, leaf in flatten(params).items()})
     updates = first_update(params, gradients, algorithm="muon", max_gradient_norm=1e9)
     adamw = first_update(params, gradients, max_gradient_norm=1e9)

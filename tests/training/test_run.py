@@ -1,4 +1,4 @@
-"""Whole runs on a few pictures: reports, checkpoints, and continuing where a run was cut off."""
+"""Runs on a few images: reports, checkpoints, and continuing after an interruption."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 records about 6 pictures, one of them broken; a tokenizer."""
+    """24 records about 6 images, and a tokenizer."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
@@ -91,7 +91,7 @@ def parameters(run: Run) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """An uninterrupted run: its directory, its parameters, its steps."""
+    """Directory, parameters and number of steps of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     run = Run(make_config(data), folder)
     assert run.train() == run.steps > 4
@@ -124,7 +124,7 @@ def test_a_finished_run_is_a_model(whole):
 
 
 def test_continues_bit_for_bit(data, whole, tmp_path):
-    """Stopped after three steps, with a half-written line of metrics left behind."""
+    """The run stops after three steps and leaves a half-written line of metrics behind."""
     _, expected, steps = whole
     folder = tmp_path / "run"
     assert Run(make_config(data), folder).train(stop_at=lambda step: step == 3) == 3
@@ -157,7 +157,7 @@ def test_another_config_is_refused_with_what_differs(data, whole):
 
 
 def test_continues_a_run_older_than_a_field(data, whole, tmp_path):
-    """As of when there was one kind of autoencoder."""
+    """The record lacks `model.autoencoder.kind`."""
     shutil.copytree(whole[0], tmp_path / "run")
     file = tmp_path / "run" / "run.json"
     recorded = json.loads(file.read_text())
@@ -171,7 +171,7 @@ def test_continues_a_run_older_than_a_field(data, whole, tmp_path):
 
 
 def test_starts_from_a_model(data, whole, tmp_path):
-    """The second stage begins with what the first one left."""
+    """A run begins with the parameters that another run left."""
     folder, params, _ = whole
     run = Run(make_config(data, init=(str(folder),)), tmp_path / "second")
     for path, leaf in parameters(run).items():
@@ -187,8 +187,8 @@ def test_starts_from_a_model(data, whole, tmp_path):
 
 
 def test_trains_on_the_latents_of_a_tiny_autoencoder(data, tmp_path):
-    """Imported, frozen, and back as diffusers has it; the rest starts from nothing."""
-    tiny = component(tmp_path / "theirs", TINY)
+    """The imported autoencoder stays bit for bit what it was; the other components start random."""
+    tiny = component(tmp_path / "foreign", TINY)
     model = import_model(tmp_path / "model", tiny)
     sizes = dataclasses.replace(make_config(data).model, autoencoder=read_config(model).autoencoder)
     run = Run(make_config(data, model=sizes, init=(str(model),)), tmp_path / "run")
@@ -217,7 +217,7 @@ def test_bad_steps_stop_the_run(values, message):
 
 
 def test_no_checkpoint_of_a_bad_step(data, tmp_path):
-    """A learning rate that blows up: the run stops, and what was saved before is still there."""
+    """A run whose learning rate blows up stops, and keeps the checkpoints before that step."""
     folder = tmp_path / "run"
     run = Run(make_config(data, optimizer=OptimizerConfig(1e30, max_gradient_norm=1e30)), folder)
     with pytest.raises(UserError, match="is not finite"):
@@ -228,7 +228,7 @@ def test_no_checkpoint_of_a_bad_step(data, tmp_path):
 
 
 def test_a_run_exports_what_it_trained(data, tmp_path):
-    """Import a reference checkpoint, train one step, export: the reference's layout, and only what trains has moved."""
+    """After import, one step and export, files have the reference's layout, and only trained tensors have changed."""
     golden = Path(__file__).parents[1] / "golden" / "siglip_qwen2" / "checkpoint"
     plan = plan_import([str(golden)])
     write(plan, tmp_path / "model")
@@ -249,7 +249,7 @@ def test_a_run_exports_what_it_trained(data, tmp_path):
 
 @pytest.mark.slow
 def test_the_second_stage_begins_where_the_first_ended(data, tmp_path):
-    """Import, stage 1, stage 2, export by the launcher: what a stage trains moves, and nothing is lost between them."""
+    """Import, stage 1, stage 2, export by the launcher: a stage changes what it trains, and nothing is lost between."""
     golden = Path(__file__).parents[1] / "golden" / "siglip_qwen2" / "checkpoint"
     plan = plan_import([str(golden)])
     write(plan, tmp_path / "model")
@@ -289,7 +289,7 @@ def test_the_second_stage_begins_where_the_first_ended(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_part_of_the_recipe_unfreezes_the_encoder(data, tmp_path):
-    """`vision=trained` changes it, in float32; `frozen`, the default, leaves every bit."""
+    """`vision=trained` trains the encoder in float32; `frozen`, the default, leaves every bit of it."""
     for part, dtype in (("vision=frozen", "bfloat16"), ("vision=trained", "float32")):
         freeze = FreezeConfig(tuple(ross.get_config(part).freeze.trainable))
         run = Run(make_config(data, freeze=freeze), tmp_path / part)
@@ -309,7 +309,7 @@ def whole_tree(run: Run) -> dict[str, np.ndarray]:
 
 
 def test_a_reconstruction_loss_outside_its_range_is_said(data, tmp_path, capsys):
-    """Near 1, as in any first steps, is too high for stage 2: said once, and the run goes on."""
+    """A loss near 1, as in any first steps, is outside the range: the run warns once and goes on."""
     config = make_config(data, loop=LoopConfig(log=1, save=100, expected_reconstruction=(0.1, 0.3)))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, epochs=5))
     run = Run(config, tmp_path / "run")
@@ -321,7 +321,7 @@ def test_a_reconstruction_loss_outside_its_range_is_said(data, tmp_path, capsys)
 
 
 def board_images(folder: Path) -> list[tuple[int, str, tuple[int, int]]]:
-    """Step, tag, height and width of every picture in a run's TensorBoard files."""
+    """Step, tag, (height, width) of every image in a run's TensorBoard files."""
     found = []
     for file in sorted((folder / "tensorboard").iterdir()):
         data = file.read_bytes()
