@@ -13,6 +13,7 @@ from ross_jax import checkpoints
 from ross_jax.checkpoints import StreamedLeaf
 from ross_jax.config import ConfigError, UserError, to_dict
 from ross_jax.convert import autoencoder, denoiser, language, projector, vision
+from ross_jax.convert.dtypes import DTYPES
 from ross_jax.convert.mapping import ConversionError, Piece, Table, collecting, match, raise_all
 from ross_jax.convert.parts import SCOPES as SCOPES
 from ross_jax.convert.parts import Part, read_configs, split
@@ -123,6 +124,9 @@ def match_parts(config: RossConfig, sources: list[Source], parts: dict[str, Part
         plan.problems += [f"{part.source.origin}: {part.scope}{part.prefix}: {problem}" for problem in result.problems]
         plan.problems += [f"{part.source.origin}: unmapped: {part.scope}{key}" for key in outside if key not in kept]
         plan.unused[component] = [part.prefix + key for key in result.unused] + sorted(kept)
+        for info, key in ((part.files[part.scope + key], part.scope + key) for key in plan.unused[component]):
+            if info.tag not in DTYPES:
+                plan.problems.append(f"{info.file}: {key} has dtype {info.tag}; {', '.join(DTYPES)} are kept")
         full = part.scope + part.prefix
         plan.copies += [(component, full + key, full + of) for key, of in result.copies]
         leaves: dict[str, list[tuple[Piece, str]]] = {}
@@ -169,8 +173,10 @@ def _streamed(plan: Plan, component: str, path: str) -> StreamedLeaf:
 def _check_copies(plan: Plan) -> None:
     for component, key, of in plan.copies:
         files = plan.parts[component].files
-        tensor, original = (files.read(name).reshape(-1).view(np.uint8) for name in (key, of))
-        if not np.array_equal(tensor, original):
+        if files[of].tag not in _FLOATS:
+            continue  # a problem already
+        bits = (files.read(name).reshape(-1).view(np.uint8) for name in (key, of))
+        if files[key].tag != files[of].tag or not np.array_equal(*bits):
             plan.problems.append(
                 f"{key} differs from {of}, although tie_word_embeddings is true; set it to false in config.json if the "
                 "model has a head of its own"
@@ -276,6 +282,8 @@ def _unused(plan: Plan, component: str) -> Iterator[tuple[str, np.ndarray]]:
     part = plan.parts[component]
     for key in plan.unused[component]:
         full = part.scope + key
+        if part.files[full].tag not in DTYPES:
+            continue  # a problem already
         values = part.files.read(full)
         if part.files[full].tag in _FLOATS:
             _check_finite(plan, part.files, full, values)

@@ -224,7 +224,7 @@ class _Dtype:
 @dataclass(frozen=True)
 class _StorageType:
     tag: str | None
-    """None: an untyped storage, which counts bytes."""
+    """None for an untyped storage, whose size is in bytes."""
 
 
 @dataclass(frozen=True)
@@ -330,13 +330,13 @@ _OPCODES = (
     *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
     *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID, pickle.REDUCE),
 )
-"""Opcodes that `pickle` executes as it always does."""
+"""Opcodes that the base class executes."""
 
 
 class _StateDictUnpickler(pickle._Unpickler):
-    """Unpickler that imports nothing: names stand for the objects in `_NAMES`, and others end the reading.
+    """Unpickler that imports nothing. Names stand for the objects in `_NAMES`; any other name is an error.
 
-    The base class is `pickle.Unpickler` in Python rather than C. The one in C hashes dict keys of any kind and makes
+    The base class is the Python version of `pickle.Unpickler`. The C version hashes dict keys of any kind, and makes
     its memo as large as the largest index in the file, before a subclass can object.
     """
 

@@ -83,6 +83,10 @@ NORM = f"{TOWER}encoder.layers.2.layer_norm1.bias"  # unused: in a layer above t
         ({EMBEDDING: zeros(11, 8, dtype=np.float64)}, [f"{EMBEDDING} has dtype F64; F32, F16, BF16 are read"]),
         ({EMBEDDING: zeros(11, 8, dtype=ml_dtypes.float8_e4m3fn)}, [f"{EMBEDDING} has dtype F8_E4M3"]),
         (
+            {NORM: zeros(8, dtype=ml_dtypes.float8_e4m3fn), "model.extra": zeros(2)},
+            [f"{NORM} has dtype F8_E4M3; BOOL, U8, .* are kept", r"unmapped: model\.extra"],
+        ),
+        (
             {
                 EMBEDDING: zeros(8, 11),
                 "model.norm.weight": ABSENT,
