@@ -1,50 +1,48 @@
-"""Plans a run on hardware that is not at hand: does it fit, how fast will it be, which mesh is best.
+"""Plans a run on hardware that is not here: does it fit, how fast is it, and which mesh is best.
 
   python launch/plan.py --config=configs/ross.py:encoder=siglip,llm=qwen2_7b,stage=finetune --topology=v5e:8x8
   python launch/plan.py --config=configs/llava.py --topology=h100:1x1x8 --json=plan.json --png=plan.png
   python launch/plan.py --config=configs/ross.py --topology=v5p:4x4x4 --search
   python launch/plan.py --config=configs/ross.py --topology=v5e:8x8 --cached=targets
 
-The config's own jitted step is compiled ahead of time for the topology, by XLA, on this machine's CPU: nothing runs and
-no array is made. TPU slices (v4, v5e, v5p, v6e, v7x: chips along each axis) need the extra `tpu`, GPUs (a100, h100,
-h200, b200: slices x hosts x GPUs of a host) the extra `cuda`. Times are estimates; the output says how they come about.
+XLA compiles the config's own jitted step for the topology, on this machine's CPU. Nothing runs and no array is made.
+TPU slices (v4, v5e, v5p, v6e, v7x: chips along each axis) need the extra `tpu`, GPUs (a100, h100, h200, b200: slices x
+hosts x GPUs of a host) the extra `cuda`. Times are estimates; the output says how they are made. A 7B model takes up to
+7 GB of memory and some minutes.
 
-Exit status: 0 it fits, 1 it does not, or an error; of --search, 0 if anything fits.
+Exit status: 0 it fits, 1 it does not, or an error. With --search: 0 if anything fits.
 """
 
 import dataclasses
-import gc
 import json
 import logging
 import sys
 from pathlib import Path
 
-from ross_jax.plan.environment import one_heap, prepare, without_gpus
+import jax
+from absl import flags
+from ml_collections import config_flags
 
-prepare()
-
-from absl import flags  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
-
-from ross_jax import command_line  # noqa: E402
-from ross_jax.config import UserError, from_dict  # noqa: E402
-from ross_jax.plan import search  # noqa: E402
-from ross_jax.plan.figure import draw  # noqa: E402
-from ross_jax.plan.planner import Options, plan  # noqa: E402
-from ross_jax.plan.report import text  # noqa: E402
-from ross_jax.plan.targets import open_target  # noqa: E402
-from ross_jax.training.recipe import RunConfig  # noqa: E402
+from ross_jax import command_line
+from ross_jax.config import UserError, from_dict
+from ross_jax.plan import search
+from ross_jax.plan.figure import draw
+from ross_jax.plan.planner import plan
+from ross_jax.plan.targets import open_target
+from ross_jax.plan.text import text
+from ross_jax.plan.workload import Options
+from ross_jax.training.recipe import RunConfig
 
 _CONFIG = command_line.define_recipe()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:8x8, v5p:4x4x4, 2xv5e:8x8 (slices), h100:1x1x8, ...")
-_OBJECTIVE = flags.DEFINE_enum("objective", "train", ["train", "generate"], "The step, or prefill and decoding.")
+_OBJECTIVE = flags.DEFINE_enum("objective", "train", ["train", "generate"], "Plan a training step, or generation.")
 _SEARCH = flags.DEFINE_bool("search", False, "Compare meshes, remat policies and batch sizes, and rank them.")
-_ROWS = flags.DEFINE_integer("rows", None, "Rows of a global batch; default: what the packing plan would make.")
-_TOKENS = flags.DEFINE_float("tokens", None, "Mean tokens of a conversation, pictures included.")
-_IMAGES = flags.DEFINE_float("images", None, "Mean pictures of a conversation.")
+_ROWS = flags.DEFINE_integer("rows", None, "Rows of a global batch; default: as many as the packing plan would have.")
+_TOKENS = flags.DEFINE_float("tokens", None, "Mean tokens of a conversation, images included.")
+_IMAGES = flags.DEFINE_float("images", None, "Mean images of a conversation.")
 _EPOCH = flags.DEFINE_integer("epoch", None, "Conversations of an epoch.")
-_CACHED = flags.DEFINE_list("cached", [], "What the run reads from a cache of launch/cache.py: targets, features.")
-_PROMPT = flags.DEFINE_integer("prompt", 1024, "Tokens of a prompt, its picture included, with --objective=generate.")
+_CACHED = flags.DEFINE_list("cached", [], "Parts that the run reads from a cache: targets, features.")
+_PROMPT = flags.DEFINE_integer("prompt", 1024, "Tokens of a prompt, its image included, with --objective=generate.")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 256, "Tokens to generate, with --objective=generate.")
 _JSON = flags.DEFINE_string("json", None, "Write all figures there.")
 _PNG = flags.DEFINE_string("png", None, "Draw memory and time there.")
@@ -52,15 +50,11 @@ _DUMP = flags.DEFINE_string("dump-hlo", None, "Keep the optimised HLO in this fo
 
 
 def main() -> int:
-    logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)  # the report says it, once
-    gc.freeze()  # what is imported need not be looked through for garbage
+    jax.config.update("jax_platforms", "cpu")  # a TPU or GPU of this machine has no part in it
+    logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)  # the report lists what stays on every device
     try:
         config = from_dict(RunConfig, _CONFIG.value.to_dict())
-        if "v4:" in _TOPOLOGY.value.lower():
-            one_heap()
         target = open_target(_TOPOLOGY.value)
-        if target.is_tpu:
-            without_gpus()
         options = Options(
             recipe=config_flags.get_config_filename(flags.FLAGS["config"]),
             objective=_OBJECTIVE.value,

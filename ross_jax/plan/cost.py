@@ -1,6 +1,6 @@
-"""What a program costs: floating-point operations, cycles and collectives of its optimised HLO, loops counted.
+"""What a program costs: floating-point operations, cycles and collectives of its optimised HLO.
 
-`cost_analysis()` counts the body of a loop once, so everything here is walked and multiplied by trip counts.
+XLA's own `cost_analysis()` counts the body of a loop once. Here it counts as often as the loop runs.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import numpy as np
 
 from ross_jax.models.attention import BIDIRECTIONAL
 from ross_jax.models.image_attention import LANES
-from ross_jax.plan.hlo import Bindings, Computation, Instruction, Module, evaluate, trip_count, unknown
+from ross_jax.plan.hlo import Computation, Instruction, Module
+from ross_jax.plan.loops import Scope, trip_count
 
 COLLECTIVES = (
     "all-gather",
@@ -33,7 +34,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("projector", r"/projector\b"),
     ("language model", r"/language\b|\bRoss\b|\bLanguageModel\b"),
 )
-"""Part of a step -> pattern of the names that its operations have; the first match counts."""
+"""Part of a step -> pattern of its operations' names. The first match counts."""
 OTHER = "other"
 
 
@@ -46,7 +47,10 @@ def part_of(op_name: str) -> str:
 
 
 def flops(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """Of the matrix products and convolutions in an instruction: 2 for each multiplication that meets data."""
+    """FLOPs of one run of an instruction: 2 for each multiplication of its matrix products and convolutions.
+
+    Multiplications with padding do not count.
+    """
     if instruction.opcode in ("fusion", "call", "async-start"):
         return sum(_flops(inside, each) for inside, each in module.inside(instruction))
     return _flops(computation, instruction)
@@ -67,21 +71,23 @@ def _flops(computation: Computation, instruction: Instruction) -> int:
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Whether it is a kernel that XLA did not write: of Pallas, or cuDNN's attention."""
+    """Whether the instruction is a kernel that XLA did not write: a Pallas kernel, or cuDNN's attention."""
     return instruction.opcode == "custom-call" and bool(
         re.search(r'"tpu_custom_call"|__cudnn\$fmha', instruction.attributes)
     )
 
 
 ATTENTION = {"fwd": 2, "dkv": 4, "dq": 3, "bwd": 5, "Softmax": 2, "SoftmaxBackward": 5}
-"""Products of queries by keys in kernels of attention, by a part of their name: Pallas' (splash attention and
-`image_attention`) and cuDNN's."""
+"""Part of an attention kernel's name -> how many products of the size queries x keys x head the kernel computes.
+
+The first four are Pallas kernels (splash attention and `image_attention`), the others cuDNN's.
+"""
 _PALLAS_ATTENTION = r"(splash_m[hq]a|image_attention)_(fwd|dkv|dq|bwd)(?:_(\d+))?"
-"""Which, the products, and the size of a head where the shapes do not tell."""
+"""Groups: the kernel, the part of the name in `ATTENTION`, and the size of a head where shapes do not tell it."""
 
 
 def _attention(computation: Computation, instruction: Instruction) -> int:
-    """Of an attention kernel that does not state its own; half of the square where it is causal and skips the rest."""
+    """FLOPs of an attention kernel that does not state them. Causal kernels skip half of the scores."""
     arrays = _read(computation, instruction)
     if len(arrays) < 2:
         return 0
@@ -100,7 +106,10 @@ def _attention(computation: Computation, instruction: Instruction) -> int:
 
 
 def idle(computation: Computation, instruction: Instruction) -> float:
-    """How many times as long as its FLOPs say a TPU's attention kernel takes: matrix units are 128 wide, heads not."""
+    """By how much a TPU's attention kernel is slower than its FLOPs say.
+
+    2 for heads of 64 values, as matrix units are 128 wide.
+    """
     pallas = re.search(_PALLAS_ATTENTION, instruction.name + instruction.op_name)
     arrays = _read(computation, instruction)
     if pallas is None or not arrays:
@@ -110,7 +119,7 @@ def idle(computation: Computation, instruction: Instruction) -> float:
 
 
 def _read(computation: Computation, instruction: Instruction) -> list[tuple[int, ...]]:
-    """Shapes of the arrays of numbers that a kernel reads: of attention first queries, then keys."""
+    """Shapes of the floating-point arrays that a kernel reads. Attention kernels read queries first, then keys."""
     shapes = [each.shape for each in computation.operands(instruction)]
     return [shape.sizes for shape in shapes if len(shape.sizes) > 2 and shape.dtype in ("bf16", "f16", "f32")]
 
@@ -149,9 +158,10 @@ def _convolution(computation: Computation, instruction: Instruction) -> int:
 
 
 def _meetings(size: int, kernel: int, outputs: int, stride: int, pad: int, dilate: int, kernel_dilate: int) -> int:
-    """How many pairs of output and kernel positions fall on an element, not on padding or between dilated ones.
+    """How many pairs of output and kernel positions along a dimension meet an element of the input.
 
-    XLA for TPU writes batched products as convolutions whose padding or dilation hides all but the diagonal.
+    The others meet padding or the gaps of a dilated input. XLA for TPU writes batched products as convolutions whose
+    padding or dilation hides all but the diagonal.
     """
     position = np.arange(outputs)[:, None] * stride + np.arange(kernel) * kernel_dilate - pad
     inside = (position >= 0) & (position <= (size - 1) * dilate) & (position % dilate == 0)
@@ -162,9 +172,9 @@ def _meetings(size: int, kernel: int, outputs: int, stride: int, pad: int, dilat
 
 
 def collective_kind(instruction: Instruction) -> str | None:
-    """`all-gather` for `all-gather` and `all-gather-start`; None for everything that is no collective."""
+    """`all-gather` for `all-gather` and `all-gather-start`; None if the instruction is no collective."""
     kind = instruction.opcode.removesuffix("-start")
-    if kind == "send":  # to the host, which talks to those of other slices
+    if kind == "send":  # to the host, which talks to the hosts of other slices
         across = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
         kind = across[1].lower().replace("_", "-") if across else ""
         kind = "collective-permute" if kind == "one-to-one" else kind
@@ -172,16 +182,19 @@ def collective_kind(instruction: Instruction) -> str | None:
 
 
 def rendezvous(instruction: Instruction) -> str | None:
-    """The name that ties what is sent to the other TPU slices to what is received from them."""
+    """The name that a send to other TPU slices shares with the matching receive."""
     found = re.search(r'_xla_host_transfer_rendezvous="([^"]+)"', instruction.attributes)
     return found[1] if found else None
 
 
 def replica_group(instruction: Instruction, devices: int) -> list[int]:
-    """Devices, by their place in the mesh, of the first group that talks among itself; of a permutation, a pair."""
+    """The first group of devices that exchange data in a collective, by place in the mesh.
+
+    The group of a permutation is a sender and its receiver.
+    """
     text = instruction.attributes
     slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x', text)
-    if slices:  # a device of each; a mesh is slice by slice
+    if slices:  # one device of each slice; the devices of a slice are neighbours in the mesh
         ends = [_indices(part) for part in slices[1].split(",")]
         count = sum(end[-1] - end[0] + 1 for end in ends)
         return [i * (devices // count) for i in range(count)]
@@ -205,7 +218,7 @@ def replica_group(instruction: Instruction, devices: int) -> list[int]:
 
 
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
-"""`[2,4]T(1,0)`: the numbers from 0 in an array of this shape, its axes then put in this order."""
+"""`[2,4]T(1,0)`: the numbers 0 to 7 as an array of shape 2 x 4, transposed with the axis order (1, 0)."""
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
@@ -214,7 +227,13 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
 
 
 def _mesh_group(axes: str, chosen: str) -> list[int]:
-    """Of `'a'=4,'b'=2` and `'b'`, or `'a':(2)2` for the part of size 2 of axis a that has 2 outside it."""
+    """The group of device 0 in XLA's notation of a mesh.
+
+    Args:
+      axes: names and sizes, as `'a'=4,'b'=2`.
+      chosen: axes along which devices exchange data, as `'b'`. `'a':(2)2` is a part of axis a: it is split into
+        2 x 2, and the group runs along the second factor.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     strides = dict(zip(sizes, np.cumprod([1, *reversed(sizes.values())])[:-1][::-1], strict=True))
     ids = np.zeros(1, int)
@@ -226,7 +245,7 @@ def _mesh_group(axes: str, chosen: str) -> list[int]:
 
 
 def operand_bytes(computation: Computation, instruction: Instruction) -> int:
-    """Bytes that a device puts into a collective."""
+    """Bytes that each device puts into a collective."""
     return sum(shape.bytes for each in computation.operands(instruction) for shape in each.shapes)
 
 
@@ -235,16 +254,17 @@ def operand_bytes(computation: Computation, instruction: Instruction) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """An instruction and how it runs.
+    """An instruction and its cost.
 
     Attributes:
-      count: how often, in one step.
-      flops: of one run.
-      cycles: the compiler's estimate for one run; None where it gives none.
-      seconds: of one run.
-      kind: `compute`, `kernel` or the collective's.
-      group: devices of a collective.
-      bytes: that a device puts into a collective.
+      part: part of the step that the instruction belongs to.
+      count: runs in one step.
+      seconds: seconds of one run.
+      kind: `compute`, `kernel`, or one of `COLLECTIVES`.
+      flops: FLOPs of one run.
+      cycles: the compiler's estimate for one run; None if it states none.
+      group: devices that exchange data in a collective, by place in the mesh.
+      bytes: bytes that each device puts into a collective.
     """
 
     instruction: Instruction
@@ -265,13 +285,13 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What turns costs into seconds.
+    """The speed of a topology.
 
     Attributes:
       compute: (cycles or None, FLOPs) -> seconds.
       kernel: FLOPs of a hand-written kernel -> seconds.
-      collective: (kind, bytes that a device puts in, group) -> seconds.
-      devices: of the mesh.
+      collective: (kind, bytes that each device puts in, group) -> seconds.
+      devices: number of devices of the mesh.
     """
 
     compute: Callable[[int | None, int], float]
@@ -285,9 +305,9 @@ class Cost:
     """A program's cost.
 
     Attributes:
-      events: everything that runs and costs anything.
-      scheduled: seconds if collectives overlap with what XLA scheduled between their start and their end.
-      notes: what could not be read.
+      events: all instructions that cost anything.
+      scheduled: seconds if collectives overlap with the instructions that XLA scheduled between their start and end.
+      notes: what could not be read from the text.
     """
 
     events: list[Event]
@@ -295,99 +315,100 @@ class Cost:
     notes: list[str]
 
     def seconds(self, *kinds: str) -> float:
-        """Of all events of these kinds."""
+        """Seconds of all events of these kinds."""
         return sum((event.total for event in self.events if event.kind in kinds), 0.0)
 
 
 def estimate(module: Module, timing: Timing) -> Cost:
-    """Walks a program as it runs."""
+    """Adds up the cost of a program, instruction by instruction as it runs."""
     walk = _Walk(module, timing)
-    scheduled, events = walk.run(module.entry, 1, unknown, OTHER)
+    scheduled, events = walk.run(Scope(module, module.entry), 1, OTHER)
     return Cost(events, scheduled, sorted(walk.notes))
 
 
 class _Walk:
+    """Follows a program as it runs.
+
+    Args to the methods:
+      scope: the computation that an instruction is in.
+      count: how often this computation runs in one step.
+      part: the part that an instruction belongs to if its own name does not tell.
+    """
+
     def __init__(self, module: Module, timing: Timing):
         self.module, self.timing = module, timing
         self.notes: set[str] = set()
 
-    def run(self, computation: Computation, count: int, bindings: Bindings, part: str) -> tuple[float, list[Event]]:
-        """Seconds of one run, and its events. Links, and the network, work beside the compute units, one transfer after
-        another."""
+    def run(self, scope: Scope, count: int, part: str) -> tuple[float, list[Event]]:
+        """Seconds of one run of a computation, and its events.
+
+        Links between chips and the network between slices work beside the compute units, one transfer after another.
+        """
         now, busy = 0.0, {"links": 0.0, "network": 0.0}
         events: list[Event] = []
-        ends: dict[str, float] = {}  # of transfers under way, by channel or name
-        for instruction in computation:
-            if instruction.opcode == "while":
-                elapsed, more = self._loop(computation, instruction, count, bindings, part)
+        ends: dict[str, float] = {}  # channel or name of a transfer under way -> when it ends
+        for instruction in scope.computation:
+            if instruction.opcode in ("while", "call", "conditional"):
+                run = self._loop if instruction.opcode == "while" else self._branches
+                elapsed, more = run(scope, instruction, count, part)
                 now, events = now + elapsed, events + more
                 continue
-            if instruction.opcode in ("call", "conditional"):
-                inner = self._bind(computation, instruction, bindings) if instruction.opcode == "call" else unknown
-                branches = [self.run(each, count, inner, part) for each in self.module.called(instruction)]
-                elapsed, more = max(branches, key=lambda branch: branch[0], default=(0.0, []))
-                now, events = now + elapsed, events + more
-                continue
-            transfer, start, end = self._transfer(computation, instruction)
-            event = self._event(computation, instruction, count, part)
+            transfer = self._transfer(scope.computation, instruction)
+            event = self._event(scope.computation, instruction, count, part)
             if event is not None:
                 events.append(event)
                 now += event.seconds
-            if transfer is not None:
-                inside, collective = transfer
-                key = self._channel(collective)
+            if transfer.collective is not None:
+                key = _channel(transfer.collective)
                 if key not in ends:
-                    sent = self._collective(inside, collective, instruction, count, part)
+                    sent = self._collective(transfer, instruction, count, part)
                     events.append(sent)
-                    way = "network" if collective.opcode == "send" else "links"
+                    way = "network" if transfer.collective.opcode == "send" else "links"
                     busy[way] = ends[key] = max(busy[way], now) + sent.seconds
-                if end or not start:
+                if transfer.ends or not transfer.starts:
                     now = max(now, ends[key])
-            elif end:
-                awaited = computation.operands(instruction)
+                if transfer.starts:
+                    ends[instruction.name] = ends[key]
+            elif transfer.ends:
+                awaited = scope.computation.operands(instruction)
                 now = max([now, *(ends.get(rendezvous(each) or each.name, 0.0) for each in awaited)])
-            if start and transfer is not None:
-                ends[instruction.name] = ends[self._channel(transfer[1])]
         return max(now, *busy.values()), events
 
-    def _loop(
-        self, computation: Computation, loop: Instruction, count: int, bindings: Bindings, part: str
-    ) -> tuple[float, list[Event]]:
-        turns = trip_count(self.module, computation, loop, bindings)
+    def _loop(self, scope: Scope, loop: Instruction, count: int, part: str) -> tuple[float, list[Event]]:
+        turns = trip_count(scope, loop)
         if turns is None:
             self.notes.add(f"loop {loop.op_name or loop.name}: its number of turns is not in the text; counted once")
             turns = 1
         body = self.module.computations[loop.attribute("body").lstrip("%")]
-        elapsed, events = self.run(body, count * turns, self._bind(computation, loop, bindings), self._part(loop, part))
+        elapsed, events = self.run(scope.enter(body, loop), count * turns, self._part(loop, part))
         return elapsed * turns, events
 
-    def _bind(self, computation: Computation, caller: Instruction, bindings: Bindings) -> Bindings:
-        """What the parameters of the computation that `caller` runs are, at first."""
-        return lambda i, element: evaluate(self.module, computation, caller.operands[i], bindings, element)
+    def _branches(self, scope: Scope, caller: Instruction, count: int, part: str) -> tuple[float, list[Event]]:
+        """The called computation, or the slowest branch of a conditional."""
+        called = self.module.called(caller)
+        scopes = [scope.enter(each, caller) if caller.opcode == "call" else Scope(self.module, each) for each in called]
+        branches = [self.run(each, count, part) for each in scopes]
+        return max(branches, key=lambda branch: branch[0], default=(0.0, []))
 
-    def _transfer(self, computation: Computation, instruction: Instruction):
-        """The collective in an instruction, if there is one; whether it only starts there, and whether it ends."""
+    def _transfer(self, computation: Computation, instruction: Instruction) -> "_Transfer":
         if collective_kind(instruction):
-            start = instruction.opcode.endswith("-start") or instruction.opcode == "send"
-            return (computation, instruction), start, False
+            starts = instruction.opcode.endswith("-start") or instruction.opcode == "send"
+            return _Transfer(computation, instruction, starts=starts)
         if instruction.opcode.endswith("-done"):
-            return None, False, instruction.opcode != "send-done"
+            return _Transfer(computation, ends=instruction.opcode != "send-done")
         if instruction.opcode not in ("fusion", "async-start"):
-            return None, False, False
+            return _Transfer(computation)
         found, targets = None, ""
         for inside, each in self.module.inside(instruction):
             found = (inside, each) if collective_kind(each) else found
             targets += each.attributes if each.opcode == "custom-call" else ""
         if found is None:
-            return None, False, False
+            return _Transfer(computation)
         # On TPU the start, the work between, and the end are fusions that all hold the collective.
         ends = "AsyncCollectiveDone" in targets
         asynchronous = instruction.opcode == "async-start" or "async_collective" in instruction.attributes + targets
         starts = "AsyncCollectiveStart" in targets or (asynchronous and not ends)
-        return found, starts, ends
-
-    def _channel(self, collective: Instruction) -> str:
-        return rendezvous(collective) or collective.attribute("channel_id") or collective.name
+        return _Transfer(*found, starts, ends)
 
     def _part(self, instruction: Instruction, default: str) -> str:
         names = [instruction.op_name]
@@ -415,13 +436,34 @@ class _Walk:
             return None
         return Event(instruction, part, count, self.timing.compute(cycles, work), "compute", work, cycles)
 
-    def _collective(
-        self, inside: Computation, collective: Instruction, outer: Instruction, count: int, part: str
-    ) -> Event:
-        kind, size = collective_kind(collective), operand_bytes(inside, collective)
+    def _collective(self, transfer: "_Transfer", outer: Instruction, count: int, part: str) -> Event:
+        """The event of a transfer that `outer` starts."""
+        collective = transfer.collective
+        kind, size = collective_kind(collective), operand_bytes(transfer.computation, collective)
         if kind == "all-reduce" and outer.opcode == "fusion" and "all-reduce-scatter" in outer.attributes + outer.name:
             kind = "reduce-scatter"  # XLA for TPU writes one as an all-reduce whose result is sliced
         group = tuple(replica_group(collective, self.timing.devices))
         seconds = self.timing.collective(kind, size, group)
         part = self._part(collective, self._part(outer, part))
         return Event(collective, part, count, seconds, kind, group=group, bytes=size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transfer:
+    """What an instruction does to a transfer.
+
+    Attributes:
+      computation: the computation that the collective is in.
+      collective: None if the instruction holds no collective.
+      starts: whether the collective only starts there, to go on beside other instructions.
+      ends: whether the instruction waits for the collective, or for the transfers of its operands, to end.
+    """
+
+    computation: Computation
+    collective: Instruction | None = None
+    starts: bool = False
+    ends: bool = False
+
+
+def _channel(collective: Instruction) -> str:
+    return rendezvous(collective) or collective.attribute("channel_id") or collective.name

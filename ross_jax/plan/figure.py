@@ -1,16 +1,17 @@
-"""The report as a picture."""
+"""A report as a picture."""
 
 from pathlib import Path
 
 from ross_jax.config import UserError
-from ross_jax.plan.report import Report, summary
+from ross_jax.plan.report import Report
 from ross_jax.plan.targets import GIB
+from ross_jax.plan.text import summary
 
 _MEMORY = ("arguments", "outputs", "temporaries", "code")
 
 
 def draw(report: Report, path: str | Path) -> None:
-    """Writes a PNG: memory by kind against what a device has, and the time of each part.
+    """Writes a PNG with two charts: memory by kind beside what a device has, and the time of each part.
 
     Raises:
       UserError: matplotlib is not installed.

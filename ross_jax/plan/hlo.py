@@ -1,13 +1,13 @@
-"""Optimised HLO as data: the text that XLA prints, parsed, and how often each loop of it runs."""
+"""Optimised HLO as data: parses the text that XLA prints."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 
 BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
-"""Bytes of an element, where the number in the type's name does not say."""
+"""Type -> bytes of an element, where the number in the type's name does not say."""
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?(\S+) = ")
@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Without padding of the layout."""
+        """Bytes without the layout's padding."""
         if self.dtype in BYTES:
             return self.elements * BYTES[self.dtype]
         bits = _NUMBER.search(self.dtype)
@@ -43,9 +43,11 @@ class Instruction:
     """A line of HLO.
 
     Attributes:
-      shapes: of the result; of a tuple, of every array in it.
-      arguments: the text between the parentheses.
-      attributes: the text behind them.
+      shapes: shape of the result; for a tuple, shapes of all arrays in it.
+      arguments: the text between the opcode's parentheses.
+      attributes: the text after these parentheses.
+      root: whether the instruction's result is that of its computation.
+      in_vmem: whether the result lives in a chip's fast memory.
     """
 
     name: str
@@ -63,11 +65,11 @@ class Instruction:
 
     @property
     def shape(self) -> Shape:
-        """Of the (first) result."""
+        """Shape of the result, or of the first array of a tuple."""
         return self.shapes[0]
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=`, up to the next space or comma at its level."""
+        """The value of `name=`, up to the next comma outside parentheses; None if there is none."""
         found = re.search(rf"(?<![\w-]){name}=", self.attributes)
         if found is None:
             return None
@@ -75,13 +77,13 @@ class Instruction:
 
     @cached_property
     def op_name(self) -> str:
-        """Where in the program it comes from; empty if unknown."""
+        """The JAX operation that the instruction comes from, with its name scopes; empty if unknown."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it runs."""
+        """Names of the computations that the instruction runs."""
         names = [self.attribute(key) for key in ("calls", "to_apply", "condition", "body", "true_computation")]
         names.append(self.attribute("false_computation"))
         branches = self.attribute("branch_computations") or self.attribute("called_computations") or ""
@@ -90,7 +92,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Computation:
-    """Instructions by name, in the order in which they are printed, which is that of execution."""
+    """Instructions by name, in order of execution."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -115,11 +117,11 @@ class Module:
     entry: Computation
 
     def called(self, instruction: Instruction) -> list[Computation]:
-        """The computations that it runs."""
+        """The computations that an instruction runs."""
         return [self.computations[name] for name in instruction.called if name in self.computations]
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-        """It, or, of a fusion, every instruction in it, with the computation that each is in."""
+        """Every instruction in the computations that an instruction runs, with its computation; recursive."""
         for computation in self.called(instruction):
             for inner in computation:
                 yield computation, inner
@@ -131,7 +133,7 @@ def parse(text: str) -> Module:
     """Parses HLO text.
 
     Raises:
-      ValueError: there is no entry computation in it.
+      ValueError: the text has no entry computation.
     """
     computations, current, entry = {}, None, None
     for line in _whole_lines(text):
@@ -150,7 +152,7 @@ def parse(text: str) -> Module:
 
 
 def _whole_lines(text: str) -> Iterator[str]:
-    """Lines, those that attributes of a kernel break put together again."""
+    """Lines of the text. Attributes of kernels may contain line breaks: such lines are joined."""
     whole = ""
     for line in text.splitlines():
         if whole.startswith(" ") and line not in ("", "}") and not _INSTRUCTION.match(line):
@@ -200,114 +202,3 @@ def _value_end(text: str, start: int) -> int:
         elif letter == "," and depth == 0:
             return index
     return len(text)
-
-
-# Scalars, as far as they can be known from the text.
-
-Value = int | None
-Bindings = Callable[[int, int | None], Value]
-"""(parameter, element of it if it is a tuple) -> its value."""
-_MOVES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape", "opt-barrier", "broadcast")
-
-
-def unknown(parameter: int, element: int | None) -> Value:
-    """The bindings of a computation of whose arguments nothing is known."""
-    del parameter, element
-
-
-def evaluate(
-    module: Module, computation: Computation, name: str, bindings: Bindings, element: int | None = None
-) -> Value:
-    """The integer that an instruction yields, or None if the text does not tell.
-
-    Args:
-      bindings: of the computation's parameters.
-      element: of the instruction's result, if that is a tuple.
-    """
-    instruction = computation.instructions[name]
-    operands = instruction.operands
-
-    def of(operand: str, inner: int | None = None) -> Value:
-        return evaluate(module, computation, operand, bindings, inner)
-
-    match instruction.opcode:
-        case "constant":
-            return int(instruction.arguments) if _NUMBER.fullmatch(instruction.arguments.strip()) else None
-        case "parameter":
-            return bindings(int(instruction.arguments), element)
-        case "get-tuple-element":
-            return of(operands[0], int(instruction.attribute("index")))
-        case "tuple":
-            return of(operands[element]) if element is not None else None
-        case "add" | "subtract" | "multiply":
-            left, right = of(operands[0]), of(operands[1])
-            if left is None or right is None:
-                return None
-            return {"add": left + right, "subtract": left - right, "multiply": left * right}[instruction.opcode]
-        case "fusion" | "call":
-            called = module.called(instruction)[0]
-            return evaluate(module, called, called.root.name, lambda i, e: of(operands[i], e), element)
-        case opcode if opcode in _MOVES and operands:
-            return of(operands[0], element if opcode == "opt-barrier" else None)
-    return None
-
-
-def trip_count(module: Module, computation: Computation, loop: Instruction, bindings: Bindings = unknown) -> int | None:
-    """How often the body of a `while` runs; None if the text does not tell. Of several conditions, the first to end it.
-
-    XLA's own count is taken where it is printed; else it follows from condition, start and step.
-
-    Args:
-      computation: that the loop is in.
-      bindings: of that computation's parameters.
-    """
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
-    if known:
-        return int(known[1])
-    condition, body = (module.computations[loop.attribute(key).lstrip("%")] for key in ("condition", "body"))
-    (start,) = loop.operands
-
-    def before(parameter: int, element: int | None) -> Value:
-        return evaluate(module, computation, start, bindings, element)
-
-    def after(parameter: int, element: int | None) -> Value:
-        return evaluate(module, body, body.root.name, before, element)
-
-    def margins(compare: Instruction, inside: Computation, outer: Callable[[Bindings], Bindings]) -> list[Value]:
-        """Right side minus left before the loop and after one turn."""
-        found = []
-        for state in (before, after):
-            left, right = (evaluate(module, inside, name, outer(state)) for name in compare.operands)
-            found.append(None if left is None or right is None else right - left)
-        return found
-
-    def counts(inside: Computation, name: str, outer: Callable[[Bindings], Bindings]) -> list[int]:
-        instruction = inside.instructions[name]
-        if instruction.opcode == "and":
-            return [count for operand in instruction.operands for count in counts(inside, operand, outer)]
-        if instruction.opcode in ("copy", "bitcast"):
-            return counts(inside, instruction.operands[0], outer)
-        if instruction.opcode == "fusion":
-            called = module.called(instruction)[0]
-
-            def bind(state: Bindings) -> Bindings:
-                return lambda i, e: evaluate(module, inside, instruction.operands[i], outer(state), e)
-
-            return counts(called, called.root.name, bind)
-        if instruction.opcode == "compare":
-            first, second = margins(instruction, inside, outer)
-            if first is not None and second is not None and first != second:
-                return [_turns(first, second, instruction.attribute("direction"))]
-        return []
-
-    return min(counts(condition, condition.root.name, lambda state: state), default=None)
-
-
-def _turns(first: int, second: int, direction: str) -> int:
-    """Turns until `0 direction margin` fails, the margin going from `first` by the same step each turn."""
-    if direction in ("GT", "GE"):
-        first, second, direction = -first, -second, {"GT": "LT", "GE": "LE"}[direction]
-    step = first - second
-    if direction == "LE":
-        first += 1
-    return max(0, math.ceil(first / step)) if step > 0 or direction == "NE" else 0

@@ -1,4 +1,4 @@
-"""The real programs, compiled ahead of time: a recipe's train step, or prefill and decoding, on devices not at hand."""
+"""The programs that are planned: a recipe's train step, or its generation, compiled for devices that are not here."""
 
 import contextlib
 import dataclasses
@@ -20,22 +20,24 @@ from ross_jax.inference.generate import generate
 from ross_jax.inference.model import TEXT_COMPONENTS
 from ross_jax.models.ross import abstract_params, normalise
 from ross_jax.plan.targets import GIB, Target
-from ross_jax.plan.workload import abstract_batch
+from ross_jax.plan.workload import Options, Workload, abstract_batch, assume_batch, assume_prompts
 from ross_jax.process import peak_memory
-from ross_jax.sharding import batch_sharding, parameter_shardings
+from ross_jax.sharding import batch_sharding, make_mesh, parameter_shardings
 from ross_jax.training.build import build_step
 from ross_jax.training.recipe import RunConfig
 from ross_jax.tree import flatten, unflatten
 
+UNKNOWN_STEPS = 5000
+"""Steps of a run whose data set's size is unknown. They only shape the learning rate's schedule."""
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-"""Without a device nothing can be timed: matrix products go to cuBLAS, as most do after tuning."""
+"""XLA cannot time kernels without a GPU. Matrix products go to cuBLAS, as most do after tuning."""
 
 
 class DoesNotFit(Exception):
     """The compiler found no way to fit the program into a device's memory.
 
     Attributes:
-      needed: bytes, as far as the compiler says; None if it does not.
+      needed: bytes that the program needs; None if the compiler does not say.
     """
 
     def __init__(self, needed: float | None, message: str):
@@ -45,30 +47,50 @@ class DoesNotFit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function and the shapes of what it takes.
+    """A jitted function and the shapes of its inputs.
 
     Attributes:
-      arguments: by the name that they go by in reports: path -> shape with sharding.
-      step, inputs: the jitted function and what it is called with.
-      lowered: ready to be compiled.
+      arguments: name in reports, as `parameters/language/head` -> shape with sharding.
+      inputs: the function's arguments as shapes with shardings.
     """
 
-    arguments: dict[str, jax.ShapeDtypeStruct]
-    step: Any
+    function: Any
     inputs: tuple[Any, ...]
-    lowered: Any
+    arguments: dict[str, jax.ShapeDtypeStruct]
+    mesh: Mesh
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program as StableHLO, ready to be compiled for the mesh's devices."""
+        with jax.set_mesh(self.mesh), answering_for(self.mesh.devices.flat[0]):
+            return self.function.lower(*self.inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One plan to make: a recipe's program, its input and the devices that it is compiled for."""
+
+    config: RunConfig
+    options: Options
+    target: Target
+    mesh: Mesh
+    workload: Workload
+    program: Program
+
+    @property
+    def trains(self) -> bool:
+        return self.options.objective == "train"
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made.
+    """The compiler's result.
 
     Attributes:
       text: optimised HLO, with the compiler's estimates.
       memory: bytes per device: `arguments`, `outputs`, `aliased` (outputs that take an argument's place),
         `temporaries`, `code`.
-      seconds: that compiling took.
-      host_memory: most bytes that this process has held.
+      seconds: seconds that compiling took.
+      host_memory: most bytes of host memory that this process has held.
     """
 
     text: str
@@ -83,16 +105,34 @@ class Compiled:
         return sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"] + sizes["code"]
 
 
+def make_job(config: RunConfig, target: Target, options: Options) -> Job:
+    """Lays out a recipe's program on a topology.
+
+    Raises:
+      ConfigError: a mesh, rows or a prompt that do not fit recipe or topology.
+    """
+    mesh = make_mesh(config.mesh, target.devices)
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    if options.objective == "train":
+        workload = assume_batch(config, options, replicas * config.step.accumulate)
+        steps = UNKNOWN_STEPS
+        if workload.epoch:
+            steps = int(workload.epoch / workload.conversations * config.data.epochs)
+        program = train_program(config, mesh, workload.rows, max(1, steps), options.cached)
+    else:
+        workload = assume_prompts(config, options, replicas)
+        program = generate_program(config, mesh, workload.rows, options.prompt, options.new_tokens)
+    return Job(config, options, target, mesh, workload, program)
+
+
 def train_program(config: RunConfig, mesh: Mesh, rows: int, steps: int, cached: tuple[str, ...] = ()) -> Program:
-    """A run's train step, lowered as the run lowers it.
+    """The train step of a run of `steps` steps.
 
     Args:
       cached: as in `abstract_batch`.
     """
     built = build_step(config, mesh, steps)
     batch = abstract_batch(config, mesh, rows, cached)
-    with jax.set_mesh(mesh), answering_for(mesh.devices.flat[0]):
-        lowered = built.train_step.lower(built.state, batch)
     moments = jax.tree_util.tree_flatten_with_path(built.state.opt_state)[0]
     arguments = {
         **{f"parameters/{path}": leaf for path, leaf in flatten(built.state.params).items()},
@@ -100,32 +140,7 @@ def train_program(config: RunConfig, mesh: Mesh, rows: int, steps: int, cached: 
         **{f"optimizer{_moment(path)}": leaf for path, leaf in moments},
         **{f"batch/{name}": leaf for name, leaf in batch.items()},
     }
-    return Program(arguments, built.train_step, (built.state, batch), lowered)
-
-
-@contextlib.contextmanager
-def answering_for(device: Any) -> Iterator[None]:
-    """While JAX lowers cuDNN's attention it asks this machine's GPU for its compute capability: `device` answers."""
-    if device.platform != "gpu":
-        yield
-        return
-    own = tuple(int(number) for number in device.compute_capability.split("."))
-
-    def asked(capability: str) -> tuple[int, ...]:
-        return tuple(int(number) for number in capability.split("."))
-
-    answers = {
-        "check_compute_capability": lambda capability: own >= asked(capability),
-        "is_cuda_compute_capability_equal": lambda capability: own == asked(capability),
-    }
-    before = {name: getattr(fused_attention_stablehlo, name) for name in answers}
-    try:
-        for name, answer in answers.items():
-            setattr(fused_attention_stablehlo, name, answer)
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(fused_attention_stablehlo, name, function)
+    return Program(built.train_step, (built.state, batch), arguments, mesh)
 
 
 def _moment(path: tuple[Any, ...]) -> str:
@@ -134,7 +149,7 @@ def _moment(path: tuple[Any, ...]) -> str:
 
 
 def generate_program(config: RunConfig, mesh: Mesh, rows: int, prompt: int, new_tokens: int) -> Program:
-    """Greedy generation: `rows` prompts of `prompt` tokens with one picture each, and `new_tokens` more."""
+    """Greedy generation: `rows` prompts of `prompt` tokens, each with one image, get `new_tokens` tokens each."""
     model, dtype = config.model, jnp.dtype(config.step.dtype)
     flat = {
         path: leaf
@@ -159,33 +174,56 @@ def generate_program(config: RunConfig, mesh: Mesh, rows: int, prompt: int, new_
         result = extend(model, params, batch["tokens"], batch["segments"], images, batch["image_start"])
         return result.tokens, result.lengths
 
-    with jax.set_mesh(mesh), answering_for(mesh.devices.flat[0]):
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        function, inputs = jax.jit(run, out_shardings=everywhere), (unflatten(params), batch)
-        lowered = function.lower(*inputs)
+    function = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
     arguments = {f"parameters/{path}": leaf for path, leaf in params.items()}
-    return Program(arguments | {f"batch/{name}": leaf for name, leaf in batch.items()}, function, inputs, lowered)
+    arguments |= {f"batch/{name}": leaf for name, leaf in batch.items()}
+    return Program(function, (unflatten(params), batch), arguments, mesh)
+
+
+@contextlib.contextmanager
+def answering_for(device: Any) -> Iterator[None]:
+    """Lowers for the compute capability of `device`: for cuDNN attention JAX would ask this machine's GPU for it."""
+    if device.platform != "gpu":
+        yield
+        return
+
+    def numbers(capability: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in capability.split("."))
+
+    own = numbers(device.compute_capability)
+    answers = {
+        "check_compute_capability": lambda capability: own >= numbers(capability),
+        "is_cuda_compute_capability_equal": lambda capability: own == numbers(capability),
+    }
+    before = {name: getattr(fused_attention_stablehlo, name) for name in answers}
+    try:
+        for name, answer in answers.items():
+            setattr(fused_attention_stablehlo, name, answer)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(fused_attention_stablehlo, name, function)
 
 
 def compile_program(program: Program, target: Target) -> Compiled:
-    """Compiles.
+    """Compiles a program.
 
     Raises:
-      DoesNotFit: it needs more memory than a device has.
-      UserError: the compiler failed otherwise.
+      DoesNotFit: the program needs more memory than a device has.
+      UserError: the compiler failed for another reason.
     """
+    lowered = program.lower()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder} if target.is_tpu else GPU_OPTIONS
         try:
-            compiled = program.lowered.compile(
-                compiler_options={"xla_dump_to": folder} if target.is_tpu else GPU_OPTIONS
-            )
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise DoesNotFit(needed_bytes(str(error)), str(error)) from error
             raise UserError(f"{target.name}: the compiler failed: {str(error)[:2000]}") from error
         seconds = time.perf_counter() - start
-        # On v5p and v6e `as_text` fails for programs with asynchronous collectives; what is dumped is the same.
+        # On v5p and v6e `as_text` fails for programs with asynchronous collectives. The dumped text is the same.
         dumped = sorted(Path(folder).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
         text = dumped[-1].read_text() if dumped else compiled.as_text()
     sizes = compiled.memory_analysis()
@@ -200,6 +238,6 @@ def compile_program(program: Program, target: Target) -> Compiled:
 
 
 def needed_bytes(message: str) -> float | None:
-    """The bytes that XLA's message of exhausted memory asks for."""
+    """The bytes that XLA's message of exhausted memory asks for; None if it names none."""
     found = re.search(r"(?:Used|required[^(]*\()\s*([\d.]+)([KMGT]?)", message)
     return float(found[1]) * GIB / {"": GIB, "K": 2**20, "M": 2**10, "G": 1, "T": 2**-10}[found[2]] if found else None

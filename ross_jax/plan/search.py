@@ -1,4 +1,4 @@
-"""Which mesh, remat policy and batch size is fastest on a topology: plans of each, ranked."""
+"""Searches the fastest mesh, remat policy and batch size on a topology: plans of each, ranked."""
 
 import dataclasses
 import typing
@@ -8,18 +8,20 @@ import jax
 
 from ross_jax.config import ConfigError, UserError
 from ross_jax.models.layers import RematPolicy
-from ross_jax.plan.planner import Options, plan
-from ross_jax.plan.report import Report, summary
+from ross_jax.plan.planner import plan
+from ross_jax.plan.report import Report
 from ross_jax.plan.targets import Target
+from ross_jax.plan.text import summary
+from ross_jax.plan.workload import Options
 from ross_jax.sharding import MeshConfig
 from ross_jax.training.recipe import RunConfig
 
 MOST_TENSOR = 8
-"""Devices along `tensor`, at most: beyond, its transfers dominate."""
+"""Most devices along `tensor`. With more, the transfers between them dominate."""
 
 
 def meshes(devices: int) -> list[MeshConfig]:
-    """Fully sharded; with 2, 4 and 8 devices along `tensor`; and with replicas of 8, 16, 32 and 64 devices."""
+    """The meshes to compare: all devices along `fsdp`; 2, 4 and 8 along `tensor`; replicas of 8, 16, 32 and 64."""
     sizes = [size for size in (1, 2, 4, MOST_TENSOR) if devices % size == 0]
     found = [MeshConfig(1, devices // size, size) for size in sizes]
     replicas = [size for size in (8, 16, 32, 64) if devices % size == 0 and size < devices]
@@ -28,13 +30,16 @@ def meshes(devices: int) -> list[MeshConfig]:
 
 
 def search(config: RunConfig, target: Target, options: Options, tell: Callable[[str], None]) -> list[Report]:
-    """Plans, best first: those that fit by conversations (or answers) per second, then those that do not fit.
+    """Plans, best first: plans that fit by conversations (or answers) per second, then plans that do not fit.
 
-    Meshes are compared first, then, on the fastest, remat policies, then batch sizes: a compilation of a 7B model takes
-    minutes, so not every combination is tried.
+    First meshes are compared, then remat policies on the fastest mesh, then batch sizes with the fastest policy. Not
+    every combination is tried, as compiling a 7B model takes minutes.
 
     Args:
       tell: is called with a heading and a line for each plan.
+
+    Raises:
+      ConfigError: no mesh takes these rows.
     """
     done: dict[tuple, Report] = {}
 
@@ -42,7 +47,7 @@ def search(config: RunConfig, target: Target, options: Options, tell: Callable[[
         changed = dataclasses.replace(config, mesh=mesh, step=dataclasses.replace(config.step, remat=remat))
         try:
             report = plan(changed, target, dataclasses.replace(options, rows=rows))
-        except UserError as error:  # as rows that do not divide: this one is out of the question
+        except UserError as error:  # the rows do not divide among this mesh's devices
             tell(f"{_mesh(mesh)}: {error}")
             return
         jax.clear_caches()  # a program of a 7B model takes gigabytes
@@ -75,12 +80,12 @@ def _batches(report: Report) -> Iterator[int]:
 
 
 def largest_batch(at: Callable[[int], Report]) -> tuple[int, Report]:
-    """The most rows per device that fit, 0 if not even one does, and the plan with them (of one row, where none fit).
+    """The most rows per device that fit, and the plan with them. If no row fits: 0, and the plan with one row.
 
-    Memory is nearly a straight line in the rows, so the first two plans tell where to look.
+    Memory is nearly linear in the rows, so the first two plans tell where to look.
 
     Args:
-      at: plans with so many rows per device.
+      at: makes the plan with the given rows per device.
     """
     plans = [at(1)]
     if not plans[0].fits:
@@ -97,12 +102,12 @@ def largest_batch(at: Callable[[int], Report]) -> tuple[int, Report]:
 
 
 def speed(report: Report) -> float:
-    """What plans are ranked by: conversations, or answers, per second."""
+    """Conversations, or answers, per second: plans are ranked by it."""
     return report.rates.get("conversations", report.rates.get("answers", 0.0))
 
 
 def rank(reports: Iterable[Report]) -> list[Report]:
-    """Those that fit first, the faster first."""
+    """Sorts plans: all that fit before all that do not, and the faster before the slower."""
     return sorted(reports, key=lambda report: (report.fits, speed(report)), reverse=True)
 
 
@@ -114,7 +119,7 @@ HEADER = f"{'mesh':28} {'remat':6} {'rows':>5} {'step':>9} {'overlapped':>11} {'
 
 
 def row(report: Report) -> str:
-    """A line of the table."""
+    """The line of a plan in the table."""
     mesh = _mesh(MeshConfig(**report.mesh))
     step, overlapped = report.seconds.get("step", 0.0), report.seconds.get("overlapped", 0.0)
     return (
@@ -124,7 +129,9 @@ def row(report: Report) -> str:
 
 
 def table(reports: list[Report]) -> str:
-    """All plans, best first."""
+    """All plans in their order, and what making them took."""
     what = "conversations" if reports[0].objective == "train" else "answers"
     lines = [f"{reports[0].recipe} on {reports[0].topology}, by {what} per second", HEADER, *map(row, reports)]
-    return "\n".join([*lines, "", reports[0].method])
+    seconds, memory = sum(each.compile_seconds for each in reports), max(each.host_memory for each in reports) / 1e9
+    took = f"compiled in {seconds:.0f} s, with at most {memory:.1f} GB of this machine's memory"
+    return "\n".join([*lines, "", reports[0].method, took])

@@ -1,8 +1,9 @@
-"""What a program can be compiled for without owning it: TPU slices through libtpu, GPUs through the CUDA plugin."""
+"""Topologies that programs can be compiled for on any host: TPU slices by libtpu, GPUs by the CUDA plugin."""
 
 import dataclasses
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 
@@ -15,6 +16,15 @@ from ross_jax.config import ConfigError, UserError, nearest
 from ross_jax.plan.cost import Timing
 from ross_jax.training.metrics import PEAK_FLOPS
 
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+"""Environment variables that libtpu reads when it is loaded. It would ask a TPU host for them, and there is none."""
 GIB = 2**30
 KERNEL_UTILISATION = 0.5
 """Share of the peak that a hand-written kernel is assumed to reach."""
@@ -24,17 +34,18 @@ GPU_UTILISATION = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A device, as its compiler and its vendor describe it. A core of v7x, of which a chip has two, is a device.
+    """A device, as its compiler and its vendor describe it. A chip of v7x has two cores; each is a device.
 
     Attributes:
-      kind: JAX's name of the device, by which `PEAK_FLOPS` knows it.
-      memory: bytes that a program can use: of a TPU, what its compiler says is available; of a GPU, `GPU_SHARE` of
-        what its driver reports.
-      installed: bytes that it has.
-      link: bytes per second along an axis of a TPU's torus, both directions together; between GPUs of a host, one way.
-      network: bytes per second between slices or, of GPUs, hosts; per device, one way.
-      clock: Hz of the cycles that the compiler estimates; None without such.
-      validated: the method was reported with this clock.
+      kind: JAX's name of the device, as in `PEAK_FLOPS`.
+      memory: bytes that a program can use. TPU: what the compiler says is available. GPU: `GPU_SHARE` of what the
+        driver reports.
+      installed: bytes that the device has.
+      link: bytes per second. TPU: along an axis of the torus, both directions together. GPU: to GPUs of the same host,
+        one way.
+      network: bytes per second per device to other slices (TPU) or other hosts (GPU), one way.
+      clock: Hz of the cycles that the compiler estimates; None if the compiler estimates none.
+      validated: whether the method was reported to hold with this clock.
     """
 
     kind: str
@@ -51,10 +62,10 @@ class Chip:
         return PEAK_FLOPS[self.kind]
 
 
-# Usable memory is what libtpu 0.0.52 names when a program does not fit. Clocks are those with which its cycles met
-# published runs (v5e, v5p, v6e), the published one (v4), or follow from the peak at 4 matrix units of 256 x 256 (v7x).
-# Networks: a chip's share of what is published for a pod (v5e, v6e) or of its host's cards (200 Gbit/s for 4 chips; of
-# v7x 100 Gbit/s a chip).
+# Usable memory is what libtpu names when a program does not fit. Clocks: v5e, v5p and v6e have the clock with which
+# libtpu's cycles met published runs, v4 the published one; that of v7x follows from its peak and 4 matrix units of
+# 256 x 256. Networks: v5e and v6e have a chip's share of what is published for a pod, v4 and v5p a quarter of a host's
+# 200 Gbit/s, v7x half of a chip's 100 Gbit/s.
 TPUS = {
     "v4": Chip("TPU v4", int(30.75 * GIB), 32 * GIB, 90e9, 6.25e9, 1.05e9),
     "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 16 * GIB, 90e9, 3.125e9, 1.503e9, validated=True),
@@ -63,21 +74,21 @@ TPUS = {
     "v7x": Chip("TPU7x", int(94.74 * GIB), 96 * GIB, 180e9, 6.25e9, 2.2e9),
 }
 GPU_SHARE = 0.9
-"""Share of a GPU's memory that JAX is to take: XLA_PYTHON_CLIENT_MEM_FRACTION, without which it takes 0.75."""
+"""Share of a GPU's memory that JAX takes, with XLA_PYTHON_CLIENT_MEM_FRACTION set to it. JAX's default is 0.75."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu(Chip):
-    """What XLA must know of a GPU to compile for it: figures of its data sheet and of its driver.
+    """A GPU, with the figures of data sheet and driver that XLA must know to compile for it.
 
     Attributes:
       capability: CUDA compute capability.
-      cores: streaming multiprocessors.
-      units: floating-point units of each.
-      bandwidth: of its memory, bytes per second.
-      cache: L2, bytes.
+      cores: number of streaming multiprocessors.
+      units: floating-point units per multiprocessor.
+      bandwidth: bytes per second to and from the GPU's memory.
+      cache: bytes of L2 cache.
       ghz: clock.
-      shared: bytes of shared memory of a core.
+      shared: bytes of shared memory per multiprocessor.
     """
 
     capability: tuple[int, int] = (0, 0)
@@ -164,9 +175,9 @@ class Target:
     """A topology to compile for.
 
     Attributes:
-      name: as it was asked for.
-      sizes: of a slice's torus; of GPUs, (slices, hosts, GPUs of a host).
-      wrap: which axes of the torus are closed.
+      name: the topology's name on the command line, as `v5e:8x8`.
+      sizes: TPU: chips along each axis of a slice's torus. GPU: (slices, hosts, GPUs of a host).
+      wrap: which axes of the torus are closed to rings.
     """
 
     name: str
@@ -180,7 +191,7 @@ class Target:
         return not isinstance(self.chip, Gpu)
 
     def timing(self, mesh: Mesh) -> Timing:
-        """What turns the costs of a program on this mesh into seconds."""
+        """How long compute, kernels and collectives take on a mesh of this topology."""
         flat = list(mesh.devices.flat)
 
         def compute(cycles: int | None, flops: int) -> float:
@@ -202,20 +213,20 @@ class Target:
 
 
 def sent_bytes(kind: str, size: int, devices: int) -> float:
-    """Bytes that a device sends, at least, in a collective into which each of `devices` puts `size` bytes."""
+    """Least bytes that each device sends in a collective into which each of `devices` puts `size` bytes."""
     share = (devices - 1) / devices
     factors = {"all-gather": devices * share, "all-reduce": 2 * share, "reduce-scatter": share, "all-to-all": share}
     return size * factors.get(kind, 1.0) if devices > 1 else 0.0
 
 
 def torus_seconds(kind: str, size: int, places: Sequence[Sequence[int]], target: Target) -> float:
-    """Seconds of a collective on a torus, limited by its links; latency is not counted.
+    """Seconds of a collective on a torus, as its links limit it. Latency does not count.
 
-    Rings run along every axis that the group spreads over, in both directions, at half the rate where the axis is not
-    closed or the group does not fill it.
+    Rings run in both directions along every axis that the group spreads over. An axis that is not closed, or that the
+    group does not fill, has half the rate.
 
     Args:
-      size: bytes that a device puts in.
+      size: bytes that each device puts in.
       places: coordinates of the group's devices.
     """
     devices = len(places)
@@ -232,7 +243,7 @@ def torus_seconds(kind: str, size: int, places: Sequence[Sequence[int]], target:
             closed = target.wrap[axis] and len(values) == target.sizes[axis]
             rates.append(target.chip.link if closed else target.chip.link / 2)
     if kind in ("all-to-all", "ragged-all-to-all"):
-        # Half of everything crosses the middle of the longest axis, over as many rings as there are beside it.
+        # Half of all bytes cross the middle of the longest axis, over all rings that are parallel to it.
         axis = max((i for i, values in enumerate(spread) if len(values) > 1), key=lambda i: len(spread[i]))
         closed = target.wrap[axis] and len(spread[axis]) == target.sizes[axis]
         rings = devices / len(spread[axis])
@@ -241,7 +252,7 @@ def torus_seconds(kind: str, size: int, places: Sequence[Sequence[int]], target:
 
 
 def wraps(chip: str, sizes: Sequence[int]) -> tuple[bool, ...]:
-    """Which axes of a slice are closed: of v5e and v6e those of 16, of the others all if each is a multiple of 4."""
+    """Which axes of a slice are closed. v5e, v6e: axes of 16 chips. Others: all axes, if each is a multiple of 4."""
     if chip in ("v5e", "v6e"):
         return tuple(size == 16 for size in sizes)
     return (all(size % 4 == 0 for size in sizes),) * len(sizes)
@@ -252,7 +263,7 @@ def open_target(text: str) -> Target:
 
     Raises:
       ConfigError: an unknown chip or size.
-      UserError: its compiler is not installed.
+      UserError: the chip's compiler is not installed.
     """
     known = {**TPUS, **GPUS}
     name, _, layout = text.lower().partition(":")
@@ -272,6 +283,8 @@ def open_target(text: str) -> Target:
 def _open_slices(text: str, name: str, sizes: tuple[int, ...], slices: int) -> Target:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={text}: libtpu, the TPU compiler, is not installed: bash launch/setup.sh tpu")
+    for variable, value in LIBTPU.items():
+        os.environ.setdefault(variable, value)
     wrap = wraps(name, sizes)
     settings = {"wrap": (*wrap, False)[:3]} if any(wrap) else {}
     if name == "v4":

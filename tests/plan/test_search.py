@@ -10,7 +10,7 @@ from ross_jax.plan.search import largest_batch
 @pytest.mark.parametrize("fixed", [10.0, 60.0, 99.0, 120.0])
 @pytest.mark.parametrize("each", [0.9, 7.0, 30.0])
 def test_largest_batch(each, fixed, bend):
-    """As trying all of them, with fewer plans; memory that bends up or down with the rows does not mislead it."""
+    """The result is that of trying all batches, with fewer plans, even if memory is not linear in the rows."""
     asked = set()
 
     def needed(rows: int) -> int:

@@ -1,4 +1,4 @@
-"""Topologies: which there are, how their links limit collectives, and what is said about those that are not."""
+"""Topologies: how their links limit collectives, and the errors about topologies that do not exist."""
 
 import importlib.util
 
@@ -12,7 +12,6 @@ from ross_jax.plan import hlo
 from ross_jax.plan.cost import COLLECTIVES, estimate
 from ross_jax.plan.targets import GPUS, TPUS, Target, axes_of, open_target, sent_bytes, torus_seconds, wraps
 from ross_jax.sharding import MeshConfig, compiler_options, make_mesh
-from ross_jax.training.metrics import PEAK_FLOPS
 
 GB = 10**9
 
@@ -82,7 +81,7 @@ def test_other_patterns():
 
 def test_every_chip_is_described():
     for chip in [*TPUS.values(), *GPUS.values()]:
-        assert chip.peak == PEAK_FLOPS[chip.kind] > 1e14
+        assert chip.peak > 1e14
         assert 0.7 < chip.memory / chip.installed < 1
     for chip in TPUS.values():
         # Matrix units do a whole number of 128 x 128 products each cycle.

@@ -1,18 +1,20 @@
-"""Plans kept in a folder."""
+"""A folder of plans: each is made once."""
 
 import json
 
 import pytest
 
-from ross_jax.config import UserError
-from ross_jax.plan import kept
-from ross_jax.plan.kept import Case, Plans
+from configs import ross
+from ross_jax.config import UserError, from_dict
+from ross_jax.plan import plans as module
+from ross_jax.plan.plans import Case, Plans
 from ross_jax.plan.report import Report
+from ross_jax.training.recipe import RunConfig
 
 
 @pytest.fixture
 def planned(monkeypatch):
-    """What was planned, in order, instead of compiling it."""
+    """A list of all that was planned, in order. Nothing is compiled."""
     found = []
 
     def plan(config, target, options):
@@ -23,8 +25,8 @@ def planned(monkeypatch):
             options.recipe, "train", target, 8, {"data": 8}, config.step.remat, 8, [], [], {}, 9, 5, True, [], []
         )
 
-    monkeypatch.setattr(kept, "plan", plan)
-    monkeypatch.setattr(kept, "open_target", lambda name: name)
+    monkeypatch.setattr(module, "plan", plan)
+    monkeypatch.setattr(module, "open_target", lambda name: name)
     return found
 
 
@@ -61,8 +63,5 @@ def test_a_plan_that_fails_is_not_kept(planned, tmp_path):
     assert len(planned) == 2 and not list(tmp_path.iterdir())
 
 
-def read(_: str):
-    from configs import ross
-    from ross_jax.training.recipe import RunConfig
-
+def read(_: str) -> RunConfig:
     return from_dict(RunConfig, ross.get_config("").to_dict())
