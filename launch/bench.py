@@ -8,7 +8,7 @@
     python launch/bench.py step --compare padding                  packed rows beside padded ones
     python launch/bench.py step --config=configs/ross.py:stage=finetune --config.data.batch=8
 
-One subcommand per part. Each prints its figures, and writes them as JSON if asked with --json FILE.
+Each subcommand prints its figures, and with --json FILE writes them as JSON.
 """
 
 import argparse
@@ -32,15 +32,15 @@ MEASURES = {None: step.measure, "torch": step.against_torch, "padding": step.aga
 def add_data(parser: argparse.ArgumentParser) -> None:
     parser.description = "Reads batches as training does: samples/s, and how full the rows are."
     parser.add_argument("--data", help="LLaVA conversations, JSON or JSONL; default: a synthetic data set")
-    parser.add_argument("--images", nargs="*", default=[], help="folders, .zip or .tar files with its pictures")
+    parser.add_argument("--images", nargs="*", default=[], help="folders, .zip or .tar files with its images")
     parser.add_argument("--tokenizer", help="folder of a tokenizer; default: one token per word")
     parser.add_argument("--template", default="v1", help="conversation template, with --tokenizer")
     parser.add_argument("--samples", type=int, default=2000, help="size of the synthetic data set")
     parser.add_argument("--layout", choices=("pack", "pad"), default="pack")
     parser.add_argument("--length", type=int, default=2048, help="S, tokens per row")
-    parser.add_argument("--image-slots", type=int, default=2, help="I, pictures per row")
-    parser.add_argument("--image-tokens", type=int, default=729, help="N, tokens per picture")
-    parser.add_argument("--image-size", type=int, default=384, help="side of a picture in pixels")
+    parser.add_argument("--image-slots", type=int, default=2, help="I, images per row")
+    parser.add_argument("--image-tokens", type=int, default=729, help="N, tokens per image")
+    parser.add_argument("--image-size", type=int, default=384, help="side of an image in pixels")
     parser.add_argument("--image-mode", choices=("pad", "square", "crop"), default="pad")
     parser.add_argument("--batch", type=int, default=32, help="conversations per step")
     parser.add_argument("--steps", type=int, default=20, help="steps to read")
@@ -71,14 +71,15 @@ def run_data(arguments: argparse.Namespace, others: list[str]) -> Figures:
 
 def add_step(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Runs a recipe's train step on the devices of this machine, on random parameters and packed rows of made-up "
+        "Runs a recipe's train step on the devices of this machine, with random parameters and packed rows of made-up "
         "conversations whose lengths resemble LLaVA-1.5's stage 2."
     )
     parser.epilog = "--config.FIELD=VALUE overrides a field of the recipe, as in launch/train.py."
     parser.add_argument("--config", default=str(RECIPE), metavar="RECIPE", help="default: configs/bench.py")
-    parser.add_argument("--compare", choices=[name for name in MEASURES if name], help="in turns with this")
-    parser.add_argument("--repeats", type=int, default=5, help="steps to time, of which the median counts")
-    parser.add_argument("--rows", type=int, help="of a step; default: those that hold config.data.batch conversations")
+    comparisons = [name for name in MEASURES if name]
+    parser.add_argument("--compare", choices=comparisons, help="what to measure beside the step")
+    parser.add_argument("--repeats", type=int, default=5, help="steps to time; their median counts")
+    parser.add_argument("--rows", type=int, help="rows of a step; default: from config.data.batch")
 
 
 def run_step(arguments: argparse.Namespace, others: list[str]) -> Figures:
@@ -87,16 +88,16 @@ def run_step(arguments: argparse.Namespace, others: list[str]) -> Figures:
     if arguments.rows is not None and arguments.rows < 1:
         raise UserError(f"--rows {arguments.rows}: must be at least 1")
     if arguments.compare == "torch":
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two share the memory of a GPU
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch shares the GPU's memory
     return MEASURES[arguments.compare](load_recipe(arguments.config, others), arguments.repeats, arguments.rows)
 
 
 Run = Callable[[argparse.Namespace, list[str]], Figures]
-# Each part: the function that adds its flags, and the one that measures; it is also given the flags that are not those.
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Run]] = {
     "data": (add_data, run_data),
     "step": (add_step, run_step),
 }
+"""Subcommand -> function that adds its flags, and function that measures. The second also gets all unknown flags."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

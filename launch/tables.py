@@ -24,6 +24,7 @@ from absl import flags
 
 from ross_jax import command_line
 from ross_jax.config import UserError, nearest
+from ross_jax.objectives.reconstruction import NONE, OBJECTIVES, ReconstructionConfig
 from ross_jax.plan.plans import Case, Plans
 from ross_jax.plan.report import Report
 from ross_jax.plan.results import Table, origin, update
@@ -50,7 +51,6 @@ SETTINGS = {
     "v6e:8x8": (("step.remat", "attention"), ("mesh.data", 2), *ROOM),
 }
 """Topology -> the fastest policies and mesh, of those tried, with which Ross fits."""
-KINDS = ("none", "pixel", "latent", "denoise", "latent2pixel")
 
 
 @functools.cache
@@ -129,13 +129,14 @@ def kinds() -> Table:
         return ", ".join(f"{name}, {count / 1e6:.1f} M" for name, count in beside.items()) or "-"
 
     def row(kind: str) -> tuple[str, ...]:
-        found = plan(kind.strip("`"))
-        step, base = _seconds(found), _seconds(plan("none"))
-        over = "-" if found.recipe.endswith("kind=none") else f"{step / base - 1:.1%}"
+        name = kind.strip("`")
+        found = plan(name)
+        step = _seconds(found)
+        over = "-" if name == NONE else f"{step / _seconds(plan(NONE)) - 1:.1%}"
         return added(found, "trainable"), added(found, "frozen"), _memory(found), f"{step:.3f}", over
 
     head = ("kind", "trained beside LLaVA's", "frozen beside LLaVA's", "GiB per chip", "step, s", "over `none`")
-    return Table("kinds", head, [(f"`{kind}`",) for kind in KINDS], row)
+    return Table("kinds", head, [(f"`{kind}`",) for kind in (NONE, *OBJECTIVES)], row)
 
 
 def batches() -> Table:
@@ -178,7 +179,7 @@ def recipes() -> Table:
     llms = ("qwen2_7b", "vicuna_7b", "vicuna_13b", "llama3_8b")
     full = [f"encoder={encoder},llm={llm}" for encoder in ("siglip", "clip") for llm in llms]
     names = [f"ross:{parts},stage={stage}" for parts in full for stage in ("pretrain", "finetune")]
-    names += [f"ross:{PARTS},kind={kind}" for kind in KINDS if kind not in ("none", "denoise")]
+    names += [f"ross:{PARTS},kind={kind}" for kind in OBJECTIVES if kind != ReconstructionConfig.kind]
     names += [f"ross:{PARTS},kind=latent,teacher={teacher}" for teacher in ("siglip", "clip", "dinov2")]
     names += [f"ross:{PARTS},vision=trained", f"llava:{PARTS}", f"language_only:{PARTS}"]
     names += ["imagenet_denoiser:encoder=siglip,llm=qwen2_7b"]

@@ -1,4 +1,4 @@
-"""Batches as training reads them, measured: samples per second, and how full the rows are."""
+"""Measures how fast training reads its batches, and how full their rows are."""
 
 import itertools
 import json
@@ -28,15 +28,16 @@ class Reading:
     """What is read, and how.
 
     Attributes:
-      data: LLaVA conversations, JSON or JSONL; None: a synthetic data set.
-      images: folders, .zip or .tar files with its pictures.
-      tokenizer: folder of a tokenizer; None: one token per word.
+      data: LLaVA conversations, JSON or JSONL. None: a synthetic data set.
+      images: folders, .zip or .tar files with the data's images.
+      tokenizer: folder of a tokenizer. None: one token per word.
       template: conversation template, with a tokenizer.
-      samples: size of the synthetic data set.
-      image_tokens: N, tokens per picture.
+      samples: conversations of the synthetic data set.
+      image_tokens: N, tokens per image.
       batch: conversations per step.
-      steps: to read.
-      workers, threads: processes that read; threads, without processes.
+      steps: number of steps to read.
+      workers: processes that read. 0: threads read.
+      threads: threads that read, without workers.
     """
 
     data: str | None
@@ -54,10 +55,10 @@ class Reading:
 
 
 def measure(reading: Reading) -> Figures:
-    """Reads batches.
+    """Reads batches, and returns rates, sizes and how full the rows are.
 
     Raises:
-      UserError: data that cannot be used, or too little of it.
+      UserError: data that cannot be used, or that is too little for two steps.
     """
     with tempfile.TemporaryDirectory() as folder:
         path, images = reading.data, reading.images
@@ -102,7 +103,7 @@ def measure(reading: Reading) -> Figures:
 
 @dataclass(frozen=True)
 class WordEncoder:
-    """A stand-in for a tokenizer: one token per word, answers supervised. Fast, so that reading is what is measured."""
+    """A stand-in for a tokenizer: one token per word, answers supervised. It takes next to no time itself."""
 
     def __call__(self, record: dict[str, Any]) -> EncodedConversation:
         ids, labels = [], []
@@ -115,6 +116,7 @@ class WordEncoder:
 
 
 def make_encoder(tokenizer: str | None, template: str) -> Callable[[dict[str, Any]], EncodedConversation]:
+    """The function that makes tokens and labels of a LLaVA record."""
     if tokenizer is None:
         return WordEncoder()
     from ross_jax.data.encoders import build_encoder
@@ -124,7 +126,11 @@ def make_encoder(tokenizer: str | None, template: str) -> Callable[[dict[str, An
 
 
 def write_synthetic(folder: Path, samples: int) -> str:
-    """JPEGs of 640 x 480 and conversations whose lengths and share of text resemble LLaVA-1.5's stage 2 mix."""
+    """Writes a data set whose lengths and share of images resemble LLaVA-1.5's stage 2 mix; images are 640 x 480 JPEGs.
+
+    Returns:
+      The path of the JSON file.
+    """
     random = np.random.RandomState(0)
     for number in range(32):
         coarse = Image.fromarray(random.randint(0, 256, (24, 32, 3), np.uint8))

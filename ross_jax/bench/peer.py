@@ -1,8 +1,9 @@
-"""The same model and training step in PyTorch: transformers' encoder and language model, diffusers' autoencoder.
+"""A recipe's model and training step in PyTorch: transformers' encoder and language model, diffusers' autoencoder.
 
-Needs the extra `parity`. The denoiser, which no library has, is written here as the reference's is. What makes eager
-PyTorch fast is used: fused attention and AdamW, no gradients where nothing learns, empty picture slots left out, noise
-drawn beforehand; in bfloat16, weights of that type beside float32 ones that the optimizer moves, as the reference has.
+The module needs the extra `parity`. No library has the denoiser, so it is written here as in the reference. The step
+uses what makes eager PyTorch fast: fused attention and AdamW, no gradients of frozen parameters, no computation for
+empty image slots, and noise that is drawn beforehand. In bfloat16 the optimizer moves float32 copies of the weights, as
+in the reference.
 """
 
 import dataclasses
@@ -39,8 +40,8 @@ class Peer:
     """A training step of the recipe's model: loss, gradients, clipping, AdamW.
 
     Args:
-      params: the whole tree, as ours begins.
-      batch: on the host; it is run again and again.
+      params: all parameters of the JAX model, to begin with.
+      batch: the host's arrays of a batch. Each step takes this batch.
 
     Raises:
       ConfigError: a recipe that this step does not compute.
@@ -70,11 +71,11 @@ class Peer:
         self._draws: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def _load(self, params: Mapping[str, Any]) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Our parameters, through the tables of conversion.
+        """Copies the JAX parameters into the model, through the tables of conversion.
 
         Returns:
-          Of each that learns the model's own, and what the optimizer moves: the same, or a float32 copy of ours where
-          the model's is rounded.
+          For each trained parameter: the model's parameter, and the parameter that the optimizer moves. Both are one in
+          float32; in bfloat16 the second is a float32 copy.
         """
         pairs = []
         for name, module in self._model.named_children():
@@ -83,7 +84,7 @@ class Peer:
             state = dict(module.named_parameters())
             for piece in expand(table, {path: leaf.shape for path, leaf in flat.items()}):
                 leaf = flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer]
-                # Laid out as its gradient will be: fused AdamW goes through both in order of memory.
+                # Contiguous as its gradient will be, since fused AdamW reads both in order of memory.
                 value = np.ascontiguousarray(piece.transform.to_hf(leaf), np.float32)
                 value = torch.tensor(value, device=self.device)
                 own = state[piece.hf_key]
@@ -95,7 +96,7 @@ class Peer:
         return pairs
 
     def __call__(self, step: int) -> dict[str, float]:
-        """One step with the noise of ours at `step`. Its losses."""
+        """Runs one step with the noise that the JAX step `step` draws, and returns its losses."""
         if step not in self._draws:
             self._draws[step] = self._draw(step)
         text_loss, reconstruction_loss = self._model.losses(self._rows, *self._draws[step])
@@ -114,7 +115,7 @@ class Peer:
         return {"text_loss": text_loss.item(), "reconstruction_loss": reconstruction_loss.item()}
 
     def _draw(self, step: int) -> tuple[torch.Tensor, ...]:
-        """Timesteps, noise and the posterior's noise of each real picture, as ours draws them."""
+        """Timesteps, noise and the posterior's noise of each real image, as the JAX step draws them."""
         config = self._config
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), step)
         identities = self._batch["image_ids"][self._batch["image_ids"] != 0]
@@ -129,7 +130,7 @@ class Peer:
 
 
 def check(config: RunConfig) -> None:
-    """Raises ConfigError with all that keeps a recipe from being computed here."""
+    """Raises ConfigError if the PyTorch step does not compute the recipe; names every reason."""
     model, language, optimizer = config.model, config.model.language, config.optimizer
     denoiser = model.denoiser
     wrong = {
@@ -178,12 +179,13 @@ def check(config: RunConfig) -> None:
 
 
 class Rows:
-    """A batch as tensors.
+    """A batch as tensors, of which only real images are kept.
 
     Attributes:
-      mask: [rows, 1, S, S], where a position may attend; padding attends to itself, so that no softmax is empty.
-      images: [pictures, 3, H, W] normalised, real ones only.
-      places: their tokens' places in the flattened rows, [pictures, N].
+      mask: bool[rows, 1, S, S]: True where a position may attend. Padding attends to itself, so no softmax is empty.
+      images: [images, 3, H, W], normalised.
+      pixels: [images, 3, H', W'] in [-1, 1], as the autoencoder reads them.
+      places: [images, N], places of the images' tokens in the flattened rows.
     """
 
     def __init__(self, config: RossConfig, batch: Mapping[str, np.ndarray], device: torch.device):
@@ -200,7 +202,6 @@ class Rows:
             torch.tensor(values, device=device).view(3, 1, 1) for values in (config.image_mean, config.image_std)
         )
         self.images = ((pixels - mean) / std).contiguous()
-        # What the autoencoder sees.
         unit = (self.images * std + mean).mul(2.0).sub(1.0).clamp(-1.0, 1.0)
         self.pixels = functional.interpolate(unit, size=(config.target_size,) * 2, mode="bilinear")
         start = torch.from_numpy(row * length + batch["image_start"][row, slot]).long().to(device)
@@ -208,7 +209,7 @@ class Rows:
 
 
 class Model(nn.Module):
-    """All components, by our names; all but the denoiser in `dtype`."""
+    """All components, under the names of the JAX model. All but the denoiser have type `dtype`."""
 
     def __init__(self, config: RossConfig, checkpointing: bool, dtype: torch.dtype):
         super().__init__()
@@ -226,10 +227,12 @@ class Model(nn.Module):
     def losses(
         self, rows: Rows, timesteps: torch.Tensor, noise: torch.Tensor, posterior: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text and reconstruction loss.
+        """Text loss and reconstruction loss.
 
         Args:
-          timesteps: [pictures, draws]; noise: [pictures, draws, tokens, latent]; posterior: [pictures, channels, h, w].
+          timesteps: [images, draws].
+          noise: [images, draws, tokens, latent].
+          posterior: [images, channels, h, w], noise of the latents' posterior.
         """
         with torch.no_grad():
             embedded = self.vision.embeddings(rows.images.to(self._dtype))
@@ -249,7 +252,7 @@ class Model(nn.Module):
         return text_loss, self._reconstruction_loss(flat[rows.places].float(), latents, timesteps, noise)
 
     def _latents(self, pixels: torch.Tensor, posterior: torch.Tensor) -> torch.Tensor:
-        """[pictures, tokens, latent], on the denoiser's scale."""
+        """[images, tokens, latent], on the denoiser's scale."""
         distribution, settings = self.autoencoder.encode(pixels).latent_dist, self.autoencoder.config
         sample = distribution.mean.float() + distribution.std.float() * posterior
         scaled = (sample - settings.shift_factor) * settings.scaling_factor
@@ -268,7 +271,7 @@ class Model(nn.Module):
 
 
 def _signal() -> torch.Tensor:
-    """Share of the signal's variance left after each of 1000 cosine steps, float64."""
+    """float64[1000]: share of the signal's variance that is left after each cosine step."""
     t = torch.arange(1001, dtype=torch.float64) / 1000
     alpha = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     return torch.cumprod(1.0 - (1.0 - alpha[1:] / alpha[:-1]).clamp(max=0.999), dim=0)
@@ -362,7 +365,7 @@ def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torc
 
 
 class Denoiser(nn.Module):
-    """The reference's, with its names; latents are tokens, and the condition comes from `z_embedder`."""
+    """The reference's denoiser, with the reference's names of parameters. Latents come as tokens."""
 
     def __init__(self, config: DenoiserConfig, checkpointing: bool):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The train step of a recipe, measured: alone, beside the same model in PyTorch, or packed beside padded."""
+"""Measures a recipe's train step: alone, beside the same model in PyTorch, or packed rows beside padded rows."""
 
 import dataclasses
 import functools
@@ -15,8 +15,9 @@ from ross_jax.bench.workload import Workload, make_workload
 from ross_jax.config import UserError
 from ross_jax.data.packing import PackingConfig
 from ross_jax.models.ross import RossConfig
-from ross_jax.sharding import batch_sharding, make_mesh
+from ross_jax.sharding import batch_sharding, make_mesh, use_mesh
 from ross_jax.training.build import build_step
+from ross_jax.training.cached import objective_of
 from ross_jax.training.metrics import PEAK_FLOPS, matrix_sizes, peak_memory, step_flops
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.state import Tree, init_components, split
@@ -26,18 +27,18 @@ from ross_jax.tree import merge
 Figures = dict[str, float | int | str]
 
 STEPS = 1_000_000
-"""Of the run that the step is taken from: so many that the learning rate stays where it is."""
+"""Steps of the run that the step is taken from. With so many the learning rate hardly changes."""
 CHECKED = 2
-"""Steps whose losses must agree before the peer is timed: the second one's also depend on gradients and optimizer."""
+"""Steps whose losses must agree before PyTorch is timed. The second step's also depend on gradients and optimizer."""
 AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Largest relative difference of a loss, by `step.dtype`."""
+"""`step.dtype` -> largest relative difference of a loss."""
 
 
 class Stepper:
-    """The jitted step of a recipe, its state, and a batch that it is run on again and again.
+    """The jitted step of a recipe, its state, and the batch that each step takes.
 
     Args:
-      rows: of a step; None: those that hold `config.data.batch` conversations.
+      rows: rows of a step. None: as many as hold `config.data.batch` conversations.
 
     Raises:
       UserError: rows that the devices cannot share.
@@ -49,13 +50,13 @@ class Stepper:
         multiple = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * config.step.accumulate
         if rows is not None and rows % multiple:
             raise UserError(
-                f"--rows {rows}: must be a multiple of {multiple}: a row at least per device and micro-batch"
+                f"--rows {rows}: must be a multiple of {multiple}: at least one row per device and micro-batch"
             )
         self.workload: Workload = make_workload(config, multiple, rows)
         built = build_step(config, self.mesh, STEPS)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
         self._batch = jax.device_put(self.workload.batch(), batch_sharding(self.mesh))
-        with jax.set_mesh(self.mesh):
+        with use_mesh(self.mesh, config.mesh):
             params, frozen = split(random_parameters(config.model, built.tree, config.seed), config.freeze)
             start = jax.jit(lambda p, f: make_state(p, f, built.optimizer), out_shardings=shardings, donate_argnums=0)
             self.state = start(params, frozen)
@@ -63,22 +64,22 @@ class Stepper:
 
     @property
     def batch(self) -> dict[str, np.ndarray]:
-        """The batch on the host."""
+        """The batch, as arrays of the host."""
         return jax.device_get(self._batch)
 
     @property
     def params(self) -> dict[str, Any]:
-        """The whole tree on the host."""
+        """All parameters, as arrays of the host."""
         return jax.device_get(merge(self.state.params, self.state.frozen))
 
     def __call__(self) -> dict[str, float]:
-        """One step; the state moves on. Its metrics."""
-        with jax.set_mesh(self.mesh):
+        """Runs one step, which moves the state on, and returns its metrics."""
+        with use_mesh(self.mesh, self.config.mesh):
             self.state, metrics = self._step(self.state, self._batch)
         return {name: float(value) for name, value in metrics.items()}
 
     def figures(self, seconds: float) -> Figures:
-        """What a step of `seconds` comes to."""
+        """Rates, memory and utilisation of a step that takes `seconds`."""
         plan, tokens, images = self.workload.plan, self.workload.tokens_per_step, self.workload.images_per_step
         figures: Figures = {
             "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
@@ -93,14 +94,15 @@ class Stepper:
         if peak:
             config = self.config
             sizes = matrix_sizes(merge(self.state.params, self.state.frozen), logits=bool(config.text.weight))
-            draws = config.reconstruction.draws if config.reconstruction.kind == "denoise" else 0
-            flops = step_flops(config.model, sizes, set(self.state.params), draws, tokens, images)
+            objective = objective_of(config)
+            noise_levels = objective.noise_levels if objective else 0
+            flops = step_flops(config.model, sizes, set(self.state.params), noise_levels, tokens, images)
             figures["mfu"] = flops / seconds / (peak * self.mesh.size)
         return figures
 
 
 def random_parameters(config: RossConfig, tree: Tree, seed: int) -> Tree:
-    """Parameters as a run starts with, but none of the denoiser's are zero: gates that are hide what is behind them."""
+    """A run's first parameters, except that no parameter of the denoiser is zero: zero gates would hide its blocks."""
     key = jax.random.key(seed)
     made = init_components(config, tree, tree, key)
 
@@ -115,7 +117,7 @@ def random_parameters(config: RossConfig, tree: Tree, seed: int) -> Tree:
 
 
 def interleave(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repetition; in turns, so that what else the machine does slows all alike."""
+    """Seconds of each repetition. Steps take turns, so that other work on the machine slows all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
@@ -126,20 +128,20 @@ def interleave(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
 
 
 def measure(config: RunConfig, repeats: int, rows: int | None = None) -> Figures:
-    """The step alone."""
+    """Figures of the step alone."""
     stepper = Stepper(config, rows)
     stepper()  # warms up
-    return stepper.figures(statistics.median(interleave({"ours": stepper}, repeats)["ours"]))
+    return stepper.figures(statistics.median(interleave({"jax": stepper}, repeats)["jax"]))
 
 
 def against_torch(config: RunConfig, repeats: int, rows: int | None = None) -> Figures:
-    """The step beside the same one in PyTorch, on a CPU or a GPU.
+    """Figures of the step beside the same step in PyTorch, on a CPU or a GPU.
 
     Raises:
-      UserError: a recipe that the peer does not compute; losses that differ.
+      UserError: a recipe that the PyTorch step does not compute; losses that differ.
     """
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
-        missing = "not installed; `bash launch/setup.sh parity` does. Ours alone:"
+        missing = "not installed; `bash launch/setup.sh parity` does. JAX alone:"
         return {"torch": missing, **measure(config, repeats, rows)}
     from ross_jax.bench.peer import Peer
 
@@ -147,35 +149,35 @@ def against_torch(config: RunConfig, repeats: int, rows: int | None = None) -> F
     peer = Peer(config, stepper.params, stepper.batch)
     losses = [(stepper(), peer(step)) for step in range(CHECKED)]
     compared = ("text_loss", "reconstruction_loss")
-    for step, (ours, theirs) in enumerate(losses):
+    for step, (own, peers) in enumerate(losses):
         for name in compared:
-            if abs(ours[name] - theirs[name]) > AGREEMENT[config.step.dtype] * abs(theirs[name]):
+            if abs(own[name] - peers[name]) > AGREEMENT[config.step.dtype] * abs(peers[name]):
                 raise UserError(
-                    f"step {step}: {name} is {ours[name]:.7g} here, {theirs[name]:.7g} in PyTorch; they do not compute "
+                    f"step {step}: {name} is {own[name]:.7g} here, {peers[name]:.7g} in PyTorch; they do not compute "
                     "the same, so their times say nothing"
                 )
-    seconds = interleave({"ours": stepper, "torch": lambda: peer(CHECKED - 1)}, repeats)
+    seconds = interleave({"jax": stepper, "torch": lambda: peer(CHECKED - 1)}, repeats)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ours, theirs = losses[-1]
+    own, peers = losses[-1]
     return {
-        **stepper.figures(medians["ours"]),
+        **stepper.figures(medians["jax"]),
         "torch_step_s": medians["torch"],
         "torch_tokens_per_s": stepper.workload.tokens_per_step / medians["torch"],
         "torch_device": str(peer.device),
         "torch_threads": peer.threads,
         "remat": config.step.remat,
-        **{f"{name}": ours[name] for name in compared},
-        **{f"torch_{name}": theirs[name] for name in compared},
-        "ours_fastest_s": min(seconds["ours"]),
+        **{name: own[name] for name in compared},
+        **{f"torch_{name}": peers[name] for name in compared},
+        "fastest_s": min(seconds["jax"]),
         "torch_fastest_s": min(seconds["torch"]),
-        "torch_over_ours": medians["torch"] / medians["ours"],
+        "torch_over_jax": medians["torch"] / medians["jax"],
     }
 
 
 def against_padding(config: RunConfig, repeats: int, rows: int | None = None) -> Figures:
-    """The step on packed rows beside that on as many rows of one conversation each, padded to the same length.
+    """Figures of the step on packed rows beside the step on as many padded rows, which hold one conversation each.
 
-    Padded rows have as many picture slots as a conversation has pictures: one.
+    Padded rows have one image slot, as no conversation has more images.
     """
     packing = config.data.packing
     packed = Stepper(_with(config, dataclasses.replace(packing, layout="pack")), rows)

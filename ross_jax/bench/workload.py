@@ -1,4 +1,4 @@
-"""Conversations and batches of a known kind, where no data set is at hand."""
+"""Made-up conversations and batches, to measure steps without a data set."""
 
 import dataclasses
 
@@ -21,17 +21,17 @@ PARTS = (
     (48_000, True, 300, 0.6),  # RefCOCO
     (86_000, True, 400, 0.6),  # Visual Genome
 )
-"""Of LLaVA-1.5's stage 2: conversations and whether they have a picture, as published; the median of their tokens of
-text and the spread of its logarithm, estimated from turns per picture, not counted."""
+"""The data sets of LLaVA-1.5's stage 2: conversations, whether they have an image, median tokens of text, standard
+deviation of the tokens' logarithm. The first two are published, the others are estimated from turns per image."""
 PROMPT_SHARE = 0.4
-"""Of a conversation's text that is prompt, and not supervised."""
+"""Share of a conversation's text that is prompt, and not supervised."""
 
 
 def conversation_lengths(count: int, image_tokens: int) -> Lengths:
-    """What `count` conversations like those of LLaVA-1.5's stage 2 need of a row; the same ones for ever.
+    """Lengths of `count` conversations like those of LLaVA-1.5's stage 2. They never change.
 
     Args:
-      image_tokens: N, tokens per picture.
+      image_tokens: N, tokens per image.
     """
     random = np.random.RandomState(0)
     sizes, image_counts, medians, spreads = (np.array(column) for column in zip(*PARTS, strict=True))
@@ -48,11 +48,11 @@ def _prompt(text: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Plan and sizes of what a step is fed.
+    """The packed conversations that a step's batch is made from.
 
     Attributes:
-      shape: S, I, N and the side of a picture.
-      vocabulary: ids of text are below it.
+      shape: S, I, N and the side of an image.
+      vocabulary: number of token ids.
     """
 
     lengths: Lengths
@@ -63,17 +63,17 @@ class Workload:
 
     @property
     def tokens_per_step(self) -> float:
-        """Mean of a step, padding not counted."""
+        """Mean tokens of a step; padding does not count."""
         return float(self.lengths.tokens[self.plan.samples].sum(dtype=np.int64)) / self.plan.steps
 
     @property
     def images_per_step(self) -> float:
-        """Mean of a step, empty slots not counted."""
+        """Mean images of a step; empty slots do not count."""
         return float(self.lengths.images[self.plan.samples].sum(dtype=np.int64)) / self.plan.steps
 
     @property
     def step(self) -> int:
-        """The step of the plan whose pictures, then tokens, are nearest to the mean."""
+        """The step of the plan whose number of images, then of tokens, is nearest to the mean."""
         rows = self.plan.rows_per_step
 
         def distance(step: int) -> tuple[float, float]:
@@ -84,7 +84,7 @@ class Workload:
         return min(range(self.plan.steps), key=distance)
 
     def batch(self) -> Batch:
-        """The batch of that step: random ids and pictures; a conversation's picture stands before its text."""
+        """The batch of that step, with random ids and images. A conversation's image stands before its text."""
         random = np.random.RandomState(0)
         batch = empty_batch(self.plan.rows_per_step, self.shape)
         first, side = self.step * self.plan.rows_per_step, self.shape.image_size
@@ -109,11 +109,11 @@ def make_workload(config: RunConfig, multiple: int, rows: int | None = None) -> 
     """Conversations, packed as the recipe says.
 
     Args:
-      multiple: what the rows of a step must be a multiple of.
-      rows: of a step; None: those that hold `config.data.batch` conversations.
+      multiple: the number of rows of a step must be a multiple of this.
+      rows: rows of a step. None: as many as hold `config.data.batch` conversations.
 
     Raises:
-      UserError: a row that holds none of the conversations.
+      UserError: a row is too short for any conversation.
     """
     vision, packing = config.model.vision, config.data.packing
     lengths = conversation_lengths(max(4000, 20 * config.data.batch), vision.num_tokens)

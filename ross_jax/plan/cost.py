@@ -29,7 +29,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("decode", r"\bdecode\b"),
     ("optimizer", r"\boptimizer\b"),
     ("text loss", r"\btext_loss\b"),
-    ("denoiser", r"\bDenoiser\b|\breconstruction\b"),
+    ("reconstruction", r"\bDenoiser\b|\breconstruction\b"),
     ("encoder", r"/vision\b"),
     ("projector", r"/projector\b"),
     ("language model", r"/language\b|\bRoss\b|\bLanguageModel\b"),

@@ -136,7 +136,7 @@ def parse(text: str) -> Module:
       ValueError: the text has no entry computation.
     """
     computations, current, entry = {}, None, None
-    for line in _whole_lines(text):
+    for line in _joined_lines(text):
         found = _COMPUTATION.match(line)
         if found:
             current = computations[found[2]] = Computation(found[2], {})
@@ -151,16 +151,16 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
-def _whole_lines(text: str) -> Iterator[str]:
+def _joined_lines(text: str) -> Iterator[str]:
     """Lines of the text. Attributes of kernels may contain line breaks: such lines are joined."""
-    whole = ""
+    joined = ""
     for line in text.splitlines():
-        if whole.startswith(" ") and line not in ("", "}") and not _INSTRUCTION.match(line):
-            whole += " " + line.strip()
+        if joined.startswith(" ") and line not in ("", "}") and not _INSTRUCTION.match(line):
+            joined += " " + line.strip()
             continue
-        yield whole
-        whole = line
-    yield whole
+        yield joined
+        joined = line
+    yield joined
 
 
 def _parse_instruction(line: str, found: re.Match) -> Instruction:

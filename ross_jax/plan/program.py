@@ -22,7 +22,7 @@ from ross_jax.models.ross import abstract_params, normalise
 from ross_jax.plan.targets import GIB, Target
 from ross_jax.plan.workload import Options, Workload, abstract_batch, assume_batch, assume_prompts
 from ross_jax.process import peak_memory
-from ross_jax.sharding import batch_sharding, make_mesh, parameter_shardings
+from ross_jax.sharding import batch_sharding, parameter_shardings, use_mesh
 from ross_jax.training.build import build_step
 from ross_jax.training.recipe import RunConfig
 from ross_jax.tree import flatten, unflatten
@@ -61,7 +61,7 @@ class Program:
 
     def lower(self) -> jax.stages.Lowered:
         """The program as StableHLO, ready to be compiled for the mesh's devices."""
-        with jax.set_mesh(self.mesh), answering_for(self.mesh.devices.flat[0]):
+        with use_mesh(self.mesh), answering_for(self.mesh.devices.flat[0]):
             return self.function.lower(*self.inputs)
 
 
@@ -105,13 +105,12 @@ class Compiled:
         return sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"] + sizes["code"]
 
 
-def make_job(config: RunConfig, target: Target, options: Options) -> Job:
-    """Lays out a recipe's program on a topology.
+def make_job(config: RunConfig, target: Target, mesh: Mesh, options: Options) -> Job:
+    """Lays out a recipe's program on a mesh of a topology.
 
     Raises:
-      ConfigError: a mesh, rows or a prompt that do not fit recipe or topology.
+      ConfigError: rows or a prompt that do not fit recipe or mesh.
     """
-    mesh = make_mesh(config.mesh, target.devices)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.objective == "train":
         workload = assume_batch(config, options, replicas * config.step.accumulate)

@@ -1,4 +1,4 @@
-"""Made-up conversations are what they are said to be, and batches hold what their plan says."""
+"""Made-up conversations resemble the published mix, and batches hold what their plan says."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ from ross_jax.training.recipe import RunConfig
 
 
 def config(**packing) -> RunConfig:
-    whole = from_dict(RunConfig, recipe.get_config().to_dict())
-    packing = dataclasses.replace(whole.data.packing, **packing)
-    return dataclasses.replace(whole, data=dataclasses.replace(whole.data, packing=packing))
+    found = from_dict(RunConfig, recipe.get_config().to_dict())
+    packing = dataclasses.replace(found.data.packing, **packing)
+    return dataclasses.replace(found, data=dataclasses.replace(found.data, packing=packing))
 
 
 def test_lengths_are_the_same_for_ever():
-    """Conversations that somebody else measures with are these."""
+    """Figures of two measurements can only be compared if their conversations are the same."""
     lengths = conversation_lengths(1000, 729)
     assert lengths.tokens[:8].tolist() == [873, 830, 1043, 795, 975, 880, 937, 1178]
     assert lengths.hash == conversation_lengths(1000, 729).hash

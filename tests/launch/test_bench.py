@@ -1,4 +1,4 @@
-"""`launch/bench.py`: what it measures, and what it says of wrong input. Times themselves are not tested."""
+"""`launch/bench.py`: what it measures, and its errors. Times themselves are not tested."""
 
 import json
 
@@ -67,7 +67,7 @@ def figures(tmp_path, *arguments: str) -> dict:
 
 
 def test_step(tmp_path, capsys):
-    """On all devices of this machine, which are eight virtual ones here: a row for each."""
+    """The step runs on all devices of this machine, eight virtual ones here, with a row for each."""
     assert figures(tmp_path, "--rows", "16")["rows"] == 16
     found = figures(tmp_path)
     assert found["rows"] == 8 and found["devices"] == "8 x cpu"
@@ -99,7 +99,7 @@ def test_recipes_that_cannot_be_measured(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_without_torch_ours_alone(tmp_path, monkeypatch):
+def test_without_torch_jax_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = figures(tmp_path, "--compare", "torch")
     assert "not installed" in found["torch"] and found["tokens_per_s"] > 0 and "torch_step_s" not in found

@@ -1,4 +1,4 @@
-"""The step in PyTorch that `launch/bench.py step --compare torch` times computes what ours does."""
+"""The PyTorch step that `launch/bench.py step --compare torch` times computes what the JAX step computes."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from ross_jax.bench.peer import Peer  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """The tests' other seven virtual devices are left alone."""
+    """JAX has one device here, as the comparison demands, not the eight virtual devices of other tests."""
     import jax
 
     monkeypatch.setattr("jax.device_count", lambda: 1)
@@ -29,7 +29,7 @@ def one_device(monkeypatch):
 
 
 def tiny(**changes) -> RunConfig:
-    """Two rows of two conversations and more, with pictures; gradients are clipped, and a step is large."""
+    """A recipe of two rows with several conversations each. Gradients are clipped, and a step is large."""
     config = from_dict(RunConfig, recipe.get_config().to_dict())
     packing = dataclasses.replace(config.data.packing, length=256)
     step = dataclasses.replace(config.step, remat="none")
@@ -53,26 +53,26 @@ def test_losses_agree_step_after_step(remat, dtype):
         step=dataclasses.replace(config.step, remat=remat, dtype=dtype),
         freeze=dataclasses.replace(config.freeze, dtype=dtype, autoencoder_dtype=dtype),
     )
-    ours = bench.Stepper(config)
-    theirs = Peer(config, ours.params, ours.batch)
-    assert np.count_nonzero(ours.batch["image_ids"] == 0) and np.count_nonzero(ours.batch["image_ids"])
+    stepper = bench.Stepper(config)
+    peer = Peer(config, stepper.params, stepper.batch)
+    assert np.count_nonzero(stepper.batch["image_ids"] == 0) and np.count_nonzero(stepper.batch["image_ids"])
     before = None
     for step in range(4):
-        mine, others = ours(), theirs(step)
+        losses, expected = stepper(), peer(step)
         for name in ("text_loss", "reconstruction_loss"):
-            assert mine[name] == pytest.approx(others[name], rel=bench.AGREEMENT[dtype]), (step, name)
-        assert mine["text_loss"] != before  # parameters move
-        before = mine["text_loss"]
+            assert losses[name] == pytest.approx(expected[name], rel=bench.AGREEMENT[dtype]), (step, name)
+        assert losses["text_loss"] != before  # parameters move
+        before = losses["text_loss"]
 
 
 def test_figures(monkeypatch):
     found = bench.against_torch(tiny(), 1)
-    assert found["torch_over_ours"] == pytest.approx(found["torch_step_s"] / found["step_s"])
+    assert found["torch_over_jax"] == pytest.approx(found["torch_step_s"] / found["step_s"])
     assert found["torch_threads"] == torch.get_num_threads()
 
 
 def test_another_computation_is_not_timed(monkeypatch):
-    """A peer whose second step, or anything of its first, is another one."""
+    """PyTorch draws other noise, so its losses are other ones."""
     call = Peer.__call__
     monkeypatch.setattr(Peer, "__call__", lambda self, step: call(self, step + 10))
     with pytest.raises(UserError, match=r"reconstruction_loss is .* they do not compute the same"):

@@ -197,7 +197,7 @@ def test_plan(topology, tmp_path):
     assert seconds["step"] == pytest.approx(seconds["compute"] + seconds["kernels"] + seconds["collectives"])
     assert 0 < seconds["overlapped"] <= seconds["step"] * 1.0001 and seconds["collectives"] > 0
     assert sum(part["share"] for part in found.parts.values()) == pytest.approx(1)
-    assert {"encoder", "language model", "text loss", "autoencoder", "denoiser", "optimizer"} <= set(found.parts)
+    assert {"encoder", "language model", "text loss", "autoencoder", "reconstruction", "optimizer"} <= set(found.parts)
     assert found.parts.get("other", {"share": 0})["share"] < 0.1
     assert found.rates["conversations"] * seconds["step"] == pytest.approx(8)
     assert found.steps_per_epoch == 125 and found.hours_per_epoch == pytest.approx(125 * seconds["step"] / 3600)
