@@ -282,7 +282,7 @@ def speaker(saved, tmp_path_factory):
     return config, params, module, embed
 
 
-@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("image_count", [0, 2])
 @pytest.mark.parametrize("stops", [False, True])
 def test_greedy_generation(speaker, image_count, stops):
     """Left-padded prompts of different lengths, with no, one or two pictures."""
