@@ -121,8 +121,8 @@ def test_real_slices():
         target = open_target(text)
         assert len(target.devices) == count
         assert {device.device_kind for device in target.devices} == {target.chip.kind}
-        smaller_kernels = compiler_options(target.devices[0])["xla_jf_convolution_performance_target"] < 0.985
-        assert smaller_kernels == text.startswith(("v4", "v7x"))
+        fastest_kernels = "xla_jf_convolution_performance_target" not in compiler_options(target.devices[0])
+        assert fastest_kernels == text.startswith(("v4", "v7x"))
         sizes = [1 + max(place) for place in zip(*(device.coords for device in target.devices), strict=True)]
         assert sizes[: len(target.sizes)] == list(target.sizes)
     both = open_target("2xv5e:2x4")
