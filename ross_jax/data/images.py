@@ -71,14 +71,15 @@ def encoder_image_config(kind: str, size: int, mean: Colour, std: Colour, mode: 
     return ImageConfig(size, mean, std, mode, size if kind == "clip" else None)
 
 
-def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
+def decode(data: bytes | np.ndarray | Image.Image, name: str) -> Image.Image:
     """The image in `data`, in RGB and turned upright by its EXIF orientation.
 
     Transparency is dropped and the colour below it kept, as in the reference. 16-bit grey is scaled to 8 bits. An
     animation gives its first frame.
 
     Args:
-      data: bytes of a file in any format that Pillow reads, or a uint8 array [H, W] or [H, W, 1 | 3 | 4].
+      data: bytes of a file in any format that Pillow reads, a uint8 array [H, W] or [H, W, 1 | 3 | 4], or
+        an image that Pillow has opened.
       name: file name for errors.
 
     Raises:
@@ -104,7 +105,9 @@ def decode_official(data: bytes | np.ndarray, name: str) -> Image.Image:
         return _open(data).convert("RGB")
 
 
-def _open(data: bytes | np.ndarray) -> Image.Image:
+def _open(data: bytes | np.ndarray | Image.Image) -> Image.Image:
+    if isinstance(data, Image.Image):
+        return data
     if isinstance(data, np.ndarray):
         return Image.fromarray(data[..., 0] if data.ndim == 3 and data.shape[-1] == 1 else data)
     image = Image.open(io.BytesIO(data))

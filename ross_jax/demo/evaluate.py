@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from ross_jax.data.images import decode, preprocess
 from ross_jax.demo.scoring import Accuracy, score_answers
 from ross_jax.evaluation.images import is_nearest, psnr, to_uint8
-from ross_jax.inference.answer import answer
 from ross_jax.inference.model import Model
-from ross_jax.inference.reconstruct import autoencode, outputs_of_images, target_images
+from ross_jax.inference.prompts import Request, read_images
+from ross_jax.inference.reconstruct import autoencode, target_images
 from ross_jax.objectives.reconstruction import reconstructor
 
 LONGEST_ANSWER = 6
@@ -32,21 +31,14 @@ def read_heldout(data: Path) -> list[dict[str, Any]]:
     return json.loads((data / "heldout.json").read_text())
 
 
-def read_images(model: Model, data: Path, records: list[dict[str, Any]]) -> list[UInt8[np.ndarray, "side side 3"]]:
-    """The picture of each record, resized for the model's vision encoder."""
-    names = [record["image"] for record in records]
-    made = {
-        name: preprocess(decode((data / "images" / name).read_bytes(), name), model.images, name) for name in set(names)
-    }
-    return [made[name] for name in names]
-
-
 def answer_heldout(model: Model, data: Path) -> list[Accuracy]:
     """Accuracy of each question type on the held-out questions."""
     records = read_heldout(data)
-    prompts = [{**record, "conversations": record["conversations"][:1]} for record in records]
-    images = [(image,) for image in read_images(model, data, records)]
-    predictions = answer(model, prompts, images, LONGEST_ANSWER, ROWS)
+    requests = [
+        Request(data / "images" / record["image"], record["conversations"][0]["value"], max_new_tokens=LONGEST_ANSWER)
+        for record in records
+    ]
+    predictions = model.ask_many(requests, ROWS)
     return score_answers([r["type"] for r in records], [r["answer"] for r in records], predictions)
 
 
@@ -85,8 +77,8 @@ def reconstruct_heldout(model: Model, data: Path, count: int = IMAGES, seed: int
     """
     records = list({record["image"]: record for record in read_heldout(data)}.values())
     records = [records[i * len(records) // count] for i in range(min(count, len(records)))]
-    images = read_images(model, data, records)
-    outputs = jnp.asarray(outputs_of_images(model, images, ROWS))
+    images = read_images([data / "images" / record["image"] for record in records], model.image_config)
+    outputs = jnp.asarray(model.visual_outputs(images, ROWS))
     objective = reconstructor(model.config)
     make = jax.jit(lambda params, given, keys: objective.reconstruct(params, params, given, keys).pixels)
     keys = jax.random.split(jax.random.key(seed), len(images))

@@ -12,7 +12,7 @@ from ross_jax.demo.evaluate import Reconstructions, answer_heldout, reconstruct_
 from ross_jax.demo.figures import plot_losses
 from ross_jax.demo.scoring import Accuracy, format_accuracies
 from ross_jax.evaluation.images import draw_grid
-from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, Model, load_model
+from ross_jax.inference.model import load_model
 from ross_jax.objectives.reconstruction import find_objective, reconstructor
 
 STAGES = ("pretrain", "finetune")
@@ -44,7 +44,7 @@ def score_run(root: Path, kind: str, seed: int) -> dict[str, Any]:
     path = root / kind / f"seed{seed}" / _SCORES
     if path.is_file():
         return json.loads(path.read_text())
-    model = _load(root, kind, seed, STAGES[-1])
+    model = load_model(run_folder(root, kind, seed, STAGES[-1]))
     scores: dict[str, Any] = {"answers": [to_dict(each) for each in answer_heldout(model, root / "data")]}
     scores["reconstruction"] = None
     if reconstructor(model.config) is not None:
@@ -60,17 +60,13 @@ def score_denoiser(root: Path, seed: int) -> dict[str, float]:
     path = root / "denoise" / f"seed{seed}" / f"{DENOISER}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    images = reconstruct_heldout(_load(root, "denoise", seed, DENOISER), root / "data")
+    images = reconstruct_heldout(load_model(run_folder(root, "denoise", seed, DENOISER)), root / "data")
     columns = ("picture", "from visual outputs", "autoencoder")
     shown = (images.originals, images.own, images.autoencoder)
     draw_grid(path.with_suffix(".png"), {name: each[:SHOWN] for name, each in zip(columns, shown, strict=True)})
     scores = images.scores()
     path.write_text(json.dumps(scores, indent=1) + "\n")
     return scores
-
-
-def _load(root: Path, kind: str, seed: int, stage: str) -> Model:
-    return load_model(run_folder(root, kind, seed, stage), TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
 
 
 def draw_images(path: Path, images: Reconstructions) -> None:

@@ -1,76 +1,204 @@
-"""A model directory, made by the importer or by a training run, as everything that inference needs."""
+"""A model directory as an object that answers questions about images, and reconstructs them.
+
+model = load_model("runs/demo/denoise/seed0/finetune")
+answer = model.ask("photo.jpg", "How many marks?")
+model.reconstruct("photo.jpg")[0].save("reconstruction.png")
+"""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from PIL import Image
 
 from ross_jax import checkpoints
 from ross_jax.config import UserError, from_dict
-from ross_jax.data.images import ImageConfig, encoder_image_config
+from ross_jax.data.batches import expand
+from ross_jax.data.conversation import IGNORE, EncodedConversation
+from ross_jax.data.encoders import build_image_encoder, build_prompt_encoder, stop_id
+from ross_jax.data.images import ImageConfig, ImageError, encoder_image_config
 from ross_jax.data.tokenizer import load_tokenizer
-from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.evaluation.images import to_uint8
+from ross_jax.inference.generate import generate
+from ross_jax.inference.prompts import AnyImages, Request, prompt_batches, read_images
+from ross_jax.inference.reconstruct import reconstruct, visual_outputs
+from ross_jax.models.ross import RossConfig, abstract_params, normalise
+from ross_jax.objectives.objective import DEFAULT_SAMPLING, Sampling
+from ross_jax.objectives.reconstruction import reconstructor
 from ross_jax.tree import flatten, unflatten
 
 TEXT_COMPONENTS = ("vision", "projector", "language")
 RECONSTRUCTION_COMPONENTS = ("denoiser", "regressor", "autoencoder")
-"""What pictures are made by; which of them a model has depends on its kind of reconstruction."""
+"""What reconstruction needs besides; which of them a model has depends on its kind of reconstruction."""
+_PROMPT_MULTIPLE = 32
+"""Prompts are padded to a multiple of this length, so that questions of similar length share a compiled program."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A restored model.
+    """A restored model. Make one with `load_model`.
 
     Attributes:
-      config: of the components.
-      params: those that were asked for.
-      template: of its conversations; None if the directory does not say.
-      images: how pictures are resized.
-      condition_dropout: with which the denoiser was trained, as far as the directory says.
+      folder: the model directory.
+      config: sizes of the components.
+      params: parameters of the components that were loaded.
+      image_config: how images are resized.
+      template: conversation template; None if the directory does not name one.
+      dtype: dtype of activations.
+      condition_dropout: share of draws for which the denoiser was trained without visual outputs.
     """
 
     folder: Path
     config: RossConfig
     params: dict[str, Any]
+    image_config: ImageConfig
     template: str | None
-    images: ImageConfig
+    dtype: Literal["float32", "bfloat16"] = "float32"
     condition_dropout: float = 0.0
 
-    def choose_template(self, template: str | None = None) -> str:
-        """`template`, or else the model's own.
+    def ask(
+        self,
+        images: AnyImages,
+        prompt: str,
+        *,
+        history: Sequence[Sequence[str]] | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """Answers a question about images. Arguments are the fields of `Request`.
 
         Raises:
-          UserError: there is neither.
+          UserError: an argument or an image that cannot be used, no template, or a tokenizer that does not fit it.
         """
-        chosen = template or self.template
-        if chosen is None:
-            raise UserError(f"{self.folder}: does not say its conversation template; name one")
-        return chosen
+        drawing = (temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, on_text)
+        return self.ask_many([Request(images, prompt, history or (), max_new_tokens, *drawing)])[0]
 
-    def tokenizer(self) -> Any:
-        """The tokenizer that lies in the directory.
+    def ask_many(self, requests: Sequence[Request], rows: int = 8) -> list[str]:
+        """Answers several requests, `rows` at once. Errors are those of `ask`."""
+        if not requests:
+            return []
+        encode, stop = build_prompt_encoder(self._template, self.tokenizer), stop_id(self._template, self.tokenizer)
+        images = [read_images(request.images, self.image_config) for request in requests]
+        ids = [encode(request.record(len(own))) for request, own in zip(requests, images, strict=True)]
+        tokens = self.config.vision.num_tokens
+        prompts = [expand(EncodedConversation(each, np.full_like(each, IGNORE)), tokens) for each in ids]
+        longest, answers = max(request.max_new_tokens for request in requests), []
+        rows = min(rows, len(requests))
+        for batch in prompt_batches(prompts, images, rows, tokens, self.image_config.size, _PROMPT_MULTIPLE):
+            generated = _answer(self.config, self.params, batch, longest, stop, self.dtype)
+            answers += [ids[:length] for ids, length in zip(*map(np.asarray, generated), strict=True)]
+        return [self._decode(ids[: each.max_new_tokens], stop) for ids, each in zip(answers, requests, strict=False)]
+
+    def visual_outputs(self, images: AnyImages, rows: int = 8) -> Float[np.ndarray, "images tokens embed"]:
+        """Hidden states of the language model at the positions of each image's tokens, after its final norm.
+
+        Each image stands alone, in front of an empty question. A causal model's states there do not depend on what
+        follows.
+
+        Args:
+          images: one image or several.
+          rows: images that are computed at once.
 
         Raises:
-          UserError: none does, or it cannot be read.
+          UserError: an image that cannot be used, no template, or a tokenizer that does not fit it.
+        """
+        encode = build_image_encoder(self._template, self.tokenizer)
+        tokens, resized = self.config.vision.num_tokens, read_images(images, self.image_config)
+        if not resized:
+            raise ImageError("images: there is none")
+        prompts = [expand(encode({"id": "image", "image": "image"}), tokens)] * len(resized)
+        own = [[image] for image in resized]
+        batches = prompt_batches(prompts, own, min(rows, len(own)), tokens, self.image_config.size)
+        outputs = [np.asarray(_visual_outputs(self.config, self.params, batch, self.dtype)) for batch in batches]
+        return np.concatenate(outputs)[: len(own), 0]
+
+    def reconstruct(
+        self, images: AnyImages, sampling: Sampling = DEFAULT_SAMPLING, seed: int = 0, rows: int = 8
+    ) -> list[Image.Image]:
+        """Reconstructs images from their visual outputs.
+
+        Args:
+          images: one image or several.
+          sampling: how a denoiser samples. A regressor ignores it.
+          seed: seed of the noise. An image's noise depends on its place in the list alone.
+          rows: images that are computed at once.
+
+        Raises:
+          UserError: the model makes no images, or cannot be guided; errors of `visual_outputs`.
+        """
+        self.check_reconstruction(sampling)
+        outputs = self.visual_outputs(images, rows)
+        pixels = reconstruct(self.config, self.params, outputs, sampling, seed, rows).pixels
+        return [Image.fromarray(image) for image in to_uint8(pixels)]
+
+    def check_reconstruction(self, sampling: Sampling = DEFAULT_SAMPLING) -> None:
+        """Raises UserError if the model cannot reconstruct images in this way."""
+        if reconstructor(self.config) is None:
+            raise UserError(
+                f"{self.folder}: this model makes no images; that takes a denoiser with its autoencoder, or a "
+                "regressor of pixels or latents"
+            )
+        if sampling.guidance != 1.0 and self.config.denoiser is None:
+            raise UserError(f"guidance {sampling.guidance:g}: {self.folder} has no denoiser, and only that is guided")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The directory's tokenizer.
+
+        Raises:
+          UserError: the directory has none, or it cannot be read.
         """
         return load_tokenizer(self.folder / "files" / "language")
+
+    @property
+    def _template(self) -> str:
+        if self.template is None:
+            raise UserError(f"{self.folder}: does not say its conversation template; name one with template=")
+        return self.template
+
+    def _decode(self, ids: np.ndarray, stop: int) -> str:
+        return self.tokenizer.decode([int(i) for i in ids if i != stop], skip_special_tokens=False).strip()
+
+
+@partial(jax.jit, static_argnames=("config", "max_new_tokens", "stop", "dtype"))
+def _answer(config: RossConfig, params: Any, batch: dict[str, Array], max_new_tokens: int, stop: int, dtype: str):
+    """Ids int32[B, max_new_tokens] and their number int32[B]."""
+    images = normalise(config, batch["images"])
+    prompts = (batch["tokens"], batch["segments"], images, batch["image_start"])
+    result = generate(config, params, *prompts, max_new_tokens=max_new_tokens, stop_token=stop, dtype=dtype)
+    return result.tokens, result.lengths
+
+
+_visual_outputs = jax.jit(visual_outputs, static_argnames=("config", "dtype"))
 
 
 def load_model(
     folder: str | Path,
-    components: tuple[str, ...] = TEXT_COMPONENTS,
-    optional: tuple[str, ...] = (),
-    dtype: str | None = None,
+    components: tuple[str, ...] | None = None,
+    template: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> Model:
     """Restores a model on the default device.
 
     Args:
-      folder: a model directory or a run's directory, whose latest step counts.
-      components: whose parameters are restored; the others stay on disk.
-      optional: restored too, where the model has them.
-      dtype: of the parameters; None: as they are stored.
+      folder: a model directory, or the directory of a run, of which the latest step is taken.
+      components: names of the components to load. None: those that answer and, where the model has them, those that
+        reconstruct.
+      template: conversation template. None: the one that the model was trained with.
+      dtype: dtype of parameters and activations. None: parameters as they are stored, activations in float32.
 
     Raises:
       UserError: no model there, or one without such a component.
@@ -78,20 +206,21 @@ def load_model(
     folder = Path(folder)
     manifest = checkpoints.read_manifest(folder)
     config = from_dict(RossConfig, manifest["config"], f"{folder}: config")
-    missing = [name for name in components if getattr(config, name) is None]
+    missing = [name for name in components or TEXT_COMPONENTS if getattr(config, name) is None]
     if missing:
         raise UserError(f"{folder}: this model has no {', '.join(missing)}")
+    loaded = TEXT_COMPONENTS + RECONSTRUCTION_COMPONENTS if components is None else components
     stored = flatten(checkpoints.model_abstract(folder))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {
+    leaves = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or stored[path].dtype), sharding=device)
         for path, leaf in flatten(abstract_params(config)).items()
-        if path.split("/")[0] in components + optional
+        if path.split("/")[0] in loaded
     }
-    params = checkpoints.restore_model(folder, unflatten(wanted))
+    params = checkpoints.restore_model(folder, unflatten(leaves))
     mode = manifest.get("image_mode", "pad")
     images = encoder_image_config(
         config.vision.kind, config.vision.image_size, config.image_mean, config.image_std, mode
     )
     dropout = manifest.get("reconstruction", {}).get("condition_dropout", 0.0)
-    return Model(folder, config, params, manifest.get("template"), images, dropout)
+    return Model(folder, config, params, images, template or manifest.get("template"), dtype or "float32", dropout)

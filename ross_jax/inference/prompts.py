@@ -1,40 +1,142 @@
-"""Prompts with their pictures, laid out in batches of one shape."""
+"""Requests to a model, and their prompts as batches of one shape.
 
-from collections.abc import Iterator, Sequence
+A batch of B prompts, padded on the left to S tokens; I images of N tokens each:
+
+    tokens    [  0   0   0 | 11  12   0   0   0  13  14 ]      0 at image positions and in padding
+    segments  [  0   0   0 |  1   1   1   1   1   1   1 ]
+    image_start                       5
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from ross_jax.config import UserError
-from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, expand, place
-from ross_jax.data.conversation import IGNORE, EncodedConversation
+from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, place
+from ross_jax.data.conversation import IMAGE_MARKER
+from ross_jax.data.images import ImageConfig, ImageError, decode, preprocess
 from ross_jax.data.packing import Location
-from ross_jax.inference.model import Model
 
-Images = Sequence[UInt8[np.ndarray, "height width 3"]]
+AnyImage = str | Path | Image.Image | np.ndarray
+"""Path of an image file, a PIL image, or an array uint8[height, width, 3]."""
+AnyImages = AnyImage | Sequence[AnyImage]
+Resized = UInt8[np.ndarray, "side side 3"]
 
 
-def expand_prompt(model: Model, encode: Any, record: dict[str, Any], images: Images) -> Expanded:
-    """A prompt with room for its pictures; `expand` without anything supervised.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A question about images, and how it is to be answered.
+
+    Answers are greedy so far: every field below `max_new_tokens`, `seed` aside, takes only its default.
+
+    Attributes:
+      images: one image, several, or `()` for none.
+      prompt: the question. Images stand before the first question, unless the questions mark their places: `<image>`.
+      history: (question, answer) of the turns before, the oldest first.
+      max_new_tokens: length of the longest answer in tokens; a longer answer is cut.
+      temperature: divides the scores before the next token is drawn; 0 takes the most likely token.
+      top_k: draws from the k most likely tokens; 0 draws from all.
+      top_p: draws from the most likely tokens that together have this probability.
+      min_p: draws from tokens with at least this share of the most likely token's probability.
+      repetition_penalty: divides the scores of tokens that the text already has.
+      seed: seed of the draws.
+      stop: texts that end the answer, besides the template's stop token.
+      on_text: receives each piece of the answer as soon as it is known.
 
     Raises:
-      UserError: the record is no prompt, or has another number of pictures.
+      UserError: a value that makes no sense, or that is not supported yet. Names the field.
     """
-    ids = encode(record)
-    prompt = expand(EncodedConversation(ids, np.full_like(ids, IGNORE)), model.config.vision.num_tokens)
-    if len(prompt.image_start) != len(images):
-        raise UserError(
-            f"prompt {record.get('id', '')}: {len(prompt.image_start)} <image> marks for {len(images)} pictures"
-        )
-    return prompt
+
+    images: AnyImages
+    prompt: str
+    history: Sequence[Sequence[str]] = ()
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: Sequence[str] = ()
+    on_text: Callable[[str], None] | None = None
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
+        for i, turn in enumerate(self.history):
+            if isinstance(turn, str) or len(turn) != 2:
+                raise UserError(f"history[{i}]: expected (question, answer), found {turn!r:.80}")
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "on_text"):
+            value, default = getattr(self, name), _DEFAULTS[name]
+            if value != default and (value or default):  # an empty list equals no empty tuple
+                raise UserError(f"{name} {value!r}: not supported yet; answers are greedy, with {name} {default!r}")
+
+    def record(self, images: int) -> dict[str, Any]:
+        """The conversation as a record in LLaVA's format, with a mark for each of so many images."""
+        questions = [question for question, _ in self.history] + [self.prompt]
+        if not any(IMAGE_MARKER in question for question in questions):
+            questions[0] = f"{IMAGE_MARKER}\n" * images + questions[0]
+        turns = [{"from": "human", "value": questions[0]}]
+        for (_, answer), question in zip(self.history, questions[1:], strict=True):
+            turns += [{"from": "gpt", "value": answer}, {"from": "human", "value": question}]
+        return {"id": self.prompt, "image": [f"images[{i}]" for i in range(images)], "conversations": turns}
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
+
+
+def read_images(images: AnyImages, config: ImageConfig) -> list[Resized]:
+    """Images as a vision encoder takes them.
+
+    Args:
+      images: one image or several.
+      config: how images are resized.
+
+    Raises:
+      ImageError: a file that cannot be read, or an array that is no image. Names the file, or the image's number.
+    """
+    several = [images] if isinstance(images, AnyImage) else images
+    names = [str(image) if isinstance(image, str | Path) else f"images[{i}]" for i, image in enumerate(several)]
+    return [preprocess(_decode(image, name), config, name) for image, name in zip(several, names, strict=True)]
+
+
+def _decode(image: AnyImage, name: str) -> Image.Image:
+    if isinstance(image, str | Path):
+        try:
+            image = Path(image).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
+    elif isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim not in (2, 3)):
+        raise ImageError(f"{name}: {image.dtype}{list(image.shape)}; expected uint8[height, width, 3]")
+    elif not isinstance(image, AnyImage):
+        raise ImageError(f"{name}: {type(image).__name__}; expected a path, a PIL image or an array")
+    return decode(image, name)
 
 
 def prompt_batches(
-    prompts: Sequence[Expanded], images: Sequence[Images], rows: int, image_tokens: int, image_size: int
+    prompts: Sequence[Expanded],
+    images: Sequence[Sequence[Resized]],
+    rows: int,
+    image_tokens: int,
+    image_size: int,
+    multiple: int = 1,
 ) -> Iterator[Batch]:
-    """Batches of `rows` prompts, padded on the left to the longest of all; the last one's free rows stay empty."""
-    length = max(len(prompt.tokens) for prompt in prompts)
+    """Batches of prompts, all of one shape; rows that the last batch has left are padding.
+
+    Args:
+      prompts: the prompts, with room for their images.
+      images: the images of each prompt.
+      rows: B, prompts per batch.
+      image_tokens: N, tokens per image.
+      image_size: side of an image in pixels.
+      multiple: S is the longest prompt's length, rounded up to a multiple of this.
+    """
+    length = -(-max(len(prompt.tokens) for prompt in prompts) // multiple) * multiple
     shape = RowShape(length, max(len(each) for each in images), image_tokens, image_size)
     for first in range(0, len(prompts), rows):
         batch = empty_batch(rows, shape)

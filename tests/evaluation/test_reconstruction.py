@@ -18,8 +18,8 @@ from ross_jax.data.sources import SourceConfig
 from ross_jax.evaluation import reconstruction
 from ross_jax.evaluation.images import psnr, ssim, to_uint8
 from ross_jax.evaluation.reconstruction import ReconstructionEvaluator, make_callbacks, read_images
-from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
-from ross_jax.inference.reconstruct import autoencode, encode_latents, outputs_of_images, target_images
+from ross_jax.inference.model import load_model
+from ross_jax.inference.reconstruct import autoencode, encode_latents, target_images
 from ross_jax.objectives.denoise import DenoiseObjective
 from ross_jax.objectives.objective import Sampling
 from ross_jax.sharding import MeshConfig, make_mesh
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return load_model(folder / "model", TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
+    return load_model(folder / "model")
 
 
 def make_config(folder, rows=2, **changes) -> RunConfig:
@@ -85,7 +85,7 @@ def expected(folder, model):
     images = read_images(make_config(folder))
     assert len(images) == 5
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(np.arange(5))
-    outputs = jnp.asarray(outputs_of_images(model, images))
+    outputs = jnp.asarray(model.visual_outputs(images))
     made = DenoiseObjective(SIZED).reconstruct(model.params, model.params, outputs, keys, SAMPLING)
     stack = np.stack(images)
     originals, ceiling = target_images(SIZED, stack), autoencode(SIZED, model.params, stack)

@@ -1,4 +1,4 @@
-"""Pictures from visual outputs."""
+"""Images from visual outputs, and drawings of them."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ross_jax.data.encoders import build_prompt_encoder
-from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
-from ross_jax.inference.prompts import expand_prompt, prompt_batches
+from ross_jax.inference.model import load_model
 from ross_jax.inference.reconstruct import (
     ImageDrawer,
     autoencode,
-    outputs_of_images,
     target_images,
     visual_outputs,
 )
@@ -31,7 +28,7 @@ from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
 @pytest.fixture(scope="module")
 def model(model_folder):
-    return load_model(model_folder, TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
+    return load_model(model_folder)
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +48,6 @@ def test_visual_outputs_are_hidden_states_at_the_images(model, batch):
     for row, slot, start in ((0, 0, 1), (0, 1, 6), (1, 0, 3)):
         np.testing.assert_allclose(outputs[row, slot], hidden[row, start : start + 4], rtol=1e-6)
     np.testing.assert_array_equal(outputs[1, 1], 0.0)
-
-
-def test_outputs_of_images_on_their_own(model):
-    """As the same pictures have them in a conversation, whatever is asked after them."""
-    rng = np.random.default_rng(3)
-    images = [rng.integers(0, 256, (28, 28, 3), dtype=np.uint8) for _ in range(3)]
-    found = outputs_of_images(model, images, rows=2)
-    encode = build_prompt_encoder("qwen_2", model.tokenizer())
-    turns = [{"from": "human", "value": "<image>\nWhat is it?"}]
-    prompts = [expand_prompt(model, encode, {"id": "x", "image": "x", "conversations": turns}, [p]) for p in images]
-    (batch,) = prompt_batches(prompts, [[image] for image in images], 3, model.config.vision.num_tokens, 28)
-    expected = visual_outputs(model.config, model.params, jax.tree.map(jnp.asarray, batch))[:, 0]
-    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_sampling_is_the_tested_process_under_this_condition(model, batch):

@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from launcher import load_script
-from ross_jax.inference.answer import answer
 from ross_jax.inference.model import load_model
 
 launcher = load_script("generate")
@@ -27,8 +26,8 @@ def test_answers(model_folder, image, capsys):
     path, pixels = image
     common = ("--checkpoint", model_folder, "--max-new-tokens", 4)
     code, output, _ = run(capsys, *common, "--image", path, "--prompt", "What is it?")
-    record = {"id": "x", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}]}
-    assert code == 0 and output.removesuffix("\n") == answer(load_model(model_folder), [record], [[pixels]], 4)[0]
+    answer = load_model(model_folder).ask(pixels, "What is it?", max_new_tokens=4)
+    assert code == 0 and output.removesuffix("\n") == answer
     code, other, _ = run(capsys, *common, "--prompt", "What is it?")
     assert code == 0 and other != output
 
@@ -39,6 +38,7 @@ def test_mistakes_end_in_one_line(model_folder, image, tmp_path, capsys):
         (("--checkpoint", model_folder, "--prompt", "x", "--image", tmp_path / "b.png"), "b.png: cannot be read"),
         (("--checkpoint", model_folder, "--prompt", "x", "--template", "qwen"), "did you mean 'qwen_2'"),
         (("--checkpoint", model_folder, "--prompt", "<image> <image>", "--image", image[0]), "<image>"),
+        (("--checkpoint", model_folder, "--prompt", "x", "--max-new-tokens", 0), "max_new_tokens 0: must be at least"),
     ]:
         code, output, error = run(capsys, *args)
         assert (code, output) == (1, "") and error.startswith("error: ") and message in error, error

@@ -69,7 +69,7 @@ def test_mistakes_end_in_one_line(model_folder, image_files, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for images, more, message in [
-        ([tmp_path / "empty"], (), "empty: no picture in this folder"),
+        ([tmp_path / "empty"], (), "empty: no image in this folder"),
         ([tmp_path / "nowhere"], (), "nowhere: no such file or folder"),
         ([tmp_path / "broken.png"], (), "broken.png"),
         (image_files, ("--rows", 0), "--rows 0: at least 1"),

@@ -19,8 +19,8 @@ from ross_jax.data.packing import PackingConfig
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
 from ross_jax.evaluation.reconstruction import make_callbacks, read_images
-from ross_jax.inference.model import RECONSTRUCTION_COMPONENTS, TEXT_COMPONENTS, load_model
-from ross_jax.inference.reconstruct import outputs_of_images, visual_outputs
+from ross_jax.inference.model import load_model
+from ross_jax.inference.reconstruct import visual_outputs
 from ross_jax.objectives.objective import Sampling
 from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import MeshConfig
@@ -132,9 +132,9 @@ def test_continues_bit_for_bit(data, whole, tmp_path):
 
 
 def test_training_sees_what_inference_sees(data, whole):
-    """Visual outputs of a batch's images equal those of `outputs_of_images`, which launch/reconstruct.py uses."""
+    """Visual outputs of a batch's images are those of `Model.visual_outputs`."""
     run, folder, _ = whole
-    model = load_model(folder, TEXT_COMPONENTS, RECONSTRUCTION_COMPONENTS)
+    model = load_model(folder)
     (batch, *_) = run.data.batches()
     assert len(batch["tokens"]) == 4 and (batch["targets"] == -100).all()
     prompts = {tuple(row[row > 0]) for row in batch["tokens"]}
@@ -144,7 +144,7 @@ def test_training_sees_what_inference_sees(data, whole):
     found = jax.jit(lambda params, batch: visual_outputs(SIZED, params, batch))(
         model.params, jax.tree.map(jnp.asarray, batch)
     )
-    expected = outputs_of_images(model, list(batch["images"][:, 0]))
+    expected = model.visual_outputs(list(batch["images"][:, 0]))
     np.testing.assert_allclose(found[:, 0], expected, atol=2e-5)
     names = sorted((data / "train").rglob("*.JPEG"))
     pixels = {preprocess(decode(name.read_bytes(), ""), run.config.images).tobytes() for name in names}

@@ -1,0 +1,149 @@
+"""`Model.ask` and `ask_many`: against the full forward pass of one prompt at a time, kinds of images, mistakes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ross_jax.config import UserError
+from ross_jax.data.conversation import IMAGE_ID
+from ross_jax.data.encoders import build_prompt_encoder, stop_id
+from ross_jax.inference.model import load_model
+from ross_jax.inference.prompts import Request
+from ross_jax.models.ross import Ross, normalise
+
+NEW = 5
+
+
+def make_image(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+
+
+REQUESTS = [
+    Request(make_image(4), "What?", max_new_tokens=NEW),
+    Request(make_image(0), "Which of the two is it, and why?", max_new_tokens=NEW),
+    Request([make_image(3), make_image(4)], "Left or right?", max_new_tokens=NEW),
+    Request(make_image(4), "How many are there?", [("What?", "A dog.")], max_new_tokens=NEW),
+    Request([make_image(7), make_image(8)], "<image>\nNow?", [("<image>\nWhat?", "b")], max_new_tokens=3),
+    Request((), "No image.", max_new_tokens=NEW),
+]
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return load_model(model_folder)
+
+
+def one_by_one(model, conversations, images, new) -> str:
+    """Greedy decoding without a cache, without padding: the whole sequence again for every token."""
+    record = {"id": "x", "image": [str(i) for i in range(len(images))], "conversations": conversations}
+    tokenizer = model.tokenizer
+    ids = build_prompt_encoder("qwen_2", tokenizer)(record)
+    count = model.config.vision.num_tokens
+    tokens, starts = [], []
+    for i in ids:
+        if i == IMAGE_ID:
+            starts.append(len(tokens))
+        tokens += [0] * count if i == IMAGE_ID else [int(i)]
+    images = normalise(model.config, jnp.asarray(np.stack(images))[None])
+    ross, made = Ross(model.config), []
+    forward = jax.jit(lambda *arguments: ross.apply({"params": model.params}, *arguments).hidden[0, -1])
+    for _ in range(new):
+        row = jnp.asarray([tokens + made], jnp.int32)
+        hidden = forward(row, jnp.arange(row.size)[None], jnp.ones_like(row), images, jnp.asarray([starts]))
+        made.append(int(jnp.argmax(ross.apply({"params": model.params}, hidden, method="logits"))))
+        if made[-1] == stop_id("qwen_2", tokenizer):
+            made.pop()
+            break
+    return tokenizer.decode(made).strip()
+
+
+def human(text: str) -> dict:
+    return {"from": "human", "value": text}
+
+
+CONVERSATIONS = [
+    [human("<image>\nWhat?")],
+    [human("<image>\nWhich of the two is it, and why?")],
+    [human("<image>\n<image>\nLeft or right?")],
+    [human("<image>\nWhat?"), {"from": "gpt", "value": "A dog."}, human("How many are there?")],
+    [human("<image>\nWhat?"), {"from": "gpt", "value": "b"}, human("<image>\nNow?")],
+]
+
+
+@pytest.mark.slow
+def test_batches_answer_as_single_prompts_do(model):
+    found = model.ask_many(REQUESTS, rows=2)
+    assert len(set(found)) == 6
+    expected = [
+        one_by_one(model, turns, request.images if isinstance(request.images, list) else [request.images], new)
+        for turns, request, new in zip(CONVERSATIONS, REQUESTS, (NEW, NEW, NEW, NEW, 3), strict=False)
+    ]
+    assert found[:-1] == expected
+    assert model.ask_many(REQUESTS, rows=8) == found
+
+
+@pytest.mark.slow
+def test_many_as_one_by_one(model):
+    def ask(request: Request) -> str:
+        history, new = request.history, request.max_new_tokens
+        return model.ask(request.images, request.prompt, history=history, max_new_tokens=new)
+
+    chosen = [REQUESTS[i] for i in (0, 3)]
+    found = model.ask_many(chosen)
+    assert found == [ask(request) for request in chosen] and len(set(found)) == 2
+    assert model.ask_many([]) == []
+
+
+def test_kinds_of_images(model, tmp_path):
+    """Path, PIL image and array of one picture get one answer; another picture gets another."""
+    pixels = make_image(4)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    kinds = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png"), pixels, [pixels]]
+    requests = [Request(image, "Whatever?", max_new_tokens=NEW) for image in [*kinds, make_image(5)]]
+    answers = model.ask_many(requests, rows=2)
+    assert len(set(answers[:-1])) == 1 and answers[-1] != answers[0]
+
+
+def test_programs_are_shared(model):
+    """Questions of similar length, asked one after another, compile once."""
+    from ross_jax.inference.model import _answer
+
+    model.ask(make_image(0), "What?", max_new_tokens=NEW)
+    compiled = _answer._cache_size()
+    model.ask(make_image(1), "Whatever?", max_new_tokens=NEW)
+    assert _answer._cache_size() == compiled
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 0.7}, r"^temperature 0\.7: not supported yet; answers are greedy, with temperature 0\.0$"),
+        ({"top_k": 5}, "^top_k 5: not supported yet"),
+        ({"top_p": 0.9}, r"^top_p 0\.9: not supported yet"),
+        ({"min_p": 0.1}, r"^min_p 0\.1: not supported yet"),
+        ({"repetition_penalty": 1.1}, r"^repetition_penalty 1\.1: not supported yet"),
+        ({"stop": ["."]}, r"^stop \['\.'\]: not supported yet"),
+        ({"on_text": print}, "^on_text <built-in function print>: not supported yet"),
+        ({"max_new_tokens": 0}, "^max_new_tokens 0: must be at least 1$"),
+        ({"history": [("What?",)]}, r"^history\[0\]: expected \(question, answer\), found \('What\?',\)$"),
+        ({"images": "absent.png"}, r"^absent\.png: cannot be read \(No such file or directory\)$"),
+        ({"images": [np.zeros((2, 2, 3))]}, r"^images\[0\]: float64\[2, 2, 3\]; expected uint8\[height, width, 3\]$"),
+        ({"prompt": "<image> or <image>?"}, r"^sample '<image> or <image>\?': the record names 1 picture"),
+    ],
+)
+def test_mistakes_are_named(model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        model.ask(**{"images": make_image(0), "prompt": "What?"} | arguments)
+
+
+def test_defaults_are_supported():
+    Request((), "What?", temperature=0.0, top_p=1.0, stop=[], seed=3)
+
+
+def test_a_model_without_template(model):
+    with pytest.raises(UserError, match="does not say its conversation template"):
+        dataclasses.replace(model, template=None).ask((), "What?")
