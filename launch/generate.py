@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ross_jax.config import UserError
 from ross_jax.data.conversation import IMAGE_MARKER
-from ross_jax.inference.model import TEXT_COMPONENTS, load_model
+from ross_jax.inference.model import TEXT_COMPONENTS, load
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args(argv)
     try:
-        model = load_model(args.checkpoint, TEXT_COMPONENTS, args.template, args.dtype)
+        model = load(args.checkpoint, TEXT_COMPONENTS, args.template, args.dtype)
         print(model.ask(args.image, args.prompt, max_new_tokens=args.max_new_tokens))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ from PIL import Image
 from ross_jax.config import UserError
 from ross_jax.data.images import ImageError
 from ross_jax.evaluation.images import draw_grid, psnr, ssim, to_uint8
-from ross_jax.inference.model import Model, load_model
+from ross_jax.inference.model import Model, load
 from ross_jax.inference.prompts import read_images
 from ross_jax.inference.reconstruct import autoencode, encode_latents, reconstruct, target_images
 from ross_jax.objectives.objective import Reconstruction, Sampling
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.rows < 1:
             raise UserError(f"--rows {args.rows}: at least 1")
         paths = find_images(args.images)
-        model, sampling = load_model(args.checkpoint), Sampling(args.sampler, args.steps, guidance=args.cfg)
+        model, sampling = load(args.checkpoint), Sampling(args.sampler, args.steps, guidance=args.cfg)
         model.check_reconstruction(sampling)
         if args.cfg != 1.0 and not model.condition_dropout:
             warning = f"{args.checkpoint} does not say that it was trained with condition dropout"

@@ -12,7 +12,7 @@ from ross_jax.demo.evaluate import Reconstructions, answer_heldout, reconstruct_
 from ross_jax.demo.figures import plot_losses
 from ross_jax.demo.scoring import Accuracy, format_accuracies
 from ross_jax.evaluation.images import draw_grid
-from ross_jax.inference.model import load_model
+from ross_jax.inference.model import load
 from ross_jax.objectives.reconstruction import find_objective, reconstructor
 
 STAGES = ("pretrain", "finetune")
@@ -44,7 +44,7 @@ def score_run(root: Path, kind: str, seed: int) -> dict[str, Any]:
     path = root / kind / f"seed{seed}" / _SCORES
     if path.is_file():
         return json.loads(path.read_text())
-    model = load_model(run_folder(root, kind, seed, STAGES[-1]))
+    model = load(run_folder(root, kind, seed, STAGES[-1]))
     scores: dict[str, Any] = {"answers": [to_dict(each) for each in answer_heldout(model, root / "data")]}
     scores["reconstruction"] = None
     if reconstructor(model.config) is not None:
@@ -60,7 +60,7 @@ def score_denoiser(root: Path, seed: int) -> dict[str, float]:
     path = root / "denoise" / f"seed{seed}" / f"{DENOISER}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    images = reconstruct_heldout(load_model(run_folder(root, "denoise", seed, DENOISER)), root / "data")
+    images = reconstruct_heldout(load(run_folder(root, "denoise", seed, DENOISER)), root / "data")
     columns = ("picture", "from visual outputs", "autoencoder")
     shown = (images.originals, images.own, images.autoencoder)
     draw_grid(path.with_suffix(".png"), {name: each[:SHOWN] for name, each in zip(columns, shown, strict=True)})

@@ -1,6 +1,6 @@
 """A model directory as an object that answers questions about images, and reconstructs them.
 
-model = load_model("runs/demo/denoise/seed0/finetune")
+model = load("runs/demo/denoise/seed0/finetune")
 answer = model.ask("photo.jpg", "How many marks?")
 model.reconstruct("photo.jpg")[0].save("reconstruction.png")
 """
@@ -42,7 +42,7 @@ _PROMPT_MULTIPLE = 32
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A restored model. Make one with `load_model`.
+    """A restored model. Make one with `load`.
 
     Attributes:
       folder: the model directory.
@@ -185,7 +185,7 @@ def _answer(config: RossConfig, params: Any, batch: dict[str, Array], max_new_to
 _visual_outputs = jax.jit(visual_outputs, static_argnames=("config", "dtype"))
 
 
-def load_model(
+def load(
     folder: str | Path,
     components: tuple[str, ...] | None = None,
     template: str | None = None,

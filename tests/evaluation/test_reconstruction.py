@@ -18,7 +18,7 @@ from ross_jax.data.sources import SourceConfig
 from ross_jax.evaluation import reconstruction
 from ross_jax.evaluation.images import psnr, ssim, to_uint8
 from ross_jax.evaluation.reconstruction import ReconstructionEvaluator, make_callbacks, read_images
-from ross_jax.inference.model import load_model
+from ross_jax.inference.model import load
 from ross_jax.inference.reconstruct import autoencode, encode_latents, target_images
 from ross_jax.objectives.denoise import DenoiseObjective
 from ross_jax.objectives.objective import Sampling
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return load_model(folder / "model")
+    return load(folder / "model")
 
 
 def make_config(folder, rows=2, **changes) -> RunConfig:

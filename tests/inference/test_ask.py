@@ -11,7 +11,7 @@ from PIL import Image
 from ross_jax.config import UserError
 from ross_jax.data.conversation import IMAGE_ID
 from ross_jax.data.encoders import build_prompt_encoder, stop_id
-from ross_jax.inference.model import load_model
+from ross_jax.inference.model import load
 from ross_jax.inference.prompts import Request
 from ross_jax.models.ross import Ross, normalise
 
@@ -34,7 +34,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def model(model_folder):
-    return load_model(model_folder)
+    return load(model_folder)
 
 
 def one_by_one(model, conversations, images, new) -> str:

@@ -12,7 +12,7 @@ from ross_jax import checkpoints
 from ross_jax.config import UserError
 from ross_jax.data.encoders import build_prompt_encoder
 from ross_jax.evaluation.images import to_uint8
-from ross_jax.inference.model import TEXT_COMPONENTS, load_model
+from ross_jax.inference.model import TEXT_COMPONENTS, load
 from ross_jax.models.ross import Ross, normalise
 from ross_jax.objectives.denoise import DenoiseObjective
 from ross_jax.objectives.objective import Sampling
@@ -23,7 +23,7 @@ SAMPLING = Sampling("dpm", 3)
 
 @pytest.fixture(scope="module")
 def model(model_folder):
-    return load_model(model_folder)
+    return load(model_folder)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def images():
 def test_what_is_loaded(model, model_folder):
     assert set(model.params) == {*TEXT_COMPONENTS, "denoiser", "autoencoder"} and model.template == "qwen_2"
     assert (model.image_config.size, model.image_config.mode, model.image_config.shortest_edge) == (28, "square", None)
-    half = load_model(str(model_folder), ("language", "projector"), "v1", "bfloat16")
+    half = load(str(model_folder), ("language", "projector"), "v1", "bfloat16")
     assert set(half.params) == {"language", "projector"} and half.template == "v1"
     for path, leaf in flatten(half.params).items():
         np.testing.assert_array_equal(leaf, flatten(model.params)[path].astype(jnp.bfloat16))
@@ -46,11 +46,11 @@ def test_errors_say_what_is_missing(model_folder, tmp_path):
     config = {**manifest["config"], "denoiser": None, "autoencoder": None}
     checkpoints.write_manifest(tmp_path, {**manifest, "config": config})
     with pytest.raises(UserError, match="this model has no denoiser"):
-        load_model(tmp_path, ("vision", "denoiser"))
+        load(tmp_path, ("vision", "denoiser"))
     with pytest.raises(UserError, match="holds no parameters"):
-        load_model(tmp_path)
+        load(tmp_path)
     with pytest.raises(UserError, match="no such directory"):
-        load_model(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
 
 
 def test_visual_outputs(model, images):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ross_jax.inference.model import load_model
+from ross_jax.inference.model import load
 from ross_jax.inference.reconstruct import (
     ImageDrawer,
     autoencode,
@@ -28,7 +28,7 @@ from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
 @pytest.fixture(scope="module")
 def model(model_folder):
-    return load_model(model_folder)
+    return load(model_folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ross_jax.demo.questions import ANSWERS
-from ross_jax.inference.model import load_model
+from ross_jax.inference.model import load
 
 pytest.importorskip("skimage", reason="the `demo` extra is not installed")
 pytest.importorskip("sklearn", reason="the `demo` extra is not installed")
@@ -46,9 +46,9 @@ def test_interrupted_and_continued(tmp_path):
     for kind in ("denoise", "none"):
         answers = summary["scores"][kind]["0"]["answers"]
         assert [row["type"] for row in answers] == list(ANSWERS) and {row["count"] for row in answers} == {12}
-        model = load_model(root / kind / "seed0" / "finetune")
+        model = load(root / kind / "seed0" / "finetune")
         assert model.template == "qwen_2"
-    assert load_model(root / "denoise/seed0/finetune").params.keys() >= {"denoiser", "autoencoder"}
+    assert load(root / "denoise/seed0/finetune").params.keys() >= {"denoiser", "autoencoder"}
     scores = summary["scores"]["denoise"]["0"]["reconstruction"]
     assert 0 <= scores["nearest"] <= 1 and scores["psnr_autoencoder"] > scores["psnr_own"]
     assert summary["scores"]["none"]["0"]["reconstruction"] is None

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from launcher import load_script
-from ross_jax.inference.model import load_model
+from ross_jax.inference.model import load
 
 launcher = load_script("generate")
 
@@ -26,7 +26,7 @@ def test_answers(model_folder, image, capsys):
     path, pixels = image
     common = ("--checkpoint", model_folder, "--max-new-tokens", 4)
     code, output, _ = run(capsys, *common, "--image", path, "--prompt", "What is it?")
-    answer = load_model(model_folder).ask(pixels, "What is it?", max_new_tokens=4)
+    answer = load(model_folder).ask(pixels, "What is it?", max_new_tokens=4)
     assert code == 0 and output.removesuffix("\n") == answer
     code, other, _ = run(capsys, *common, "--prompt", "What is it?")
     assert code == 0 and other != output

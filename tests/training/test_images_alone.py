@@ -19,7 +19,7 @@ from ross_jax.data.packing import PackingConfig
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
 from ross_jax.evaluation.reconstruction import make_callbacks, read_images
-from ross_jax.inference.model import load_model
+from ross_jax.inference.model import load
 from ross_jax.inference.reconstruct import visual_outputs
 from ross_jax.objectives.objective import Sampling
 from ross_jax.objectives.reconstruction import ReconstructionConfig
@@ -134,7 +134,7 @@ def test_continues_bit_for_bit(data, whole, tmp_path):
 def test_training_sees_what_inference_sees(data, whole):
     """Visual outputs of a batch's images are those of `Model.visual_outputs`."""
     run, folder, _ = whole
-    model = load_model(folder)
+    model = load(folder)
     (batch, *_) = run.data.batches()
     assert len(batch["tokens"]) == 4 and (batch["targets"] == -100).all()
     prompts = {tuple(row[row > 0]) for row in batch["tokens"]}

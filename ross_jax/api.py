@@ -1,0 +1,105 @@
+"""Functions of the public API that join several parts of the package."""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from ross_jax.config import UserError
+from ross_jax.convert.exporting import DTYPE_NAMES, export
+from ross_jax.convert.importing import plan_import, write
+from ross_jax.evaluation.reconstruction import make_callbacks
+from ross_jax.training.recipe import RunConfig
+from ross_jax.training.run import Run
+
+LAYOUTS = ("ross", "components")
+
+
+def train(config: RunConfig, workdir: str | Path) -> Run:
+    """Trains a run to its end, or continues it; SIGTERM and SIGINT save a checkpoint and end it early.
+
+    Example:
+      config = load_recipe("configs/demo.py:stage=pretrain", ["--config.data.epochs=1"])
+      run = train(config, "runs/demo")
+      model = load("runs/demo")
+
+    Args:
+      config: everything that the run depends on.
+      workdir: the run's directory, which is also a model directory.
+
+    Returns:
+      The run. `run.step` is the number of steps done, of `run.steps`.
+
+    Raises:
+      UserError: a config, data or directory that cannot be used.
+    """
+    run = Run(config, Path(workdir))
+    run.train(make_callbacks(config, run.mesh))
+    return run
+
+
+def import_model(
+    sources: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    teacher: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Writes a model directory from foreign checkpoints, completely or not at all.
+
+    Args:
+      sources: folders or hub ids. Together they make one model, each component from one of them.
+      output: the model directory. It must not exist.
+      teacher: folder or hub id of a vision encoder whose features are reconstruction targets.
+      vision_tower: folder with the config.json of the vision tower, for a checkpoint that only names it.
+      autoencoder: folder with the config.json of the autoencoder, for a checkpoint that only names it.
+      progress: receives a line of text after each parameter.
+
+    Returns:
+      The model directory.
+
+    Raises:
+      UserError: sources that cannot be read or do not fit together. Names everything that does not fit.
+    """
+    origins = [str(each) for each in ([sources] if isinstance(sources, str | Path) else sources)]
+    if not origins and teacher is None:
+        raise UserError("import_model: neither sources nor a teacher")
+    towers = (Path(each) if each else None for each in (vision_tower, autoencoder))
+    plan = plan_import(origins, *towers, teacher=str(teacher) if teacher else None)
+    try:
+        write(plan, Path(output), progress)
+    finally:
+        plan.close()
+    return Path(output)
+
+
+def export_model(
+    model: str | Path,
+    output: str | Path,
+    *,
+    layout: str = "ross",
+    dtype: str | None = None,
+    without: Collection[str] = (),
+    progress: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Writes a model directory in a foreign layout, completely or not at all.
+
+    Args:
+      model: a model directory, or the directory of a run.
+      output: the folder to write. It must not exist.
+      layout: `ross`, a checkpoint that the reference loads, or `components`, a folder for each component.
+      dtype: `float32`, `bfloat16` or `float16`. None: the dtypes of the import.
+      without: names of components to leave out.
+      progress: receives a line of text after each parameter.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: nothing to export, or an output that cannot be written.
+    """
+    for name, value, choices in (("layout", layout, LAYOUTS), ("dtype", dtype, (*DTYPE_NAMES, None))):
+        if value not in choices:
+            raise UserError(f"{name} {value!r}: one of {list(choices)}")
+    export(Path(model), Path(output), layout, dtype, progress, without)
+    return Path(output)
