@@ -10,11 +10,9 @@ import pytest
 
 from ross_jax import upgrade
 from ross_jax.config import from_dict
-from ross_jax.data.images import decode, preprocess
 from ross_jax.data.precomputed import Precomputed
 from ross_jax.evaluation.reconstruction import make_callbacks
-from ross_jax.inference.answer import answer
-from ross_jax.inference.model import load_model
+from ross_jax.inference.model import load
 from ross_jax.sharding import make_mesh
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import RECORD, Run, open_data
@@ -66,7 +64,7 @@ def test_a_run_opens_where_it_stopped(old, name):
 
 
 def test_a_model_is_read(old):
-    model = load_model(old / "model")
+    model = load(old / "model")
     assert model.config == read_config(old / "run").model
     assert np.isfinite(model.params["projector"]["linear_0"]["kernel"]).all()
 
@@ -98,12 +96,8 @@ def test_a_run_continues_to_its_end(old, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model", "run", "run-latent"])
 def test_a_model_answers(old, name):
-    model = load_model(old / name)
-    photo = preprocess(decode(Path("data/photos/a.png").read_bytes(), "a.png"), model.images, "a.png")
-    turn = {"from": "human", "value": "<image>\nWhat is it?"}
-    record = {"id": "a", "image": "a.png", "conversations": [turn]}
-    (text,) = answer(model, [record], [[photo]], 8, 1, "qwen_2")
-    assert text == EXPECTED[name]["answer"]["text"]
+    model = load(old / name, template="qwen_2")
+    assert model.ask("data/photos/a.png", "What is it?", max_new_tokens=8) == EXPECTED[name]["answer"]["text"]
 
 
 @pytest.mark.slow

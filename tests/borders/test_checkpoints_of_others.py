@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from ross_jax.data.images import preprocess
-from ross_jax.inference.model import load_model
+from ross_jax.inference.model import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -76,5 +76,5 @@ def test_images_are_resized_as_the_processor_says(resample, call, tmp_path):
         return
     pixels = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    settings = load_model(tmp_path / "model", components=("vision",)).images
+    settings = load(tmp_path / "model", components=("vision",)).image_config
     np.testing.assert_array_equal(preprocess(image, settings), image.resize((56, 56), resample))
