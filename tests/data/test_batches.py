@@ -1,7 +1,6 @@
 """The arrays of a batch say what the conversations say."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,28 +29,6 @@ def test_expand_an_example():
 def test_the_first_label_is_no_target():
     result = expand(encoded([5, 6], [5, 6]), 3)
     assert result.targets.tolist() == [6, X] and result.supervised == 1
-
-
-@pytest.mark.parametrize(
-    ("limits", "tokens", "targets", "starts"),
-    [
-        (PackingConfig(10, 2), 10, 2, [1, 6]),
-        (PackingConfig(9, 2), 9, 1, [1, 6]),  # the image just fits; the last answer is gone
-        (PackingConfig(8, 2), 6, 1, [1]),  # the second image would be cut: it goes, and all after it
-        (PackingConfig(10, 1), 6, 1, [1]),
-        (PackingConfig(4, 2), 4, 0, [1]),
-        (PackingConfig(3, 2), 1, 0, []),
-        (PackingConfig(10, 2, supervised=1), 9, 1, [1, 6]),
-    ],
-)
-def test_truncation_never_cuts_an_image(limits, tokens, targets, starts):
-    result = expand(encoded([11, P, 12, 13, P, 14], [X, X, 12, X, X, 14]), 3, limits)
-    assert (len(result.tokens), result.supervised, result.image_start.tolist()) == (tokens, targets, starts)
-
-
-def test_truncation_may_leave_nothing():
-    result = expand(encoded([P, 11], [X, 11]), 3, PackingConfig(2, 1))
-    assert [len(array) for array in result] == [0, 0, 0]
 
 
 CONVERSATIONS = st.lists(st.tuples(st.sampled_from([P, 3, 4, 5]), st.booleans()), min_size=1, max_size=12).map(

@@ -326,12 +326,6 @@ def test_image_marker_is_text_where_no_image_is():
     assert supervised_texts(tokenizer, encoded) == [" <image> embeds one.</s>"]
 
 
-def test_length_counts_the_tokens_of_images():
-    _, encode = tiny_encoder("v1", "byte_level")
-    encoded = encode(record("<image><image>", "a", images=2))
-    assert encoded.length(729) == len(encoded.input_ids) - 2 + 2 * 729
-
-
 def test_encoders_can_be_pickled():
     """The data pipeline sends them to worker processes."""
     for template in ("v1", "chatml"):

@@ -88,15 +88,6 @@ def test_order_depends_on_seed_and_epoch():
     assert np.corrcoef(np.arange(50), first)[0, 1] < 0.5  # shuffled, not the order of the file
 
 
-def test_packing_is_best_fit():
-    # Sizes 6, 5, 4, 3 in any order fill two rows of 9 only if 6 goes with 3 and 5 with 4.
-    lengths = make_lengths([(6, 0, 1), (5, 0, 1), (4, 0, 1), (3, 0, 1)] * 40)
-    plan = make_plan(lengths, PlanSettings(PackingConfig(9, 0), batch=8))
-    figures = plan.statistics(lengths, PackingConfig(9, 0))
-    assert figures["efficiency"] > 0.93
-    assert plan.rows_per_step == 4 and figures["conversations_per_step"] == pytest.approx(8, rel=0.1)
-
-
 def test_packing_beats_padding_on_llava_like_lengths():
     lengths = llava_like(2000)
     packed, padded = PackingConfig(256, 3), PackingConfig(256, 3, layout="pad")
@@ -107,20 +98,6 @@ def test_packing_beats_padding_on_llava_like_lengths():
     best = max(np.ceil(lengths.tokens.sum() / 256), np.ceil(lengths.images.sum() / 3))
     assert best / dense["rows"] > 0.88
     assert dense["conversations_per_step"] == pytest.approx(64, rel=0.05)
-
-
-def test_rows_are_spread_evenly():
-    lengths = make_lengths([(8, 0, 1)] * 22)
-    plan = make_plan(lengths, PlanSettings(PackingConfig(8, 0), batch=5, multiple=5))
-    real = (np.diff(plan.offsets) > 0).reshape(-1, 5).sum(axis=1)
-    assert sorted(real.tolist()) == [4, 4, 4, 5, 5]
-    assert plan.statistics(lengths, PackingConfig(8, 0))["empty_rows"] == 3
-
-
-def test_later_epochs_keep_the_rows_per_step():
-    lengths = llava_like(100)
-    plan = make_plan(lengths, PlanSettings(PackingConfig(256, 3), batch=16, rows_per_step=7, epoch=1))
-    assert plan.rows_per_step == 7 and plan.rows % 7 == 0
 
 
 def test_padding_groups_by_modality_and_length():

@@ -371,21 +371,3 @@ def test_cache_saves_measuring(tmp_path, monkeypatch, reference):
 def test_config_errors(values, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(DataConfig, {"sources": [{"path": "x"}], **values}, "data")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("[]", "is empty"), ('[{"id": 1,}]', "line 1, column"), ("{}", "not a list")],
-)
-def test_bad_data_stops_at_once(tmp_path, content, message):
-    folder = write_data(tmp_path / "set", 1)
-    (folder / "data.json").write_text(content)
-    with pytest.raises(UserError, match=message):
-        open_(config_for(folder))
-
-
-def test_missing_image_folder_stops_at_once(tmp_path):
-    folder = write_data(tmp_path / "set", 1)
-    (folder / "images").rmdir()
-    with pytest.raises(UserError, match=r"image folder '.*/images' does not exist"):
-        open_(config_for(folder))
