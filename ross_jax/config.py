@@ -1,7 +1,7 @@
 """Typed configs: plain nested mappings in, frozen dataclasses out, and errors that name the field.
 
 Every module declares its own config as a frozen dataclass next to its code. A recipe's ConfigDict, a stored manifest
-or any nested mapping is frozen once, by `freeze`, and is read-only from then on.
+or any nested mapping becomes a dataclass once, by `from_dict`, and is read-only from then on.
 """
 
 import dataclasses
@@ -113,7 +113,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def to_dict(config: Any) -> Any:
-    """The inverse of `freeze`: nested dictionaries and lists that JSON can hold."""
+    """The inverse of `from_dict`: nested dictionaries and lists that JSON can hold."""
     if dataclasses.is_dataclass(config):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, (list, tuple)):

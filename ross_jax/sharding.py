@@ -1,7 +1,7 @@
 """Where arrays live: one mesh, one table of parameters' logical axes, one table from logical axes to mesh axes.
 
-To change how one array is split, change its row of `PARAMETER_AXES`; to change an axis of all arrays, set
-`config.mesh.rules`.
+To change how one array is split, add a row with its path to `PARAMETER_AXES`, above the row that matches it: the first
+match counts. To change what a logical axis is split over, in all arrays, set `config.mesh.rules`.
 
 mesh axis   what is split over it
 data        replicas of the model; the batch. The axis that crosses slices.
@@ -284,7 +284,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Asks the compiler to gather a parameter along `embed`, and to split its gradient again.
 
-    Without axes XLA decides, and may move activations instead of parameters. The gradient of `constrain` would be
+    `embed` is the axis that `fsdp` splits by default. Without axes XLA decides, and may move activations instead of
+    parameters. The gradient of `constrain` would be
     gathered on every device before it is split.
     """
     return constrain(x, *(None if axis == "embed" else axis for axis in axes)) if axes else x

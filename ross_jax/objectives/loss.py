@@ -2,7 +2,7 @@
 
     loss = text_weight * sum(cross entropies) / supervised tokens  +  weight * reduction(per-image losses)
 
-Counts are those of the whole batch, so packing, micro-batches and devices change a loss only by rounding.
+Both losses divide by counts of the whole batch, so packing, micro-batches and devices change a loss only by rounding.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def real_images(batch: Batch) -> Bool[Array, "batch images"]:
     return batch["image_start"] < batch["tokens"].shape[1]
 
 
-class Totals(NamedTuple):
+class Counts(NamedTuple):
     """Counts of a whole batch.
 
     Attributes:
@@ -49,9 +49,14 @@ class ImageMean(NamedTuple):
         """Slots whose losses are summed: those with an image."""
         return real_images(batch)
 
-    def mean(self, total: Float[Array, ""], totals: Totals) -> Float[Array, ""]:
-        """The loss from the sum of losses, or a micro-batch's share of it."""
-        return total / jnp.maximum(totals.images, 1.0)
+    def mean(self, summed: Float[Array, ""], counts: Counts) -> Float[Array, ""]:
+        """The loss.
+
+        Args:
+          summed: sum of the counted losses of a batch or a micro-batch.
+          counts: of the whole batch.
+        """
+        return summed / jnp.maximum(counts.images, 1.0)
 
 
 class OfficialMean(NamedTuple):
@@ -79,14 +84,14 @@ class OfficialMean(NamedTuple):
             )
         return jnp.any(batch["segments"] != 0, axis=1, keepdims=True)
 
-    def mean(self, total: Float[Array, ""], totals: Totals) -> Float[Array, ""]:
-        """The loss from the sum of losses, or a micro-batch's share of it."""
-        weight = self.draws * totals.images
-        return total / jnp.maximum(totals.items, 1.0) * (weight / (weight + 1e-6))
+    def mean(self, summed: Float[Array, ""], counts: Counts) -> Float[Array, ""]:
+        """The loss. Arguments as in `ImageMean`."""
+        weight = self.draws * counts.images
+        return summed / jnp.maximum(counts.items, 1.0) * (weight / (weight + 1e-6))
 
 
 Reduction = ImageMean | OfficialMean
-"""Turns per-image losses into the reconstruction loss: `mean(sum(losses where counted(batch)), totals)`."""
+"""Turns per-image losses into the reconstruction loss: `mean(sum(losses where counted(batch)), counts)`."""
 
 
 class Losses(NamedTuple):
@@ -102,8 +107,8 @@ class Loss:
 
     Attributes:
       model: the module.
-      objective: of the reconstruction loss; None: there is none.
-      reduction: of per-image losses.
+      objective: computes per-image losses. None: no reconstruction loss.
+      reduction: turns per-image losses into the reconstruction loss.
       text_weight, weight: factors of the two losses. With a text weight of 0 no logits are computed.
       chunk: memory for logits, as in `next_token_loss`.
       supervised: most supervised positions of a row, if the packing plan has such a limit; no logits beyond it.
@@ -117,26 +122,26 @@ class Loss:
     chunk: int = 1024
     supervised: int | None = None
 
-    def totals(self, batch: Batch) -> Totals:
-        """Counts of a batch, to divide by."""
+    def counts(self, batch: Batch) -> Counts:
+        """Counts of a whole batch, which sums are divided by."""
         tokens, images = jnp.sum(batch["targets"] != IGNORE), jnp.sum(real_images(batch).astype(jnp.float32))
         items = jnp.sum(self.reduction.counted(batch).astype(jnp.float32)) if self.objective else images
-        return Totals(tokens, images, items)
+        return Counts(tokens, images, items)
 
-    def total(self, losses: Losses) -> Float[Array, ""]:
-        """The weighted sum."""
+    def weighted_sum(self, losses: Losses) -> Float[Array, ""]:
+        """`text_weight * text + weight * reconstruction`."""
         reconstruction = self.weight * losses.reconstruction if self.objective else 0.0
         return self.text_weight * losses.text + reconstruction
 
     def __call__(
-        self, params: Params, frozen: Params, batch: Batch, totals: Totals, key: Shaped[Array, ""]
+        self, params: Params, frozen: Params, batch: Batch, counts: Counts, key: Shaped[Array, ""]
     ) -> tuple[Float[Array, ""], Losses]:
         """The loss and its two parts, of a batch or of a micro-batch.
 
         Args:
           params, frozen: the trained part of the parameters and the rest.
-          totals: of the whole batch.
-          key: of the step; an image's noise comes from it and the image's identity.
+          counts: of the whole batch, also where `batch` is a micro-batch.
+          key: of the step; an image's noise comes from the key and the image's identity.
         """
         tree = merge(params, frozen)
         images = normalise(self.model.config, batch["images"]) if "images" in batch else None
@@ -148,11 +153,11 @@ class Loss:
             features=batch.get("image_features"),
             taps=self.objective.taps if self.objective else (),
         )
-        text = self._text(tree, output.hidden, batch, totals)
-        losses = Losses(text, self._reconstruction(tree, frozen, output.taps, batch, totals, key))
-        return self.total(losses), losses
+        text = self._text(tree, output.hidden, batch, counts)
+        losses = Losses(text, self._reconstruction(tree, frozen, output.taps, batch, counts, key))
+        return self.weighted_sum(losses), losses
 
-    def _text(self, tree: Params, hidden: Float[Array, "batch seq embed"], batch: Batch, totals: Totals):
+    def _text(self, tree: Params, hidden: Float[Array, "batch seq embed"], batch: Batch, counts: Counts):
         """Mean cross entropy of the supervised tokens."""
         if not self.text_weight:
             return jnp.zeros(())
@@ -162,9 +167,9 @@ class Loss:
                 hidden, targets = gather_supervised(hidden, targets, self.supervised)
             head = self.model.apply({"params": tree}, method="head_kernel")
             total, _ = next_token_loss(hidden, targets, head, self.model.dtype, self.chunk)
-        return total / jnp.maximum(totals.tokens, 1)
+        return total / jnp.maximum(counts.tokens, 1)
 
-    def _reconstruction(self, tree: Params, frozen: Params, taps: Taps, batch: Batch, totals: Totals, key: Array):
+    def _reconstruction(self, tree: Params, frozen: Params, taps: Taps, batch: Batch, counts: Counts, key: Array):
         """The objective's loss, reduced over images."""
         if self.objective is None:
             return jnp.zeros(())
@@ -176,7 +181,7 @@ class Loss:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch["image_ids"].reshape(-1))
         with jax.named_scope("reconstruction"):
             losses = self.objective.loss(tree, frozen, taps, targets, keys.reshape(counted.shape))
-        return self.reduction.mean(jnp.sum(jnp.where(counted, losses, 0.0)), totals)
+        return self.reduction.mean(jnp.sum(jnp.where(counted, losses, 0.0)), counts)
 
 
 def make_reduction(compat: str, objective: Objective | None) -> Reduction:

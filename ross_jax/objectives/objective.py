@@ -67,8 +67,10 @@ class Objective(abc.ABC):
     Attributes:
       kind: name in `config.reconstruction.kind`.
       title: name in tables.
-      target_encoder: frozen component that the targets are computed by. None: targets cost nothing to compute.
-      taps: layers that `loss` reads, counted as in `LanguageModel`. May be a property.
+      target_encoder: frozen component whose outputs are the targets, which `launch/cache.py` can then store. None:
+        targets are never cached.
+      taps: layers that `loss` reads: 0 the embeddings, k the output of k layers, `FINAL` the final norm's output. May
+        be a property.
       noise_levels: passes through the denoiser per image; 0 without one.
       config: sizes of the model's components.
     """

@@ -256,7 +256,7 @@ def training_batch(config: RossConfig, batch: Batch) -> dict[str, jax.Array]:
 
 def loss_quantities(prefix: str, loss: Loss, params: Params, rows: dict[str, jax.Array]) -> dict[str, Any]:
     """`lm_loss`, `vm_loss` and `total_loss` of a batch."""
-    total, losses = loss(params, params, rows, loss.totals(rows), jax.random.key(0))
+    total, losses = loss(params, params, rows, loss.counts(rows), jax.random.key(0))
     return {f"{prefix}lm_loss": losses.text, f"{prefix}vm_loss": losses.reconstruction, f"{prefix}total_loss": total}
 
 
@@ -280,7 +280,7 @@ def reconstruction(reference: Reference, golden: Golden) -> Group:
         trained = {name: params[name] for name in TRAINED}
         frozen = {name: leaves for name, leaves in params.items() if name not in TRAINED}
         state = TrainState(jnp.zeros((), jnp.int32), trained, None, frozen)
-        losses, grads = gradients(loss, state, rows, loss.totals(rows), jax.random.key(0))
+        losses, grads = gradients(loss, state, rows, loss.counts(rows), jax.random.key(0))
         items, outputs = item_losses(loss, params, batch, rows)
         context = normalise_condition(outputs)
         latents = objective.latents(objective.targets(params, rows), noise.posterior_noise)
@@ -291,7 +291,7 @@ def reconstruction(reference: Reference, golden: Golden) -> Group:
         return {
             "vm/lm_loss": losses.text,
             "vm/vm_loss": losses.reconstruction,
-            "vm/total_loss": loss.total(losses),
+            "vm/total_loss": loss.weighted_sum(losses),
             "vm/loss_per_item": items,
             "vm/image_hidden_states": outputs,
             "vm/ln_pre": context,

@@ -73,7 +73,7 @@ def find_part(config: RunConfig, name: str) -> Part:
         raise ConfigError(f"targets: config.reconstruction.kind is {kind!r}, which has none")
     if objective.target_encoder is None:
         raise ConfigError(
-            f"targets: those of config.reconstruction.kind {kind!r} are the pictures themselves, so nothing is computed"
+            f"targets: config.reconstruction.kind {kind!r} names no target encoder, so there is nothing to cache"
         )
     return Part(objective.target_encoder, objective.target_settings())
 

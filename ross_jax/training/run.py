@@ -20,6 +20,7 @@ from ross_jax.data.pipeline import Pipeline, Preprocessing, open_pipeline
 from ross_jax.data.precomputed import differences
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
+from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
 from ross_jax.training import agreement
 from ross_jax.training.build import build_step
@@ -243,13 +244,13 @@ class Run:
         sizes = matrix_sizes(merge(self.state.params, self.state.frozen), logits=bool(config.text.weight))
         spared = spared_components(config, self.data.precomputed.parts if self.data.precomputed else ())
         sizes = {path: size for path, size in sizes.items() if path.partition("/")[0] not in spared}
-        kind = config.reconstruction.kind
-        draws = config.reconstruction.draws if kind == "denoise" else 0
+        objective = make_objective(config.model, config.reconstruction)
+        draws = objective.noise_levels if objective else 0
         meter = Meter(config.model, sizes, set(self.state.params), draws)
         if jax.process_index() > 0:
             return Reporter(meter)
         expected, warmup = config.loop.expected_reconstruction, warmup_steps(self.steps, config.optimizer.warmup_ratio)
-        monitor = LossRangeMonitor(expected, warmup) if expected and kind != "none" else None
+        monitor = LossRangeMonitor(expected, warmup) if expected and objective else None
         return Reporter(meter, Writer(self.folder, self.step), monitor)
 
     def train(self, callbacks: Sequence[Callback] = (), stop_at: Callable[[int], bool] | None = None) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from ross_jax.models.layers import RematPolicy
-from ross_jax.objectives.loss import Loss, Losses, Totals
+from ross_jax.objectives.loss import Counts, Loss, Losses
 from ross_jax.sharding import compiler_options, constrain
 from ross_jax.training.state import TrainState, Tree
 
@@ -28,7 +28,7 @@ class StepConfig:
 
     Attributes:
       accumulate: micro-batches per step; rows of a batch must be a multiple of it.
-      dtype: of activations in encoder and language model; the denoiser's are float32.
+      dtype: of the activations of vision encoder and language model; for the denoiser see `reconstruction.dtype`.
       remat: what the backward pass through encoder and language model recomputes (see `models.layers.stack`).
       text_chunk: memory budget for logits, in positions per device: a vocabulary block is sized so that its logits use
         as much memory as text_chunk full rows of logits. With as many as a device has, logits are kept for the
@@ -42,23 +42,23 @@ class StepConfig:
 
 
 def gradients(
-    loss: Loss, state: TrainState, batch: Batch, totals: Totals, key: Array, accumulate: int = 1
+    loss: Loss, state: TrainState, batch: Batch, counts: Counts, key: Array, accumulate: int = 1
 ) -> tuple[Losses, Tree]:
-    """Both losses of a batch, and the gradients of their sum.
+    """Both losses of a batch, and the gradients of their weighted sum.
 
     Args:
       accumulate: micro-batches that the batch is cut into, one after the other.
     """
     function = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
-        (_, losses), grads = function(state.params, state.frozen, batch, totals, key)
+        (_, losses), grads = function(state.params, state.frozen, batch, counts, key)
         return losses, grads
     # Micro-batch m takes every accumulate-th row, so that each device keeps its own rows.
     micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
     micro = jax.tree.map(lambda x: constrain(x, None, "batch"), micro)
 
     def add(carry: tuple[Losses, Tree], rows: Batch):
-        (_, losses), grads = function(state.params, state.frozen, rows, totals, key)
+        (_, losses), grads = function(state.params, state.frozen, rows, counts, key)
         return jax.tree.map(jnp.add, carry, (losses, grads)), None
 
     zeros = Losses(jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params)
@@ -81,21 +81,21 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        totals = loss.totals(batch)
-        losses, grads = gradients(loss, state, batch, totals, jax.random.fold_in(key, state.step), accumulate)
+        counts = loss.counts(batch)
+        losses, grads = gradients(loss, state, batch, counts, jax.random.fold_in(key, state.step), accumulate)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": loss.total(losses),
+            "loss": loss.weighted_sum(losses),
             "reconstruction_loss": losses.reconstruction,
             "gradient_norm": optax.tree.norm(grads),
-            "images": totals.images,
+            "images": counts.images,
             "tokens": jnp.sum(batch["segments"] != 0),
             **learning_rates(state.step),
         }
         if loss.text_weight:
-            metrics |= {"text_loss": losses.text, "supervised_tokens": totals.tokens}
+            metrics |= {"text_loss": losses.text, "supervised_tokens": counts.tokens}
         return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     return train_step

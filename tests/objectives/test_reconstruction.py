@@ -20,7 +20,7 @@ from ross_jax.models.ross import RossConfig, abstract_params, normalise
 from ross_jax.models.vision import VisionConfig
 from ross_jax.objectives.denoise import DenoiseObjective
 from ross_jax.objectives.diffusion import SCHEDULES, make_diffusion, sample_ancestral
-from ross_jax.objectives.loss import ImageMean, OfficialMean, Totals
+from ross_jax.objectives.loss import Counts, ImageMean, OfficialMean
 from ross_jax.objectives.objective import Sampling
 from ross_jax.objectives.targets import group_latents, target_pixels, ungroup_latents
 from ross_jax.sharding import MeshConfig, logical_axes, make_mesh, partition
@@ -222,8 +222,8 @@ def reduced(reduction, losses, batch) -> float:
     """The loss that a reduction gives, as `Loss` computes it."""
     counted = reduction.counted(batch)
     real = jnp.sum(batch["image_start"] < batch["tokens"].shape[1])
-    totals = Totals(jnp.zeros((), int), real.astype(float), jnp.sum(counted).astype(float))
-    return reduction.mean(jnp.sum(jnp.where(counted, losses, 0.0)), totals)
+    counts = Counts(jnp.zeros((), int), real.astype(float), jnp.sum(counted).astype(float))
+    return reduction.mean(jnp.sum(jnp.where(counted, losses, 0.0)), counts)
 
 
 def rows_of(*starts: int, segments: int = 4) -> dict[str, jax.Array]:

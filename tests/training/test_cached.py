@@ -248,7 +248,7 @@ def test_a_cache_that_is_of_no_use(data, tmp_path):
         (
             {"model": PIXELS, "reconstruction": ReconstructionConfig("pixel")},
             BOTH,
-            "'pixel' are the pictures themselves",
+            "'pixel' names no target encoder",
         ),
         ({"reconstruction": ReconstructionConfig("none")}, ("targets",), "kind is 'none', which has none"),
         ({"freeze": TRAINED}, ("features",), "has the vision encoder learn"),
