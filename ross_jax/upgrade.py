@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Path = tuple[str | int, ...]
+Keys = tuple[str | int, ...]
+"""Where a value is: keys of objects and indices of lists, from the outside in."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class Change:
     values: Mapping[Any, Any] = field(default_factory=dict)
     gone: bool = False
 
-    def matches(self, path: Path) -> bool:
+    def matches(self, path: Keys) -> bool:
         """Whether the change is about the leaf at `path`."""
         old = self.old.split("/")
         return len(path) >= len(old) and all(part in ("*", str(key)) for part, key in zip(old, path, strict=False))
 
-    def apply(self, path: Path, value: Any) -> tuple[Path, Any]:
+    def apply(self, path: Keys, value: Any) -> tuple[Keys, Any]:
         """Today's path and value of a leaf that the change is about."""
         old = self.old.split("/")
         if len(path) == len(old):
@@ -78,7 +79,7 @@ def upgrade(file: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return _nested(leaves)
 
 
-def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _leaves(value: Any, path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     """Everything that holds nothing else, by path: keys of objects, indices of lists."""
     if not value or not isinstance(value, (Mapping, list)):
         yield path, value
@@ -87,7 +88,7 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield from _leaves(inner, (*path, key))
 
 
-def _nested(leaves: Iterable[tuple[Path, Any]]) -> dict[str, Any]:
+def _nested(leaves: Iterable[tuple[Keys, Any]]) -> dict[str, Any]:
     """The inverse of `_leaves`."""
     tree: dict[Any, Any] = {}
     for (*parents, key), value in leaves:

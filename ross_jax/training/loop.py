@@ -201,7 +201,7 @@ def _report_steps(pending: list[dict[str, jax.Array]], step: int, steps: int, re
     """Fetches, checks and reports the metrics of the steps up to `step`."""
     values = [{name: float(value) for name, value in jax.device_get(metrics).items()} for metrics in pending]
     check(values, step - len(values) + 1)
-    reporter.steps(step, steps, values)
+    reporter.report(step, steps, values)
 
 
 def _evaluate(callbacks: Sequence[Callback], step: int, state: TrainState, reporter: Reporter) -> None:

@@ -292,7 +292,7 @@ class Reporter:
     writer: Writer | None = None
     monitor: LossRangeMonitor | None = None
 
-    def steps(self, step: int, steps: int, values: list[dict[str, float]]) -> None:
+    def report(self, step: int, steps: int, values: list[dict[str, float]]) -> None:
         """Reports the metrics of the last of `values`, which is step `step` of `steps`, and rates over all of them."""
         line = {**values[-1], **self.meter.read(values)}
         if self.writer is None:
