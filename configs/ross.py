@@ -80,8 +80,14 @@ DEFAULTS = {
 
 def choices() -> dict[str, Collection[str]]:
     """Part of the recipe -> the values that it can have."""
-    parts = {"encoder": ENCODERS, "llm": LLMS, "stage": STAGES, "vision": VISION, "teacher": TEACHERS}
-    return parts | {"kind": kinds()}
+    return {
+        "encoder": ENCODERS,
+        "llm": LLMS,
+        "stage": STAGES,
+        "vision": VISION,
+        "teacher": TEACHERS,
+        "kind": kinds(),
+    }
 
 
 def parse(arguments: str | None) -> dict[str, str]:

@@ -21,7 +21,7 @@ from ross_jax.training.precompute import CacheConfig, precompute, sizes
 from ross_jax.training.recipe import RunConfig
 
 _CONFIG = command_line.define_recipe()
-_OUTPUT = flags.DEFINE_string("output", None, "The cache's folder.")
+_OUTPUT = flags.DEFINE_string("output", None, "The cache's folder.", required=True)
 _WHAT = flags.DEFINE_list("what", ["targets"], "What is computed: targets, features, or both, joined by a comma.")
 _ROWS = flags.DEFINE_integer("rows", 64, "Pictures that are computed at once.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Type of stored targets; bfloat16 halves their size.")
@@ -62,4 +62,4 @@ def progress(text: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, ["config", "output"])
+    command_line.run(main)

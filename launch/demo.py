@@ -40,8 +40,9 @@ def train_stage(root: Path, kind: str, seed: int, stage: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kind = {"choices": import_recipe(RECIPE).CHOICES["kind"], "default": ["denoise"], "metavar": "KIND"}
-    parser.add_argument("--kind", nargs="+", help=f"objective: {', '.join(kind['choices'])} (default denoise)", **kind)
+    choices = import_recipe(RECIPE).CHOICES["kind"]
+    help_text = f"objectives: {', '.join(choices)} (default denoise)"
+    parser.add_argument("--kind", nargs="+", choices=choices, default=["denoise"], metavar="KIND", help=help_text)
     parser.add_argument("--baseline", action="store_true", help="also train without reconstruction, and compare")
     parser.add_argument("--denoiser", action="store_true", help="then train the denoiser alone, without text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="default 0")
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder to write to (default runs/demo)")
     args = parser.parse_args(argv)
     root = args.root or Path("runs/demo-quick" if args.quick else "runs/demo")
-    kinds = list(dict.fromkeys([*args.kind, *(["none"] if args.baseline else [])]))
+    kinds: list[str] = list(dict.fromkeys([*args.kind, *(["none"] if args.baseline else [])]))
     if args.denoiser and "denoise" not in kinds:
         parser.error(f"--denoiser: --kind {' '.join(kinds)} has no denoiser; add the kind denoise")
     started = time.perf_counter()

@@ -9,6 +9,7 @@ and left out.
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -188,7 +189,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show every character
     try:
         run(parsed)

@@ -34,7 +34,9 @@ from ross_jax.plan.workload import Options
 from ross_jax.training.recipe import RunConfig
 
 _CONFIG = command_line.define_recipe()
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:8x8, v5p:4x4x4, 2xv5e:8x8 (slices), h100:1x1x8, ...")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "v5e:8x8, v5p:4x4x4, 2xv5e:8x8 (slices), h100:1x1x8, ...", required=True
+)
 _OBJECTIVE = flags.DEFINE_enum("objective", "train", ["train", "generate"], "Plan a training step, or generation.")
 _SEARCH = flags.DEFINE_bool("search", False, "Compare meshes, remat policies and batch sizes, and rank them.")
 _ROWS = flags.DEFINE_integer("rows", None, "Rows of a global batch; default: as many as the packing plan would have.")
@@ -57,7 +59,7 @@ def main() -> int:
         target = open_target(_TOPOLOGY.value)
         options = Options(
             recipe=config_flags.get_config_filename(flags.FLAGS["config"]),
-            objective=_OBJECTIVE.value,
+            objective=_OBJECTIVE.value,  # pyright: ignore[reportArgumentType] absl checks the flag's choices
             rows=_ROWS.value,
             tokens=_TOKENS.value,
             images=_IMAGES.value,
@@ -90,4 +92,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main, ["config", "topology"])
+    command_line.run(main)

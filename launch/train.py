@@ -24,7 +24,7 @@ from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run, flatten_config
 
 _CONFIG = command_line.define_recipe()
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, shared by all hosts.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, shared by all hosts.", required=True)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Train together with the other processes of a cluster.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX does not find it.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Processes of the cluster, where JAX does not count them.")
@@ -45,7 +45,7 @@ def use_cache(folder: Path) -> None:
     """Keeps compiled programs, so that the same command need not compile them again, on other hosts either."""
     if _CACHE.value:
         jax.config.update("jax_compilation_cache_dir", None if _CACHE.value == "none" else _CACHE.value)
-    elif not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
+    elif not jax.config.values["jax_compilation_cache_dir"] and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
 
 
@@ -78,4 +78,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main, ["config", "workdir"])
+    command_line.run(main)

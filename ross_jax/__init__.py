@@ -77,7 +77,7 @@ _MODULES = {
 }
 """Module -> its public names."""
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_HOMES)
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll] the imports above are what it reads
 
 
 def __getattr__(name: str) -> Any:

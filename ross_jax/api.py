@@ -64,8 +64,8 @@ def import_model(
     origins = [str(each) for each in ([sources] if isinstance(sources, str | Path) else sources)]
     if not origins and teacher is None:
         raise UserError("import_model: neither sources nor a teacher")
-    towers = (Path(each) if each else None for each in (vision_tower, autoencoder))
-    plan = plan_import(origins, *towers, teacher=str(teacher) if teacher else None)
+    tower, decoder = (Path(each) if each else None for each in (vision_tower, autoencoder))
+    plan = plan_import(origins, tower, decoder, teacher=str(teacher) if teacher else None)
     try:
         write(plan, Path(output), progress)
     finally:

@@ -7,7 +7,6 @@ function's argument. `--config.FIELD=VALUE` overrides a field, on the command li
 """
 
 import contextlib
-import importlib.util
 import re
 import sys
 import traceback
@@ -58,6 +57,7 @@ def define_recipe(values: flags.FlagValues = flags.FLAGS, argv: list[str] | None
     """
     help_text = "PATH or PATH:ARGUMENTS of a recipe; --config.FIELD=VALUE overrides a field."
     holder = config_flags.DEFINE_config_file("config", None, help_text, values, sys_argv=argv)
+    flags.mark_flag_as_required("config", values)
     values["config"].parser = _RecipeParser(argv)  # ml_collections' own shows tracebacks, and sets no import path
     return holder
 
@@ -103,12 +103,11 @@ def import_recipe(path: str | Path) -> ModuleType:
     if not path.is_file():
         near = nearest(path.name, (file.name for file in path.parent.glob("*.py")))
         raise UserError(f"{path}: no such file{near}")
-    loader = SourceFileLoader(f"recipe_{path.stem}", str(path))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[loader.name] = module  # dataclasses look their module up
+    module = ModuleType(f"recipe_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     with _running(path):
-        loader.exec_module(module)
+        SourceFileLoader(module.__name__, str(path)).exec_module(module)
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"{path}: has no function get_config, which returns a recipe's config")
     return module
@@ -133,13 +132,8 @@ def _running(path: Path) -> Iterator[None]:
         sys.path = before
 
 
-def run(main: Callable[[], int], required: Sequence[str]) -> None:
-    """Reads the flags, which runs the recipe's file too, and exits with the status that `main` returns.
-
-    Args:
-      required: names of flags that must be given.
-    """
-    flags.mark_flags_as_required(required)
+def run(main: Callable[[], int]) -> None:
+    """Reads the flags, loads the recipe, and exits with the status that `main` returns."""
     app.run(lambda _: main(), flags_parser=_parse)
 
 

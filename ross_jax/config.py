@@ -1,7 +1,9 @@
-"""Typed configs: plain nested mappings in, frozen dataclasses out, and errors that name the field.
+"""Typed configs: nested mappings in, frozen dataclasses out, and errors that name the field.
 
-Every module declares its own config as a frozen dataclass next to its code. A recipe's ConfigDict, a stored manifest
-or any nested mapping becomes a dataclass once, by `from_dict`, and is read-only from then on.
+    from_dict(RunConfig, {"data": {"bach": 8}})     ConfigError: config.data.bach: no such field (did you mean 'batch'?)
+
+Every module declares its own config as a frozen dataclass next to its code. `from_dict` makes one from a recipe's
+values, a stored manifest or any other nested mapping; `to_dict` is its inverse.
 """
 
 import dataclasses
@@ -15,9 +17,9 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Something that the user can mend: says what is wrong, where, and what to do.
+    """A mistake that the user can correct. The text says what is wrong, where, and what to do.
 
-    The launchers print its text without a traceback and exit with status 1.
+    Launchers print the text without a traceback and exit with status 1.
     """
 
 
@@ -25,8 +27,14 @@ class ConfigError(UserError):
     """A config that cannot be used."""
 
 
+def required(value: T | None) -> T:
+    """The value of an optional field that is known to be set. Narrows its type."""
+    assert value is not None
+    return value
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest of `names`, or the empty string."""
+    """` (did you mean 'x'?)` for the closest of `names`; the empty string if none is close."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -34,15 +42,20 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def from_dict(cls: type[T], values: Any, path: str = "config") -> T:
     """Builds the dataclass `cls` from a nested mapping.
 
-    Nested dataclass fields take nested mappings; sequences become tuples; integers are accepted where a float is
-    declared. `__post_init__` of a config validates values across fields by raising `ValueError`.
+    A field that is a dataclass takes a mapping, a tuple takes any sequence, and a float takes an integer, too. The
+    `__post_init__` of a config checks values across fields and raises `ValueError`.
+
+    Args:
+      cls: a dataclass.
+      values: field -> value.
+      path: name of the config in errors.
 
     Raises:
-      ConfigError: unknown field (with the nearest name), missing field, wrong type or invalid value. Names the path.
+      ConfigError: unknown field (with the nearest name), missing field, wrong type or invalid value. Names the field.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected a mapping for {cls.__name__}, found {type(values).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in fields:
             raise ConfigError(
@@ -62,10 +75,12 @@ def from_dict(cls: type[T], values: Any, path: str = "config") -> T:
 
 
 def variant(options: Sequence[type], values: Any, path: str) -> type:
-    """Which of a field's dataclasses a mapping describes: by the `kind` that each declares, without one the first.
+    """The dataclass, of several that a field allows, that a mapping describes.
+
+    Each declares its `kind` as a `Literal`, and the mapping's `kind` chooses. A mapping without one means the first.
 
     Raises:
-      ConfigError: a `kind` of none of them.
+      ConfigError: no dataclass has this `kind`.
     """
     if len(options) == 1 or not isinstance(values, Mapping) or "kind" not in values:
         return options[0]
@@ -101,7 +116,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return tuple(
                 _convert(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip((item, *rest), value, strict=True))
             )
-    elif dataclasses.is_dataclass(hint):
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, path)
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -113,7 +128,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def to_dict(config: Any) -> Any:
-    """The inverse of `from_dict`: nested dictionaries and lists that JSON can hold."""
+    """The inverse of `from_dict`: nested dictionaries and lists, which JSON can hold."""
     if dataclasses.is_dataclass(config):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, (list, tuple)):

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ross_jax.config import required
 from ross_jax.models.language import LanguageModel, empty_cache
+from ross_jax.models.layers import apply
 from ross_jax.models.ross import Ross, RossConfig
 
 
@@ -50,20 +52,19 @@ def generate(
       return_logits: also return the scores.
     """
     batch, length = tokens.shape
-    ross = Ross(config, dtype)
-    language = LanguageModel(config.language, dtype)
-    tree, text_tree = {"params": params}, {"params": params["language"]}
+    ross, sizes = Ross(config, dtype), required(config.language)
+    language, text_params = LanguageModel(sizes, dtype), params["language"]
 
-    projected = ross.apply(tree, images, method="encode_images")
-    embeddings = ross.apply(tree, tokens, projected, image_start, method="embed")
+    projected = apply(ross, params, images, method="encode_images")
+    embeddings = apply(ross, params, tokens, projected, image_start, method="embed")
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    cache = empty_cache(config.language, batch, length + max_new_tokens, dtype)
-    output = language.apply(text_tree, embeddings, positions, segments, cache)
-    scores = language.apply(text_tree, output.hidden[:, -1], method="logits")
+    cache = empty_cache(sizes, batch, length + max_new_tokens, dtype)
+    output = apply(language, text_params, embeddings, positions, segments, cache)
+    scores = apply(language, text_params, output.hidden[:, -1], method="logits")
 
     stop = -1 if stop_token is None else stop_token
     new_tokens = jnp.full((batch, max_new_tokens), max(stop, 0), jnp.int32)
-    kept = jnp.zeros((batch, max_new_tokens, config.language.vocab_size), jnp.float32) if return_logits else None
+    kept = jnp.zeros((batch, max_new_tokens, sizes.vocab_size), jnp.float32) if return_logits else None
 
     def unfinished(state):
         step, _, _, stopped, *_ = state
@@ -76,10 +77,10 @@ def generate(
         lengths = lengths + ~stopped
         kept = kept.at[:, step].set(scores) if return_logits else None
         stopped = stopped | (chosen == stop)
-        embedded = language.apply(text_tree, chosen[:, None], method="embed")
+        embedded = apply(language, text_params, chosen[:, None], method="embed")
         where = (positions[:, -1] + 1 + step)[:, None]
-        output = language.apply(text_tree, embedded, where, jnp.ones((batch, 1), jnp.int32), cache)
-        scores = language.apply(text_tree, output.hidden[:, 0], method="logits")
+        output = apply(language, text_params, embedded, where, jnp.ones((batch, 1), jnp.int32), cache)
+        scores = apply(language, text_params, output.hidden[:, 0], method="logits")
         return step + 1, scores, output.cache, stopped, lengths, new_tokens, kept
 
     state = (

@@ -108,12 +108,12 @@ def read_images(images: AnyImages, config: ImageConfig) -> list[Resized]:
 def _decode(image: AnyImage, name: str) -> Image.Image:
     if isinstance(image, str | Path):
         try:
-            image = Path(image).read_bytes()
+            return decode(Path(image).read_bytes(), name)
         except OSError as error:
             raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
-    elif isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim not in (2, 3)):
+    if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim not in (2, 3)):
         raise ImageError(f"{name}: {image.dtype}{list(image.shape)}; expected uint8[height, width, 3]")
-    elif not isinstance(image, AnyImage):
+    if not isinstance(image, AnyImage):
         raise ImageError(f"{name}: {type(image).__name__}; expected a path, a PIL image or an array")
     return decode(image, name)
 

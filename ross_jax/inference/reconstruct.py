@@ -16,6 +16,8 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
+from ross_jax.config import required
+from ross_jax.models.layers import apply
 from ross_jax.models.ross import Ross, RossConfig, normalise
 from ross_jax.objectives.objective import DEFAULT_SAMPLING, Reconstruction, Sampling
 from ross_jax.objectives.reconstruction import reconstructor
@@ -40,7 +42,7 @@ def visual_outputs(
     images = normalise(config, batch["images"], dtype)
     names = ("tokens", "positions", "segments")
     arguments = [batch[name] for name in names]
-    return Ross(config, dtype).apply({"params": params}, *arguments, images, batch["image_start"]).visual_outputs
+    return apply(Ross(config, dtype), params, *arguments, images, batch["image_start"]).visual_outputs
 
 
 def reconstruct(
@@ -78,7 +80,7 @@ def reconstruct(
 
 @partial(jax.jit, static_argnames=("config", "sampling"))
 def _reconstruct(config: RossConfig, params: Any, outputs: Array, keys: Array, sampling: Sampling) -> Reconstruction:
-    return reconstructor(config).reconstruct(params, params, outputs, keys, sampling)
+    return required(required(reconstructor(config)).reconstruct(params, params, outputs, keys, sampling))
 
 
 def target_images(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -29,6 +29,11 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
 }
+
+
+def apply(module: nn.Module, params: Any, *args: Any, **options: Any) -> Any:
+    """`module.apply` with parameters alone. flax's own may return updated variables too, which no module here has."""
+    return module.apply({"params": params}, *args, **options)
 
 
 def activate(name: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from ross_jax.config import required
 from ross_jax.models.autoencoder import Posterior
 from ross_jax.models.denoiser import Denoiser, normalise_condition
 from ross_jax.models.language import FINAL
-from ross_jax.models.layers import RematPolicy
+from ross_jax.models.layers import RematPolicy, apply
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.diffusion import (
     SCHEDULES,
@@ -100,7 +101,7 @@ class DenoiseObjective(Objective):
     @property
     def denoiser(self) -> Denoiser:
         """The denoiser's module."""
-        return Denoiser(self.config.denoiser, jnp.dtype(self.dtype), self.remat)
+        return Denoiser(required(self.config.denoiser), jnp.dtype(self.dtype), self.remat)
 
     @functools.cached_property
     def process(self) -> Diffusion:
@@ -119,14 +120,13 @@ class DenoiseObjective(Objective):
         self, targets: Posterior, posterior_noise: Float[Array, "*batch height width channels"]
     ) -> Float[Array, "*batch tokens latent"]:
         """Latent tokens, on the denoiser's scale, of one posterior draw."""
-        return group_latents(
-            normalised_latents(self.config, targets.sample(posterior_noise)), self.config.latent_window
-        )
+        latents = normalised_latents(self.config, targets.sample(posterior_noise))
+        return group_latents(latents, required(self.config.latent_window))
 
     def draw(self, key: Array) -> NoiseSample:
         """The randomness of one image, from its key."""
         cfg = self.config.denoiser
-        side = cfg.grid * self.config.latent_window
+        side = cfg.grid * required(self.config.latent_window)
         step_key, noise_key, posterior_key = jax.random.split(key, 3)
         dropped = None
         if self.condition_dropout:
@@ -149,7 +149,6 @@ class DenoiseObjective(Objective):
         # Parameters are small, and read in every block, forward and backward: gathered once.
         leaves = flatten({"denoiser": params["denoiser"]})
         params = unflatten({path: gather(leaf, logical_axes(path)) for path, leaf in leaves.items()})
-        variables = {"params": params["denoiser"]}
         condition = self._embed(params, visual_outputs)
         draws = draw.timesteps.shape[1]
         condition = jnp.repeat(condition, draws, axis=0)
@@ -159,13 +158,13 @@ class DenoiseObjective(Objective):
         latents = jnp.repeat(self.latents(targets, draw.posterior_noise), draws, axis=0)
         timesteps, noise = draw.timesteps.reshape(-1), rearrange(draw.noise, "b k n c -> (b k) n c")
         noised = add_noise(self.process, latents, timesteps, noise)
-        predicted = self.denoiser.apply(variables, noised, timesteps, condition, method="denoise")
+        predicted = apply(self.denoiser, params["denoiser"], noised, timesteps, condition, method="denoise")
         target = prediction_target(self.process, self.config.denoiser.prediction, latents, timesteps, noise)
         return jnp.mean(jnp.square(target - predicted), axis=(1, 2)).reshape(-1, draws)
 
     def _embed(self, params: Params, visual_outputs: Float[Array, "items tokens embed"]):
-        variables = {"params": params["denoiser"]}
-        return self.denoiser.apply(variables, normalise_condition(visual_outputs), method="embed_condition")
+        context = normalise_condition(visual_outputs)
+        return apply(self.denoiser, params["denoiser"], context, method="embed_condition")
 
     def loss(
         self, params: Params, frozen: Params, taps: Taps, targets: Posterior, keys: Shaped[Array, "batch images"]
@@ -184,12 +183,11 @@ class DenoiseObjective(Objective):
           guidance: weight of the noise seen with visual outputs against the noise seen without (Ho and Salimans, 2022,
             with weight `guidance - 1`).
         """
-        variables = {"params": params["denoiser"]}
         condition = self._embed(params, visual_outputs)
         nothing = self._embed(params, jnp.zeros_like(visual_outputs)) if guidance != 1.0 else None
 
         def noise(noised: Array, timesteps: Array, condition: Array) -> Array:
-            predicted = self.denoiser.apply(variables, noised, timesteps, condition, method="denoise")
+            predicted = apply(self.denoiser, params["denoiser"], noised, timesteps, condition, method="denoise")
             return implied_noise(self.process, self.config.denoiser.prediction, predicted, noised, timesteps)
 
         def predict(noised: Array, timesteps: Array) -> Array:
@@ -228,7 +226,7 @@ class DenoiseObjective(Objective):
             tokens = sample_ancestral(process, predict, initial, noise, sampling.temperature)[-1]
         else:
             tokens = {"ddim": sample_ddim, "dpm": sample_dpm}[sampling.sampler](process, predict, initial)
-        return ungroup_latents(tokens, self.config.latent_window)
+        return ungroup_latents(tokens, required(self.config.latent_window))
 
     def reconstruct(
         self,

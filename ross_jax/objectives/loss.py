@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ross_jax.config import ConfigError
-from ross_jax.models.layers import RematPolicy
+from ross_jax.models.layers import RematPolicy, apply
 from ross_jax.models.ross import Ross, RossConfig, normalise
 from ross_jax.objectives.objective import Batch, Objective, Params, Taps
 from ross_jax.objectives.reconstruction import ReconstructionConfig, make_objective
@@ -145,8 +145,9 @@ class Loss:
         """
         tree = merge(params, frozen)
         images = normalise(self.model.config, batch["images"]) if "images" in batch else None
-        output = self.model.apply(
-            {"params": tree},
+        output = apply(
+            self.model,
+            tree,
             *(batch[name] for name in ("tokens", "positions", "segments")),
             images,
             batch["image_start"],
@@ -165,7 +166,7 @@ class Loss:
         with jax.named_scope("text_loss"):
             if self.supervised is not None:
                 hidden, targets = gather_supervised(hidden, targets, self.supervised)
-            head = self.model.apply({"params": tree}, method="head_kernel")
+            head = apply(self.model, tree, method="head_kernel")
             total, _ = next_token_loss(hidden, targets, head, self.model.dtype, self.chunk)
         return total / jnp.maximum(counts.tokens, 1)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from ross_jax.models.language import FINAL
@@ -33,8 +34,8 @@ class Reconstruction(NamedTuple):
       latents: what the pixels were decoded from, on the scale that models see; None without latents.
     """
 
-    pixels: Float[Array, "items side side 3"]
-    latents: Float[Array, "items rows columns channels"] | None
+    pixels: Float[Array | np.ndarray, "items side side 3"]
+    latents: Float[Array | np.ndarray, "items rows columns channels"] | None
 
 
 @dataclasses.dataclass(frozen=True)

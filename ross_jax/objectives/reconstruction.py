@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from jax.typing import DTypeLike
 
-from ross_jax.config import nearest
+from ross_jax.config import nearest, required
 from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import tap_number
 from ross_jax.models.layers import RematPolicy
@@ -109,7 +109,7 @@ class ReconstructionConfig:
         if problems:
             raise ValueError(f"reconstruction.kind {self.kind!r} {'; '.join(problems)}")
         for tap in make_objective(model, self).taps:
-            tap_number(model.language, tap)
+            tap_number(required(model.language), tap)
 
 
 def unmet(objective: type[Objective], model: RossConfig) -> list[str]:

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
+from ross_jax.config import required
 from ross_jax.models.autoencoder import Posterior
 from ross_jax.models.denoiser import normalise_condition
 from ross_jax.models.language import FINAL
+from ross_jax.models.layers import apply
 from ross_jax.models.regressor import Regressor
 from ross_jax.models.ross import TARGET_PIXELS, RossConfig
 from ross_jax.objectives.objective import (
@@ -72,7 +74,7 @@ class _Regress(Objective):
     ) -> Float[Array, "*items tokens target"]:
         """The regressor's prediction for each image token, float32."""
         context = normalise_condition(visual_outputs.reshape(-1, *visual_outputs.shape[-2:]))
-        predicted = Regressor(self.config.regressor).apply({"params": params["regressor"]}, context)
+        predicted = apply(Regressor(required(self.config.regressor)), params["regressor"], context)
         return predicted.reshape(*visual_outputs.shape[:-1], predicted.shape[-1])
 
     def target_tokens(self, targets: Any) -> Float[Array, "items tokens target"]:
@@ -157,13 +159,13 @@ class LatentObjective(_Regress):
 
     def target_tokens(self, targets: Posterior) -> Array:
         """The posterior's mean as latent tokens."""
-        return group_latents(normalised_latents(self.config, targets.mean), self.config.latent_window)
+        return group_latents(normalised_latents(self.config, targets.mean), required(self.config.latent_window))
 
     def latents(
         self, params: Params, visual_outputs: Float[Array, "items tokens embed"]
     ) -> Float[Array, "items rows columns channels"]:
         """The regressed latents."""
-        return ungroup_latents(self.predict(params, visual_outputs), self.config.latent_window)
+        return ungroup_latents(self.predict(params, visual_outputs), required(self.config.latent_window))
 
     def reconstruct(
         self, params: Params, frozen: Params, visual_outputs: Array, keys: Array, sampling: Sampling = DEFAULT_SAMPLING

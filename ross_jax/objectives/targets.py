@@ -9,9 +9,9 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ross_jax.config import to_dict
+from ross_jax.config import required, to_dict
 from ross_jax.models.autoencoder import Posterior
-from ross_jax.models.layers import layer_norm
+from ross_jax.models.layers import apply, layer_norm
 from ross_jax.models.ross import TARGET_PIXELS, RossConfig, build_autoencoder
 from ross_jax.models.vision import VisionEncoder
 from ross_jax.objectives.objective import Params
@@ -77,10 +77,10 @@ def encode(
       params: with `autoencoder`.
       mask: posteriors are only computed where True, and may be zeros elsewhere. None computes all.
     """
-    module = build_autoencoder(config.autoencoder, _dtype(params))
+    module = build_autoencoder(required(config.autoencoder), _dtype(params))
 
     def run(autoencoder: Params, images: Array) -> Posterior:
-        return module.apply({"params": autoencoder}, target_pixels(config, images), method="encode")
+        return apply(module, autoencoder, target_pixels(config, images), method="encode")
 
     return _few_at_once(config, run, params["autoencoder"], images, mask)
 
@@ -89,17 +89,17 @@ def normalised_latents(
     config: RossConfig, latents: Float[Array, "*batch rows columns channels"]
 ) -> Float[Array, "*batch rows columns channels"]:
     """Raw latents on the scale that models see."""
-    return build_autoencoder(config.autoencoder).normalise(latents)
+    return build_autoencoder(required(config.autoencoder)).normalise(latents)
 
 
 def decode(
     config: RossConfig, params: Params, latents: Float[Array, "batch rows columns channels"], remat: bool = False
 ) -> Float[Array, "batch side side 3"]:
     """Images, about [-1, 1], from latents on the scale that models see; computed in the type of the weights."""
-    module = build_autoencoder(config.autoencoder, _dtype(params), remat)
+    module = build_autoencoder(required(config.autoencoder), _dtype(params), remat)
 
     def run(autoencoder: Params, latents: Array) -> Array:
-        return module.apply({"params": autoencoder}, module.denormalise(latents), method="decode")
+        return apply(module, autoencoder, module.denormalise(latents), method="decode")
 
     return _few_at_once(config, run, params["autoencoder"], latents)
 
@@ -157,18 +157,18 @@ def teacher_features(
       params: with `teacher`.
       dtype: of the teacher's activations.
     """
-    teacher, grid = config.teacher, config.vision.grid
+    teacher, grid = required(config.teacher), config.vision.grid
     mean, std = jnp.asarray(config.teacher_mean, jnp.float32), jnp.asarray(config.teacher_std, jnp.float32)
     pixels = jax.image.resize(
         (_unit_pixels(config, images) + 1.0) / 2.0,
         (images.shape[0], teacher.image_size, teacher.image_size, 3),
         "linear",
     )
-    features = VisionEncoder(teacher, dtype).apply({"params": params["teacher"]}, (pixels - mean) / std)
+    features = apply(VisionEncoder(teacher, dtype), params["teacher"], (pixels - mean) / std)
     features = rearrange(features.astype(jnp.float32), "b (h w) c -> b h w c", h=teacher.grid)
     if teacher.grid != grid:
         features = _resize(features, grid)
-    return layer_norm(FEATURE_EPS, jnp.float32, affine=False).apply({}, rearrange(features, "b h w c -> b (h w) c"))
+    return apply(layer_norm(FEATURE_EPS, jnp.float32, affine=False), {}, rearrange(features, "b h w c -> b (h w) c"))
 
 
 def autoencoder_settings(config: RossConfig) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def next_token_loss(
         highest, total, picked = carry
         kernel, ids = block
         scores = linear(states.astype(dtype), kernel, None, axes, jnp.float32)
-        scores = constrain(jnp.where(ids < 0, -jnp.inf, scores), "batch", None, "vocab")
+        scores = jnp.where(ids < 0, -jnp.inf, scores)  # pyright: ignore[reportArgumentType] custom_vjp hides the type
+        scores = constrain(scores, "batch", None, "vocab")
         rises = jax.lax.stop_gradient(jnp.maximum(highest, jnp.max(scores, axis=-1)))
         total = total * jnp.exp(highest - rises) + jnp.sum(jnp.exp(scores - rises[..., None]), axis=-1)
         picked += jnp.sum(jnp.where(ids == targets[..., None], scores, 0.0), axis=-1)
