@@ -1,8 +1,8 @@
-"""Holds a reference checkpoint, run by this project, against recorded numbers of the reference.
+"""Runs a checkpoint of the reference, and compares the results with numbers that the reference's own code recorded.
 
   python launch/verify.py --checkpoint DIR --golden FILE [--rtol 1e-4]
 
-Prints a row per recorded tensor; exits 1 if any differs or is not covered.
+Prints a row for each recorded tensor. Exit status 1: a tensor differs or is not covered.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # float32 as the goldens were recorded
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the goldens were recorded in float32; accelerators round more
 
 from ross_jax.config import UserError
 from ross_jax.parity.golden import read_golden
@@ -19,13 +19,13 @@ from ross_jax.parity.verify import Verifier, format_table, load_reference
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a full Ross checkpoint folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a full Ross checkpoint")
     parser.add_argument(
         "--golden", type=Path, required=True, metavar="FILE", help="safetensors file of recorded numbers"
     )
-    parser.add_argument("--rtol", type=float, default=1e-4, help="relative to each tensor's largest value")
-    parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="as for convert.py import")
-    parser.add_argument("--autoencoder", type=Path, metavar="DIR", help="as for convert.py import")
+    parser.add_argument("--rtol", type=float, default=1e-4, help="tolerance, relative to the largest value of each tensor (default 1e-4)")
+    parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="as in convert.py import")
+    parser.add_argument("--autoencoder", type=Path, metavar="DIR", help="as in convert.py import")
     args = parser.parse_args(argv)
     try:
         golden = read_golden(args.golden)

@@ -1,4 +1,4 @@
-"""What the operating system knows of this process."""
+"""Facts about this process that the operating system knows."""
 
 import resource
 import sys
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def peak_memory() -> int:
-    """Most bytes of memory that this process has held at once, counted since its program started.
+    """Most bytes of memory that this process has held at once since its program started.
 
-    On Linux from `/proc`: `getrusage` keeps the peak of the process that started this one, if that was larger.
+    Linux has the number in `/proc`. `getrusage` is not used there, because it inherits the parent's peak.
     """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []

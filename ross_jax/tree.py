@@ -1,11 +1,14 @@
-"""Parameter trees as flat tables: nested dictionaries by `/`-joined path, and back."""
+"""Parameter trees as flat tables, and back.
+
+    {"projector": {"linear_0": {"kernel": x}}}  ◄─ unflatten ─ flatten ─►  {"projector/linear_0/kernel": x}
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by path; whatever is no mapping is a leaf."""
+    """Leaves by path, after `prefix`. Everything that is not a mapping is a leaf."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -16,7 +19,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`; empty branches are lost."""
+    """The inverse of `flatten`, without empty branches."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, name = path.split("/")
@@ -28,7 +31,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Several parts of one tree, put together."""
+    """One tree with the leaves of all; a later tree's leaf replaces an earlier one's."""
     flat: dict[str, Any] = {}
     for tree in trees:
         flat |= flatten(tree)

@@ -1,4 +1,4 @@
-"""Typed configs: what freezes, and what is said of what does not."""
+"""Typed configs: values that make one, and the error for each kind of mistake."""
 
 import dataclasses
 import json
@@ -65,13 +65,13 @@ INNER = {"size": 3}
         ({"anything": {"a": [1]}}, {"anything": {"a": [1]}}),
     ],
 )
-def test_what_freezes(values, expected):
+def test_values_that_make_a_config(values, expected):
     config = from_dict(Outer, {"inner": INNER, **values})
     assert config == dataclasses.replace(Outer(Inner(3)), **expected)
     assert from_dict(Outer, to_dict(config)) == config
 
 
-def test_types_are_those_declared():
+def test_values_have_the_declared_types():
     config = from_dict(Outer, {"inner": {"size": 1, "rate": 3}})
     assert type(config.inner.rate) is float
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -111,14 +111,14 @@ def test_types_are_those_declared():
         ({"number_or_name": 1.5}, r"config\.number_or_name: expected .*found 1\.5"),
     ],
 )
-def test_what_does_not_freeze(values, message):
+def test_values_that_make_no_config(values, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         from_dict(Outer, {"inner": INNER, **values})
     with pytest.raises(UserError, match=f"^{message.replace('config', 'recipe', 1)}"):
         from_dict(Outer, {"inner": INNER, **values}, "recipe")
 
 
-def test_what_is_no_mapping():
+def test_values_that_are_no_mapping():
     for value in (None, [], 3, "x"):
         with pytest.raises(ConfigError, match=f"config: expected a mapping for Inner, found {type(value).__name__}"):
             from_dict(Inner, value)
@@ -129,7 +129,7 @@ def test_nearest():
     assert nearest("zzz", ["hidden"]) == nearest("x", []) == ""
 
 
-# The project's own configs survive a manifest.
+# Configs of models, as manifests store them.
 
 SIZES = st.integers(1, 9)
 FLOATS = st.floats(1e-6, 1e6)
@@ -243,7 +243,7 @@ def test_ross_config_survives_json(values):
         ({"autoencoder": 3}, r"config\.autoencoder: expected a mapping for AutoencoderConfig, found int"),
     ],
 )
-def test_ross_configs_that_are_none(changes, message):
+def test_ross_configs_that_do_not_fit(changes, message):
     vision = dict(
         kind="clip", image_size=8, patch_size=4, hidden_size=8, intermediate_size=4, num_layers=1, num_heads=2
     )

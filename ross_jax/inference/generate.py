@@ -14,12 +14,12 @@ from ross_jax.models.ross import Ross, RossConfig
 
 
 class Generation(NamedTuple):
-    """What was generated.
+    """Generated ids.
 
     Attributes:
-      tokens: new ids; after a row's stop token, the stop token again.
-      lengths: new ids of each row, the stop token included.
-      logits: scores that each id was chosen by, on request.
+      tokens: new ids. After a row's stop token the stop token is repeated.
+      lengths: number of new ids in each row, with the stop token.
+      logits: scores from which each id was chosen, on request.
     """
 
     tokens: Int[Array, "batch new"]
@@ -39,16 +39,18 @@ def generate(
     dtype: DTypeLike = jnp.float32,
     return_logits: bool = False,
 ) -> Generation:
-    """Extends prompts by the most likely ids. Compile it with the sizes, `stop_token` and flags static.
+    """Extends prompts by the most likely ids. When it is compiled, arguments that are not arrays must be static.
 
     Args:
-      params: with `vision`, `projector`, `language`.
+      config: sizes of the components.
+      params: parameters with `vision`, `projector` and `language`.
       tokens: prompts, padded on the left to one length; anything at image positions.
       segments: 1 at a prompt's tokens, 0 at its padding.
-      images: normalised pictures, without any `[batch, 0, height, width, 3]`.
-      image_start: index in the padded row where each picture's tokens begin; `seq` for none.
-      max_new_tokens: at most this many; generation ends earlier when every row has stopped.
-      stop_token: ends a row; None never does.
+      images: normalised images; `[batch, 0, height, width, 3]` for prompts without images.
+      image_start: index in the padded row where each image's tokens begin; `seq` where the slot is empty.
+      max_new_tokens: number of new ids per row; generation ends earlier when every row has stopped.
+      stop_token: id that ends a row. None: rows end only at `max_new_tokens`.
+      dtype: dtype of activations.
       return_logits: also return the scores.
     """
     batch, length = tokens.shape
