@@ -111,9 +111,7 @@ def convolutions(run: Run) -> int:
 
 CASES = [
     pytest.param({}, ("targets",), True, 1, id="denoise, targets", marks=pytest.mark.slow),
-    pytest.param(
-        {"reconstruction": ReconstructionConfig(compat="official")}, BOTH, False, 0, id="denoise, official, features"
-    ),
+    pytest.param({}, BOTH, False, 0, id="denoise, features"),
     pytest.param(
         {"model": WITH_TEACHER, "reconstruction": REGRESS},
         BOTH,
