@@ -19,11 +19,12 @@ from ross_jax.parity.verify import Verifier, format_table, load_reference
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a full Ross checkpoint")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a Ross checkpoint")
     parser.add_argument(
         "--golden", type=Path, required=True, metavar="FILE", help="safetensors file of recorded numbers"
     )
-    parser.add_argument("--rtol", type=float, default=1e-4, help="tolerance, relative to the largest value of each tensor (default 1e-4)")
+    tolerance = "tolerance, relative to the largest value of each tensor (default 1e-4)"
+    parser.add_argument("--rtol", type=float, default=1e-4, help=tolerance)
     parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="as in convert.py import")
     parser.add_argument("--autoencoder", type=Path, metavar="DIR", help="as in convert.py import")
     args = parser.parse_args(argv)

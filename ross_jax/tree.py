@@ -1,6 +1,6 @@
 """Parameter trees as flat tables, and back.
 
-    {"projector": {"linear_0": {"kernel": x}}}  ◄─ unflatten ─ flatten ─►  {"projector/linear_0/kernel": x}
+{"projector": {"linear_0": {"kernel": x}}}  ◄─ unflatten ─ flatten ─►  {"projector/linear_0/kernel": x}
 """
 
 from collections.abc import Mapping
