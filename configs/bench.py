@@ -1,9 +1,9 @@
-"""A mid-size Ross that a CPU steps through in seconds: what `launch/bench.py step` measures unless told otherwise.
+"""A mid-size Ross for benchmarks on a CPU: the default recipe of `launch/bench.py step`.
 
-The full-size recipe's layout at a tenth of its width: a SigLIP tower, a Qwen2-like language model, FLUX's autoencoder
-with fewer channels, three denoiser blocks with heads of 64 values; stage 2's split into what trains and what does not.
-At most half the positions of a row are supervised, and the text loss looks at no others. Nothing is read: neither data
-nor tokenizer.
+The layout is that of the full-size recipe, at a tenth of its width: a SigLIP tower, a Qwen2-like language model, FLUX's
+autoencoder with fewer channels, and three denoiser blocks with heads of 64 values. The same components train as in the
+full-size stage 2. At most half the positions of a row are supervised, and the text loss reads only these. The recipe
+reads neither data nor a tokenizer.
 """
 
 from ml_collections import ConfigDict

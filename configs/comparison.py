@@ -1,15 +1,15 @@
-"""The kinds of reconstruction side by side, where answers are scarce and images are many.
+"""Compares the kinds of reconstruction, with few labelled answers and many images.
 
   --config=configs/comparison.py:stage=arm,kind=denoise,seed=0,root=runs/comparison
 
-  stage   base (everything learns from captions; no reconstruction; all arms of a seed start from it)
-          | arm (language model, projector, and what reads the visual outputs learn from few labels and many pictures)
-  kind    of an arm: none (LLaVA) | pixel | latent | latent2pixel | denoise (Ross)
-  seed    of parameters, order and noise
-  root    where data, tokenizer, autoencoder and runs lie
+  stage   base (all components learn from captions, without reconstruction; all arms of a seed start from its result)
+          | arm (language model, projector and reconstruction head learn from few labels and many images)
+  kind    reconstruction of an arm: none (LLaVA) | pixel | latent | latent2pixel | denoise (Ross)
+  seed    seed of parameters, order and noise
+  root    folder of data, tokenizer, autoencoder and runs
 
-`python launch/compare.py` trains and scores all arms. The regime is chosen by a run without reconstruction alone: its
-accuracy lies between chance and the accuracy that the demo reaches with all its labels.
+`python launch/compare.py` trains and scores all arms. The amounts of data were chosen by one criterion: a run
+without reconstruction is better than chance, but worse than the demo with all its labels.
 """
 
 from pathlib import Path
@@ -26,7 +26,8 @@ from ross_jax.training.recipe import complete
 KINDS = kinds()
 SEEDS = (0, 1, 2, 3, 4)
 DATASET = DatasetConfig(pretrain=6000, finetune=1, heldout_per_type=360, labels_per_type=32, unlabelled=6000)
-"""Captions for the base; 32 labels for each of 9 types of question, 288 in all; pictures; held-out questions."""
+"""Captions for the base; 32 labels for each of 9 types of question (288 in all) and unlabelled images for the arms;
+held-out questions."""
 LABELS_REPEATED = 10
 """Times that a label is seen while each image is seen once."""
 STAGES = {

@@ -1,15 +1,17 @@
-"""The demo: a tiny Ross on 64-pixel pictures, trained from nothing on a CPU. `bash launch/demo.sh` runs it.
+"""The demo: a tiny Ross on 64-pixel images, trained from scratch on a CPU. `bash launch/demo.sh` runs it.
 
   --config=configs/demo.py:stage=finetune,kind=denoise,seed=0,root=runs/demo
 
-  stage   pretrain (everything learns, on captions) | finetune (all but the autoencoder, on questions) |
-          denoiser (after both, the denoiser alone, on pictures alone: `configs/imagenet_denoiser.py` in small)
-  kind    of reconstruction: denoise (Ross) | pixel | latent | latent2pixel | none (LLaVA)
-  seed    of parameters, order and noise
-  root    where data, tokenizer, autoencoder and runs lie
+  stage   pretrain (all components but the autoencoder learn, on captions)
+          | finetune (all components but the autoencoder learn, on questions)
+          | denoiser (after both: only the denoiser learns, on images without text, as in a small version of
+            `configs/imagenet_denoiser.py`)
+  kind    reconstruction: denoise (Ross) | pixel | latent | latent2pixel | none (LLaVA)
+  seed    seed of parameters, order and noise
+  root    folder of data, tokenizer, autoencoder and runs
 
-The demo has no pretrained encoder or language model, so stage 1 trains them too, unlike in the full-size recipes. Muon
-takes AdamW's place, since at this size it learns in a third of the steps.
+The demo has no pretrained encoder or language model, so stage 1 trains them too, unlike in the full-size recipes. The
+optimizer is Muon instead of AdamW, because Muon needs fewer steps at this size.
 """
 
 import dataclasses
@@ -56,7 +58,7 @@ EVERY_STAGE = {
     "after": None,
     "evaluate": 0,
 }
-"""Settings of every stage that does not set its own. `after` is the stage whose model a stage starts from."""
+"""Default settings of a stage. `after`: the stage whose model a stage starts from."""
 CHOICES = {"stage": tuple(STAGES), "kind": kinds()}
 
 
@@ -65,10 +67,10 @@ def parse(
     defaults: Mapping[str, str] = DEFAULTS,
     choices: Mapping[str, Sequence[str]] = CHOICES,
 ) -> dict[str, str]:
-    """`name=value,...` over the defaults.
+    """Parts of the recipe from `name=value,...`; parts that are not named have their defaults.
 
     Raises:
-      ConfigError: an unknown part or value; names the nearest.
+      ConfigError: a part or a value is unknown (the message names the nearest), or stage and kind do not fit.
     """
     chosen = parse_parts(arguments, defaults, choices)
     if not chosen["seed"].isdecimal():
@@ -79,13 +81,17 @@ def parse(
 
 
 def needs_autoencoder(kind: str) -> bool:
-    """Whether a kind of reconstruction reads an autoencoder."""
+    """Whether a kind of reconstruction needs an autoencoder."""
     objective = find_objective(kind)
     return objective is not None and "autoencoder" in objective.requires(RossConfig())
 
 
 def model_config(autoencoder: Path, kind: str = "denoise") -> RossConfig:
-    """Sizes of the demo's model; the autoencoder's are read from its `config.json`."""
+    """Sizes of the demo's model. The autoencoder's sizes are read from `config.json` in its folder.
+
+    Raises:
+      ConfigError: the autoencoder's folder has no `config.json`.
+    """
     config = RossConfig(
         vision=VisionConfig("siglip", 64, 16, 128, 384, 5, 4, "gelu_tanh", 1e-6),
         projector=ProjectorConfig("mlp", 128, 128, 2),
@@ -95,7 +101,7 @@ def model_config(autoencoder: Path, kind: str = "denoise") -> RossConfig:
         try:
             settings = json.loads((autoencoder / "config.json").read_text())
         except FileNotFoundError as error:
-            raise ConfigError(f"{autoencoder}: not there yet; `bash launch/demo.sh` fits it") from error
+            raise ConfigError(f"{autoencoder}: no config.json; `bash launch/demo.sh` trains the autoencoder") from error
         config = dataclasses.replace(config, autoencoder=autoencoder_config(settings, str(autoencoder)))
     denoiser = {"width": 128, "depth": 3, "num_heads": 4, "prediction": "v"}
     return add_heads(config, kind, denoiser=denoiser, regressor={"width": 512})

@@ -1,19 +1,19 @@
-r"""A finished Ross whose denoiser alone is trained further, on images alone, to show what its visual outputs hold:
+r"""Trains only the denoiser of a finished Ross, on images without text, to show what the visual outputs contain:
 
   --config=configs/imagenet_denoiser.py:encoder=siglip,llm=qwen2_7b,root=/data/imagenet \
       --config.init="('runs/ross-7b',)" --config.text.tokenizer=runs/ross-7b/files/language
 
-  encoder, llm   as in `configs/ross.py`; those of the model
-  root           a folder with `train/` and `val/`, whose pictures may lie in folders below. Without it: TFDS's
-                 `imagenet2012`, prepared by you (`tfds build imagenet2012 --file_format=array_record`), from
-                 TFDS_DATA_DIR if that is set
+  encoder, llm   components of the finished Ross, named as in `configs/ross.py`
+  root           folder with `train/` and `val/`, with images at any depth. Without root: TFDS's `imagenet2012`, which
+                 you prepare (`tfds build imagenet2012 --file_format=array_record`), read from TFDS_DATA_DIR if set
 
-Each picture stands behind an empty question, as in `launch/reconstruct.py`; class names are not read. No text loss, no
-logits, and no gradient beyond the denoiser. Pictures of the validation split are reconstructed every
-`config.loop.evaluate` steps. Any other pictures: set `config.data.sources` and `config.evaluation.sources`.
+Each image stands behind an empty question, as in `launch/reconstruct.py`; class names are not read. There is no text
+loss, there are no logits, and no component but the denoiser has gradients. Images of the validation split are
+reconstructed every `config.loop.evaluate` steps. To use other images, set `config.data.sources` and
+`config.evaluation.sources`.
 
-Five epochs of ImageNet-1K are the paper's. The other hyper-parameters are ours: the denoiser's learning rate of
-stage 1, and its batch.
+Five epochs of ImageNet-1K are the paper's setting. The other hyper-parameters are this project's choice: learning rate
+and batch size are the denoiser's from stage 1.
 """
 
 from ml_collections import ConfigDict
@@ -24,11 +24,11 @@ from ross_jax.training.recipe import complete, parse_parts
 
 DEFAULTS = {"encoder": "siglip", "llm": "qwen2_7b", "root": ""}
 PROMPT = 64
-"""Tokens left for the template's text before an image; the longest, Vicuna's, takes some 40."""
+"""Number of tokens reserved for the template's text before an image. The longest text, Vicuna's, has about 40."""
 
 
 def sources(root: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Sources of training and of evaluation."""
+    """Data sources of training, and data sources of evaluation."""
     if not root:
         splits = ({"path": "imagenet2012", "kind": "tfds", "split": split} for split in ("train", "validation"))
     else:

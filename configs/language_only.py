@@ -1,8 +1,8 @@
-"""The language model of `configs/ross.py` alone, on text: rows of the same length, without picture slots.
+"""The language model of `configs/ross.py` alone, on text. Rows have the same length as there, but no image slots.
 
 --config=configs/language_only.py:encoder=siglip,llm=qwen2_7b,stage=finetune
 
-The packing plan leaves out conversations with pictures. What pictures cost is the difference to the other recipes.
+The packing plan leaves out conversations with images. Comparing step times with other recipes shows the cost of images.
 """
 
 from ml_collections import ConfigDict

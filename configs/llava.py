@@ -1,4 +1,4 @@
-"""The LLaVA-1.5 baseline of every table: the parts of `configs/ross.py`, without reconstruction.
+"""The LLaVA-1.5 baseline: a recipe with the components of `configs/ross.py`, without reconstruction.
 
 --config=configs/llava.py:encoder=clip,llm=vicuna_7b,stage=finetune
 """

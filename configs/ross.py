@@ -1,16 +1,16 @@
-"""Ross at full size, composed of parts:
+"""Ross at full size. The recipe is composed of parts:
 
   --config=configs/ross.py:encoder=siglip,llm=qwen2_7b,stage=finetune
 
   encoder   siglip (SO400M/14@384) | clip (ViT-L/14@336)
   llm       qwen2_7b | vicuna_7b | vicuna_13b | llama3_8b
-  stage     pretrain (projector and denoiser learn) | finetune (all but vision encoder and autoencoder)
+  stage     pretrain (projector and denoiser learn) | finetune (all components but vision encoder and autoencoder learn)
   vision    frozen | trained (the vision encoder learns too)
-  kind      of reconstruction: denoise (Ross^D) | pixel | latent | latent2pixel (Ross^R) | none (LLaVA), or another
+  kind      reconstruction: denoise (Ross^D) | pixel | latent | latent2pixel (Ross^R) | none (LLaVA), or another
             objective of the registry
-  teacher   of kind=latent: autoencoder | siglip | clip | dinov2
+  teacher   target encoder of kind=latent: autoencoder | siglip | clip | dinov2
 
-Hyper-parameters are those of the paper and the reference. Point `config.data.sources`, `config.text.tokenizer` and
+Hyper-parameters come from the paper and the reference. Point `config.data.sources`, `config.text.tokenizer` and
 `config.init` at your files.
 """
 
@@ -39,7 +39,7 @@ LLMS = {
 }
 """Name -> hub id and conversation template."""
 HEADS_PATTERN = rf"({'|'.join(HEADS)})/.*"
-"""Paths of the heads, whatever the kind."""
+"""Pattern of parameter paths: the head of any kind of reconstruction."""
 STAGES = {
     "pretrain": {
         "trainable": (r"projector/.*", HEADS_PATTERN),
@@ -58,7 +58,7 @@ STAGES = {
         "expected": {"denoise": (0.1, 0.3)},
     },
 }
-"""Stage -> hyper-parameters; `expected` is the range of the reconstruction loss reported of each kind."""
+"""Stage -> hyper-parameters. `expected`: kind -> range of the reconstruction loss that is reported for it."""
 VISION = {"frozen": (), "trained": (r"vision/.*",)}
 TEACHERS = {
     "autoencoder": None,
@@ -66,7 +66,7 @@ TEACHERS = {
     "clip": "openai/clip-vit-large-patch14-336",
     "dinov2": "facebook/dinov2-large",
 }
-"""Name -> hub id of a vision encoder."""
+"""Name -> hub id of a vision encoder; None for the autoencoder."""
 AUTOENCODER = "black-forest-labs/FLUX.1-dev/vae"
 DEFAULTS = {
     "encoder": "siglip",
@@ -91,10 +91,11 @@ def choices() -> dict[str, Collection[str]]:
 
 
 def parse(arguments: str | None) -> dict[str, str]:
-    """`encoder=...,llm=...,stage=...,vision=...,kind=...,teacher=...` over the defaults.
+    """Parts of the recipe from `encoder=...,llm=...,...`; parts that are not named have their defaults.
 
     Raises:
-      ConfigError: an unknown part or value, and names the nearest; a teacher for another kind than `latent`.
+      ConfigError: a part or a value is unknown (the message names the nearest), or a teacher is given for another kind
+        than `latent`.
     """
     chosen = parse_parts(arguments, DEFAULTS, choices())
     if chosen["teacher"] != DEFAULTS["teacher"] and chosen["kind"] != "latent":

@@ -1,7 +1,10 @@
-"""Attention: what models call, whatever kernel runs behind it.
+"""Attention functions that models call. Each one chooses a kernel.
 
-The platform of the ambient mesh chooses the kernel, not that of the host: Pallas' splash attention on TPU, cuDNN's on
-GPU; elsewhere and without a mesh plain XLA, by blocks.
+The platform of the ambient mesh decides, not the host's platform:
+
+    tpu                   Pallas' splash attention, or `image_attention`
+    gpu                   cuDNN's attention where it fits, else plain XLA
+    others, or no mesh    plain XLA, block by block
 """
 
 import functools
@@ -20,9 +23,10 @@ from ross_jax.models.packed_attention import packed_attention
 from ross_jax.sharding import partition
 
 SPLASH_BLOCKS = (512, 256, 128)
-"""Tile sizes along the sequence; the first that divides its length counts."""
+"""Tile sizes along the sequence. The first one that divides the sequence's length is used."""
 BIDIRECTIONAL = "bidirectional"
-"""Name of the scope around splash attention that is not causal: its kernels look the same, and do twice the work."""
+"""Name of the scope around splash attention without a causal mask. `plan.cost` reads the name: the kernels look like
+causal ones, but do twice the work."""
 
 ROWS = ("batch", None, "heads")
 """Logical axes of queries, keys and values of packed rows."""
@@ -37,8 +41,11 @@ def segment_mask(
 
     Args:
       query_segments: conversation number of each query; 0 = padding.
-      key_segments: the same for each key.
+      key_segments: conversation number of each key; 0 = padding.
       first_query: index, among the keys, of the first query (the filled length of a cache).
+
+    Returns:
+      True where a query may attend to a key: same segment, not padding, and no later position.
     """
     same = query_segments[:, :, None] == key_segments[:, None, :]
     order = first_query + jnp.arange(query_segments.shape[1])[:, None] >= jnp.arange(key_segments.shape[1])
@@ -54,10 +61,12 @@ def attention(
 ) -> Float[Array, "batch queries heads dim"]:
     """Scaled dot-product attention; scores and softmax in float32, grouped-query heads when `kv_heads < heads`.
 
-    A query that may attend to nothing (padding) yields a finite value that means nothing.
+    The output of a query that may attend to nothing (padding) is finite, but has no meaning.
 
     Args:
-      causal: the mask, between the same positions, hides all later ones: a kernel need not look at them.
+      mask: True where a query may attend to a key. None: everywhere.
+      causal: promises that queries and keys are the same positions, and that the mask hides every later position. A
+        kernel may then skip the later positions.
     """
     length = query.shape[1]
     if mask is None and _platform() == "tpu" and length == key.shape[1] and length >= SPLASH_BLOCKS[-1]:
@@ -70,7 +79,7 @@ def attention(
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
     if mask is not None:
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
-    # cuDNN has no gradients of odd lengths: one more key, which nothing attends to.
+    # cuDNN computes no gradients for odd lengths, so a key is added that no query attends to.
     padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
     lengths = jnp.full(len(key), key.shape[1], jnp.int32)
     output = jax.nn.dot_product_attention(*padded, key_value_seq_lengths=lengths, implementation="cudnn")
@@ -84,24 +93,23 @@ def causal_attention(
     segments: Int[Array, "batch seq"],
     mask: Bool[Array, "batch 1 seq seq"] | None,
 ) -> Float[Array, "batch seq heads dim"]:
-    """`attention` of packed rows to themselves.
+    """Causal self-attention of packed rows, inside each segment.
 
     Args:
       segments: conversation number of each position; 0 = padding.
-      mask: their `segment_mask`, made once for all layers; None if `needs_mask` says that no kernel asks for it.
+      mask: `segment_mask(segments, segments)`, made once for all layers; None if `needs_mask()` is False.
     """
     if mask is not None:
         run = functools.partial(attention, causal=True)
-        return checkpoint_name(
-            _by_device(run, ROWS, query, key, value, mask), SAVED_ATTENTION
-        )  # the others keep it themselves
+        # The kernels below name their outputs themselves.
+        return checkpoint_name(_by_device(run, ROWS, query, key, value, mask), SAVED_ATTENTION)
     if _platform() == "tpu" and query.shape[1] >= SPLASH_BLOCKS[-1]:
         return splash_attention(query, key, value, segments)
     return _by_device(packed_attention, ROWS, query, key, value, segments)
 
 
 def needs_mask() -> bool:
-    """Whether `causal_attention` wants a mask: cuDNN does, the others read the segments."""
+    """Whether `causal_attention` needs a mask: cuDNN's kernel does, the other kernels read the segments."""
     return _platform() in ("gpu", "cuda")
 
 
@@ -113,14 +121,16 @@ def splash_attention(
     causal: bool = True,
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads dim"]:
-    """Pallas' TPU kernel for attention inside segments; each device computes its rows and heads, or its pictures.
+    """Pallas' TPU kernel for attention inside segments, on each device for its own share of the batch.
 
-    Lengths that no tile divides are padded by a segment of their own.
+    A length that no tile divides is padded; the padding is a segment of its own.
 
     Args:
-      segments: as in `causal_attention`. Positions of segment 0 attend to each other here: finite, and without meaning.
-      causal: to earlier positions alone; rows are those of a batch. Else they are pictures.
-      interpret: runs on any platform, slowly.
+      segments: conversation number of each position; 0 = padding. Padding positions attend to each other: their output
+        is finite, but has no meaning.
+      causal: True: a position attends to no later position, and the batch is split by rows and heads. False: a position
+        attends to its whole segment, and the batch is a batch of images, split by images.
+      interpret: interprets the kernel, which is slow but runs on any platform.
     """
     length = query.shape[1]
     padding = -length % SPLASH_BLOCKS[-1]
@@ -136,14 +146,14 @@ def bidirectional_attention(
     value: Float[Array, "batch tokens kv_heads dim"],
     interpret: bool = False,
 ) -> Float[Array, "batch tokens heads dim"]:
-    """Of all positions to all on TPU: `image_attention` where it fits, else `splash_attention`.
+    """Attention from all positions to all positions, on TPU: `image_attention` where it fits, else `splash_attention`.
 
     Args:
-      interpret: as in `splash_attention`.
+      interpret: interprets the kernel, which is slow but runs on any platform.
     """
     dtype = query.dtype
     if _platform() == "tpu" and jax.config.jax_default_matmul_precision is None:
-        dtype = jnp.bfloat16  # as XLA's products round operands
+        dtype = jnp.bfloat16  # XLA's own products round their operands to it too
     if fits(query.shape, key.shape, dtype):
         return _image_attention(query, key, value, dtype, interpret)
     everywhere = jnp.ones(query.shape[:2], jnp.int32)
@@ -153,27 +163,31 @@ def bidirectional_attention(
 
 
 def _by_device(
-    run: Callable[..., Array], axes: tuple[str | None, ...], query: Array, key: Array, value: Array, which: Array
+    run: Callable[..., Array], axes: tuple[str | None, ...], query: Array, key: Array, value: Array, visibility: Array
 ) -> Array:
-    """`run`, by each device of the ambient mesh for its part along the logical axes.
+    """Calls `run(query, key, value, visibility)` on each device of the ambient mesh, on the device's own share.
 
     Args:
-      which: segments, or a mask, of which a device has those of its rows.
+      axes: logical axes that split queries, keys and values.
+      visibility: segments or a mask, split by rows only.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
-        return run(query, key, value, which)
+        return run(query, key, value, visibility)
     queries = partition(query.shape, axes, mesh)
     if partition(key.shape, axes, mesh) != queries:
-        # The tensor axis splits the queries' heads but not the fewer ones of the keys.
+        # The mesh's tensor axis divides the number of query heads, but not the smaller number of key heads.
         key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
-    specs = (queries, queries, queries, partition(which.shape, axes[:1], mesh))
-    return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, which)
+    specs = (queries, queries, queries, partition(visibility.shape, axes[:1], mesh))
+    return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, visibility)
 
 
 def _image_attention(query: Array, key: Array, value: Array, dtype: DTypeLike, interpret: bool) -> Array:
-    """Each device computes its pictures. What surrounds the kernel sees heads side by side, as projections write them:
-    else XLA moves them to rows of their own and back."""
+    """`image_attention` on each device for its own images.
+
+    The kernel's inputs and outputs are `[batch, tokens, heads * dim]`, as projections write them. With a separate axis
+    for the heads, XLA would copy every array to another layout and back.
+    """
     batch, tokens, heads, dim = query.shape
     flat = [x.reshape(batch, tokens, heads * dim).astype(dtype) for x in (query, key, value)]
 
@@ -211,12 +225,12 @@ def _splash(query: Array, key: Array, value: Array, segments: Array, causal: boo
 
 
 def _platform() -> str | None:
-    """Of the devices of the ambient mesh; None without one."""
+    """Platform of the ambient mesh's devices, as `tpu`; None without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else device.platform
 
 
 def _fits_cudnn(query: Array) -> bool:
-    """Whether it runs on a GPU, in half precision, with heads of at most 128 values."""
+    """Whether cuDNN's kernel can be used: on a GPU, in half precision, with heads of at most 128 values."""
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
     return fits and _platform() in ("gpu", "cuda")

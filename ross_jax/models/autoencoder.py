@@ -22,10 +22,16 @@ class AutoencoderConfig:
     """Sizes of a KL autoencoder.
 
     Attributes:
-      channels: of each resolution level, finest first.
-      down_attention, up_attention: whether the level's blocks attend (LDM KL-16 does at the coarsest); finest-first for
-        the encoder, coarsest-first for the decoder, as diffusers lists its block types.
-      scaling_factor, shift_factor: latents the denoiser sees are `(sample - shift) * scaling`.
+      channels: channels of each resolution level, finest first.
+      layers_per_block: residual blocks of each level in the encoder; the decoder's levels have one more.
+      latent_channels: channels of a latent.
+      norm_groups: groups of every group normalisation.
+      scaling_factor, shift_factor: the denoiser sees latents as `(sample - shift_factor) * scaling_factor`.
+      down_attention, up_attention: whether the blocks of each level are followed by attention (LDM KL-16: at the
+        coarsest level). Finest level first for the encoder, coarsest first for the decoder, as in diffusers' lists of
+        block types.
+      mid_attention: whether the middle block has attention.
+      quant_conv, post_quant_conv: whether a 1 x 1 convolution follows the encoder, or precedes the decoder.
     """
 
     channels: tuple[int, ...]
@@ -51,7 +57,7 @@ class AutoencoderConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels per latent, along a side."""
+        """Pixels per latent, along a side of the image."""
         return 2 ** (len(self.channels) - 1)
 
 
@@ -62,15 +68,16 @@ class Posterior(NamedTuple):
     logvar: Float[Array, "batch rows columns latent"]
 
     def sample(self, noise: Float[Array, "batch rows columns latent"]) -> Float[Array, "batch rows columns latent"]:
-        """The latents that standard normal `noise` selects."""
+        """The sample `mean + deviation * noise`, for standard normal `noise`."""
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
 
 class GroupNorm(nn.Module):
     """Group normalisation with float32 statistics.
 
-    Flax's own loses three digits on pictures of one colour, such as the dummy of a text-only row: deviations are tiny
-    beside the mean, whose rounding error must be taken out too (the corrected two-pass algorithm of Chan et al., 1983).
+    Flax's GroupNorm loses three digits on images of one colour, such as the dummy image of a text-only row, whose
+    deviations are tiny beside the mean. The corrected two-pass algorithm (Chan et al., 1983) used here also removes the
+    mean's rounding error.
     """
 
     groups: int
@@ -88,7 +95,10 @@ class GroupNorm(nn.Module):
         return y.astype(self.dtype)
 
     def _mean(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch 1 1 channels"]:
-        """Of each group, for each of its channels. Pictures are never laid out by group, which TPUs are slow at."""
+        """Mean of each channel's group, repeated for every channel of the group.
+
+        The channels of the means are grouped, not those of the images, whose reshape would be slow on TPUs.
+        """
         batch, _, _, channels = x.shape
         means = jnp.mean(x, axis=(1, 2)).reshape(batch, self.groups, channels // self.groups)
         means = jnp.broadcast_to(means.mean(axis=-1, keepdims=True), means.shape)
@@ -104,7 +114,7 @@ def _conv(features: int, size: int, dtype: DTypeLike, name: str) -> nn.Conv:
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised convolutions with a skip."""
+    """Two normalised convolutions with a skip connection."""
 
     config: AutoencoderConfig
     features: int
@@ -116,13 +126,13 @@ class ResnetBlock(nn.Module):
         y = _conv(self.features, 3, self.dtype, "conv2")(nn.silu(_norm(self.config, self.dtype, "norm2")(y)))
         if x.shape[-1] != self.features:
             x = _conv(self.features, 1, self.dtype, "shortcut")(x)
-        # Added in half precision, it crashes XLA's compiler for TPU v7x; this costs nothing on the others.
+        # The sum is float32: a sum in half precision crashes XLA's compiler for TPU v7x. Other devices lose no speed.
         wide = jnp.promote_types(self.dtype, jnp.float32)
         return (x.astype(wide) + y.astype(wide)).astype(self.dtype)
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention over all pixels of the feature map, with a skip."""
+    """Single-head attention over all pixels of the feature map, with a skip connection."""
 
     config: AutoencoderConfig
     dtype: DTypeLike
@@ -137,12 +147,12 @@ class AttentionBlock(nn.Module):
 
 
 def _blocks(remat: bool) -> tuple[type[nn.Module], type[nn.Module]]:
-    """Residual and attention blocks; with `remat` a backward pass keeps only their inputs."""
+    """Classes of residual and attention blocks. With `remat`, a backward pass keeps only the inputs of each block."""
     return (nn.remat(ResnetBlock), nn.remat(AttentionBlock)) if remat else (ResnetBlock, AttentionBlock)
 
 
 class Level(nn.Module):
-    """The residual (and attention) blocks of one resolution."""
+    """The blocks of one resolution: residual blocks, each followed by attention if `attends`."""
 
     config: AutoencoderConfig
     features: int
@@ -162,7 +172,7 @@ class Level(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual, attention, residual at the coarsest resolution."""
+    """A residual, an attention and a residual block, at the coarsest resolution."""
 
     config: AutoencoderConfig
     dtype: DTypeLike
@@ -178,7 +188,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to the parameters of the posterior."""
+    """Maps images to the posterior's parameters: mean and log-variance, side by side in the channels."""
 
     config: AutoencoderConfig
     dtype: DTypeLike
@@ -199,7 +209,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pictures."""
+    """Maps latents to images."""
 
     config: AutoencoderConfig
     dtype: DTypeLike
@@ -221,10 +231,10 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Pictures in [-1, 1] to latents and back.
+    """Maps images in [-1, 1] to latents and back.
 
     Attributes:
-      remat: the backward pass through the decoder keeps the inputs of its blocks only.
+      remat: the backward pass through the decoder keeps only the inputs of the decoder's blocks.
     """
 
     config: AutoencoderConfig
@@ -248,7 +258,7 @@ class Autoencoder(nn.Module):
         """The posterior over latents, float32; log-variance clipped to [-30, 20].
 
         Raises:
-          ValueError: sides that are not multiples of the downsampling.
+          ValueError: the images' sides are not multiples of the downsampling.
         """
         self.check_sides(images)
         moments = self.encoder(images.astype(self.dtype))
@@ -258,25 +268,25 @@ class Autoencoder(nn.Module):
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
 
     def check_sides(self, images: Float[Array, "batch height width 3"]) -> None:
-        """Raises `ValueError` for sides that are not multiples of the downsampling."""
+        """Raises `ValueError` if the images' sides are not multiples of the downsampling."""
         if images.shape[1] % self.config.downsampling or images.shape[2] % self.config.downsampling:
             raise ValueError(f"sides of {images.shape} must be multiples of {self.config.downsampling}")
 
     def decode(self, latents: Float[Array, "batch rows columns latent"]) -> Float[Array, "batch height width 3"]:
-        """The picture of raw latents (scaling already undone), float32."""
+        """The image of raw latents (see `denormalise`), float32."""
         latents = latents.astype(self.dtype)
         if self.config.post_quant_conv:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents).astype(jnp.float32)
 
     def normalise(self, latents: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Raw latents to the scale that the denoiser sees."""
+        """Raw latents, scaled as the denoiser sees them."""
         return (latents - self.config.shift_factor) * self.config.scaling_factor
 
     def denormalise(self, latents: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The inverse of `normalise`."""
+        """Raw latents from scaled ones: the inverse of `normalise`."""
         return latents / self.config.scaling_factor + self.config.shift_factor
 
     def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch height width 3"]:
-        """Reconstructs pictures from the posterior's mean."""
+        """Reconstructs images from the posterior's mean."""
         return self.decode(self.encode(images).mean)

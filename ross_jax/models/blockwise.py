@@ -1,9 +1,13 @@
-"""Attention of all positions to all by blocks of queries, in plain XLA: where no kernel is at hand.
+"""Attention from all positions to all positions, in plain XLA: for platforms without an attention kernel.
 
-The backward pass reads the weights of the forward pass, of a layer at a time if layers are computed again: those have
-just made them, and FlashAttention's way (Dao et al., 2022), from the logarithm of their sums, would make them twice.
-Where a gradient is a product with a transposed operand, it is the smaller one: for the larger, XLA takes three times as
-long on a CPU.
+Scores are computed for a block of queries at a time.
+
+The backward pass reads the attention weights that the forward pass kept. With remat, these are the weights of one layer
+at a time, which the recomputed forward pass has just made. FlashAttention (Dao et al., 2022) keeps the logarithms of
+the sums instead, and would compute the weights twice.
+
+Some gradients are products with a transposed operand. Their order is chosen so that the smaller operand is transposed,
+which is faster in XLA for CPU.
 """
 
 from typing import Any
@@ -16,7 +20,7 @@ from jaxtyping import Array, Float
 from ross_jax.models.layers import SAVED_ATTENTION
 
 BLOCK = 256
-"""Queries whose scores are computed at once."""
+"""Number of queries whose scores are computed at once."""
 
 
 @jax.custom_vjp
@@ -25,7 +29,7 @@ def blockwise_attention(
     key: Float[Array, "batch keys kv_heads dim"],
     value: Float[Array, "batch keys kv_heads dim"],
 ) -> Float[Array, "batch seq heads dim"]:
-    """Attention to all keys, however many; scores and softmax in float32."""
+    """Attention to all keys; scores and softmax in float32. There may be more or fewer keys than queries."""
     return _forward(query, key, value)[0]
 
 
@@ -51,36 +55,36 @@ def _forward_rule(query: Array, key: Array, value: Array):
 def _backward_rule(residuals: tuple[Any, ...], gradient: Array):
     query, key, value, output, weights, sums = residuals
     groups, dtype = key.shape[2], query.dtype
-    rows, upper = _by_group(_scaled(query), groups), _by_group(gradient, groups) / sums
-    inner = jnp.sum(upper * _by_group(output, groups), axis=-1, keepdims=True)
-    upper = upper.astype(dtype)
+    rows, scaled_gradient = _by_group(_scaled(query), groups), _by_group(gradient, groups) / sums
+    inner = jnp.sum(scaled_gradient * _by_group(output, groups), axis=-1, keepdims=True)
+    scaled_gradient = scaled_gradient.astype(dtype)
     keys, values = (x.transpose(0, 2, 1, 3) for x in (key, value))
-    of_keys = of_values = jnp.zeros(key.transpose(0, 2, 3, 1).shape, jnp.float32)
-    of_rows = []
-    for start, block in zip(range(0, query.shape[1], BLOCK), weights, strict=True):
+    grad_keys = grad_values = jnp.zeros(key.transpose(0, 2, 3, 1).shape, jnp.float32)
+    grad_rows = []
+    for start, block_weights in zip(range(0, query.shape[1], BLOCK), weights, strict=True):
         here = slice(start, start + BLOCK)
-        some, above = rows[..., here, :], upper[..., here, :]
-        change = block * (_product(above, values.swapaxes(-1, -2)) - inner[..., here, :])
-        change = change.astype(dtype)
-        of_rows.append(_product(change, keys))
-        of_keys += _product(_transposed(some), _joined(change))
-        of_values += _product(_transposed(above), _joined(block))
-    of_query = _scaled(_by_position(jnp.concatenate(of_rows, axis=3)))
-    # `of_keys` and `of_values` are [batch, kv_heads, dim, seq].
-    of_key, of_value = (x.transpose(0, 3, 1, 2) for x in (of_keys, of_values))
-    return of_query.astype(dtype), of_key.astype(key.dtype), of_value.astype(value.dtype)
+        block_queries, block_gradient = rows[..., here, :], scaled_gradient[..., here, :]
+        grad_scores = block_weights * (_product(block_gradient, values.swapaxes(-1, -2)) - inner[..., here, :])
+        grad_scores = grad_scores.astype(dtype)
+        grad_rows.append(_product(grad_scores, keys))
+        grad_keys += _product(_transposed(block_queries), _joined(grad_scores))
+        grad_values += _product(_transposed(block_gradient), _joined(block_weights))
+    grad_query = _scaled(_by_position(jnp.concatenate(grad_rows, axis=3)))
+    # `grad_keys` and `grad_values` are [batch, kv_heads, dim, keys].
+    grad_key, grad_value = (x.transpose(0, 3, 1, 2) for x in (grad_keys, grad_values))
+    return grad_query.astype(dtype), grad_key.astype(key.dtype), grad_value.astype(value.dtype)
 
 
 blockwise_attention.defvjp(_forward_rule, _backward_rule)
 
 
 def _scaled(x: Array) -> Array:
-    """Queries instead of scores, which are many more; or the gradient of queries."""
+    """`x / sqrt(dim)`, for queries or their gradient. Scores, which are more, then need no scaling."""
     return x * x.shape[-1] ** -0.5
 
 
 def _by_group(x: Array, groups: int) -> Array:
-    """[batch, seq, heads, dim] to [batch, kv_heads, heads of each, seq, dim]."""
+    """[batch, seq, heads, dim] to [batch, kv_heads, query heads of each key head, seq, dim]."""
     batch, seq, heads, dim = x.shape
     return x.reshape(batch, seq, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
 
@@ -92,16 +96,16 @@ def _by_position(x: Array) -> Array:
 
 
 def _joined(x: Array) -> Array:
-    """[batch, kv_heads, heads of each, rows, columns] to [batch, kv_heads, all rows, columns]."""
+    """[batch, kv_heads, heads, rows, columns] to [batch, kv_heads, heads * rows, columns]."""
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])
 
 
 def _transposed(x: Array) -> Array:
-    """The same, then its last two axes swapped."""
+    """[batch, kv_heads, heads, rows, columns] to [batch, kv_heads, columns, heads * rows]."""
     return _joined(x).swapaxes(-1, -2)
 
 
 def _product(x: Array, y: Float[Array, "batch kv_heads inner columns"]) -> Array:
-    """Matrix product with the matrices of each key head, accumulated and returned in float32."""
+    """Matrix product of `x` and `y` for each key head, accumulated and returned in float32."""
     rows = _joined(x) if x.ndim == 5 else x
     return jnp.matmul(rows, y, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], y.shape[-1])

@@ -1,7 +1,7 @@
-"""The denoiser of Ross: a small DiT over latent tokens, conditioned token by token on the visual outputs.
+"""The denoiser of Ross (paper section 4, Ross^D): a small DiT over latent tokens, conditioned on the visual outputs.
 
-Paper section 4 (Ross^D). Per-token adaLN-Zero: the condition of a token is its visual output plus the timestep
-embedding, so shift, scale and gate differ from token to token.
+adaLN-Zero is applied per token: a token's condition is its own visual output plus the timestep embedding, so shift,
+scale and gate differ from token to token.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ CONDITION_EPS = 1e-5
 """Epsilon of the affine-free LayerNorm on the visual outputs."""
 NORM_EPS = 1e-6
 NUM_HEADS = 16
-"""Heads of every published size."""
+"""Number of attention heads of every published size."""
 
 
 def default_width(depth: int) -> int:
-    """The reference's width of `denoiser_vit{depth}x`: 1024, 1280 at depth 8, 1536 at depth 12."""
+    """Width of the reference's `denoiser_vit{depth}x`: 1280 at depth 8, 1536 at depth 12, else 1024."""
     return {8: 1280, 12: 1536}.get(depth, 1024)
 
 
@@ -46,10 +46,15 @@ class DenoiserConfig:
       condition_size: width of the visual outputs.
       latent_size: channels of a latent token.
       grid: latent tokens per side.
-      prediction: what its output means; the reference predicts the noise, epsilon.
-      schedule: of the noise that it removes.
-      block: `adaln`, the reference's; of the paper's ablation `mlp`, the same without attention, and `vit`, plain
-        transformer blocks to whose input the condition is added.
+      width: channels of a token inside the denoiser.
+      depth: number of blocks.
+      mlp_ratio: width of the MLPs' hidden layer, in multiples of `width`.
+      prediction: what the output means; the reference predicts the noise, `epsilon`.
+      schedule: noise schedule that the denoiser is trained for.
+      block: type of the blocks.
+        adaln  attention and MLP with modulation, as in the reference
+        mlp    MLP with modulation, without attention (the paper's ablation)
+        vit    plain transformer blocks, with the condition added to the first block's input (the paper's ablation)
     """
 
     condition_size: int
@@ -67,18 +72,19 @@ class DenoiserConfig:
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.width % 4:
-            raise ValueError(f"width {self.width} is not a multiple of 4, as the position table needs")
+            raise ValueError(f"width {self.width} is not a multiple of 4, which the position table needs")
 
     @property
     def num_tokens(self) -> int:
-        """Latent tokens per picture."""
+        """Latent tokens per image."""
         return self.grid**2
 
 
 def timestep_embedding(timesteps: Int[Array, " batch"], size: int) -> Float[Array, "batch size"]:
     """Sinusoids of the timestep, cosines first; an odd `size` is padded with a zero."""
     half = size // 2
-    # Rounded where torch rounds: a frequency off by its last bit shifts the angle of t = 999 by 6e-5 radians.
+    # Rounded at the same steps as in torch: an error in a frequency's last bit shifts the angle of t = 999 by 6e-5
+    # radians.
     exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
     freqs = np.exp(exponents, dtype=np.float64).astype(np.float32)
     angles = timesteps[:, None].astype(jnp.float32) * freqs
@@ -87,7 +93,8 @@ def timestep_embedding(timesteps: Int[Array, " batch"], size: int) -> Float[Arra
 
 
 def position_table(width: int, grid: int) -> np.ndarray:
-    """Fixed 2-D sin-cos table `[grid^2, width]`, float64: the first half of the channels encodes the column."""
+    """Fixed 2-D sin-cos table `[grid^2, width]`, float64. The first half of the channels encodes the column, the second
+    half the row."""
 
     def encode(index: np.ndarray) -> np.ndarray:
         freqs = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width // 4))
@@ -104,12 +111,12 @@ def normalise_condition(visual_outputs: Float[Array, "*batch embed"]) -> Float[A
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """adaLN: shifts and scales normalised tokens."""
+    """Shifts and scales normalised tokens, as adaLN does."""
     return x * (1 + scale) + shift
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional attention with one joint query-key-value projection, as timm's."""
+    """Bidirectional attention with one joint query-key-value projection, as in timm."""
 
     num_heads: int
     dtype: DTypeLike
@@ -126,7 +133,7 @@ class SelfAttention(nn.Module):
 
 
 class DenoiserBlock(nn.Module):
-    """One of the blocks that `DenoiserConfig.block` names. Those with modulation start as the identity (zero gates)."""
+    """A block of type `DenoiserConfig.block`. Gates start at zero, so blocks with modulation start as the identity."""
 
     config: DenoiserConfig
     dtype: DTypeLike
@@ -134,7 +141,7 @@ class DenoiserBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"], condition: Float[Array, "batch tokens width"]):
-        """Runs the block; `condition` is activated already."""
+        """Runs the block. `condition` must have passed through its SiLU already."""
         cfg = self.config
         x = constrain(x, "images")
         xavier = nn.initializers.xavier_uniform()
@@ -162,9 +169,9 @@ class DenoiserBlock(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise in latent tokens.
+    """Predicts the noise in latent tokens, or what `DenoiserConfig.prediction` names.
 
-    The condition is projected once (`embed_condition`) and serves every noise level drawn for a picture.
+    An image's condition is projected once (`embed_condition`) and used for every noise level drawn for the image.
     """
 
     config: DenoiserConfig
@@ -210,7 +217,7 @@ class Denoiser(nn.Module):
         context: Float[Array, "batch tokens embed"],
         internals: bool = False,
     ):
-        """The noise predicted from noised latents and normalised visual outputs; see `denoise`."""
+        """Predicts noise from noised latents and normalised visual outputs. See `denoise`."""
         return self.denoise(noised, timesteps, self.embed_condition(context), internals)
 
     @nn.compact
@@ -225,12 +232,13 @@ class Denoiser(nn.Module):
 
         Args:
           noised: latent tokens, row by row.
-          timesteps: of the 1000-step process, one per picture.
-          condition: from `embed_condition`.
-          internals: also return what the layers computed.
+          timesteps: one per image, in the 1000-step training process.
+          condition: output of `embed_condition`.
+          internals: also return the outputs of inner layers.
 
         Returns:
-          Predicted noise, shaped as `noised`; with `internals` a pair of it and a dictionary of intermediates.
+          Predicted noise, shaped as `noised`. With `internals`: a pair of the predicted noise and a dictionary of the
+          inner layers' outputs.
         """
         cfg = self.config
         embedded = self.latent_embedding(noised.astype(self.dtype))

@@ -1,9 +1,13 @@
-"""Attention of all tokens of a picture to all, on TPU, where several heads share the 128 lanes of a register.
+"""Attention between all tokens of an image, on TPU, for small heads: several share the 128 lanes of a register.
 
-Splash attention wants each head by itself: for heads of 64 values that takes twice the memory, and copies that cost
-more than the attention. Here queries, keys and values stay as projections write them, a picture's scores are made at
-once, and a head's products run over the lanes of its neighbours too, which are set to zero: a matrix unit of 128 rows
-takes no longer for them. Heads are a loop, not copies of its code, which are slow to compile.
+    lanes   0 ....... 63 | 64 ...... 127         one group of two heads of 64 values
+            head 0       | head 1
+
+Splash attention needs every head in an array of its own. Heads of 64 values would take twice the memory, and copying
+them would cost more than the attention itself. This kernel reads queries, keys and values as projections write them,
+and computes all scores of an image and a head at once. A head's matrix products run over all 128 lanes, with the lanes
+of other heads set to zero: a matrix unit of 128 rows is no slower for that. Heads run in a loop, because unrolled code
+is slow to compile.
 """
 
 import functools
@@ -16,19 +20,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 LANES = 128
-"""Values in a row of a TPU's registers."""
+"""Number of values in a row of a TPU's registers."""
 LONGEST = 1024
-"""Tokens of a picture whose scores fit on chip."""
+"""Largest number of tokens per image whose scores fit on chip."""
 
 
 def fits(query: tuple[int, ...], key: tuple[int, ...], dtype: DTypeLike) -> bool:
-    """Whether `image_attention` computes queries and keys of these shapes, `[batch, tokens, heads, dim]`.
+    """Whether `image_attention` can compute attention for these shapes, `[batch, tokens, heads, dim]`.
 
-    It does in bfloat16, for whole groups of heads in 128 lanes and at most 1024 tokens.
+    It can in bfloat16, if heads fill groups of 128 lanes without a remainder and an image has at most 1024 tokens.
     """
     _, length, heads, dim = query
-    whole = LANES % dim == 0 == heads * dim % LANES
-    return query == key and whole and length <= LONGEST and jnp.dtype(dtype) == jnp.bfloat16
+    full_groups = LANES % dim == 0 == heads * dim % LANES
+    return query == key and full_groups and length <= LONGEST and jnp.dtype(dtype) == jnp.bfloat16
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -39,11 +43,12 @@ def image_attention(
     dim: int,
     interpret: bool = False,
 ) -> Float[Array, "batch tokens width"]:
-    """Scaled dot-product attention where it `fits`; scores and softmax in float32.
+    """Scaled dot-product attention; scores and softmax in float32. The shapes must pass `fits`.
 
     Args:
-      dim: size of a head; heads lie side by side.
-      interpret: runs on any platform, slowly.
+      query, key, value: width = heads * dim, heads side by side.
+      dim: values of a head.
+      interpret: interprets the kernel, which is slow but runs on any platform.
     """
     return _run(_forward, 1, (query, key, value), "image_attention_fwd", dim, interpret)[0]
 
@@ -60,9 +65,12 @@ image_attention.defvjp(_vjp_forward, _vjp_backward)
 
 
 def _run(kernel, outputs: int, arrays: tuple[Array, ...], name: str, dim: int, interpret: bool) -> Sequence[Array]:
-    """Runs a kernel on each picture and group of heads; as many outputs, shaped as the first array.
+    """Runs a kernel on each image and each group of heads.
 
-    Its name ends in the size of a head, which the shapes of what it reads do not tell (see `plan.cost`).
+    The kernel's name ends in the size of a head, for `plan.cost`: the shapes of the kernel's inputs do not tell it.
+
+    Args:
+      outputs: number of outputs, each shaped as the first of `arrays`.
     """
     batch, length, width = arrays[0].shape
     block = pl.BlockSpec((1, length, LANES), lambda image, group: (image, 0, group))
@@ -111,17 +119,18 @@ def _backward(dim: int, query_ref, key_ref, value_ref, gradient_ref, grad_query_
 
 
 def _lanes_of(head: Array, shape: tuple[int, int], dim: int) -> Array:
-    """Which lanes are a head's, of those that share them."""
+    """bool, of `shape`: True in the lanes that belong to a head, counted inside its group."""
     lanes = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     return (lanes >= head * dim) & (lanes < (head + 1) * dim)
 
 
 def _only(own: Array, x: Array) -> Array:
+    """`x`, with zeros where `own` is False."""
     return jnp.where(own, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
 
 def _weights(query: Array, key: Array, dim: int) -> Float[Array, "keys queries"]:
-    """Softmax over the keys. They come first: most sums are then over rows, which are cheap, and not over lanes."""
+    """Softmax over the keys. Keys are the first axis, because sums over rows are cheaper than sums over lanes."""
     scores = _product(key, query, 1, 1) * dim**-0.5
     scores = jnp.exp(scores - jnp.max(scores, axis=0, keepdims=True))
     return scores / jnp.sum(scores, axis=0, keepdims=True)

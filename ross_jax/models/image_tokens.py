@@ -1,10 +1,10 @@
-"""Images inside rows of tokens: writing projected images into a row, and reading hidden states at their places.
+"""Images inside rows of tokens: writes projected images into rows, and reads hidden states at the images' places.
 
     row      t t t i i i i t t i i i i t         image_start = [3, 9], N = 4
 
-Images are written and read as whole blocks: an index per token would need many times the code on TPU. Every row only
-touches itself, so a sharded batch needs no communication. JAX's own derivatives compile to many narrow copies on TPU,
-so scatter and gather are each other's custom VJP.
+Images are written and read as blocks of N tokens, because an index per token compiles to much larger programs on TPU.
+No row reads or writes another row, so a sharded batch needs no communication. JAX's own derivatives compile to many
+narrow copies on TPU, so scatter and gather are each other's custom VJP.
 """
 
 import functools
@@ -22,7 +22,7 @@ def scatter_images(
     """Writes each image's tokens over its place in the row. An image that does not fit writes nothing.
 
     Args:
-      image_start: where each image begins; the row's length where the slot is empty. Images of a row do not overlap.
+      image_start: index of each image's first token; the row's length if the slot is empty. Images must not overlap.
     """
     return _write(embeddings, projected.astype(embeddings.dtype), image_start)
 

@@ -29,12 +29,12 @@ from ross_jax.models.layers import (
 from ross_jax.sharding import constrain
 
 FINAL = -1
-"""The tap behind the final norm."""
+"""Tap that reads the output of the final norm."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for long contexts: `linear` (Vicuna 16k) or `llama3` (Llama 3.1)."""
+    """Stretching of rotary frequencies for long contexts: `linear` (Vicuna 16k) or `llama3` (Llama 3.1)."""
 
     kind: Literal["linear", "llama3"]
     factor: float
@@ -48,7 +48,7 @@ class LanguageConfig:
     """Sizes of a decoder.
 
     Attributes:
-      tied_head: the output head is the embedding; then no `head` is in the tree.
+      tied_head: the embedding is also the output head; the parameter tree then has no `head`.
       qk_norm: RMSNorm on each head's queries and keys (Qwen3).
     """
 
@@ -76,12 +76,12 @@ class LanguageConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of what has been read; a pytree of static shapes.
+    """Keys and values of all positions read so far; a pytree of static shapes.
 
     Attributes:
       keys, values: rotated keys and values of each layer.
       segments: conversation number of each slot; 0 = padding or not yet filled.
-      length: slots filled, equal for all rows (shorter prompts are padded on their left, with segment 0).
+      length: number of filled slots, equal for all rows (shorter prompts are padded on their left, with segment 0).
     """
 
     keys: Float[Array, "layers batch slots kv_heads dim"]
@@ -91,11 +91,11 @@ class Cache(NamedTuple):
 
 
 class ImagePlaces(NamedTuple):
-    """Where images stand in the rows of a batch.
+    """Places of images in the rows of a batch.
 
     Attributes:
-      start: where each image's tokens begin; the row's length where the slot is empty.
-      tokens: tokens of each image.
+      start: index of each image's first token; the row's length if the slot is empty.
+      tokens: number of tokens of each image.
     """
 
     start: Int[Array, "batch images"]
@@ -103,13 +103,14 @@ class ImagePlaces(NamedTuple):
 
 
 class LanguageOutput(NamedTuple):
-    """What `LanguageModel` computes.
+    """Output of `LanguageModel`.
 
     Attributes:
-      hidden: output of the final norm: what head and reconstruction read.
-      cache: filled further, if one was given.
-      hidden_states: on request, the input embeddings, each layer's output, and `hidden` in place of the last.
-      taps: layer -> hidden states at the image positions, for the layers asked for.
+      hidden: output of the final norm, which the output head and reconstruction read.
+      cache: the given cache with the new positions added; None without a cache.
+      hidden_states: on request: the input embeddings, then the output of every layer, with `hidden` in place of the
+        last layer's output.
+      taps: requested tap -> hidden states at the image positions.
     """
 
     hidden: Float[Array, "batch seq embed"]
@@ -121,7 +122,8 @@ class LanguageOutput(NamedTuple):
 def rotary_frequencies(config: LanguageConfig) -> np.ndarray:
     """Inverse frequencies `[head_dim / 2]` (radians per position) after scaling, float32.
 
-    Rounded where torch rounds: at position 1e5 a frequency off by its last bit turns a pair by 1e-2 radians.
+    Rounded at the same steps as in torch: an error in a frequency's last bit rotates pairs at position 1e5 by 1e-2
+    radians.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     freqs = 1.0 / np.power(config.rope_theta, exponents, dtype=np.float64).astype(np.float32)
@@ -130,7 +132,7 @@ def rotary_frequencies(config: LanguageConfig) -> np.ndarray:
         return freqs
     if scaling.kind == "linear":
         return freqs / scaling.factor
-    # Llama 3.1: long waves are stretched, short ones kept, those between are blended.
+    # Llama 3.1 stretches long waves, keeps short waves, and blends between the two.
     wavelengths = 2 * math.pi / freqs
     blend = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -144,10 +146,10 @@ def rotate(
     cos: Float[Array, "batch seq half"],
     sin: Float[Array, "batch seq half"],
 ) -> Float[Array, "batch seq heads dim"]:
-    """Rotary embedding on the (first half, second half) pairs, in float32.
+    """Rotary embedding in float32. Pairs are value i of a head's first half and value i of its second half.
 
-    A product with a constant matrix swaps the halves, which is exact. TPUs keep a head's values in one register, where
-    slices of half of it are slow.
+    The halves are swapped by a product with a constant matrix, which is exact. Slices would be slow on TPU, where a
+    head's values share a register.
     """
     half = x.shape[-1] // 2
     swap = np.zeros((2, half, 2, half), np.float32)
@@ -171,8 +173,10 @@ class Decoder(nn.Module):
     def __call__(self, carry, layer, cos, sin, segments, mask, length, image_start):
         """Runs layer number `layer`.
 
-        Carry: hidden states; when decoding, the keys and values of all layers (updated in place); and one array
-        `[batch, images, tokens, embed]` for each of `taps`, which the layer with that output fills.
+        The carry is a tuple of
+          hidden states `[batch, seq, embed]`;
+          the cached keys and values of all layers, updated in place, or None without a cache;
+          a `[batch, images, tokens, embed]` array for each of `taps`, which the tapped layer fills.
         """
         cfg = self.config
         x, keys, values, tapped = carry
@@ -204,7 +208,8 @@ class Decoder(nn.Module):
         up = gradient_fusion_barrier(checkpoint_name(up, SAVED_UP))
         y = nn.silu(gate) * up
         x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down")(y)
-        # A select instead of a split scan: slices of stacked parameters would be copied, and the carry is no residual.
+        # A select in every layer, because splitting the scan at the taps would copy slices of the stacked parameters.
+        # The carried taps are not kept for the backward pass.
         tapped = tuple(
             jnp.where(layer + 1 == tap, gather_images(x, image_start, self.image_tokens), held)
             for tap, held in zip(self.taps, tapped, strict=True)
@@ -221,7 +226,7 @@ class Decoder(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embeddings to hidden states to logits."""
+    """Maps token embeddings to hidden states, and hidden states to logits."""
 
     config: LanguageConfig
     dtype: DTypeLike = jnp.float32
@@ -242,7 +247,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
         """Embeddings of token ids."""
-        # Split by columns first, like the table: its gradient is then summed split, not gathered on every device.
+        # Split by columns first, like the embedding table, so that the table's gradient stays split while it is summed.
         columns = constrain(jnp.take(self.embedding, tokens, axis=0).astype(self.dtype), "replicas", None, "embed")
         return constrain(columns, "batch")
 
@@ -252,7 +257,7 @@ class LanguageModel(nn.Module):
         return jnp.matmul(hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
 
     def head_kernel(self) -> Float[Array, "embed vocab"]:
-        """The matrix that `logits` multiplies with, as it is stored."""
+        """The matrix that `logits` multiplies with, in the parameters' dtype."""
         return self.embedding.T if self.config.tied_head else self.head
 
     @nn.compact
@@ -269,17 +274,17 @@ class LanguageModel(nn.Module):
         """Runs the decoder.
 
         Args:
-          embeddings: of tokens and images.
+          embeddings: embeddings of tokens and images.
           positions: rotary position inside the segment.
           segments: conversation number, 0 = padding; attention never crosses segments.
-          cache: what came before; `seq` slots are appended. The caller makes sure that they fit.
+          cache: keys and values of the positions before; `seq` slots are appended. The caller makes sure that they fit.
           hidden_states: also return every layer's output.
           taps: numbers of hidden states whose values at the images' places are returned, counted as in transformers'
             `hidden_states`: 0 the embeddings, k the output of k layers, -1 (`FINAL`) the output of the final norm.
-          places: of the images that `taps` read.
+          places: places of the images that `taps` read.
 
         Raises:
-          ValueError: a tap that the model has not.
+          ValueError: the model has no such tap.
         """
         cfg = self.config
         angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(cfg)
@@ -314,7 +319,7 @@ class LanguageModel(nn.Module):
 
 
 def tap_number(config: LanguageConfig, tap: int) -> int:
-    """The number of a tap's hidden state, from 0 to `num_layers`.
+    """The number of a tap's hidden state, from 0 to `num_layers`. Negative taps count from the end.
 
     Raises:
       ValueError: there is no such hidden state.
@@ -326,7 +331,7 @@ def tap_number(config: LanguageConfig, tap: int) -> int:
 
 
 def empty_cache(config: LanguageConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> Cache:
-    """A cache for `slots` positions of `batch` rows."""
+    """A cache with room for `slots` positions in each of `batch` rows."""
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
     return Cache(
         jnp.zeros(shape, dtype),

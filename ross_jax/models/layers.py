@@ -1,4 +1,4 @@
-"""Layers that several models share: norms, activations, dense layers, and the stacking of identical blocks."""
+"""Layers shared by several models: norms, activations, dense layers, and stacks of identical blocks."""
 
 import functools
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from ross_jax.sharding import gather, logical_axes, scatter
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 RematPolicy = Literal["none", "full", "attention", "gate", "mlp", "offload", "dots"]
 SAVED_ATTENTION = "attention"
-"""Checkpoint name of queries, keys, values and the output of attention; in the denoiser also of what both branches of
-a block add, before their gates."""
+"""Checkpoint name of queries, keys, values and the output of attention. In the denoiser also of the outputs of a
+block's branches, before their gates."""
 SAVED_GATE = "gate"
 """Checkpoint name of the input of an MLP's activation."""
 SAVED_UP = "up"
-"""Checkpoint name of the factor that a gated MLP's activation is multiplied with."""
+"""Checkpoint name of the factor that multiplies the activation in a gated MLP."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -61,15 +61,15 @@ def linear(
     """`x @ kernel + bias`, with the gradients that `Dense` describes.
 
     Args:
-      axes: logical axes of the kernel, to gather it by; none: XLA decides.
-      dtype: of the product. None: the operands'.
+      axes: logical axes of the kernel, which is gathered along them. Empty: XLA decides.
+      dtype: dtype of the product. None: the operands' dtype.
     """
     return _linear_forward(x, kernel, bias, axes, dtype)[0]
 
 
 def _linear_forward(x: Array, kernel: Array, bias: Array | None, axes: tuple[str | None, ...], dtype):
     y = jnp.matmul(x, gather(kernel, axes), preferred_element_type=dtype)
-    return y if bias is None else y + bias, (x, kernel, bias)  # not the gathered one, which takes memory
+    return y if bias is None else y + bias, (x, kernel, bias)  # the gathered kernel would take memory
 
 
 def _linear_backward(
@@ -94,17 +94,17 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Dense(nn.Module):
-    """Linen's Dense with its own derivative, which compiles to faster programs.
+    """Linen's Dense with a custom derivative, which compiles to faster programs.
 
-    Kernel gradient: the narrower of the two factors is transposed; JAX always transposes the output's gradient, which
-    XLA for CPU computes up to twice as slowly. Bias gradient: a product with ones instead of a sum over rows, since XLA
-    for TPU sums columns at a fourth of its memory's speed and keeps the rows in float32 for it.
+    Kernel gradient: the narrower of the two factors is transposed, which is faster on CPU. JAX always transposes the
+    output's gradient. Bias gradient: a product with ones instead of a sum over rows, which XLA for TPU computes slowly
+    and with a float32 copy of the rows.
 
     Attributes:
       gathered: the kernel is gathered before the product, by its logical axes in `sharding.PARAMETER_AXES`. False: XLA
         decides.
-      outputs: number of arrays of equal width that the features are returned in, each from a product of its own. That
-        costs less than splitting the result of one product.
+      outputs: number of arrays that the features are split into. Each array has the same width and is computed by its
+        own product, which costs less than splitting the result of one product.
     """
 
     features: int
@@ -116,7 +116,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]):
-        """`[*batch, features]`; a list of arrays if there are several outputs."""
+        """`[*batch, features]`. With several outputs: a list of `[*batch, features / outputs]`."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.use_bias else None
         axes = logical_axes("/".join((*self.path, "kernel")), kernel.ndim) if self.gathered else ()
@@ -130,10 +130,12 @@ class Dense(nn.Module):
 
 @jax.custom_vjp
 def fusion_barrier(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x`, where XLA may fuse neither `x` nor its gradient with their users.
+    """Returns `x`. XLA never fuses an operation that computes `x` with an operation that reads it.
 
-    Placed next to float32 products. Without it XLA for TPU fuses both products of an MLP, or a product with the sums of
-    norms and gates, and either takes twice as long.
+    The gradient of `x` passes through a barrier too.
+
+    Placed next to float32 products. XLA for TPU would otherwise fuse both products of an MLP, or a product with the
+    sums in norms and gates, and run slower.
     """
     return jax.lax.optimization_barrier(x)
 
@@ -143,10 +145,10 @@ fusion_barrier.defvjp(lambda x: (fusion_barrier(x), None), lambda _, gradient: (
 
 @jax.custom_vjp
 def gradient_fusion_barrier(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x`, where XLA may not fuse the computation of its gradient with the gradient's users.
+    """Returns `x`. Only the gradient of `x` passes through a barrier, as in `fusion_barrier`.
 
-    Placed between a norm and a matrix product. Without it XLA for TPU lets the product's gradient sum the gradient of
-    the norm's scale too, and takes twice as long for both.
+    Placed between a norm and a matrix product. XLA for TPU would otherwise compute the gradient of the norm's scale
+    inside the gradient of the product, and run slower.
     """
     return x
 
@@ -155,7 +157,7 @@ gradient_fusion_barrier.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an activation between, as in every transformer block here but the language model's."""
+    """Two linear layers with an activation between. Vision encoders and the denoiser use it."""
 
     features: int
     activation: Activation
@@ -180,13 +182,13 @@ def stack(block: type[nn.Module], length: int, remat: RematPolicy = "none", scan
       remat: what the backward pass recomputes.
         none       nothing
         full       everything
-        attention  everything but what is named `SAVED_ATTENTION`
-        offload    likewise; what is named goes to the host's memory and back
-        gate       everything but what is named `SAVED_ATTENTION` or `SAVED_GATE`
-        mlp        everything but what is named `SAVED_ATTENTION`, `SAVED_GATE` or `SAVED_UP`
+        attention  everything but values named `SAVED_ATTENTION`
+        offload    everything but values named `SAVED_ATTENTION`, which wait in the host's memory
+        gate       everything but values named `SAVED_ATTENTION` or `SAVED_GATE`
+        mlp        everything but values named `SAVED_ATTENTION`, `SAVED_GATE` or `SAVED_UP`
         dots       everything but matrix products
-      scanned: how many of the arguments after the carry are split along their leading axis.
-      constant: how many arguments follow that every layer sees whole.
+      scanned: number of arguments after the carry that are split along their leading axis, one slice per layer.
+      constant: number of arguments after the scanned ones that every layer receives unsplit.
     """
     if remat != "none":
         policies = jax.checkpoint_policies

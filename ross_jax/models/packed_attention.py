@@ -1,9 +1,16 @@
-"""Attention inside the conversations of packed rows, in plain XLA: where no kernel is at hand.
+"""Attention inside the conversations of packed rows, in plain XLA: for platforms without an attention kernel.
 
-Blocks of queries take turns, and each looks at keys from its first conversation's first one to its own last one. How
-many blocks of keys that is, data decide: blocks of queries with the same number share a loop, which has static shapes
-and runs as often as there are such blocks. The backward pass makes weights again, their maxima and sums included:
-were those of the forward pass kept, XLA would no longer make scores and weights in one kernel on a CPU.
+    row                1 1 1 1 | 1 2 2 2 | 2 2 3 3        three blocks, three conversations
+    keys of block 0    x x x x
+    keys of block 1    x x x x   x x x x
+    keys of block 2              x x x x   x x x x
+
+Queries are computed block by block. A block reads the keys from the start of the first block that shares a conversation
+with it, to its own last position. The number of keys depends on the data, but shapes must be static: there is one loop
+for each number of keys, and it runs over all blocks that read that many.
+
+The backward pass computes the weights, their maxima and their sums again. If it read the forward pass's values, XLA for
+CPU would no longer compute scores and weights in one kernel.
 """
 
 from collections.abc import Callable
@@ -17,13 +24,13 @@ from jaxtyping import Array, Float, Int
 from ross_jax.models.layers import SAVED_ATTENTION
 
 BLOCK = 128
-"""Queries whose scores are computed at once; keys are left out by as many, or more where rows are long."""
+"""Number of queries whose scores are computed at once. Keys are skipped in units of as many, or more in long rows."""
 LOOPS = 8
-"""At most; the more, the fewer keys that nothing attends to are looked at, and the longer XLA compiles."""
+"""Largest number of loops. More loops skip more keys that no query attends to, but take longer to compile."""
 _NEVER = -1e30
 
 Place = tuple[Array, Array, Array]
-"""Of a block: its row, its first query, and the first key that it looks at."""
+"""Place of a block: its row, its first query, and the first key that it reads."""
 
 
 def packed_attention(
@@ -35,8 +42,8 @@ def packed_attention(
     """Attention to earlier positions of the same segment; scores and softmax in float32.
 
     Args:
-      segments: conversation number of each position; the better they are sorted, the less is computed. Those of
-        segment 0, padding, attend to each other: finite, and without meaning.
+      segments: conversation number of each position; 0 = padding. The numbers may lie in any order, but sorted numbers
+        need the least computation. Padding positions attend to each other: their output is finite, but has no meaning.
     """
     length = query.shape[1]
     if not query.size:
@@ -75,34 +82,35 @@ def _backward_rule(residuals: tuple[Array, ...], gradient: Array):
     inner = jnp.sum(gradient.astype(jnp.float32) * output, axis=-1, keepdims=True)
 
     def step(place: Place, bias: Array, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        of_query, of_keys, of_values = gradients
-        rows, some = _queries(scaled, place, bias, groups), _keys(keys, place, bias)
-        weights, sums = _weights(rows, some, bias)
-        above = _queries(gradient, place, bias, groups) / sums
-        change = _product(above.astype(dtype), _keys(values, place, bias).swapaxes(-1, -2))
-        change = weights * (change - _queries(inner, place, bias, groups) / sums)
-        above, change, weights = (x.astype(dtype) for x in (above, change, weights))
+        grad_query, grad_keys, grad_values = gradients
+        rows, block_keys = _queries(scaled, place, bias, groups), _keys(keys, place, bias)
+        weights, sums = _weights(rows, block_keys, bias)
+        block_gradient = _queries(gradient, place, bias, groups) / sums
+        grad_scores = _product(block_gradient.astype(dtype), _keys(values, place, bias).swapaxes(-1, -2))
+        grad_scores = weights * (grad_scores - _queries(inner, place, bias, groups) / sums)
+        block_gradient, grad_scores, weights = (x.astype(dtype) for x in (block_gradient, grad_scores, weights))
         return (
-            _write(of_query, _scaled(_product(change, some)), place, bias),
-            _add(of_keys, _product(rows.swapaxes(-1, -2), change), place),
-            _add(of_values, _product(above.swapaxes(-1, -2), weights), place),
+            _write(grad_query, _scaled(_product(grad_scores, block_keys)), place, bias),
+            _add(grad_keys, _product(rows.swapaxes(-1, -2), grad_scores), place),
+            _add(grad_values, _product(block_gradient.swapaxes(-1, -2), weights), place),
         )
 
-    # Those of keys and values with positions last: each is a product with a transposed operand, the smaller one, as
-    # for the larger XLA takes three times as long on a CPU.
+    # The gradients of keys and values have positions as their last axis. Each is then a product whose smaller operand
+    # is transposed, which is faster in XLA for CPU.
     transposed = jnp.zeros(keys.swapaxes(-1, -2).shape, jnp.float32)
-    of_query, *others = _for_each_block(segments, step, (jnp.zeros_like(query), transposed, transposed))
-    of_key, of_value = (x.transpose(0, 3, 1, 2).astype(key.dtype) for x in others)
-    return of_query, of_key, of_value, None
+    grad_query, *others = _for_each_block(segments, step, (jnp.zeros_like(query), transposed, transposed))
+    grad_key, grad_value = (x.transpose(0, 3, 1, 2).astype(key.dtype) for x in others)
+    return grad_query, grad_key, grad_value, None
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
 
 
 def _for_each_block(segments: Int[Array, "batch seq"], step: Callable[[Place, Array, Any], Any], carry: Any) -> Any:
-    """`carry` after `step(place, bias, carry)` of each block of queries.
+    """Runs `carry = step(place, bias, carry)` for each block of queries, and returns the last `carry`.
 
-    `bias`, [queries, keys], is what a block's scores are added to: zero, or next to minus infinity.
+    `bias`, [queries, keys], is added to a block's scores: 0 where a query may attend to a key, else a large negative
+    number.
     """
     batch, length = segments.shape
     size = min(BLOCK, length)
@@ -131,8 +139,12 @@ def _for_each_block(segments: Int[Array, "batch seq"], step: Callable[[Place, Ar
 
 
 def _first_keys(segments: Int[Array, "batch seq"], size: int) -> Int[Array, "batch blocks"]:
-    """First position of the first block with a segment number between those of each block of queries, or before it."""
-    last = jnp.where(segments == 0, jnp.iinfo(segments.dtype).max, segments)  # where packing puts padding
+    """Index of the first key that each block of queries reads: the start of the first block that may share a segment.
+
+    Two blocks may share a segment if the ranges of their segment numbers overlap.
+    """
+    # Padding sorts last, where packing puts it.
+    last = jnp.where(segments == 0, jnp.iinfo(segments.dtype).max, segments)
     blocks = last.reshape(len(segments), -1, size)
     lowest, highest = blocks.min(-1), blocks.max(-1)
     shared = (lowest[:, :, None] <= highest[:, None, :]) & (lowest[:, None, :] <= highest[:, :, None])
@@ -140,43 +152,46 @@ def _first_keys(segments: Int[Array, "batch seq"], size: int) -> Int[Array, "bat
 
 
 def _scaled(x: Array) -> Array:
-    """Queries instead of scores, which are many more; or the gradient of queries."""
+    """`x / sqrt(dim)`, for queries or their gradient. Scores, which are more, then need no scaling."""
     return x * x.shape[-1] ** -0.5
 
 
 def _queries(x: Float[Array, "batch seq heads dim"], place: Place, bias: Array, groups: int) -> Array:
-    """A block's part, [kv_heads, heads of each x queries, dim]."""
+    """A block of `x`, [kv_heads, query heads of each key head * queries, dim]."""
     heads, dim = x.shape[2:]
     block = jax.lax.dynamic_slice(x, (place[0], place[1], 0, 0), (1, len(bias), heads, dim))
     return block.reshape(len(bias), groups, -1, dim).transpose(1, 2, 0, 3).reshape(groups, -1, dim)
 
 
 def _keys(x: Float[Array, "batch kv_heads seq dim"], place: Place, bias: Array) -> Float[Array, "kv_heads keys dim"]:
-    """What a block looks at."""
+    """The keys, or values, that a block of queries reads."""
     return jax.lax.dynamic_slice(x, (place[0], 0, place[2], 0), (1, x.shape[1], bias.shape[1], x.shape[3]))[0]
 
 
 def _write(x: Float[Array, "batch seq heads dim"], block: Array, place: Place, bias: Array) -> Array:
-    """`x` with a block's part, as `_queries` returns it, in its place."""
+    """`x` with a block, shaped as by `_queries`, written to its place."""
     groups, dim = block.shape[0], block.shape[2]
     block = block.reshape(groups, -1, len(bias), dim).transpose(2, 0, 1, 3).reshape(1, len(bias), -1, dim)
     return jax.lax.dynamic_update_slice(x, block.astype(x.dtype), (place[0], place[1], 0, 0))
 
 
 def _add(x: Float[Array, "batch kv_heads dim seq"], part: Float[Array, "kv_heads dim keys"], place: Place) -> Array:
-    """`x` with a part added to it where a block looks."""
+    """`x` with `part` added at the keys that a block reads."""
     at = (place[0], 0, 0, place[2])
     before = jax.lax.dynamic_slice(x, at, (1, *part.shape))
     return jax.lax.dynamic_update_slice(x, before + part, at)
 
 
 def _product(x: Float[Array, "kv_heads rows inner"], y: Float[Array, "kv_heads inner columns"]) -> Array:
-    """Of the matrices of each key head, accumulated and returned in float32."""
+    """Matrix product of `x` and `y` for each key head, accumulated and returned in float32."""
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
 def _weights(queries: Array, keys: Array, bias: Array) -> tuple[Array, Array]:
-    """Weights [kv_heads, heads of each x queries, keys] before they are divided by their sums, and the sums."""
+    """Attention weights before the division by their sums, and the sums.
+
+    Shapes: [kv_heads, query heads of each key head * queries, keys], and the same with 1 in place of keys.
+    """
     scores = _product(queries, keys.swapaxes(-1, -2)).reshape(-1, *bias.shape) + bias
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     shape = queries.shape[:2]

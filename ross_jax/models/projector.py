@@ -17,7 +17,8 @@ class ProjectorConfig:
     """Sizes of a projector.
 
     Attributes:
-      kind: `mlp` (`depth` linear layers, exact GELU between; depth 1 is LLaVA's `linear`) or `identity`.
+      kind: `mlp` (linear layers with exact GELU between) or `identity`.
+      depth: number of linear layers; 1 is LLaVA's `linear`.
     """
 
     kind: Literal["mlp", "identity"]
@@ -33,7 +34,7 @@ class ProjectorConfig:
 
 
 class Projector(nn.Module):
-    """Maps each feature on its own."""
+    """Maps each vision feature to a language embedding, independently of other features."""
 
     config: ProjectorConfig
     dtype: DTypeLike = jnp.float32

@@ -16,12 +16,12 @@ class RegressorConfig:
     """Sizes of a regressor.
 
     Attributes:
-      target: name of what is predicted for each image token, such as `pixels`, `latents` (the autoencoder's) or
-        `features` (a teacher's). Each objective checks that the regressor predicts its own targets.
+      target: name of the targets that are predicted for each image token: `pixels`, `latents` (of the autoencoder),
+        `features` (of a teacher), or another. Each objective checks that the regressor predicts the right targets.
       condition_size: width of the visual outputs.
       out_size: values per token.
       width: units of each hidden layer.
-      depth: linear layers; 1 is a linear map.
+      depth: number of linear layers; 1 is a linear map.
     """
 
     target: str
@@ -47,7 +47,7 @@ class Regressor(nn.Module):
 
     @nn.compact
     def __call__(self, context: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens target"]:
-        """Targets of normalised visual outputs (see `normalise_condition`)."""
+        """Predicts targets from normalised visual outputs (see `normalise_condition`)."""
         cfg = self.config
         x = context
         for i in range(cfg.depth - 1):

@@ -1,6 +1,6 @@
-"""Ross: images and text to hidden states, and the hidden states at image positions among them.
+"""The Ross model: maps images and text to hidden states. The visual outputs are the hidden states at image positions.
 
-`RossConfig` also lists the components that only supervision uses (denoiser, regressor, autoencoder, teacher): their
+`RossConfig` also lists the components that only supervision uses: denoiser, regressor, autoencoder and teacher. Their
 configs and parameters live beside the model's, and `ross_jax.objectives` runs them.
 """
 
@@ -29,12 +29,12 @@ TARGET_PIXELS = 16
 HEADS = ("denoiser", "regressor")
 """Components that read hidden states at image positions. They train, and compute in float32 unless told otherwise."""
 TARGET_ENCODERS = ("autoencoder", "teacher")
-"""Components that targets are computed by. They never train."""
+"""Components that compute reconstruction targets. They never train."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RossConfig:
-    """The components of a model. A component that is absent has no parameters: LLaVA has neither heads nor targets.
+    """The components of a model. Absent components have no parameters: LLaVA has neither heads nor target encoders.
 
     Attributes:
       denoiser, regressor: heads that read the visual outputs; at most one of them.
@@ -100,7 +100,7 @@ class RossConfig:
 
     @property
     def latent_size(self) -> int | None:
-        """Values of a latent token: all channels of a window; None without an autoencoder."""
+        """Values of a latent token: all channels of a window of latents; None without an autoencoder."""
         return self.autoencoder and self.autoencoder.latent_channels * self.latent_window**2
 
     @property
@@ -110,11 +110,11 @@ class RossConfig:
 
 
 class RossOutput(NamedTuple):
-    """What `Ross` computes.
+    """Output of `Ross`.
 
     Attributes:
-      hidden: final-norm hidden states, input of the text loss.
-      taps: hidden states at the image positions, by the layer asked for; zeros in empty slots.
+      hidden: output of the final norm, input of the text loss.
+      taps: requested tap -> hidden states at the image positions; zeros in empty slots.
       internals: on request: `vision_hidden_states`, `features`, `projected`, `embeddings`, `hidden_states`.
     """
 
@@ -124,7 +124,7 @@ class RossOutput(NamedTuple):
 
     @property
     def visual_outputs(self) -> Float[Array, "batch images tokens embed"]:
-        """The tap behind the final norm."""
+        """Hidden states at the image positions, behind the final norm."""
         return self.taps[FINAL]
 
 
@@ -133,7 +133,7 @@ def normalise(
 ) -> Float[Array, "*batch height width 3"]:
     """The vision encoder's input from uint8 images: `(images / 255 - mean) / std`, in float32.
 
-    Equal to the Hugging Face processors but for the last bit: XLA multiplies by rounded reciprocals.
+    Equals the Hugging Face processors' output except for the last bit, because XLA multiplies by rounded reciprocals.
     """
     mean, std = jnp.asarray(config.image_mean, jnp.float32), jnp.asarray(config.image_std, jnp.float32)
     return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
@@ -155,7 +155,7 @@ class Ross(nn.Module):
 
     def setup(self):
         cfg = self.config
-        # A frozen encoder keeps nothing for a backward pass, so remat costs it nothing.
+        # Remat costs a frozen encoder nothing, because a frozen encoder has no backward pass.
         self.vision = VisionEncoder(cfg.vision, self.dtype, self.remat)
         self.projector = Projector(cfg.projector, self.dtype)
         self.language = LanguageModel(cfg.language, self.dtype, self.remat)
@@ -207,12 +207,13 @@ class Ross(nn.Module):
 
         Args:
           tokens: text ids; anything at image positions.
-          positions, segments: as the decoder reads them.
+          positions: rotary position inside the segment.
+          segments: conversation number, 0 = padding.
           images: normalised images; the content of empty slots is ignored.
-          image_start: where each image's tokens begin; the row's length where the slot is empty.
-          internals: also return what the components computed.
+          image_start: index of each image's first token; the row's length if the slot is empty.
+          internals: also return the outputs of inner components.
           features: precomputed vision features. The encoder is then not run, and `images` not read.
-          taps: layers whose hidden states at the image positions are returned, as `LanguageModel` counts them.
+          taps: numbers of the hidden states that are returned at the image positions, counted as in `LanguageModel`.
         """
         collected = {}
         if features is not None:
@@ -235,7 +236,7 @@ class Ross(nn.Module):
 def build_autoencoder(
     config: AutoencoderConfig | TinyAutoencoderConfig, dtype: DTypeLike = jnp.float32, remat: bool = False
 ) -> Autoencoder | TinyAutoencoder:
-    """The autoencoder's module, of either kind; both have the same interface."""
+    """The module of an autoencoder. Both kinds have the same interface."""
     return {"kl": Autoencoder, "tiny": TinyAutoencoder}[config.kind](config, dtype, remat)
 
 
@@ -254,15 +255,15 @@ def components(config: RossConfig) -> dict[str, nn.Module]:
 
 
 def abstract_params(config: RossConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-    """Shapes of the whole parameter tree, nothing allocated: `{component: {...: ShapeDtypeStruct}}`."""
+    """Shapes of the whole parameter tree, `{component: {...: ShapeDtypeStruct}}`. Allocates nothing."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(config))
 
 
 @functools.cache
 def _shapes(config: RossConfig) -> dict[str, Any]:
     """Shapes of all parameters. Cached, because tracing init takes seconds."""
-    made = {
+    initialised = {
         name: jax.eval_shape(module.init, jax.random.key(0), *module.input_spec())
         for name, module in components(config).items()
     }
-    return {name: variables.get("params", {}) for name, variables in made.items()}
+    return {name: variables.get("params", {}) for name, variables in initialised.items()}

@@ -1,7 +1,7 @@
 """Tiny autoencoder: diffusers' `AutoencoderTiny`, the family of TAESD (4 channels), TAESD3 and TAEF1 (16 channels).
 
-Distilled from a KL autoencoder, in whose latent space it works: plain convolutions, no norm, no attention, and no
-randomness. Inside, pictures are in [0, 1].
+A tiny autoencoder is distilled from a KL autoencoder and shares its latent space. It consists of plain convolutions,
+without norms, attention or randomness. Encoder and decoder see images in [0, 1].
 """
 
 import dataclasses
@@ -15,9 +15,11 @@ from jaxtyping import Array, Float
 from ross_jax.models.autoencoder import Autoencoder, Posterior
 
 CLAMP = 3.0
-"""The decoder bends latents into (-3, 3); a constant of the architecture, whatever config.json says."""
+"""Bound of latents: the decoder maps them smoothly into (-3, 3). A constant of the architecture, which config.json does
+not change."""
 NO_VARIANCE = -1000.0
-"""Log-variance whose deviation is 0 in float32, so that a sample is the mean; finite, so that no sum over it is NaN."""
+"""Log-variance of a posterior without variance. The deviation is 0 in float32, so every sample is the mean. The value
+is finite, so that sums over it are not NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +27,12 @@ class TinyAutoencoderConfig:
     """Sizes of a tiny autoencoder.
 
     Attributes:
-      encoder_channels, decoder_channels: of every resolution level.
-      encoder_blocks, decoder_blocks: residual blocks of each level; finest-first for the encoder, coarsest-first for
-        the decoder.
-      scaling_factor, shift_factor: latents the denoiser sees are `(sample - shift) * scaling`; published ones are on
-        that scale already.
+      encoder_channels, decoder_channels: channels, the same at every resolution level.
+      encoder_blocks, decoder_blocks: number of residual blocks of each level. Finest level first for the encoder,
+        coarsest first for the decoder.
+      latent_channels: channels of a latent.
+      scaling_factor, shift_factor: the denoiser sees latents as `(sample - shift_factor) * scaling_factor`. Published
+        tiny autoencoders encode to that scale already.
     """
 
     encoder_channels: int
@@ -44,21 +47,21 @@ class TinyAutoencoderConfig:
     def __post_init__(self):
         encoder, decoder = len(self.encoder_blocks), len(self.decoder_blocks)
         if not encoder or encoder != decoder:
-            raise ValueError(f"encoder_blocks has {encoder} levels, decoder_blocks {decoder}; must be as many, not 0")
+            raise ValueError(f"encoder_blocks has {encoder} levels, decoder_blocks {decoder}; must be equal, not 0")
 
     @property
     def downsampling(self) -> int:
-        """Pixels per latent, along a side."""
+        """Pixels per latent, along a side of the image."""
         return 2 ** (len(self.encoder_blocks) - 1)
 
 
 def _conv(features: int, dtype: DTypeLike, name: str, stride: int = 1, bias: bool = True) -> nn.Conv:
-    # Explicit, because "SAME" pads a strided convolution only behind.
+    # Explicit padding, because "SAME" pads a strided convolution only at the end.
     return nn.Conv(features, (3, 3), stride, padding=1, use_bias=bias, dtype=dtype, name=name)
 
 
 class TinyBlock(nn.Module):
-    """Three convolutions with a skip; ReLU between them and after the sum."""
+    """Three convolutions with a skip connection; ReLU between the convolutions and after the sum."""
 
     dtype: DTypeLike
 
@@ -71,7 +74,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Pictures in [0, 1] to latents."""
+    """Maps images in [0, 1] to latents."""
 
     config: TinyAutoencoderConfig
     dtype: DTypeLike
@@ -89,7 +92,7 @@ class TinyEncoder(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Bounded latents to pictures in [0, 1]."""
+    """Maps bounded latents to images in [0, 1]."""
 
     config: TinyAutoencoderConfig
     dtype: DTypeLike
@@ -110,7 +113,7 @@ class TinyDecoder(nn.Module):
 
 
 class TinyAutoencoder(Autoencoder):
-    """Pictures in [-1, 1] to latents and back, without randomness."""
+    """Maps images in [-1, 1] to latents and back, without randomness."""
 
     config: TinyAutoencoderConfig
 
@@ -119,10 +122,10 @@ class TinyAutoencoder(Autoencoder):
         self.decoder = TinyDecoder(self.config, self.dtype, self.remat)
 
     def encode(self, images: Float[Array, "batch height width 3"]) -> Posterior:
-        """The latents as a posterior without variance, float32: every sample is its mean.
+        """The latents as a posterior without variance, float32: every sample is the mean.
 
         Raises:
-          ValueError: sides that are not multiples of the downsampling.
+          ValueError: the images' sides are not multiples of the downsampling.
         """
         self.check_sides(images)
         unit = (images.astype(jnp.float32) + 1.0) / 2.0
@@ -130,6 +133,6 @@ class TinyAutoencoder(Autoencoder):
         return Posterior(mean, jnp.full_like(mean, NO_VARIANCE))
 
     def decode(self, latents: Float[Array, "batch rows columns latent"]) -> Float[Array, "batch height width 3"]:
-        """The picture of raw latents (scaling already undone), float32; not clipped to [-1, 1]."""
+        """The image of raw latents (see `denormalise`), float32; not clipped to [-1, 1]."""
         bounded = CLAMP * jnp.tanh(latents.astype(jnp.float32) / CLAMP)
         return 2.0 * self.decoder(bounded.astype(self.dtype)).astype(jnp.float32) - 1.0

@@ -1,9 +1,9 @@
 """Vision encoders: SigLIP, CLIP and DINOv2, one ViT with three configs.
 
 Matches transformers' `SiglipVisionModel`, `CLIPVisionModel` and `Dinov2Model` (`Dinov2WithRegistersModel`) up to the
-selected hidden layer. The layers above it, a final norm that is not asked for, the pooling head and DINOv2's mask token
-are never computed, so they are not in the tree. Position tables are for `image_size` and never interpolated: pictures
-are always resized to it.
+selected hidden layer. The parameter tree has only what is computed: no layers above the selected one, no final norm
+unless `final_norm` is set, no pooling head, and no mask token of DINOv2. Images are always resized to `image_size`, so
+position tables are never interpolated.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ class VisionConfig:
     Attributes:
       kind: `siglip` (biased patch embedding), `clip` (class token, pre-layernorm) or `dinov2` (class token, biased
         patch embedding, layer scale).
-      num_layers: layers of the published model.
-      select_layer: which hidden state is the feature, counted as in transformers' `hidden_states`: 0 is the embedding,
-        -1 the last layer's output.
-      final_norm: whether the features are that hidden state after the model's last layernorm: with the last layer, what
-        transformers calls `last_hidden_state`. CLIP has none, as it normalises only the class token's output.
-      registers: DINOv2's register tokens, behind the class token.
-      swiglu: DINOv2's gated MLP, of the giant model.
+      num_layers: number of layers of the published model.
+      select_layer: number of the hidden state that becomes the features, counted as in transformers' `hidden_states`:
+        0 is the embedding, -1 the last layer's output.
+      final_norm: whether the model's last layernorm is applied to the selected hidden state. For the last layer, the
+        result is transformers' `last_hidden_state`. Not for CLIP, which normalises only the class token's output.
+      registers: number of DINOv2's register tokens, which follow the class token.
+      swiglu: whether MLPs are gated, as in DINOv2's giant model.
     """
 
     kind: Literal["siglip", "clip", "dinov2"]
@@ -67,22 +67,22 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches per side; a remainder of the picture, as 384 = 27 * 14 + 6, is not seen."""
+        """Patches per side. A remainder of the image is not seen, as in 384 = 27 * 14 + 6."""
         return self.image_size // self.patch_size
 
     @property
     def num_tokens(self) -> int:
-        """Features per picture (N), class and register tokens not counted."""
+        """Features per image (N), without class and register tokens."""
         return self.grid**2
 
     @property
     def extra_tokens(self) -> int:
-        """Tokens before those of the patches: class and registers."""
+        """Number of tokens before the patch tokens: class and register tokens."""
         return 0 if self.kind == "siglip" else 1 + self.registers
 
     @property
     def layers_used(self) -> int:
-        """Layers that run, and are in the tree."""
+        """Number of layers that run, and that the parameter tree has."""
         return self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
 
 
@@ -108,7 +108,7 @@ class VisionBlock(nn.Module):
         return x, (x if self.collect else None)
 
     def _scaled(self, x: Float[Array, "batch tokens embed"], name: str) -> Float[Array, "batch tokens embed"]:
-        """DINOv2's layer scale, channel by channel."""
+        """`x` times a learned factor per channel (layer scale) for DINOv2, else `x`."""
         if self.config.kind != "dinov2":
             return x
         return x * self.param(name, nn.initializers.ones, (x.shape[-1],)).astype(self.dtype)
@@ -133,7 +133,7 @@ class VisionAttention(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """Gated MLP with biases: gate and input in one matrix, as DINOv2 stores them."""
+    """Gated MLP with biases. Gate and input projections are one matrix, as DINOv2 stores them."""
 
     features: int
     dtype: DTypeLike
@@ -146,7 +146,7 @@ class SwiGlu(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Normalised pictures to patch features."""
+    """Maps normalised images to patch features."""
 
     config: VisionConfig
     dtype: DTypeLike = jnp.float32
@@ -159,19 +159,19 @@ class VisionEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width 3"], hidden_states: bool = False):
-        """Encodes pictures.
+        """Encodes images.
 
         Args:
           images: normalised with the encoder's mean and std, `image_size` pixels square.
           hidden_states: also return every hidden state.
 
         Returns:
-          Features `[batch, num_tokens, hidden_size]` of the selected layer, without class and register tokens; with
-          `hidden_states` a pair of them and `[layers_used + 1, batch, tokens, hidden_size]`, all tokens included, none
-          of them after the final norm.
+          Features `[batch, num_tokens, hidden_size]` of the selected layer, without class and register tokens. With
+          `hidden_states`: a pair of the features and all hidden states
+          `[layers_used + 1, batch, extra_tokens + num_tokens, hidden_size]`, before the final norm.
 
         Raises:
-          ValueError: pictures of another size.
+          ValueError: the images have another size.
         """
         cfg = self.config
         if images.shape[1:3] != (cfg.image_size, cfg.image_size):
@@ -191,7 +191,7 @@ class VisionEncoder(nn.Module):
             cls = self.param("class_embedding", init, (cfg.hidden_size,)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, cfg.hidden_size)), x], axis=1)
         x = x + self.param("position_embedding", init, (x.shape[1], cfg.hidden_size)).astype(self.dtype)
-        if cfg.registers:  # they have no position
+        if cfg.registers:  # after the position embedding, because registers have no position
             registers = self.param("registers", init, (cfg.registers, cfg.hidden_size)).astype(self.dtype)
             registers = jnp.broadcast_to(registers, (x.shape[0], *registers.shape))
             x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)

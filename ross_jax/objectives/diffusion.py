@@ -1,8 +1,9 @@
 """Gaussian diffusion: noise schedules, respacing, and ancestral sampling.
 
-Improved DDPM's process as DiT and the reference use it (cosine schedule, epsilon prediction, fixed large variance), and
-other schedules and predictions.
-Tables are float64 on the host and become float32 when a timestep is looked up.
+The defaults are Improved DDPM's process as DiT and the reference use it: cosine schedule, epsilon prediction, fixed
+large variance. Other schedules and predictions are available.
+
+Tables are float64 on the host, and are converted to float32 before timesteps are looked up.
 """
 
 import dataclasses
@@ -19,16 +20,16 @@ from ross_jax.config import ConfigError
 from ross_jax.models.denoiser import Prediction, Schedule
 
 Predict = Callable[[Float[Array, "batch ..."], Int[Array, " batch"]], Float[Array, "batch ..."]]
-"""A network's noise, from x_t and the timestep of the training process."""
+"""Function that predicts noise from x_t and the timestep of the training process."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diffusion:
-    """A discrete noising process; every table is indexed by its own step.
+    """A discrete noising process. Tables are indexed by its own steps, not by the training process's timesteps.
 
     Attributes:
       betas: `[steps]` variance added at each step.
-      timestep_map: `[steps]` the step of the training process that each stands for: what the network is told.
+      timestep_map: `[steps]` timestep of the training process that each step stands for, which the network receives.
     """
 
     betas: np.ndarray
@@ -41,12 +42,12 @@ class Diffusion:
 
     @property
     def alphas_cumprod(self) -> np.ndarray:
-        """Share of the signal's variance left after each step."""
+        """Share of the signal's variance that is left after each step."""
         return np.cumprod(1.0 - self.betas)
 
     @property
     def alphas_cumprod_prev(self) -> np.ndarray:
-        """The same one step earlier; 1 before the first."""
+        """Share of the signal's variance that is left before each step; 1 before the first."""
         return np.append(1.0, self.alphas_cumprod[:-1])
 
     @property
@@ -64,7 +65,8 @@ class Diffusion:
 
     @property
     def model_variance(self) -> np.ndarray:
-        """Variance of a sampling step (`FIXED_LARGE`): the betas, with the second posterior variance in front."""
+        """Variance of a sampling step (`FIXED_LARGE`): the betas, with the second posterior variance in place of the
+        first beta."""
         return np.append(self.posterior_variance[1], self.betas[1:])
 
 
@@ -78,12 +80,12 @@ def cosine_betas(steps: int = 1000, max_beta: float = 0.999) -> np.ndarray:
 
 
 def linear_betas(steps: int = 1000) -> np.ndarray:
-    """Betas of DDPM's schedule, rising evenly; their sum does not depend on the number of steps."""
+    """Betas of DDPM's schedule, which rise evenly. Their sum does not depend on the number of steps."""
     return 1000 / steps * np.linspace(1e-4, 0.02, steps)
 
 
 def scaled_linear_betas(steps: int = 1000) -> np.ndarray:
-    """Betas of latent diffusion's schedule: their roots rise evenly."""
+    """Betas of latent diffusion's schedule, whose square roots rise evenly."""
     return 1000 / steps * np.square(np.linspace(math.sqrt(0.00085), math.sqrt(0.012), steps))
 
 
@@ -98,18 +100,20 @@ SCHEDULES: dict[Schedule, Callable[[], np.ndarray]] = {
     "scaled_linear": scaled_linear_betas,
     "sigmoid": sigmoid_betas,
 }
-"""Betas of the 1000-step processes that a denoiser's config names."""
+"""Name of a schedule in a denoiser's config -> function that returns its 1000 betas."""
 
 
 def space_timesteps(steps: int, request: str | Sequence[int]) -> list[int]:
-    """Which of `steps` to keep, ascending.
+    """Steps of a process of `steps` steps that a respaced process keeps, ascending.
 
     Args:
-      request: `"ddimN"` for N steps at one fixed stride; `"50"` for 50 spread evenly; or `"10,15,20"`, a count for each
-        of several equal sections.
+      request: number of steps to keep.
+        "ddim50"      50 steps at one fixed stride
+        "50"          50 steps, spread evenly
+        "10,15,20"    numbers of steps for three sections of equal length
 
     Raises:
-      ConfigError: no such stride, or a section asked for more steps than it has.
+      ConfigError: no stride keeps that many steps, or a section has fewer steps than requested.
     """
     if isinstance(request, str) and request.startswith("ddim"):
         count = _integer(request.removeprefix("ddim"), request)
@@ -124,9 +128,9 @@ def space_timesteps(steps: int, request: str | Sequence[int]) -> list[int]:
     for i, count in enumerate(request):
         size = base + (i < extra)
         if not 1 <= count <= size:
-            raise ConfigError(f"respacing {request!r}: section {i} has {size} steps, {count} asked for")
+            raise ConfigError(f"respacing {request!r}: section {i} has {size} steps and cannot keep {count}")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        # Repeated addition, not multiplication: ties of `round` fall as in the reference.
+        # Repeated addition instead of multiplication, so that `round` breaks ties as in the reference.
         position = 0.0
         for _ in range(count):
             kept.append(first + round(position))
@@ -143,24 +147,28 @@ def _integer(text: str, request: str) -> int:
 
 
 def make_diffusion(betas: np.ndarray | None = None, respacing: str | Sequence[int] | None = None) -> Diffusion:
-    """The training process (default: cosine, 1000 steps), or one respaced to fewer steps for sampling.
+    """The process with these betas, respaced to fewer steps for sampling if requested.
+
+    Args:
+      betas: default: cosine schedule, 1000 steps.
+      respacing: steps to keep, as in `space_timesteps`. None: all steps.
 
     Raises:
-      ConfigError: see `space_timesteps`; or fewer than two steps.
+      ConfigError: the respacing is impossible, or leaves fewer than two steps.
     """
     betas = cosine_betas() if betas is None else np.asarray(betas, np.float64)
     full = Diffusion(betas, np.arange(len(betas), dtype=np.int32))
     if respacing is None:
         return full
     kept = np.array(space_timesteps(full.steps, respacing), np.int32)
-    if len(kept) < 2:  # the first step borrows the second one's variance
+    if len(kept) < 2:  # the first step uses the second step's variance
         raise ConfigError(f"respacing {respacing!r}: sampling needs at least 2 steps")
     signal = full.alphas_cumprod[kept]
     return Diffusion(1.0 - signal / np.append(1.0, signal[:-1]), kept)
 
 
 def lookup(table: np.ndarray, steps: Int[Array, " batch"], ndim: int) -> Float[Array, "batch ..."]:
-    """Entries of a table, float32, shaped to broadcast over `ndim` axes of a batch."""
+    """Entries of a table at `steps`, float32, shaped to broadcast over a batch with `ndim` axes."""
     return jnp.asarray(table, jnp.float32)[steps].reshape(-1, *(1,) * (ndim - 1))
 
 
@@ -170,7 +178,7 @@ def add_noise(
     steps: Int[Array, " batch"],
     noise: Float[Array, "batch ..."],
 ) -> Float[Array, "batch ..."]:
-    """x_t: the sample of q(x_t | x_0) that `noise` selects."""
+    """x_t: a sample of q(x_t | x_0), made from x_0 (`start`) and standard normal `noise`."""
     signal = process.alphas_cumprod
     return lookup(np.sqrt(signal), steps, start.ndim) * start + lookup(np.sqrt(1.0 - signal), steps, start.ndim) * noise
 
@@ -182,7 +190,7 @@ def prediction_target(
     steps: Int[Array, " batch"],
     noise: Float[Array, "batch ..."],
 ) -> Float[Array, "batch ..."]:
-    """What a network is to say of x_t: its noise, its x_0, or v (Salimans and Ho, 2022)."""
+    """The value that a network should predict from x_t: the noise, x_0, or v (Salimans and Ho, 2022)."""
     if prediction == "epsilon":
         return noise
     if prediction == "x0":
@@ -198,7 +206,7 @@ def implied_noise(
     noised: Float[Array, "batch ..."],
     steps: Int[Array, " batch"],
 ) -> Float[Array, "batch ..."]:
-    """The noise in x_t that goes with a network's prediction."""
+    """The noise in x_t that corresponds to a network's prediction."""
     if prediction == "epsilon":
         return predicted
     signal, ndim = process.alphas_cumprod, noised.ndim
@@ -209,7 +217,13 @@ def implied_noise(
 
 
 class StepDistribution(NamedTuple):
-    """p(x_{t-1} | x_t): mean, and per item variance and its logarithm; with the x_0 it supposes."""
+    """The distribution p(x_{t-1} | x_t).
+
+    Attributes:
+      mean: mean of x_{t-1}.
+      variance, log_variance: variance of each item, and its logarithm.
+      start: predicted x_0.
+    """
 
     mean: Float[Array, "batch ..."]
     variance: Float[Array, " batch"]
@@ -229,8 +243,8 @@ def step_distribution(
     Args:
       predicted: the network's noise.
       noised: x_t.
-      steps: of `process`, not of the training process.
-      clip: clip the supposed x_0 to [-1, 1].
+      steps: steps of `process`, not timesteps of the training process.
+      clip: clips the predicted x_0 to [-1, 1].
     """
     signal, ndim = process.alphas_cumprod, noised.ndim
     start = (
@@ -239,8 +253,8 @@ def step_distribution(
     )
     if clip:
         start = jnp.clip(start, -1.0, 1.0)
-    of_start, of_noised = process.posterior_mean_coefficients
-    mean = lookup(of_start, steps, ndim) * start + lookup(of_noised, steps, ndim) * noised
+    start_weight, noised_weight = process.posterior_mean_coefficients
+    mean = lookup(start_weight, steps, ndim) * start + lookup(noised_weight, steps, ndim) * noised
     variance = process.model_variance
     return StepDistribution(mean, lookup(variance, steps, 1), lookup(np.log(variance), steps, 1), start)
 
@@ -256,15 +270,15 @@ def sample_ancestral(
     """Ancestral sampling as one scan.
 
     Args:
-      process: often respaced.
-      predict: the network's noise from x_t and the timestep of the training process.
+      process: the process to reverse, usually respaced.
+      predict: predicts noise from x_t and the timestep of the training process.
       initial: x_T.
-      noise: standard normal, in the order of execution (most noised step first); the last is not used.
-      temperature: multiplies the noise added at each step.
-      clip: clip the supposed x_0 to [-1, 1].
+      noise: standard normal noise for each step in order of execution, most noised step first. The last step adds none.
+      temperature: factor of the noise added at each step.
+      clip: clips the predicted x_0 to [-1, 1].
 
     Returns:
-      The sample after each step; the last is the result.
+      The sample after each step. The last entry is the result.
     """
 
     def step(noised, inputs):

@@ -1,7 +1,7 @@
 """Deterministic samplers: DDIM, and DPM-Solver++(2M) for few steps. Ancestral sampling is in `diffusion`.
 
-Both follow the probability flow from noise to data, so one x_T gives one picture. They take a respaced process, whose
-first step is the last that is executed, and end at x_0 itself.
+Both samplers follow the probability flow from noise to data, so the same x_T always gives the same image. Steps of the
+(usually respaced) process run from the last to the first. The result is x_0 itself.
 """
 
 import jax
@@ -16,8 +16,8 @@ def sample_ddim(process: Diffusion, predict: Predict, initial: Float[Array, "bat
     """DDIM without added noise (Song et al., 2021, equation 12 with sigma 0).
 
     Args:
-      process: often respaced.
-      predict: the network's noise from x_t and the timestep of the training process.
+      process: the process to reverse, usually respaced.
+      predict: predicts noise from x_t and the timestep of the training process.
       initial: x_T.
     """
 
@@ -31,15 +31,19 @@ def sample_ddim(process: Diffusion, predict: Predict, initial: Float[Array, "bat
 
 
 def sample_dpm(process: Diffusion, predict: Predict, initial: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
-    """DPM-Solver++(2M) (Lu et al., 2022, algorithm 2), its first and its last step of first order.
+    """DPM-Solver++(2M) (Lu et al., 2022, algorithm 2). Its first step and its last step are of first order.
 
-    Arguments are those of `sample_ddim`.
+    Args:
+      process: the process to reverse, usually respaced.
+      predict: predicts noise from x_t and the timestep of the training process.
+      initial: x_T.
     """
     signals, next_signals, timesteps = _descending(process)
-    # Half the logarithm of signal over noise; at x_0 itself it has no end.
+    # Half the logarithm of the signal-to-noise ratio, which is infinite at x_0.
     lambdas = 0.5 * np.log(process.alphas_cumprod / (1.0 - process.alphas_cumprod))[::-1]
     widths = np.append(np.diff(lambdas), np.inf)
-    # What the difference to the previous x_0 counts for: nothing at the first step, which has none, nor at the last.
+    # Weights of the difference to the previously predicted x_0. The first step has no previous x_0, and the last step
+    # is of first order: both have weight 0.
     weights = np.zeros_like(widths)
     weights[1:-1] = 0.5 * widths[1:-1] / widths[:-2]
 
@@ -57,7 +61,7 @@ def sample_dpm(process: Diffusion, predict: Predict, initial: Float[Array, "batc
 
 
 def _descending(process: Diffusion) -> tuple[Array, Array, Array]:
-    """Share of signal at each step and after it, and the timestep that the network is told; most noised first."""
+    """Share of signal before and after each step, and the timestep that the network receives; most noised first."""
     signals = jnp.asarray(process.alphas_cumprod[::-1], jnp.float32)
     after = jnp.asarray(process.alphas_cumprod_prev[::-1], jnp.float32)
     return signals, after, jnp.asarray(process.timestep_map[::-1])

@@ -1,4 +1,4 @@
-"""Golden files: recorded inputs and outputs of the reference, and which of them have been used."""
+"""Golden files: inputs and outputs recorded from the reference implementation."""
 
 import dataclasses
 from pathlib import Path
@@ -17,9 +17,9 @@ class Golden:
     """Recorded tensors by name.
 
     Attributes:
-      facts: of `fixture.json` beside the file: what config.json does not record.
-      gradient_norms: of `grad_norms.json`: foreign key -> L2 norm.
-      inputs: names that were read as inputs.
+      facts: contents of `fixture.json` beside the file: settings that config.json does not record.
+      gradient_norms: contents of `grad_norms.json` beside the file: Hugging Face key -> L2 norm of the gradient.
+      inputs: names of the tensors that were read as inputs.
     """
 
     tensors: dict[str, np.ndarray]
@@ -28,9 +28,13 @@ class Golden:
     inputs: set[str] = dataclasses.field(default_factory=set)
 
     def take(self, name: str) -> np.ndarray:
-        """An input; it counts as covered."""
+        """Returns the input called `name`, and notes that it was read: inputs need no comparison.
+
+        Raises:
+          UserError: the file has no such tensor.
+        """
         if name not in self.tensors:
-            raise UserError(f"golden file: input {name!r} is missing, which other tensors of it need")
+            raise UserError(f"golden file: input {name!r} is missing, but other tensors of the file need it")
         self.inputs.add(name)
         return self.tensors[name]
 
@@ -39,22 +43,22 @@ class Golden:
         return any(name.startswith(prefix) for name in self.tensors)
 
     def children(self, prefix: str) -> list[str]:
-        """Distinct next components of the names that begin with `prefix`."""
+        """Distinct path components that follow `prefix` in the tensors' names, in the file's order."""
         names = [name.removeprefix(prefix).split("/")[0] for name in self.tensors if name.startswith(prefix)]
         return list(dict.fromkeys(names))
 
 
 def read_golden(path: Path) -> Golden:
-    """Reads a golden file and the facts beside it.
+    """Reads a golden file, and `fixture.json` and `grad_norms.json` beside it if they exist.
 
     Raises:
-      UserError: no such file, or one that cannot be read.
+      UserError: the file does not exist or cannot be read.
     """
     try:
         tensors = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # the library raises its own type, which it does not export
+    except Exception as error:  # safetensors raises an exception type that it does not export
         raise UserError(f"{path}: not a safetensors file that can be read ({error})") from error
     beside = {name: path.parent / name for name in ("fixture.json", "grad_norms.json")}
     facts, norms = ({} if not file.is_file() else read_json(file) for file in beside.values())
@@ -63,16 +67,16 @@ def read_golden(path: Path) -> Golden:
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """A batch as the reference lays it out after pictures are spliced in.
+    """A batch as the reference lays it out after images are inserted.
 
     Attributes:
-      tokens: ids, 0 at pictures and padding.
-      labels: -100 at pictures and padding; not shifted.
-      mask: 1 at valid positions.
-      positions: counted over valid positions, 0 at padding.
-      image_start: [batch, slots] first index of each picture, row length if none.
-      image_rows: [batch, slots] which picture of the batch is meant.
-      first, last: index of the first picture's first and last token in the unpadded row, -1 without one.
+      tokens: [batch, length] ids; 0 at images and padding.
+      labels: [batch, length] ids, not shifted; -100 at images and padding.
+      mask: [batch, length] 1 at valid positions, 0 at padding.
+      positions: [batch, length] counted over valid positions; 0 at padding.
+      image_start: [batch, slots] index of each image's first token; the row's length if the slot is empty.
+      image_rows: [batch, slots] index of each image in the list of all images.
+      first, last: [batch] index of the first image's first and last token in the unpadded row; -1 without an image.
     """
 
     tokens: np.ndarray
@@ -96,16 +100,18 @@ def merge(
     """The reference's `prepare_inputs_labels_for_multimodal`, for ids instead of embeddings.
 
     Args:
-      input_ids: [batch, text] with -200 where a picture goes.
-      image_tokens: N.
-      max_length: rows are cut to it after pictures are in.
-      left: pad on the left.
+      input_ids: [batch, text] with -200 at the place of each image.
+      labels: [batch, text] ids, not shifted.
+      attention_mask: [batch, text] 0 at padding.
+      image_tokens: number of tokens of an image (N).
+      max_length: rows are cut to this length after images are inserted.
+      left: pads on the left instead of the right.
     """
     rows, next_image = [], 0
-    for ids, wanted, valid in zip(input_ids, labels, attention_mask, strict=True):
-        ids, wanted = ids[valid != 0], wanted[valid != 0]
+    for text_ids, text_labels, valid in zip(input_ids, labels, attention_mask, strict=True):
+        text_ids, text_labels = text_ids[valid != 0], text_labels[valid != 0]
         row_ids, row_labels, starts, images = [], [], [], []
-        for token, label in zip(ids.tolist(), wanted.tolist(), strict=True):
+        for token, label in zip(text_ids.tolist(), text_labels.tolist(), strict=True):
             if token == IMAGE_ID:
                 starts.append(len(row_ids))
                 images.append(next_image + len(images))
@@ -114,7 +120,7 @@ def merge(
             else:
                 row_ids.append(token)
                 row_labels.append(label)
-        # A row without pictures uses up the dummy picture that the data set gives it.
+        # The data set gives a dummy image to a row without images: the row uses one up.
         next_image += max(len(images), 1)
         rows.append((row_ids[:max_length], row_labels[:max_length], starts, images or [next_image - 1]))
     length = max(len(ids) for ids, *_ in rows)
@@ -125,11 +131,11 @@ def merge(
     image_start = np.full((batch, slots), length, np.int32)
     image_rows = np.zeros((batch, slots), np.int32)
     first = np.array([starts[0] if starts else -1 for *_, starts, _ in rows], np.int32)
-    for b, (ids, wanted, starts, images) in enumerate(rows):
-        offset = length - len(ids) if left else 0
-        here = slice(offset, offset + len(ids))
-        tokens[b, here], merged_labels[b, here], mask[b, here] = ids, wanted, 1
-        positions[b, here] = np.arange(len(ids))
+    for b, (row_ids, row_labels, starts, images) in enumerate(rows):
+        offset = length - len(row_ids) if left else 0
+        filled = slice(offset, offset + len(row_ids))
+        tokens[b, filled], merged_labels[b, filled], mask[b, filled] = row_ids, row_labels, 1
+        positions[b, filled] = np.arange(len(row_ids))
         image_start[b, : len(starts)] = np.array(starts, np.int32) + offset
         image_rows[b, : len(images)] = images
     last = np.where(first < 0, -1, first + image_tokens - 1).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Every quantity that a golden file can hold, computed by this project, under the golden file's names."""
+"""Quantities of a golden file, computed by this project and named as in the golden file."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -35,11 +35,12 @@ Params = dict[str, Any]
 
 
 class Group(NamedTuple):
-    """A part of a golden file, ready to be computed.
+    """A function that computes one part of a golden file.
 
     Attributes:
-      compute: parameters -> values by golden name. Pure, so it is compiled once for any number of checkpoints.
-      valid: for values that mean something only at some positions, which (broadcast from the left).
+      compute: parameters -> values by golden name. A pure function, compiled once for any number of checkpoints.
+      valid: golden name -> bool array: True at the positions that are compared. Its axes are the value's first axes.
+        Values without an entry are compared everywhere.
     """
 
     compute: Callable[[Params], dict[str, Any]]
@@ -48,27 +49,26 @@ class Group(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What is known of a reference checkpoint beside its parameters.
+    """Settings of a reference checkpoint.
 
     Attributes:
-      whole: the config with every layer of the vision tower.
-      selected: index of the feature among the tower's hidden states.
-      max_length: rows are cut to it after pictures are in.
+      full_tower: the config with every layer of the vision tower.
+      selected: number of the tower's hidden state that holds the features.
+      max_length: rows are cut to this length after images are inserted.
     """
 
-    whole: RossConfig
+    full_tower: RossConfig
     selected: int
     max_length: int
 
     @property
     def config(self) -> RossConfig:
-        """The config with the layers that training runs."""
-        return dataclasses.replace(
-            self.whole, vision=dataclasses.replace(self.whole.vision, select_layer=self.selected)
-        )
+        """The config with only those layers of the vision tower that training runs."""
+        vision = dataclasses.replace(self.full_tower.vision, select_layer=self.selected)
+        return dataclasses.replace(self.full_tower, vision=vision)
 
     def used(self, params: Params) -> Params:
-        """The tree without the layers above the feature."""
+        """The parameter tree without the vision tower's layers above the features."""
         vision = dict(params["vision"])
         layers = jax.tree.map(lambda leaf: leaf[: self.selected], vision.pop("layers"))
         return {**params, "vision": {**vision, "layers": layers} if self.selected else vision}
@@ -80,7 +80,7 @@ def to_grid(tokens: jax.Array) -> jax.Array:
 
 
 def from_grid(grid: np.ndarray) -> jax.Array:
-    """The inverse of `to_grid`."""
+    """[batch, channels, rows, columns] to [batch, tokens, channels]: the inverse of `to_grid`."""
     return rearrange(jnp.asarray(grid), "b c h w -> b (h w) c")
 
 
@@ -95,12 +95,12 @@ def channels_last(images: np.ndarray) -> jax.Array:
 
 
 class Batch(NamedTuple):
-    """A batch, ready for the model.
+    """A batch as the model reads it.
 
     Attributes:
       images: [batch, slots, height, width, 3] normalised.
-      targets: shifted labels.
-      real: [batch, slots] 1 where there is a picture.
+      targets: [batch, length] labels, shifted by one position.
+      real: [batch, slots] 1 where the slot holds an image, else 0.
     """
 
     merged: Merged
@@ -112,10 +112,16 @@ class Batch(NamedTuple):
 def make_batch(
     reference: Reference, golden: Golden, prefix: str, images: jax.Array, left: bool = False, rows: Any = slice(None)
 ) -> Batch:
-    """A batch of recorded ids; `rows` selects some of them."""
+    """The batch recorded under `prefix`.
+
+    Args:
+      images: all recorded images, normalised, channels last.
+      left: pads on the left instead of the right.
+      rows: selects rows of the recorded batch.
+    """
     ids, labels, mask = (golden.take(f"{prefix}{name}")[rows] for name in ("input_ids", "labels", "attention_mask"))
     count, limit = reference.config.vision.num_tokens, reference.max_length
-    if prefix == "edge/truncate/in/":  # recorded with room for eight text tokens
+    if prefix == "edge/truncate/in/":  # the recorded rows were cut to one image and eight text tokens
         limit = count + 8
     merged = merge(ids, labels, mask, count, limit, left)
     targets = np.pad(merged.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
@@ -132,20 +138,20 @@ def run(config: RossConfig, params: Params, batch: Batch, internals: bool = Fals
 
 
 def text_loss(config: RossConfig, params: Params, batch: Batch, hidden: jax.Array) -> jax.Array:
-    """Mean cross entropy over the batch's supervised tokens."""
+    """Mean cross-entropy over the batch's supervised tokens."""
     head = Ross(config).apply({"params": params}, method="head_kernel")
     total, count = next_token_loss(hidden, jnp.asarray(batch.targets), head, chunk=64)
     return total / count
 
 
 def forward(reference: Reference, golden: Golden) -> Group:
-    """`vision/*`, `merge/*`, `llm/*`: the evaluation-mode forward pass."""
+    """`vision/*`, `merge/*`, `llm/*`: the forward pass in evaluation mode."""
     images = channels_last(golden.take("inputs/pixel_values"))
     batch = make_batch(reference, golden, "inputs/", images)
     config = reference.config
 
     def compute(params: Params) -> dict[str, Any]:
-        encoder = VisionEncoder(reference.whole.vision)
+        encoder = VisionEncoder(reference.full_tower.vision)
         _, states = encoder.apply({"params": params["vision"]}, images, hidden_states=True)
         params = reference.used(params)
         projected = Ross(config).apply({"params": params}, images[:, None], method="encode_images")
@@ -165,7 +171,7 @@ def forward(reference: Reference, golden: Golden) -> Group:
 
 
 def merged_quantities(prefix: str, batch: Batch, embeddings: jax.Array) -> dict[str, Any]:
-    """What `prepare_inputs_labels_for_multimodal` returns; padded embeddings are zero there."""
+    """Outputs of the reference's `prepare_inputs_labels_for_multimodal`, whose embeddings are zero at padding."""
     merged = batch.merged
     return {
         f"{prefix}inputs_embeds": embeddings * merged.mask[..., None],
@@ -178,7 +184,7 @@ def merged_quantities(prefix: str, batch: Batch, embeddings: jax.Array) -> dict[
 
 
 def autoencoder(reference: Reference, golden: Golden) -> Group:
-    """`vae/*`."""
+    """`vae/*`: encoding and decoding with the autoencoder."""
     images = channels_last(golden.take("inputs/pixel_values"))
     module = build_autoencoder(reference.config.autoencoder)
     window = reference.config.latent_window
@@ -202,7 +208,10 @@ def autoencoder(reference: Reference, golden: Golden) -> Group:
 
 
 def recorded_draw(golden: Golden, rows: int) -> NoiseSample:
-    """The reference's draws for the first `rows` pictures; it repeats the batch, draw by draw."""
+    """The recorded noise for the first `rows` images.
+
+    The reference repeats the batch once per draw, so its tensors are ordered [draws, images].
+    """
     draws = len(golden.take("vm/t")) // len(golden.take("vm/posterior_noise"))
     timesteps = golden.take("vm/t")[: rows * draws].reshape(draws, rows).T
     noise = rearrange(from_grid(golden.take("vm/noise")[: rows * draws]), "(k b) n c -> b k n c", k=draws)
@@ -214,34 +223,34 @@ class RecordedNoise(DenoiseObjective):
     """The denoiser's objective with recorded noise in place of random noise.
 
     Attributes:
-      noise: of each image of the batch.
+      noise: recorded noise of every image of the batch.
     """
 
     noise: NoiseSample | None = None
 
     def loss(self, params: Params, frozen: Params, taps: Taps, targets: Any, keys: jax.Array) -> jax.Array:
-        """Loss of each image, averaged over its recorded draws."""
+        """Loss of each image, averaged over the image's recorded draws."""
         outputs = taps[FINAL].reshape(-1, *taps[FINAL].shape[2:])
         return self.draw_losses(params, outputs, targets, self.noise).mean(axis=1).reshape(keys.shape)
 
 
 def recorded_loss(config: RossConfig, noise: NoiseSample, compat: str = "official", dtype: Any = jnp.float32) -> Loss:
-    """The loss of training, with recorded noise."""
+    """The training loss with recorded noise."""
     objective = RecordedNoise(config, draws=noise.timesteps.shape[1], noise=noise)
     return Loss(Ross(config, dtype), objective, make_reduction(compat, objective), chunk=64)
 
 
 def training_batch(config: RossConfig, batch: Batch) -> dict[str, jax.Array]:
-    """A recorded batch as training reads it, its images as the uint8 pixels that they were.
+    """A recorded batch as training reads it, with images converted back to uint8 pixels.
 
     Raises:
-      UserError: recorded images that are no normalised uint8 pixels.
+      UserError: the recorded images are not normalised uint8 pixels.
     """
     merged, mean, std = batch.merged, np.asarray(config.image_mean), np.asarray(config.image_std)
     exact = (np.asarray(batch.images, np.float64) * std + mean) * 255.0
     pixels = np.clip(np.round(exact), 0, 255)
     if np.abs(pixels - exact)[batch.real != 0].max(initial=0.0) > 1e-2:
-        raise UserError("inputs/pixel_values: are no normalised uint8 pixels, which training starts from")
+        raise UserError("inputs/pixel_values: not normalised uint8 pixels, which the training step needs")
     arrays = {
         "tokens": merged.tokens,
         "targets": batch.targets,
@@ -255,20 +264,20 @@ def training_batch(config: RossConfig, batch: Batch) -> dict[str, jax.Array]:
 
 
 def loss_quantities(prefix: str, loss: Loss, params: Params, rows: dict[str, jax.Array]) -> dict[str, Any]:
-    """`lm_loss`, `vm_loss` and `total_loss` of a batch."""
+    """A batch's `lm_loss`, `vm_loss` and `total_loss`, with `prefix` before the names."""
     total, losses = loss(params, params, rows, loss.counts(rows), jax.random.key(0))
     return {f"{prefix}lm_loss": losses.text, f"{prefix}vm_loss": losses.reconstruction, f"{prefix}total_loss": total}
 
 
 def item_losses(loss: Loss, params: Params, batch: Batch, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The loss of each draw, ordered draw by draw as in the reference, and the visual outputs that it reads."""
+    """The loss of each draw, ordered [draws, images] as in the reference, and the visual outputs that it depends on."""
     outputs = run(loss.model.config, params, batch).visual_outputs[:, 0]
     targets = loss.objective.targets(params, rows)
     return loss.objective.draw_losses(params, outputs, targets, loss.objective.noise).T.reshape(-1), outputs
 
 
 def reconstruction(reference: Reference, golden: Golden) -> Group:
-    """`vm/*`, `grad/*`, `grad_norms/*`: the training step's losses and gradients, and what they are computed from."""
+    """`vm/*`, `grad/*`, `grad_norms/*`: losses and gradients of the training step, and the values they depend on."""
     images = channels_last(golden.take("inputs/pixel_values"))
     batch = make_batch(reference, golden, "inputs/", images)
     noise, config = recorded_draw(golden, len(images)), reference.config
@@ -311,19 +320,19 @@ def reconstruction(reference: Reference, golden: Golden) -> Group:
 
 
 def foreign_names(config: RossConfig, tree: Params) -> Iterator[tuple[str, jax.Array]]:
-    """Leaves of a parameter-shaped tree under the reference's names and in its layouts."""
+    """Yields the leaves of a parameter-shaped tree, named and laid out as in the reference."""
     for component, leaves in tree.items():
         flat = flatten(leaves)
         table = TABLES[component](getattr(config, component))
         for piece in expand(table, {path: leaf.shape for path, leaf in flat.items()}):
             leaf = flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer]
             named = piece.transform.to_hf(leaf)
-            for key in (piece.hf_key, *(copy for copy, of in table.copies.items() if of == piece.hf_key)):
+            for key in (piece.hf_key, *(copy for copy, source in table.copies.items() if source == piece.hf_key)):
                 yield SCOPES[component] + key, named
 
 
 def denoiser(reference: Reference, golden: Golden) -> Group:
-    """`denoiser/*`: the network and the process on recorded inputs."""
+    """`denoiser/*`: the denoiser and the diffusion process on recorded inputs."""
     process = make_diffusion()
     timesteps = jnp.asarray(golden.take("denoiser/t"))
     start, noise, context = (from_grid(golden.take(f"denoiser/{name}")) for name in ("x_start", "noise", "context"))
@@ -403,7 +412,7 @@ def generation(reference: Reference, golden: Golden) -> Group:
 
 
 def edges(reference: Reference, golden: Golden) -> Group:
-    """`edge/*`: padding sides, truncation, several pictures, and batches with and without pictures."""
+    """`edge/*`: padding sides, truncation, several images per row, and batches with and without images."""
     images = channels_last(golden.take("inputs/pixel_values"))
     config = reference.config
     merges, batches = {}, {}
@@ -442,4 +451,7 @@ GROUPS: dict[str, tuple[Callable[[Reference, Golden], Group], tuple[str, ...]]] 
     "generate/": (generation, ("vision", "projector", "language")),
     "edge/": (edges, ("vision", "projector", "language", "denoiser", "autoencoder")),
 }
-"""Prefix of the names that make a group worth computing -> the group, and the components that it needs."""
+"""Prefix -> builder of a group, and the components that the group needs.
+
+A group is computed if the golden file has names with its prefix. A group may also compute names with other prefixes.
+"""

@@ -1,4 +1,4 @@
-"""Holds a checkpoint's numbers against a golden file, tensor by tensor."""
+"""Compares a checkpoint's numbers with a golden file, tensor by tensor."""
 
 import dataclasses
 from collections.abc import Collection, Iterator
@@ -16,7 +16,7 @@ from ross_jax.parity.golden import Golden
 from ross_jax.parity.quantities import GROUPS, Params, Reference
 
 CLIPPED_TOLERANCE = 10.0
-"""Clipped samples are compared absolutely, at this many times the relative tolerance."""
+"""Absolute tolerance of clipped samples, in multiples of the relative tolerance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,11 @@ class Row:
     """One line of the table.
 
     Attributes:
-      error: largest difference, relative to the golden tensor's largest value (absolute for clipped samples, exact for
-        integers); infinite for another shape or NaN, None if nothing was compared.
+      name: name of the tensor in the golden file.
+      shape: shape of the tensor in the golden file.
+      error: largest difference, relative to the golden tensor's largest value. Integers and clipped samples: the
+        largest absolute difference. Infinite if shapes differ, NaN if a value is NaN, None if nothing was
+        compared.
     """
 
     name: str
@@ -35,14 +38,14 @@ class Row:
 
 
 def load_reference(checkpoint: Path, facts: dict[str, Any], **flags: Path | None) -> tuple[Reference, Params]:
-    """Imports a reference checkpoint into memory, float32, with its whole vision tower.
+    """Imports a reference checkpoint into memory, float32, with all layers of its vision tower.
 
     Args:
-      facts: of the golden file's `fixture.json`.
+      facts: contents of the golden file's `fixture.json`.
       flags: `vision_tower`, `autoencoder_folder` as for `plan_import`.
 
     Raises:
-      UserError: a checkpoint that cannot be imported, or lacks a component.
+      UserError: the checkpoint cannot be imported, or lacks a component.
     """
     heads = facts.get("denoiser", {}).get("num_heads", NUM_HEADS)
     plan = plan_import([str(checkpoint)], whole_tower=True, num_heads=heads, **flags)
@@ -52,7 +55,7 @@ def load_reference(checkpoint: Path, facts: dict[str, Any], **flags: Path | None
         plan.close()
     missing = [name for name in ("vision", "projector", "language") if getattr(plan.config, name) is None]
     if missing:
-        raise UserError(f"{checkpoint}: has no {', '.join(missing)}; a full Ross or LLaVA checkpoint has")
+        raise UserError(f"{checkpoint}: has no {', '.join(missing)}; a full Ross or LLaVA checkpoint is needed")
     settings, tower = read_json(checkpoint / "config.json"), plan.config.vision
     # The reference ignores mm_vision_select_layer for SigLIP.
     select = settings.get("mm_vision_select_layer", -2) if tower.kind == "clip" else -2
@@ -62,7 +65,7 @@ def load_reference(checkpoint: Path, facts: dict[str, Any], **flags: Path | None
 
 
 class Verifier:
-    """Everything that a golden file holds, compiled once; then any parameters of that model can be held against it."""
+    """Compares parameters with a golden file. Computations are compiled once, for any number of parameter trees."""
 
     def __init__(self, reference: Reference, golden: Golden):
         self._golden = golden
@@ -74,15 +77,15 @@ class Verifier:
         self._compiled = {prefix: jax.jit(group.compute) for prefix, group in self.groups.items()}
 
     def rows(self, params: Params, rtol: float = 1e-4, only: Collection[str] | None = None) -> list[Row]:
-        """Computes everything, and compares it.
+        """Computes all groups, and compares them with the golden file.
 
         Args:
           rtol: largest difference allowed, relative to a tensor's largest value.
-          only: prefixes of the groups to compute; all by default.
+          only: prefixes of the groups to compute. None: all groups.
 
         Returns:
-          A row for each golden tensor that is not an input, in the file's order, gradient norms last. With `only`,
-          tensors that were not computed have none.
+          A row for each golden tensor that is not an input, in the file's order, gradient norms last. With `only`:
+          rows for computed tensors only.
         """
         values: dict[str, Any] = {}
         valid: dict[str, np.ndarray] = {}
@@ -120,14 +123,14 @@ def _compare(golden: Golden, computed: dict[str, Any], valid: dict[str, np.ndarr
         elif "clip" in name:
             tolerance = CLIPPED_TOLERANCE * rtol
         else:
-            # A gradient that is zero but for rounding is compared with the size of the others.
+            # A norm that is zero except for rounding is compared relative to a small share of the largest norm.
             scale = max(float(np.max(magnitude, initial=0.0)), floor if name in norms else 0.0)
             error = error / scale if scale > 0 else error
         yield Row(name, expected.shape, error, "ok" if error <= tolerance else "FAIL")
 
 
 def format_table(rows: list[Row]) -> str:
-    """The rows as aligned text, and a line that counts them."""
+    """Formats rows as aligned text, with a last line that counts verdicts."""
     width = max((len(row.name) for row in rows), default=4)
     lines = [f"{'tensor':<{width}}  {'shape':<18} {'max error':>10}  verdict"]
     for row in rows:

@@ -1,6 +1,6 @@
-"""What a program costs: floating-point operations, cycles and collectives of its optimised HLO.
+"""Cost of a program: floating-point operations, cycles and collectives of its optimised HLO.
 
-XLA's own `cost_analysis()` counts the body of a loop once. Here it counts as often as the loop runs.
+The body of a loop counts as often as the loop runs, unlike in XLA's own `cost_analysis()`, which counts it once.
 """
 
 import dataclasses
@@ -106,9 +106,9 @@ def _attention(computation: Computation, instruction: Instruction) -> int:
 
 
 def idle(computation: Computation, instruction: Instruction) -> float:
-    """By how much a TPU's attention kernel is slower than its FLOPs say.
+    """Factor by which an attention kernel on TPU is slower than its FLOPs suggest.
 
-    2 for heads of 64 values, as matrix units are 128 wide.
+    The factor is 2 for heads of 64 values, because matrix units are 128 wide.
     """
     pallas = re.search(_PALLAS_ATTENTION, instruction.name + instruction.op_name)
     arrays = _read(computation, instruction)
@@ -160,7 +160,7 @@ def _convolution(computation: Computation, instruction: Instruction) -> int:
 def _meetings(size: int, kernel: int, outputs: int, stride: int, pad: int, dilate: int, kernel_dilate: int) -> int:
     """How many pairs of output and kernel positions along a dimension meet an element of the input.
 
-    The others meet padding or the gaps of a dilated input. XLA for TPU writes batched products as convolutions whose
+    The other pairs meet padding, or gaps in a dilated input. XLA for TPU writes batched products as convolutions whose
     padding or dilation hides all but the diagonal.
     """
     position = np.arange(outputs)[:, None] * stride + np.arange(kernel) * kernel_dilate - pad
@@ -332,7 +332,7 @@ class _Walk:
     Args to the methods:
       scope: the computation that an instruction is in.
       count: how often this computation runs in one step.
-      part: the part that an instruction belongs to if its own name does not tell.
+      part: the part that an instruction belongs to if its name does not tell.
     """
 
     def __init__(self, module: Module, timing: Timing):
@@ -450,7 +450,7 @@ class _Walk:
 
 @dataclasses.dataclass(frozen=True)
 class _Transfer:
-    """What an instruction does to a transfer.
+    """Role of an instruction in a transfer.
 
     Attributes:
       computation: the computation that the collective is in.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
-"""Type -> bytes of an element, where the number in the type's name does not say."""
+"""Type -> bytes of an element, for types where the number in the name does not tell."""
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?(\S+) = ")
@@ -44,9 +44,9 @@ class Instruction:
 
     Attributes:
       shapes: shape of the result; for a tuple, shapes of all arrays in it.
-      arguments: the text between the opcode's parentheses.
-      attributes: the text after these parentheses.
-      root: whether the instruction's result is that of its computation.
+      arguments: the text between the parentheses that follow the opcode.
+      attributes: the text after the closing parenthesis.
+      root: whether the instruction's result is the result of its computation.
       in_vmem: whether the result lives in a chip's fast memory.
     """
 
@@ -111,7 +111,7 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Module:
-    """A program."""
+    """A program: its computations by name, and the computation that runs first."""
 
     computations: dict[str, Computation]
     entry: Computation
@@ -147,7 +147,7 @@ def parse(text: str) -> Module:
             instruction = _parse_instruction(line, found)
             current.instructions[instruction.name] = instruction
     if entry is None:
-        raise ValueError("no ENTRY computation: this is no HLO text")
+        raise ValueError("no ENTRY computation: not HLO text")
     return Module(computations, entry)
 
 
@@ -165,7 +165,7 @@ def _joined_lines(text: str) -> Iterator[str]:
 
 def _parse_instruction(line: str, found: re.Match) -> Instruction:
     start = found.end()
-    # A tuple's type has spaces inside its parentheses, an array's none.
+    # The type of a tuple has spaces inside its parentheses. The type of an array has no spaces.
     end = _closing(line, start) + 1 if line[start] == "(" else line.index(" ", start)
     opening = line.index("(", end)
     closing = _closing(line, opening)

@@ -1,4 +1,4 @@
-"""A plan's result: one record that text, JSON and picture are made of."""
+"""A plan's result: one record from which text, JSON and figure are made."""
 
 import collections
 import dataclasses
@@ -19,9 +19,9 @@ from ross_jax.training.state import abstract_tree
 from ross_jax.tree import flatten
 
 ARRAYS = 12
-"""Lines of each list of largest arrays."""
+"""Number of lines in each list of largest arrays."""
 _NOT_MADE = ("parameter", "tuple", "get-tuple-element", "while", "bitcast", "conditional", "constant", "opt-barrier")
-"""Instructions whose results are arrays that exist already."""
+"""Opcodes of instructions that make no new arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def describe(job: Job, needed: int | None = None) -> Report:
     """A report of everything that is known without compiling.
 
     Args:
-      needed: bytes that the compiler asked for, where the program does not fit.
+      needed: bytes that the compiler asked for, if the program did not fit.
     """
     config, mesh = job.config, job.mesh
     counts: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"trainable": 0, "frozen": 0})
@@ -219,7 +219,7 @@ def _made(cost: Cost, module: Module) -> list[dict[str, Any]]:
 
 
 def _collectives(cost: Cost, mesh: Mesh) -> list[dict[str, Any]]:
-    """One line for each kind, mesh axes and part."""
+    """A program's collectives, one line for each kind, mesh axes and part."""
     lines: dict[tuple, dict[str, Any]] = {}
     for event in cost.events:
         if event.kind in COLLECTIVES:
@@ -233,7 +233,7 @@ def _collectives(cost: Cost, mesh: Mesh) -> list[dict[str, Any]]:
 
 
 def method(target: Target) -> str:
-    """How times were estimated, and how far off they may be."""
+    """Describes how times were estimated, and how large the error may be."""
     compiler = "libtpu" if target.is_tpu else "jax-cuda12-plugin"
     compiler = f"{compiler} {importlib.metadata.version(compiler)}"
     if not target.is_tpu:

@@ -24,7 +24,7 @@ LIBTPU = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-"""Environment variables that libtpu reads when it is loaded. It would ask a TPU host for them, and there is none."""
+"""Environment variables that libtpu reads when it is loaded. Without them libtpu would ask a TPU host."""
 GIB = 2**30
 KERNEL_UTILISATION = 0.5
 """Share of the peak that a hand-written kernel is assumed to reach."""
@@ -45,7 +45,7 @@ class Chip:
         one way.
       network: bytes per second per device to other slices (TPU) or other hosts (GPU), one way.
       clock: Hz of the cycles that the compiler estimates; None if the compiler estimates none.
-      validated: whether the method was reported to hold with this clock.
+      validated: whether the estimates were reported to agree with published runs on this chip.
     """
 
     kind: str
@@ -62,10 +62,11 @@ class Chip:
         return PEAK_FLOPS[self.kind]
 
 
-# Usable memory is what libtpu names when a program does not fit. Clocks: v5e, v5p and v6e have the clock with which
-# libtpu's cycles met published runs, v4 the published one; that of v7x follows from its peak and 4 matrix units of
-# 256 x 256. Networks: v5e and v6e have a chip's share of what is published for a pod, v4 and v5p a quarter of a host's
-# 200 Gbit/s, v7x half of a chip's 100 Gbit/s.
+# Usable memory: the limit that libtpu names when a program does not fit.
+# Clocks: v5e, v5p and v6e: the clock at which libtpu's cycles agree with published runs. v4: the published clock. v7x:
+# the clock that follows from its peak and 4 matrix units of 256 x 256.
+# Networks: v5e and v6e: a chip's share of the rate published for a pod. v4 and v5p: a quarter of a host's 200 Gbit/s.
+# v7x: half of a chip's 100 Gbit/s.
 TPUS = {
     "v4": Chip("TPU v4", int(30.75 * GIB), 32 * GIB, 90e9, 6.25e9, 1.05e9),
     "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 16 * GIB, 90e9, 3.125e9, 1.503e9, validated=True),
@@ -79,7 +80,7 @@ GPU_SHARE = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Gpu(Chip):
-    """A GPU, with the figures of data sheet and driver that XLA must know to compile for it.
+    """A GPU, with the figures that XLA needs to compile for it. They come from the data sheet and the driver.
 
     Attributes:
       capability: CUDA compute capability.
@@ -176,6 +177,8 @@ class Target:
 
     Attributes:
       name: the topology's name on the command line, as `v5e:8x8`.
+      chip: the device.
+      devices: all devices of the topology.
       sizes: TPU: chips along each axis of a slice's torus. GPU: (slices, hosts, GPUs of a host).
       wrap: which axes of the torus are closed to rings.
     """
@@ -236,7 +239,7 @@ def torus_seconds(kind: str, size: int, places: Sequence[Sequence[int]], target:
     if all(len(values) == 1 for values in spread):
         return 0.0  # cores of one chip
     if kind in ("collective-permute", "collective-broadcast"):
-        return size / target.chip.link  # in windowed products they come in pairs, one each way
+        return size / target.chip.link  # windowed products send in pairs, one each way
     rates = []
     for axis, values in enumerate(spread):
         if len(values) > 1:
