@@ -99,7 +99,7 @@ def test_many_as_one_by_one(model):
 
 
 def test_kinds_of_images(model, tmp_path):
-    """Path, PIL image and array of one picture get one answer; another picture gets another."""
+    """Path, PIL image and array of the same content get one answer; another content gets another."""
     pixels = make_image(4)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     kinds = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png"), pixels, [pixels]]
@@ -132,7 +132,7 @@ def test_programs_are_shared(model):
         ({"history": [("What?",)]}, r"^history\[0\]: expected \(question, answer\), found \('What\?',\)$"),
         ({"images": "absent.png"}, r"^absent\.png: cannot be read \(No such file or directory\)$"),
         ({"images": [np.zeros((2, 2, 3))]}, r"^images\[0\]: float64\[2, 2, 3\]; expected uint8\[height, width, 3\]$"),
-        ({"prompt": "<image> or <image>?"}, r"^sample '<image> or <image>\?': the record names 1 picture"),
+        ({"prompt": "<image> or <image>?"}, r"^sample '<image> or <image>\?': the record names 1 image"),
     ],
 )
 def test_mistakes_are_named(model, arguments, message):

@@ -41,15 +41,18 @@ def batch():
 
 
 def test_visual_outputs_are_hidden_states_at_the_images(model, batch):
-    outputs = visual_outputs(model.config, model.params, batch)
+    outputs = jax.jit(partial(visual_outputs, model.config))(model.params, batch)
     images = normalise(model.config, batch["images"])
     arguments = (batch["tokens"], batch["positions"], batch["segments"], images, batch["image_start"])
-    hidden = Ross(model.config).apply({"params": model.params}, *arguments).hidden
+    hidden = jax.jit(lambda params, *given: Ross(model.config).apply(params, *given).hidden)(
+        {"params": model.params}, *arguments
+    )
     for row, slot, start in ((0, 0, 1), (0, 1, 6), (1, 0, 3)):
         np.testing.assert_allclose(outputs[row, slot], hidden[row, start : start + 4], rtol=1e-6)
     np.testing.assert_array_equal(outputs[1, 1], 0.0)
 
 
+@pytest.mark.slow
 def test_sampling_is_the_tested_process_under_this_condition(model, batch):
     """The composition, put together once more from parts that the goldens cover."""
     config, process = model.config, make_diffusion(respacing="7")
@@ -93,9 +96,9 @@ def test_the_ceiling_is_the_autoencoder_itself(model, batch):
     assert jnp.abs(pixels).max() <= 1.0 and pixels.min() < -0.5 < 0.5 < pixels.max()
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_images_of_a_batch_for_tensorboard(model, batch, devices):
-    """Whatever the mesh, and whichever slots are empty, real pictures come first."""
+    """On any mesh, and whichever slots are empty, the images that exist are drawn first."""
     rows = 4 * (devices // 8) + 4
     wide = {name: np.tile(values, (rows // 2, *[1] * (values.ndim - 1))) for name, values in batch.items()}
     wide["image_start"] = np.full_like(wide["image_start"], 12)
