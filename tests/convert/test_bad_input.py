@@ -399,10 +399,10 @@ def test_damaged_settings(settings, tmp_path):
     text = (folder / "config.json").read_text()
     generator = random.Random(0)
     results = []
-    for _ in range(30):
+    for _ in range(60):
         (folder / "config.json").write_bytes(damage_json(generator, text))
         results.append(ends_well(folder))
-    assert 0 < sum(results) < 30  # some are accepted, some refused
+    assert 0 < sum(results) < 60  # some are accepted, some refused
 
 
 @pytest.mark.parametrize("kind", ["adapters", "llm"])
