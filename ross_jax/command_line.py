@@ -117,7 +117,7 @@ def import_recipe(path: str | Path) -> ModuleType:
 def _running(path: Path) -> Iterator[None]:
     """While code of a recipe runs: what it may import, and what becomes of its exceptions."""
     before = sys.path
-    sys.path = [str(path.resolve().parents[1]), str(_PACKAGE_ROOT), *before]
+    sys.path = [str(path.resolve().parent.parent), str(_PACKAGE_ROOT), *before]
     try:
         yield
     except UserError:

@@ -8,7 +8,8 @@ import pytest
 from ross_jax.command_line import import_recipe, load_recipe
 from ross_jax.config import ConfigError, UserError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = REPOSITORY / "configs"
 BENCH = str(CONFIGS / "bench.py")
 
 
@@ -31,23 +32,33 @@ def test_overrides():
     assert load_recipe(str(CONFIGS / "llava.py")).data.packing.supervised is None
 
 
-def test_own_recipes_build_on_the_repositorys(tmp_path):
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """The current directory, and a process that does not find `configs` by itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() not in (REPOSITORY, tmp_path)])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path
+
+
+def test_own_recipes_build_on_the_repositorys(outside):
     """Wherever they lie, they import `configs`, and modules of the folder above their own."""
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "shared.py").write_text("BATCH = 12\n")
-    recipe = tmp_path / "recipes" / "mine.py"
+    (outside / "recipes").mkdir()
+    (outside / "own_settings.py").write_text("BATCH = 12\n")
+    recipe = outside / "recipes" / "mine.py"
     recipe.write_text(
         "def get_config(arguments=None):\n"
         "    from configs import bench\n"
-        "    import shared\n"
+        "    import own_settings\n"
         "    config = bench.get_config()\n"
-        "    config.data.batch = shared.BATCH\n"
+        "    config.data.batch = own_settings.BATCH\n"
         "    return config\n"
     )
     before = list(sys.path)
     assert load_recipe(str(recipe)).data.batch == 12
     assert sys.path == before
-    assert import_recipe(recipe).get_config().data.batch == 12
+    assert callable(import_recipe("recipes/mine.py").get_config)
 
 
 @pytest.mark.parametrize(
