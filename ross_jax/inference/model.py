@@ -123,7 +123,7 @@ class Model:
         own = [[image] for image in resized]
         batches = prompt_batches(prompts, own, min(rows, len(own)), tokens, self.image_config.size)
         outputs = [np.asarray(_visual_outputs(self.config, self.params, batch, self.dtype)) for batch in batches]
-        return np.concatenate(outputs)[: len(own), 0]
+        return np.concatenate(outputs)[: len(own), 0].astype(np.float32)
 
     def reconstruct(
         self, images: AnyImages, sampling: Sampling = DEFAULT_SAMPLING, seed: int = 0, rows: int = 8
