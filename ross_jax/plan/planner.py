@@ -8,7 +8,6 @@ from ross_jax.plan.program import Compiled, DoesNotFit, Job, compile_program, ma
 from ross_jax.plan.report import Report, complete, describe
 from ross_jax.plan.targets import Target
 from ross_jax.plan.workload import Options
-from ross_jax.sharding import make_mesh, use_mesh
 from ross_jax.training.recipe import RunConfig
 
 
@@ -19,17 +18,15 @@ def plan(config: RunConfig, target: Target, options: Options) -> Report:
       ConfigError: a mesh, rows or a prompt that do not fit recipe or topology.
       UserError: the compiler failed other than for lack of memory. A program that lacks memory has a report.
     """
-    mesh = make_mesh(config.mesh, target.devices)
-    with use_mesh(mesh, config.mesh):
-        job = make_job(config, target, mesh, options)
-        try:
-            compiled = compile_program(job.program, target)
-        except DoesNotFit as error:
-            return describe(job, int(error.needed) if error.needed else None)
-        if options.dump is not None:
-            dump(job, compiled, options.dump)
-        module = parse(compiled.text)
-        return complete(job, compiled, module, estimate(module, target.timing(mesh)))
+    job = make_job(config, target, options)
+    try:
+        compiled = compile_program(job.program, target)
+    except DoesNotFit as error:
+        return describe(job, int(error.needed) if error.needed else None)
+    if options.dump is not None:
+        dump(job, compiled, options.dump)
+    module = parse(compiled.text)
+    return complete(job, compiled, module, estimate(module, target.timing(job.mesh)))
 
 
 def dump(job: Job, compiled: Compiled, folder: Path) -> None:

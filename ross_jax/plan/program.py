@@ -22,7 +22,7 @@ from ross_jax.models.ross import abstract_params, normalise
 from ross_jax.plan.targets import GIB, Target
 from ross_jax.plan.workload import Options, Workload, abstract_batch, assume_batch, assume_prompts
 from ross_jax.process import peak_memory
-from ross_jax.sharding import batch_sharding, parameter_shardings, use_mesh
+from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh, parameter_shardings, use_mesh
 from ross_jax.training.build import build_step
 from ross_jax.training.recipe import RunConfig
 from ross_jax.tree import flatten, unflatten
@@ -52,16 +52,18 @@ class Program:
     Attributes:
       arguments: name in reports, as `parameters/language/head` -> shape with sharding.
       inputs: the function's arguments as shapes with shardings.
+      rules: config of the mesh whose rules count.
     """
 
     function: Any
     inputs: tuple[Any, ...]
     arguments: dict[str, jax.ShapeDtypeStruct]
     mesh: Mesh
+    rules: MeshConfig
 
     def lower(self) -> jax.stages.Lowered:
         """The program as StableHLO, ready to be compiled for the mesh's devices."""
-        with use_mesh(self.mesh), answering_for(self.mesh.devices.flat[0]):
+        with use_mesh(self.mesh, self.rules), answering_for(self.mesh.devices.flat[0]):
             return self.function.lower(*self.inputs)
 
 
@@ -105,12 +107,13 @@ class Compiled:
         return sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"] + sizes["code"]
 
 
-def make_job(config: RunConfig, target: Target, mesh: Mesh, options: Options) -> Job:
-    """Lays out a recipe's program on a mesh of a topology.
+def make_job(config: RunConfig, target: Target, options: Options) -> Job:
+    """Lays out a recipe's program on a topology.
 
     Raises:
-      ConfigError: rows or a prompt that do not fit recipe or mesh.
+      ConfigError: a mesh, rows or a prompt that do not fit recipe or topology.
     """
+    mesh = make_mesh(config.mesh, target.devices)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.objective == "train":
         workload = assume_batch(config, options, replicas * config.step.accumulate)
@@ -139,7 +142,7 @@ def train_program(config: RunConfig, mesh: Mesh, rows: int, steps: int, cached: 
         **{f"optimizer{_moment(path)}": leaf for path, leaf in moments},
         **{f"batch/{name}": leaf for name, leaf in batch.items()},
     }
-    return Program(built.train_step, (built.state, batch), arguments, mesh)
+    return Program(built.train_step, (built.state, batch), arguments, mesh, config.mesh)
 
 
 def _moment(path: tuple[Any, ...]) -> str:
@@ -155,7 +158,7 @@ def generate_program(config: RunConfig, mesh: Mesh, rows: int, prompt: int, new_
         for path, leaf in flatten(abstract_params(model, dtype)).items()
         if path.partition("/")[0] in TEXT_COMPONENTS
     }
-    shardings = parameter_shardings(flat, mesh)
+    shardings = parameter_shardings(flat, mesh, config.mesh)
     params = {path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path]) for path, leaf in flat.items()}
     split = batch_sharding(mesh)
     side = model.vision.image_size
@@ -176,7 +179,7 @@ def generate_program(config: RunConfig, mesh: Mesh, rows: int, prompt: int, new_
     function = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
     arguments = {f"parameters/{path}": leaf for path, leaf in params.items()}
     arguments |= {f"batch/{name}": leaf for name, leaf in batch.items()}
-    return Program(function, (unflatten(params), batch), arguments, mesh)
+    return Program(function, (unflatten(params), batch), arguments, mesh, config.mesh)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from ross_jax.plan.cost import COLLECTIVES, OTHER, PARTS, Cost
 from ross_jax.plan.hlo import Module
 from ross_jax.plan.program import Compiled, Job
 from ross_jax.plan.targets import GPU_SHARE, GPU_UTILISATION, KERNEL_UTILISATION, Target, axes_of
-from ross_jax.sharding import why_replicated
+from ross_jax.sharding import use_mesh, why_replicated
 from ross_jax.training.cached import objective_of, spared_components
 from ross_jax.training.metrics import matrix_sizes, step_flops
 from ross_jax.training.state import abstract_tree
@@ -87,16 +87,18 @@ def describe(job: Job, needed: int | None = None) -> Report:
     counts: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"trainable": 0, "frozen": 0})
     replicated = []
     used = {name.split("/")[1] for name in job.program.arguments if name.startswith(("parameters/", "frozen/"))}
-    for path, leaf in flatten(abstract_tree(config.model, config.freeze, mesh)).items():
+    leaves = flatten(abstract_tree(config.model, config.freeze, mesh, config.mesh))
+    with use_mesh(mesh, config.mesh):
+        reasons = {path: why_replicated(path, leaf.shape, mesh) for path, leaf in leaves.items()}
+    for path, leaf in leaves.items():
         component = path.partition("/")[0]
         if component not in used:
             continue
         size = math.prod(leaf.shape)
         counts[component]["trainable" if job.trains and config.freeze.trains(path) else "frozen"] += size
-        why = why_replicated(path, leaf.shape, mesh) if mesh.size > 1 else None
-        if why:
-            line = {"path": path, "shape": list(leaf.shape), "bytes": size * leaf.dtype.itemsize, "why": why}
-            replicated.append(line)
+        if reasons[path] and mesh.size > 1:
+            line = {"path": path, "shape": list(leaf.shape), "bytes": size * leaf.dtype.itemsize}
+            replicated.append(line | {"why": reasons[path]})
     arrays = [
         {
             "name": name,
@@ -175,7 +177,9 @@ def _with_training_rates(job: Job, report: Report) -> Report:
     noise_levels = objective.noise_levels if objective else 0
     trained = {name for name, counts in report.parameters.items() if counts["trainable"]}
     spared = spared_components(config, report.cached)
-    sizes = matrix_sizes(abstract_tree(config.model, config.freeze, job.mesh), logits=bool(config.text.weight))
+    sizes = matrix_sizes(
+        abstract_tree(config.model, config.freeze, job.mesh, config.mesh), logits=bool(config.text.weight)
+    )
     sizes = {path: size for path, size in sizes.items() if path.partition("/")[0] not in spared}
     useful = step_flops(config.model, sizes, trained, noise_levels, workload.tokens, workload.images)
     steps = math.ceil(workload.epoch / workload.conversations) if workload.epoch else None

@@ -159,7 +159,7 @@ def abstract_batch(
     one = empty_batch(1, RowShape(packing.length, packing.images, vision.num_tokens, vision.image_size))
     if not needs_pixels(config, cached):
         del one["images"]
-    tree = abstract_tree(config.model, config.freeze, mesh)
+    tree = abstract_tree(config.model, config.freeze, mesh, config.mesh)
     params = {name: tree[name] for name in spared_components(config, cached)}
     side = vision.image_size
     images = jax.ShapeDtypeStruct((packing.images, side, side, 3), "uint8")

@@ -12,7 +12,8 @@ from ross_jax.config import ConfigError, from_dict, to_dict
 from ross_jax.plan import cost, hlo
 from ross_jax.plan.figure import draw
 from ross_jax.plan.planner import plan
-from ross_jax.plan.program import answering_for, needed_bytes, train_program
+from ross_jax.plan.program import answering_for, make_job, needed_bytes, train_program
+from ross_jax.plan.report import describe
 from ross_jax.plan.search import rank, search, table
 from ross_jax.plan.targets import KERNEL_UTILISATION, open_target
 from ross_jax.plan.text import text
@@ -285,6 +286,13 @@ def test_search(target):
 def test_a_mesh_that_does_not_divide(target):
     with pytest.raises(ConfigError, match="does not divide 4 devices"):
         plan(recipe(mesh={"data": 3}), target, OPTIONS)
+
+
+def test_rules_of_the_recipe_count(target):
+    def replicated(**mesh):
+        return {line["path"] for line in describe(make_job(recipe(mesh=mesh), target, OPTIONS)).replicated}
+
+    assert "language/head" not in replicated() and "language/head" in replicated(rules=[["embed", []]])
 
 
 def test_flat_arguments_have_every_leaf(target):
