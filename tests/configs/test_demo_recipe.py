@@ -65,7 +65,7 @@ def test_mistakes_are_named(tmp_path):
         ("kind=denoize", "did you mean 'denoise'"),
         ("seed=x", "a whole number"),
         ("stage=denoiser,kind=latent", "kind=latent has no denoiser"),
-        (f"root={tmp_path}", "demo.sh` fits it"),
+        (f"root={tmp_path}", "no config.json; `bash launch/demo.sh` trains the autoencoder"),
     ]:
         with pytest.raises(ConfigError, match=message):
             demo.get_config(arguments)

@@ -12,6 +12,7 @@ from ross_jax.convert.language import language_config
 from ross_jax.convert.projector import projector_config
 from ross_jax.convert.vision import teacher_config, vision_config
 from ross_jax.models.denoiser import DenoiserConfig, default_width
+from ross_jax.models.language import FINAL
 from ross_jax.models.ross import Ross, RossConfig, abstract_params, components
 
 
@@ -181,7 +182,7 @@ def test_input_spec_is_what_modules_take():
     spec = ross.input_spec(batch=2, images=3)
     output, variables = jax.eval_shape(ross.init_with_output, jax.random.key(0), *spec)
     assert output.hidden.shape == (2, 3 * tokens + 2, 3584)
-    assert output.visual_outputs.shape == (2, 3, tokens, 3584)
+    assert output.taps[FINAL].shape == (2, 3, tokens, 3584)
     tree = abstract_params(RossConfig(vision=config.vision, projector=config.projector, language=config.language))
     assert jax.tree.map(jnp.shape, dict(variables["params"])) == jax.tree.map(jnp.shape, tree)
 
