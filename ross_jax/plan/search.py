@@ -44,7 +44,11 @@ def search(config: RunConfig, target: Target, options: Options, tell: Callable[[
     done: dict[tuple, Report] = {}
 
     def consider(mesh: MeshConfig, remat: RematPolicy, rows: int | None) -> None:
-        changed = dataclasses.replace(config, mesh=mesh, step=dataclasses.replace(config.step, remat=remat))
+        changed = dataclasses.replace(
+            config,
+            mesh=dataclasses.replace(mesh, rules=config.mesh.rules),
+            step=dataclasses.replace(config.step, remat=remat),
+        )
         try:
             report = plan(changed, target, dataclasses.replace(options, rows=rows))
         except UserError as error:  # the rows do not divide among this mesh's devices
