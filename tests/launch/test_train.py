@@ -63,7 +63,7 @@ BAD_FLAGS = {
     ),
     "many missing pictures": (
         lambda new, old: sources(new, missing(12), images=(str(old),)),
-        r"\d+ of \d+ samples read are broken, more than the allowed share of 1.0%.*\n.*absent.png: no such picture",
+        r"\d+ of \d+ samples read are broken, more than the allowed share of 1.0%.*\n.*absent.png: no such image",
     ),
     "nothing supervised": (
         lambda new, old: f"--config.data.sources=({dict(path=str(old), kind='images')},)",
@@ -150,5 +150,5 @@ def test_a_missing_image_is_skipped_and_counted(recipe, cache, tmp_path):
     done = train(recipe, tmp_path / "run", flag, cache=cache)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/run: 24 of 24 steps, 1 broken samples skipped\n"
-    said = r"broken sample skipped \(index 0\): sample '0': absent.png: no such picture in"
+    said = r"broken sample skipped \(index 0\): sample '0': absent.png: no such image in"
     assert len(re.findall(said, done.stderr)) == 1, done.stderr
