@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-# All tests pass with 0.10.2, the last version for Python 3.11. A newer one is allowed once the default tests pass with it.
+# The last version for Python 3.11. A newer one is allowed once the default tests pass with it on Python 3.12.
 JAX = ">=0.10.2,<0.11"
 
 RUNTIME = [

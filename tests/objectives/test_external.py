@@ -1,14 +1,17 @@
 """An objective of 25 lines that is not in the package: on a mesh, and through a recipe."""
 
 import dataclasses
+import os
 import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launcher import losses, train, write_recipe
+from launcher import RECIPE, losses, train, write_recipe
 from objectives.encoder_features import EncoderFeatures
+from ross_jax.config import to_dict
 from ross_jax.models.regressor import Regressor
 from ross_jax.models.ross import Ross, normalise
 from ross_jax.models.vision import VisionEncoder
@@ -48,14 +51,15 @@ def test_two_steps_on_a_mesh():
 
 
 @pytest.mark.slow
-def test_through_a_recipe(tmp_path):
-    """A recipe that imports the objective trains two steps on a mesh of 2 x 2 x 2."""
+def test_through_a_recipe(tmp_path, monkeypatch):
+    """A recipe that imports the objective's module trains two steps on a mesh of 2 x 2 x 2."""
     recipe = write_recipe(tmp_path)
-    text = recipe.read_text().replace("from tiny import CONFIG", "from objectives.test_external import MODEL as CONFIG")
-    text = text.replace('"denoiser/.*"]', '"regressor/.*"]')
+    model = dataclasses.replace(MODEL, language=dataclasses.replace(MODEL.language, vocab_size=320))
+    text = RECIPE.format(model=to_dict(model), data=str(tmp_path)).replace('"denoiser/.*"]', '"regressor/.*"]')
     chosen = f'"reconstruction": {{"kind": {EncoderFeatures.kind!r}, "options": (("layer", 1),)}}, "step":'
-    assert text.count('"step":') == 1
-    recipe.write_text(text.replace('"step":', chosen))
+    assert text.count('"step":') == text.count('"regressor/.*"]') == 1
+    recipe.write_text("import encoder_features\n" + text.replace('"step":', chosen))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
     done = train(recipe, tmp_path / "run", *mesh, "--config.data.epochs=1", "--config.data.batch=12", devices=8)
     assert done.returncode == 0, done.stderr
