@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
@@ -41,6 +40,7 @@ from tiny import CONFIG, STAGE2
 from tokenizer_fixtures import byte_level_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(scope="module")
@@ -109,20 +109,6 @@ class Dictated:
         names = ("loss", "text_loss", "gradient_norm", "images", "tokens", "supervised_tokens")
         metrics = {name: jnp.ones(()) for name in names} | {"reconstruction_loss": jnp.float32(next(self._losses))}
         return state._replace(step=state.step + 1), metrics
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Runs with the same program compile it once."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
