@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import json
 import logging
 import math
@@ -275,7 +276,7 @@ def _checkpoint_error(folder: Path, fault: str) -> Iterator[None]:
         raise
     except Exception as error:
         system_error = re.search(r": ([\w ]+) \[", str(error)) if "os_error_code" in str(error) else None
-        reason = system_error[1] if system_error else error
+        reason = system_error[1] if system_error else getattr(error, "strerror", None) or error
         raise CheckpointError(f"{folder}: {fault} ({reason})") from error
 
 
@@ -285,7 +286,8 @@ def _silence() -> Iterator[None]:
 
     Each of its threads logs an error on its own, asyncio logs errors that nobody awaited, and reads and writes that are
     still in flight call back into a closed event loop, which Python hands to `sys.unraisablehook`. All of that may come
-    after the error was raised, so a failed call ends when nothing has come for a while.
+    after the error was raised, and some of it only when garbage is collected, so a failed call ends when garbage has
+    been collected and nothing has come for a while.
     """
     heard: list[float] = []  # when something was kept from being printed
     previous = sys.unraisablehook
@@ -314,6 +316,7 @@ def _silence() -> Iterator[None]:
     finally:
         while heard and time.monotonic() - heard[-1] < _SETTLE:
             time.sleep(_SETTLE / 5)
+            gc.collect()
         sys.unraisablehook = previous
         for logger in loggers:
             logger.removeFilter(keep)

@@ -3,11 +3,17 @@
 import gc
 import os
 import signal
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # both workers, and what they start, may compile for TPU
-# Compiling is what the tests spend their time on, so LLVM is told to hurry.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Compiling is what the tests spend their time on, so LLVM is told to hurry, and no program is compiled twice.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
+_COMPILED = tempfile.TemporaryDirectory(prefix="ross_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # XLA makes as many threads as devices, and a collective needs one for each: some to spare, should anything hold one.
 os.environ.setdefault("PJRT_NPROC", "16")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,18 +82,15 @@ def command(recipe: Path | str, workdir: Path, *more: str) -> list[str]:
     return [sys.executable, script, f"--config={recipe}", f"--workdir={workdir}", *more]
 
 
-def environment(cache: Path | None = None, devices: int = 1) -> dict[str, str]:
-    """Environment of runs on so many virtual CPU devices. Runs with the same `cache` share compiled programs."""
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-    values = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    if cache is not None:
-        values |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return values
+def environment(devices: int = 1) -> dict[str, str]:
+    """Environment of runs on so many virtual CPU devices. Compiled programs are shared, as in `conftest.py`."""
+    flags = re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
-def train(*args: Any, cache: Path | None = None, devices: int = 1) -> subprocess.CompletedProcess:
+def train(*args: Any, devices: int = 1) -> subprocess.CompletedProcess:
     """Runs `command(*args)` to its end."""
-    environ = environment(cache, devices)
+    environ = environment(devices)
     return subprocess.run(command(*args), capture_output=True, text=True, env=environ, check=False, timeout=600)
 
 

@@ -1,6 +1,7 @@
 """A tiny model and batches for the tests of training."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,17 @@ def make_batch(rows: int = 8, length: int = 24, seed: int = 0) -> dict[str, np.n
     return batch
 
 
+@functools.cache
+def _initial(config: RossConfig, freeze: FreezeConfig, seed: int):
+    """Parameters as NumPy arrays, made on one device."""
+    tree = abstract_tree(config, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]))
+    return jax.tree.map(np.asarray, init_components(config, tree, tree, jax.random.key(seed)))
+
+
+def _place(params, tree):
+    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, spec.sharding, may_alias=False), params, tree)
+
+
 class Run:
     """A compiled step and its first state on a mesh."""
 
@@ -101,7 +113,7 @@ class Run:
         self.mesh = make_mesh(mesh, jax.devices(platform)[:devices])
         key = jax.random.key(seed)
         self.tree = abstract_tree(config, freeze, self.mesh)
-        made = init_components(config, self.tree, self.tree, key)
+        made = _place(_initial(config, freeze, seed), self.tree)
         settings = OptimizerConfig(learning_rate, ((r"denoiser/.*", learning_rate / 10),))
         optimizer = make_optimizer(settings, steps=10)
         params, frozen = split(made, freeze)

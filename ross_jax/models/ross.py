@@ -133,10 +133,13 @@ def normalise(
 ) -> Float[Array, "*batch height width 3"]:
     """The vision encoder's input from uint8 images: `(images / 255 - mean) / std`, in float32.
 
-    Equals the Hugging Face processors' output except for the last bit, because XLA multiplies by rounded reciprocals.
+    Equals the Hugging Face processors bit for bit.
     """
-    mean, std = jnp.asarray(config.image_mean, jnp.float32), jnp.asarray(config.image_std, jnp.float32)
-    return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
+    pixels = images.astype(jnp.float32)
+    # XLA turns division by a constant into multiplication by its rounded reciprocal, so the divisors depend on pixels.
+    unit = 255 + 0 * pixels
+    mean, std = jnp.asarray(config.image_mean, jnp.float32), jnp.asarray(config.image_std, jnp.float32) + 0 * pixels
+    return ((pixels / unit - mean) / std).astype(dtype)
 
 
 class Ross(nn.Module):

@@ -53,12 +53,6 @@ def recipe(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> Path:
-    """Compiled programs, shared by all runs."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A tiny model directory."""
     return write_model(tmp_path_factory.mktemp("model"))

@@ -128,13 +128,13 @@ def test_image_names_that_are_none(place, name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason=CRASH)
-def test_training_goes_on_without_such_images(recipe, cache, tmp_path):
+def test_training_goes_on_without_such_images(recipe, tmp_path):
     """A few records of a large file hold such names, and the user lets a share of the data be broken."""
     records = [record | {"image": name} for record, name in zip(make_records(), NAMES.values(), strict=False)]
     (tmp_path / "data.json").write_text(json.dumps(records + make_records()[len(records) :]))
     source = {"path": str(tmp_path / "data.json"), "images": (str(recipe.parent),)}
     flags = (f"--config.data.sources=({source},)", "--config.data.max_broken=0.5")
-    done = train(recipe, tmp_path / "run", *flags, cache=cache)
+    done = train(recipe, tmp_path / "run", *flags)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-1000:]
     assert "6 of 6 steps" in done.stdout
     assert max(map(len, done.stderr.splitlines())) < 1000

@@ -18,14 +18,14 @@ def write_data(path: Path, answer: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def stopped(recipe, cache, tmp_path_factory) -> tuple[Path, str, str]:
+def stopped(recipe, tmp_path_factory) -> tuple[Path, str, str]:
     """A run that a signal stopped at one of its first steps: its directory and its flags."""
     folder = tmp_path_factory.mktemp("stopped")
     write_data(folder / "data.json", "yes")
     source = {"path": str(folder / "data.json"), "images": (str(recipe.parent),)}
     flags = (f"--config.data.sources=({source},)", "--config.data.epochs=4")
     line = command(recipe, folder / "run", *flags)
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment(cache))
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment())
     while process.poll() is None and not step_lines(folder / "run"):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -37,9 +37,9 @@ def stopped(recipe, cache, tmp_path_factory) -> tuple[Path, str, str]:
 
 @pytest.mark.slow
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="data of the same lengths count as the same data")
-def test_answers_were_corrected_in_between(stopped, recipe, cache):
+def test_answers_were_corrected_in_between(stopped, recipe):
     """A user stops a run, corrects its answers (as many tokens as before), and starts the same command again."""
     write_data(stopped[0].parent / "data.json", "nah")
-    done = train(recipe, *stopped, cache=cache)
+    done = train(recipe, *stopped)
     said = done.stderr.replace(str(stopped[0]), "")
     assert re.search(r"(?i)\bdata\b.*(chang|differ|other)|(chang|differ|other).*\bdata\b", said), said

@@ -46,13 +46,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.xfail(
     strict=True, raises=AssertionError, reason="a run saves the tokenizer anew, in the format of its own library"
 )
-def test_a_run_exports_the_tokenizer_that_it_was_given(recipe, cache, call, tmp_path):
+def test_a_run_exports_the_tokenizer_that_it_was_given(recipe, call, tmp_path):
     """The exported checkpoint is loaded with transformers 4, which reads no tokenizer of transformers 5."""
     tokenizer = save_as_transformers_4(tmp_path / "tokenizer")
     (tmp_path / "data.json").write_text(json.dumps(make_records(4)))
     source = {"path": str(tmp_path / "data.json"), "images": (str(recipe.parent),)}
     flags = (f"--config.data.sources=({source},)", f"--config.text.tokenizer={tokenizer}")
-    done = train(recipe, tmp_path / "run", *flags, cache=cache)
+    done = train(recipe, tmp_path / "run", *flags)
     if done.returncode:
         pytest.fail(done.stderr[-1000:])
     status, _, said = call(

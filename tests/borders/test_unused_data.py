@@ -18,14 +18,14 @@ def make_record(mark: str = "<image>", question: str = QUESTION, **fields: Any) 
 
 
 @pytest.fixture(scope="module")
-def run(recipe, cache, tmp_path_factory) -> Callable[[list], tuple[int, str]]:
+def run(recipe, tmp_path_factory) -> Callable[[list], tuple[int, str]]:
     """Function: records -> exit status of a run on them, and what it says besides its steps."""
 
     def call(records: list) -> tuple[int, str]:
         folder = tmp_path_factory.mktemp("run")
         (folder / "data.json").write_text(json.dumps([{"id": i} | record for i, record in enumerate(records)]))
         source = {"path": str(folder / "data.json"), "images": (str(recipe.parent),)}
-        done = train(recipe, folder / "run", f"--config.data.sources=({source},)", cache=cache)
+        done = train(recipe, folder / "run", f"--config.data.sources=({source},)")
         if "Traceback" in done.stderr:
             pytest.fail(done.stderr[-1000:])
         lines = [line for line in done.stderr.splitlines() if not line.startswith("step ")]

@@ -1,4 +1,4 @@
-"""A recipe of 24 steps, a cache of its compiled programs, and a tiny model directory."""
+"""A recipe of 24 steps and a tiny model directory."""
 
 import pytest
 
@@ -9,11 +9,6 @@ from tiny_model import write_model
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
     return write_recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="session")

@@ -60,11 +60,11 @@ def stand_ins(tmp_path):
     return f"{tmp_path / 'bin'}:{os.environ['PATH']}"
 
 
-def launch(kind: str, stand_ins: str, recipe: Path, workdir: Path, cache: Path, *flags: str) -> subprocess.Popen:
+def launch(kind: str, stand_ins: str, recipe: Path, workdir: Path, *flags: str) -> subprocess.Popen:
     """Starts a run of two processes by a launcher; its output goes to WORKDIR.log."""
     script = REPOSITORY / "launch" / "cluster" / {"slurm": "slurm.sbatch", "ssh": "ssh_hosts.sh"}[kind]
     first = [] if kind == "slurm" else [str(workdir.parent / "hosts"), "--"]
-    environ = environment(cache, devices=2) | {"PATH": stand_ins, "PYTHON": sys.executable, "PORT": str(port())}
+    environ = environment(devices=2) | {"PATH": stand_ins, "PYTHON": sys.executable, "PORT": str(port())}
     environ |= {"SLURM_JOB_ID": str(port()), "SLURM_SUBMIT_DIR": str(REPOSITORY)} if kind == "slurm" else {}
     arguments = ["bash", str(script), *first, f"--config={recipe}", f"--workdir={workdir}", *SPREAD, *flags]
     with workdir.with_suffix(".log").open("w") as log:
@@ -83,23 +83,23 @@ def cleared(process: subprocess.Popen):
 
 
 @pytest.mark.parametrize("kind", ["slurm", "ssh"])
-def test_a_signal_saves_and_the_same_command_goes_on(kind, stand_ins, recipe, cache, tmp_path):
+def test_a_signal_saves_and_the_same_command_goes_on(kind, stand_ins, recipe, tmp_path):
     """The run ends with the losses of an uninterrupted run of one process."""
     workdir = tmp_path / "run"
-    with cleared(launch(kind, stand_ins, recipe, workdir, cache, "--stopped_status=75")) as process:
+    with cleared(launch(kind, stand_ins, recipe, workdir, "--stopped_status=75")) as process:
         while len(step_lines(workdir)) < 3 and process.poll() is None:
             time.sleep(0.05)
         process.terminate()
         assert process.wait(200) == 75, workdir.with_suffix(".log").read_text()
     assert 0 < latest_step(workdir) < 24
-    with cleared(launch(kind, stand_ins, recipe, workdir, cache, "--stopped_status=75")) as process:
+    with cleared(launch(kind, stand_ins, recipe, workdir, "--stopped_status=75")) as process:
         assert process.wait(400) == 0, workdir.with_suffix(".log").read_text()
-    alone = train(recipe, tmp_path / "alone", *SPREAD, cache=cache, devices=4)
+    alone = train(recipe, tmp_path / "alone", *SPREAD, devices=4)
     assert alone.returncode == 0, alone.stderr
     np.testing.assert_allclose(losses(workdir), losses(tmp_path / "alone"), rtol=1e-5)
 
 
-def two(recipe, workdirs, cache, flags, prefixes=((), ()), host="localhost", started=2):
+def two(recipe, workdirs, flags, prefixes=((), ()), host="localhost", started=2):
     """Exit statuses and outputs of two processes, which must end by themselves."""
     cluster = ("--distributed", f"--coordinator={host}:{port()}", "--processes=2")
     processes = [
@@ -108,7 +108,7 @@ def two(recipe, workdirs, cache, flags, prefixes=((), ()), host="localhost", sta
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment(cache, devices=2),
+            env=environment(devices=2),
         )
         for i in range(started)
     ]
@@ -129,9 +129,9 @@ def copy_data(folder: Path, recipe: Path, text: str) -> None:
     path.write_text(path.read_text().replace('"aaa"', f'"{text}"'))
 
 
-def test_another_config_ends_both(recipe, cache, tmp_path):
+def test_another_config_ends_both(recipe, tmp_path):
     rates = [[f"--config.optimizer.learning_rate={rate}"] for rate in (0.001, 0.002)]
-    codes, said = two(recipe, [tmp_path / "run"] * 2, cache, rates)
+    codes, said = two(recipe, [tmp_path / "run"] * 2, rates)
     assert codes == [1, 1]
     for text in said:
         assert re.search(r"config.optimizer.learning_rate: 0.001 on process 0 .*, 0.002 on process 1 ", text), text
@@ -139,15 +139,15 @@ def test_another_config_ends_both(recipe, cache, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_workdir_of_each_ends_both(recipe, cache, tmp_path):
-    codes, said = two(recipe, [tmp_path / "here", tmp_path / "there"], cache, [["--start_timeout=15"]] * 2)
+def test_a_workdir_of_each_ends_both(recipe, tmp_path):
+    codes, said = two(recipe, [tmp_path / "here", tmp_path / "there"], [["--start_timeout=15"]] * 2)
     assert codes == [1, 1]
     for text in said:
         assert f"error: --workdir: what process 0 ({socket.gethostname()}) wrote to {tmp_path}/here is not in" in text
         assert "Traceback" not in text and "stack trace" not in text
 
 
-def test_other_data_at_the_same_place_ends_both(recipe, cache, tmp_path):
+def test_other_data_at_the_same_place_ends_both(recipe, tmp_path):
     """Paths agree and files differ, because each process has a mount of its own."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("mount namespaces are not allowed here")
@@ -156,7 +156,7 @@ def test_other_data_at_the_same_place_ends_both(recipe, cache, tmp_path):
     at = tmp_path / "seen"
     flag = f"--config.data.sources=({dict(path=str(at / 'data.json'), images=(str(at),))},)"
     mounted = ("unshare", "-m", "sh", "-c", f'mount --bind {tmp_path}/other {at} && exec "$@"', "sh")
-    codes, said = two(recipe, [tmp_path / "run"] * 2, cache, [[flag]] * 2, ((), mounted))
+    codes, said = two(recipe, [tmp_path / "run"] * 2, [[flag]] * 2, ((), mounted))
     assert codes == [1, 1]
     for text in said:
         assert re.search(r"  data: \w{12} on process 0 .*, \w{12} on process 1 ", text), text
@@ -189,20 +189,20 @@ def namespaces(tmp_path):
             subprocess.run([ip, "netns", "del", name], capture_output=True, check=False)
 
 
-def test_two_hosts_train_as_one(namespaces, recipe, cache, tmp_path):
+def test_two_hosts_train_as_one(namespaces, recipe, tmp_path):
     inside, host, _ = namespaces
-    codes, said = two(recipe, [tmp_path / "run"] * 2, cache, [[]] * 2, inside, host)
+    codes, said = two(recipe, [tmp_path / "run"] * 2, [[]] * 2, inside, host)
     assert codes == [0, 0], said
-    alone = train(recipe, tmp_path / "alone", *SPREAD, cache=cache, devices=4)
+    alone = train(recipe, tmp_path / "alone", *SPREAD, devices=4)
     assert alone.returncode == 0, alone.stderr
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=1e-5)
 
 
-def test_a_host_that_cannot_be_reached(namespaces, recipe, cache, tmp_path):
+def test_a_host_that_cannot_be_reached(namespaces, recipe, tmp_path):
     inside, host, link = namespaces
     subprocess.run([*link, "down"], check=True)
     began = time.monotonic()
-    codes, said = two(recipe, [tmp_path / "run"] * 2, cache, [["--start_timeout=10"]] * 2, inside, host)
+    codes, said = two(recipe, [tmp_path / "run"] * 2, [["--start_timeout=10"]] * 2, inside, host)
     assert codes == [75, 75] and time.monotonic() - began < 100
     for i, text in enumerate(said):
         assert f"error: --distributed: process {i} of 2" in text and f"waited 10 s at {host}:" in text
@@ -230,6 +230,6 @@ def test_a_trace_and_the_compilation_cache(recipe, tmp_path):
     ("flag", "said"),
     [("--profile=5", "--profile=5: expected START:COUNT"), ("--profile=99:1", "--profile=99:1: the run has 24 steps")],
 )
-def test_bad_profiles(flag, said, recipe, cache, tmp_path):
-    done = train(recipe, tmp_path / "run", flag, cache=cache)
+def test_bad_profiles(flag, said, recipe, tmp_path):
+    done = train(recipe, tmp_path / "run", flag)
     assert done.returncode == 1 and f"error: {said}" in done.stderr and "Traceback" not in done.stderr

@@ -14,12 +14,12 @@ from ross_jax.checkpoints import RunCheckpoints
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues(recipe, cache, tmp_path):
+def test_a_killed_run_continues(recipe, tmp_path):
     """SIGTERM saves and exits with 0, SIGKILL loses unsaved steps; the run then ends like an uninterrupted one."""
-    assert train(recipe, tmp_path / "whole", cache=cache).returncode == 0
+    assert train(recipe, tmp_path / "whole").returncode == 0
     whole = step_lines(tmp_path / "whole")
     for number, at in ((signal.SIGTERM, 2), (signal.SIGKILL, 4)):
-        process = subprocess.Popen(command(recipe, tmp_path / "cut"), stderr=subprocess.DEVNULL, env=environment(cache))
+        process = subprocess.Popen(command(recipe, tmp_path / "cut"), stderr=subprocess.DEVNULL, env=environment())
         while process.poll() is None and len(step_lines(tmp_path / "cut")) < at:
             time.sleep(0.01)
         process.send_signal(number)
@@ -27,7 +27,7 @@ def test_a_killed_run_continues(recipe, cache, tmp_path):
         if number == signal.SIGTERM:
             assert code == 0
             assert RunCheckpoints(tmp_path / "cut", 2).latest() == len(step_lines(tmp_path / "cut"))
-    done = train(recipe, tmp_path / "cut", cache=cache)
+    done = train(recipe, tmp_path / "cut")
     assert done.returncode == 0, done.stderr
     cut = step_lines(tmp_path / "cut")
     assert [line["step"] for line in cut] == [line["step"] for line in whole]
@@ -97,8 +97,8 @@ def fails(done: subprocess.CompletedProcess, message: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flag", "message"), BAD_FLAGS.values(), ids=BAD_FLAGS)
-def test_what_cannot_be_trained(flag, message, recipe, cache, tmp_path):
-    done = train(recipe, tmp_path / "run", flag(tmp_path, recipe.parent), cache=cache, devices=4)
+def test_what_cannot_be_trained(flag, message, recipe, tmp_path):
+    done = train(recipe, tmp_path / "run", flag(tmp_path, recipe.parent), devices=4)
     fails(done, message)
 
 
@@ -129,25 +129,25 @@ def test_unknown_parts(tmp_path):
 
 
 @pytest.mark.slow
-def test_another_config(recipe, cache, tmp_path):
+def test_another_config(recipe, tmp_path):
     """A directory with a run of another config is refused with every difference, and so is starting from it."""
     run, short = tmp_path / "run", "--config.data.epochs=1"
-    assert train(recipe, run, short, cache=cache).returncode == 0
+    assert train(recipe, run, short).returncode == 0
     differs = ("--config.optimizer.learning_rate=0.5", "--config.seed=1")
     listed = (
         r"run: holds a run with another config:\n  optimizer.learning_rate: 0.001 there, 0.5 now\n"
         r"  seed: 0 there, 1 now\nUse another directory$"
     )
-    fails(train(recipe, run, short, *differs, cache=cache), listed)
+    fails(train(recipe, run, short, *differs), listed)
     smaller = ("--config.model.denoiser.depth=1", "--config.model.denoiser.num_heads=2", f"--config.init=('{run}',)")
     listed = "config.init: .*run: its denoiser differs: depth: 2 there, 1 in config.model; num_heads: 4 there, 2 in"
-    fails(train(recipe, tmp_path / "next", short, *smaller, cache=cache), listed)
+    fails(train(recipe, tmp_path / "next", short, *smaller), listed)
 
 
 @pytest.mark.slow
-def test_a_missing_image_is_skipped_and_counted(recipe, cache, tmp_path):
+def test_a_missing_image_is_skipped_and_counted(recipe, tmp_path):
     flag = sources(tmp_path, missing(1), images=(str(recipe.parent),))
-    done = train(recipe, tmp_path / "run", flag, cache=cache)
+    done = train(recipe, tmp_path / "run", flag)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/run: 24 of 24 steps, 1 broken samples skipped\n"
     said = r"broken sample skipped \(index 0\): sample '0': absent.png: no such image in"

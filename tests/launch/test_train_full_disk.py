@@ -47,9 +47,9 @@ def the_error(done, path, rest) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, cache, tmp_path_factory):
+def whole(recipe, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    assert train(recipe, workdir, cache=cache).returncode == 0
+    assert train(recipe, workdir).returncode == 0
     return workdir
 
 
@@ -60,7 +60,7 @@ def same(run, whole):
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
-def test_full_from_the_start(recipe, whole, cache, disk):
+def test_full_from_the_start(recipe, whole, disk):
     """There is no room for the description, then for the frozen parameters, then for the first step."""
     workdir = disk / "run"
     for free, path, rest in (
@@ -69,18 +69,18 @@ def test_full_from_the_start(recipe, whole, cache, disk):
         (900 * 2**10, workdir / "steps", "; no step is complete yet"),
     ):
         fill(disk, free)
-        the_error(train(recipe, workdir, cache=cache), path, rest)
+        the_error(train(recipe, workdir), path, rest)
         clear(disk)
-    done = train(recipe, workdir, cache=cache)
+    done = train(recipe, workdir)
     assert done.returncode == 0, done.stderr
     same(workdir, whole)
 
 
-def test_full_in_the_middle(recipe, whole, cache, disk):
+def test_full_in_the_middle(recipe, whole, disk):
     """The run continues from the last complete checkpoint."""
     workdir = disk / "run"
     process = subprocess.Popen(
-        command(recipe, workdir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(cache)
+        command(recipe, workdir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
     while process.poll() is None and len(step_lines(workdir)) < 5:
         time.sleep(0.02)
@@ -94,6 +94,6 @@ def test_full_in_the_middle(recipe, whole, cache, disk):
     written = workdir / ("steps" if "/steps: " in err else "metrics.jsonl")
     the_error(done, written, "is complete, and is continued from")
     clear(disk)
-    done = train(recipe, workdir, cache=cache)
+    done = train(recipe, workdir)
     assert done.returncode == 0 and f"step {kept + 1}/24" in done.stderr and f"step {kept}/24" not in done.stderr
     same(workdir, whole)

@@ -21,7 +21,7 @@ ACROSS = ("--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # both processes ho
 
 
 @contextlib.contextmanager
-def two_processes(recipe, workdir, cache, *flags):
+def two_processes(recipe, workdir, *flags):
     """Two processes of two devices each, and the files of their output. Both are killed at the end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -34,7 +34,7 @@ def two_processes(recipe, workdir, cache, *flags):
                 command(recipe, workdir, *flags, *cluster, f"--process={i}"),
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=environment(cache, devices=2),
+                env=environment(devices=2),
             )
             for i, file in enumerate(files)
         ]
@@ -55,14 +55,14 @@ def ends(processes, files) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(recipe, cache, tmp_path_factory):
+def alone(recipe, tmp_path_factory):
     """Function: mesh -> directory of a run of one process with four devices."""
     runs = {}
 
     def run(mesh):
         if mesh not in runs:
             runs[mesh] = tmp_path_factory.mktemp("alone") / "run"
-            done = train(recipe, runs[mesh], *mesh, cache=cache, devices=4)
+            done = train(recipe, runs[mesh], *mesh, devices=4)
             assert done.returncode == 0, done.stderr
         return runs[mesh]
 
@@ -77,15 +77,15 @@ def agree(one, other):
 
 
 @pytest.mark.parametrize("mesh", [SPREAD, ACROSS], ids=["spread", "across"])
-def test_two_processes_are_as_one(mesh, recipe, alone, cache, tmp_path):
-    with two_processes(recipe, tmp_path / "run", cache, *mesh) as started:
+def test_two_processes_are_as_one(mesh, recipe, alone, tmp_path):
+    with two_processes(recipe, tmp_path / "run", *mesh) as started:
         ends(*started)
     assert len(losses(tmp_path / "run")) == 24
     agree(tmp_path / "run", alone(mesh))
 
 
 @pytest.mark.parametrize("mesh", [SPREAD, ACROSS], ids=["spread", "across"])
-def test_two_processes_evaluate_as_one(mesh, recipe, cache, tmp_path):
+def test_two_processes_evaluate_as_one(mesh, recipe, tmp_path):
     """A run of the denoiser alone evaluates three images, which do not fill their rows."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -101,9 +101,9 @@ def test_two_processes_evaluate_as_one(mesh, recipe, cache, tmp_path):
         "--config.loop.evaluate=2",
         *mesh,
     )
-    done = train(recipe, tmp_path / "one", *flags, cache=cache, devices=4)
+    done = train(recipe, tmp_path / "one", *flags, devices=4)
     assert done.returncode == 0, done.stderr
-    with two_processes(recipe, tmp_path / "two", cache, *flags) as started:
+    with two_processes(recipe, tmp_path / "two", *flags) as started:
         ends(*started)
     one, two = ([line for line in step_lines(tmp_path / name) if "evaluation/psnr" in line] for name in ("one", "two"))
     assert [line["step"] for line in one] == [0, 2, 4]
@@ -111,26 +111,26 @@ def test_two_processes_evaluate_as_one(mesh, recipe, cache, tmp_path):
         assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_signal_to_one_ends_both(recipe, alone, cache, tmp_path):
+def test_a_signal_to_one_ends_both(recipe, alone, tmp_path):
     """Both end at the same step with a checkpoint, and one process continues from there."""
     workdir = tmp_path / "run"
-    with two_processes(recipe, workdir, cache, *SPREAD) as (processes, files):
+    with two_processes(recipe, workdir, *SPREAD) as (processes, files):
         while len(step_lines(workdir)) < 3 and all(process.poll() is None for process in processes):
             time.sleep(0.05)
         processes[1].send_signal(signal.SIGTERM)
         texts = ends(processes, files)
     done = [int(re.search(r": (\d+) of 24 steps", text)[1]) for text in texts]
     assert done[0] == done[1] == latest_step(workdir) < 24
-    finished = train(recipe, workdir, *SPREAD, cache=cache, devices=4)
+    finished = train(recipe, workdir, *SPREAD, devices=4)
     assert finished.returncode == 0, finished.stderr
     agree(workdir, alone(SPREAD))
 
 
-def test_an_error_of_one_ends_both(recipe, cache, tmp_path):
+def test_an_error_of_one_ends_both(recipe, tmp_path):
     """Process 0 finds the data empty while process 1 waits for it."""
     (tmp_path / "empty.json").write_text("[]")
     flag = f"--config.data.sources=({dict(path=str(tmp_path / 'empty.json'))},)"
-    with two_processes(recipe, tmp_path / "run", cache, flag) as (processes, files):
+    with two_processes(recipe, tmp_path / "run", flag) as (processes, files):
         codes = [process.wait(100) for process in processes]
         said = files[0].seek(0) or files[0].read()
     assert codes[0] == 1 and codes[1] != 0

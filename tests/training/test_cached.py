@@ -28,7 +28,6 @@ from ross_jax.training.step import StepConfig
 from tiny import CONFIG
 from tokenizer_fixtures import byte_level_tokenizer
 
-pytestmark = pytest.mark.usefixtures("compiled")
 TRAINABLE = (r"language/.*", r"projector/.*", r"denoiser/.*", r"regressor/.*")
 FREEZE = FreezeConfig(TRAINABLE, dtype="float32", autoencoder_dtype="float32")
 MODEL = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=320))

@@ -34,7 +34,6 @@ from ross_jax.tree import flatten, merge
 from tiny import STAGE2
 from tiny_model import SIZED, write_model
 
-pytestmark = pytest.mark.usefixtures("compiled")
 CLASSES = ("n01440764", "n01443537")
 
 

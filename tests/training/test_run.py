@@ -40,7 +40,6 @@ from tiny import CONFIG, STAGE2
 from tokenizer_fixtures import byte_level_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 from ross_jax.models.denoiser import Denoiser
 from ross_jax.objectives.loss import make_loss
 from ross_jax.objectives.reconstruction import ReconstructionConfig
-from ross_jax.sharding import MeshConfig
-from ross_jax.training.state import FreezeConfig
-from ross_jax.tree import flatten
+from ross_jax.sharding import MeshConfig, make_mesh
+from ross_jax.training.state import FreezeConfig, abstract_tree, init_components
+from ross_jax.tree import flatten, merge
 from tiny import CONFIG, MODELS, STAGE2, Run, make_batch
 
 
@@ -55,6 +55,13 @@ def test_every_mesh_gives_the_losses_of_one_device(sizes, single):
     assert kernel.addressable_shards[0].data.nbytes * sizes[1] * sizes[2] == kernel.nbytes
     moments = run.state.opt_state[1].inner_states["rest"].inner_state[0].mu["language"]["layers"]["gate"]["kernel"]
     assert moments.sharding == kernel.sharding
+
+
+def test_parameters_begin_the_same_on_a_mesh_as_on_one_device():
+    tree = abstract_tree(CONFIG, STAGE2, make_mesh(MeshConfig(2, 2, 2)))
+    found, run = flatten(init_components(CONFIG, tree, tree, jax.random.key(0))), Run()
+    for path, leaf in flatten(merge(run.state.params, run.state.frozen)).items():
+        np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(leaf), err_msg=path)
 
 
 @pytest.mark.parametrize("name", ["latent", *slow("pixel", "latent of a teacher", "latent2pixel")])
