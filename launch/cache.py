@@ -41,9 +41,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    rate = f", {result.images / result.seconds:.1f} pictures/s" if result.images else ""
+    rate = f", {result.images / result.seconds:.1f} images/s" if result.images else ""
     broken = f", {result.broken} samples broken" if result.broken else ""
-    report(f"{result.images} pictures in {result.seconds:.0f} s{rate}{broken}")
+    report(f"{result.images} images in {result.seconds:.0f} s{rate}{broken}")
     if result.missing:
         report(f"{folder}: {result.missing} shards are left to the other processes")
     else:

@@ -12,7 +12,7 @@ from ross_jax.models.tiny_autoencoder import TinyAutoencoderConfig
 _DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 _UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 _MAX_LEVELS = 10
-"""Every level but the last halves the picture."""
+"""Every level but the last halves the image."""
 
 
 def autoencoder_config(settings: Mapping[str, Any], where: str) -> AutoencoderConfig | TinyAutoencoderConfig:

@@ -8,7 +8,7 @@ from ross_jax.convert.settings import Settings
 from ross_jax.models.tiny_autoencoder import TinyAutoencoderConfig
 
 _MAX_LEVELS = 10
-"""Every level but the last halves the picture."""
+"""Every level but the last halves the image."""
 _MAX_BLOCKS = 16
 _FIXED = {"act_fn": "relu", "in_channels": 3, "out_channels": 3, "upsample_fn": "nearest"}
 _FIXED |= {"upsampling_scaling_factor": 2}

@@ -1,4 +1,4 @@
-"""Scores of pictures against their originals, and labelled grids of pictures."""
+"""Scores of images against their originals, and labelled grids of images."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +15,14 @@ _LABEL_HEIGHT = 14
 
 
 def to_uint8(pixels: Float[Array | np.ndarray, "items height width 3"]) -> UInt8[np.ndarray, "items height width 3"]:
-    """Maps pictures from [-1, 1] to uint8; values outside are clipped."""
+    """Maps images from [-1, 1] to uint8; values outside are clipped."""
     return np.asarray(jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)).astype(np.uint8)
 
 
 def psnr(
     images: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
 ) -> Float[np.ndarray, " items"]:
-    """Peak signal-to-noise ratio of each picture, in dB; infinite for equal pictures. Values range from 0 to 255."""
+    """Peak signal-to-noise ratio of each image, in dB; infinite for equal images. Values range from 0 to 255."""
     error = np.mean(np.square(images.astype(np.float64) - originals.astype(np.float64)), axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255.0**2 / error)
@@ -31,7 +31,7 @@ def psnr(
 def is_nearest(
     images: Shaped[np.ndarray, "items height width 3"], originals: Shaped[np.ndarray, "items height width 3"]
 ) -> Bool[np.ndarray, " items"]:
-    """Whether each picture is nearer, in mean squared error, to its own original than to all others."""
+    """Whether each image is nearer, in mean squared error, to its own original than to all others."""
     flat = images.reshape(len(images), -1).astype(np.float64)
     others = originals.reshape(len(originals), -1).astype(np.float64)
     distances = np.square(flat).sum(1)[:, None] - 2 * flat @ others.T + np.square(others).sum(1)
@@ -41,7 +41,7 @@ def is_nearest(
 def ssim(
     images: UInt8[np.ndarray, "items height width 3"], originals: UInt8[np.ndarray, "items height width 3"]
 ) -> Float[np.ndarray, " items"]:
-    """Structural similarity of each picture (Wang et al., 2004); 1 for equal pictures.
+    """Structural similarity of each image (Wang et al., 2004); 1 for equal images.
 
     Raises:
       UserError: scikit-image is not installed.
@@ -55,12 +55,12 @@ def ssim(
 
 
 def draw_grid(path: str | Path, columns: Mapping[str, UInt8[np.ndarray, "items height width 3"]], scale: int = 2):
-    """Writes a PNG grid with one labelled column per entry and one picture per row.
+    """Writes a PNG grid with one labelled column per entry and one image per row.
 
     Args:
       path: file to write.
-      columns: label -> pictures. All columns have the same shape.
-      scale: side of a square in the PNG that shows one pixel of a picture.
+      columns: label -> images. All columns have the same shape.
+      scale: side of a square in the PNG that shows one pixel of an image.
 
     Raises:
       UserError: the columns differ in shape.

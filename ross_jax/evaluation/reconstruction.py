@@ -1,4 +1,4 @@
-"""Evaluation during training: reconstructs and scores pictures that the run does not train on."""
+"""Evaluation during training: reconstructs and scores images that the run does not train on."""
 
 import importlib.util
 import logging
@@ -21,7 +21,7 @@ from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.evaluation.images import psnr, ssim, to_uint8
 from ross_jax.inference.prompts import prompt_batches
 from ross_jax.inference.reconstruct import ImageDrawer, autoencode, encode_latents, target_images, visual_outputs
-from ross_jax.objectives.reconstruction import reconstructor
+from ross_jax.objectives.reconstruction import find_objective, reconstructor
 from ross_jax.sharding import batch_sharding
 from ross_jax.training.callback import Callback
 from ross_jax.training.recipe import RunConfig
@@ -33,38 +33,38 @@ _INPUTS = ("tokens", "positions", "segments", "images", "image_start")
 
 
 def read_images(config: RunConfig) -> list[UInt8[np.ndarray, "side side 3"]]:
-    """Pictures of `config.evaluation`, resized for the vision encoder: the first picture of each sample that has one.
+    """Images of `config.evaluation`, resized for the vision encoder: the first image of each sample that has one.
 
     Raises:
-      ConfigError: no sample has a picture.
-      UserError: a source or a picture cannot be read.
+      ConfigError: no sample has an image.
+      UserError: a source or an image cannot be read.
     """
     source = Concatenated([open_source(each) for each in config.evaluation.sources])
     read = decode_official if config.text.compat == "official" else decode
     count = min(config.evaluation.count, len(source))
     found = [image for i in range(count) for image in source[i * len(source) // count].images[:1]]
     if not found:
-        raise ConfigError("config.evaluation.sources: none of the samples that were looked at has a picture")
+        raise ConfigError("config.evaluation.sources: none of the samples that were looked at has an image")
     return [preprocess(read(image.read(), image.name), config.images, image.name) for image in found]
 
 
 def _batches(config: RunConfig, images: list[np.ndarray], rows: int) -> list[Batch]:
-    """Batches in which each picture follows an empty question, as in training without text."""
+    """Batches in which each image follows an empty question, as in training without text."""
     text, tokens = config.text, config.model.vision.num_tokens
     encode = build_image_encoder(text.template, load_tokenizer(text.tokenizer), text.compat)
-    prompt = expand(encode({"id": "picture", "image": "picture"}), tokens)
+    prompt = expand(encode({"id": "image", "image": "image"}), tokens)
     own = [(image,) for image in images]
     return list(prompt_batches([prompt] * len(own), own, rows, tokens, config.images.size))
 
 
 class ReconstructionEvaluator(Callback):
-    """Reconstructs and scores the same pictures from the same noise at every call.
+    """Reconstructs and scores the same images from the same noise at every call.
 
-    All processes must call it at the same steps. Each process reads all pictures; the mesh's replicas share the work.
+    All processes must call it at the same steps. Each process reads all images; the mesh's replicas share the work.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, seed: int = 0):
-        """Reads the pictures, with the errors of `read_images`. `seed` is the seed of the noise."""
+        """Reads the images, with the errors of `read_images`. `seed` is the seed of the noise."""
         settings, model = config.evaluation, config.model
         objective, key = reconstructor(model), jax.random.key(seed)
         replicas = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -109,7 +109,7 @@ class ReconstructionEvaluator(Callback):
         return {name: np.concatenate([part[name] for part in parts])[: self._count] for name in parts[0]}
 
     def evaluate(self, state: Any) -> tuple[dict[str, float], UInt8[np.ndarray, "height width 3"]]:
-        """Computes mean scores and a grid with the columns picture, reconstruction and autoencoder (if there is one).
+        """Computes mean scores and a grid with the columns image, reconstruction and autoencoder (if there is one).
 
         Args:
           state: an object with the parameter trees `params` and `frozen`, such as a `TrainState`.
@@ -140,7 +140,8 @@ class ReconstructionEvaluator(Callback):
 def make_callbacks(config: RunConfig, mesh: Mesh) -> list[Callback]:
     """What `config.loop` asks for: images for TensorBoard, and evaluations."""
     callbacks: list[Callback] = []
-    if config.loop.images and config.reconstruction.kind != "none" and reconstructor(config.model) is not None:
+    trains = find_objective(config.reconstruction.kind) is not None
+    if config.loop.images and trains and reconstructor(config.model) is not None:
         callbacks.append(ImageDrawer(config.model, mesh, config.step.dtype))
     if config.loop.evaluate:
         callbacks.append(ReconstructionEvaluator(config, mesh))

@@ -1,6 +1,6 @@
 """KL autoencoder: diffusers' `AutoencoderKL`, in the FLUX layout (16 channels, no quant convs) and the LDM / SD ones.
 
-Pictures and latents are channels-last. GroupNorm statistics are float32 whatever the compute dtype.
+Images and latents are channels-last. GroupNorm statistics are float32 whatever the compute dtype.
 """
 
 import dataclasses

@@ -175,7 +175,7 @@ class VisionEncoder(nn.Module):
         """
         cfg = self.config
         if images.shape[1:3] != (cfg.image_size, cfg.image_size):
-            raise ValueError(f"expected pictures of {cfg.image_size} pixels square, found {images.shape}")
+            raise ValueError(f"expected images of {cfg.image_size} pixels square, found {images.shape}")
         patches = nn.Conv(
             cfg.hidden_size,
             (cfg.patch_size, cfg.patch_size),

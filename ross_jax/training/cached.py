@@ -126,7 +126,7 @@ def open_cached(config: RunConfig) -> Precomputed | None:
 def needs_pixels(config: RunConfig, cached: Collection[str]) -> bool:
     """Whether a run that reads these parts of a cache needs pixels as well."""
     encodes = "features" not in cached
-    return encodes or (config.reconstruction.kind != "none" and "targets" not in cached) or config.loop.images > 0
+    return encodes or (objective_of(config) is not None and "targets" not in cached) or config.loop.images > 0
 
 
 def spared_components(config: RunConfig, cached: Collection[str]) -> set[str]:

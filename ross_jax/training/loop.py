@@ -124,7 +124,7 @@ def check(steps: list[dict[str, float]], first: int) -> None:
     """
     for step, values in enumerate(steps, start=first):
         if "text_loss" not in values and values["images"] == 0:
-            raise UserError(f"step {step}: the batch has no picture, and without a text loss nothing to learn from")
+            raise UserError(f"step {step}: the batch has no image, and without a text loss nothing to learn from")
         if "text_loss" in values and values["supervised_tokens"] == 0:
             raise UserError(
                 f"step {step}: the batch has no supervised token; check the data with launch/inspect_data.py "

@@ -162,7 +162,7 @@ def _manifest(layout: Layout, made_of: dict[str, Any]) -> dict[str, Any]:
 
 def _estimate(folder: Path, layout: Layout, report: Report, progress: Report) -> None:
     """Reports what the cache will hold, and warns if the disk has no room for it."""
-    report(f"{layout.records - 1} pictures")
+    report(f"{layout.records - 1} images")
     total = 0
     for part in layout.parts:
         size = layout.records * layout.record_bytes(part)
@@ -222,7 +222,7 @@ class _Maker:
                 now = time.perf_counter()
                 if now - reported > _SECONDS or done == total:
                     rate, reported = done / (now - started), now
-                    self._progress(f"{done}/{total} pictures  {rate:.1f}/s  {(total - done) / rate / 60:.1f} min left")
+                    self._progress(f"{done}/{total} images  {rate:.1f}/s  {(total - done) / rate / 60:.1f} min left")
                 yield record
 
         records = counted(self._records(chunks))

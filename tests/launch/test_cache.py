@@ -24,9 +24,9 @@ def test_a_run_on_what_was_computed_before(recipe, tmp_path):
     """A cache made on two devices: its output, and the losses of runs with and without it."""
     done = cache_images(recipe, tmp_path / "cache", "--what=targets,features", "--rows=5")
     assert done.returncode == 0, done.stderr
-    assert "25/25 pictures" in done.stderr
+    assert "25/25 images" in done.stderr
     first, *_, timed, last = done.stdout.splitlines()
-    assert first == "24 pictures" and re.fullmatch(r"25 pictures in \d+ s, [\d.]+ pictures/s", timed)
+    assert first == "24 images" and re.fullmatch(r"25 images in \d+ s, [\d.]+ images/s", timed)
     assert re.fullmatch(rf"{tmp_path}/cache: complete, targets \S+ GB, features \S+ GB", last)
     flag = f"--config.data.precomputed={tmp_path}/cache"
     for name, flags in (("pixels", ()), ("cached", (flag,))):
@@ -38,7 +38,7 @@ def test_a_run_on_what_was_computed_before(recipe, tmp_path):
     refused = train(recipe, tmp_path / "other", "--config.image_mode=crop", flag, devices=2)
     assert refused.returncode == 1 and "images.image.mode: 'pad' there, 'crop' now" in refused.stderr
     again = cache_images(recipe, tmp_path / "cache", "--what=targets,features")
-    assert again.returncode == 0 and "0 pictures in 0 s" in again.stdout, again.stderr
+    assert again.returncode == 0 and "0 images in 0 s" in again.stdout, again.stderr
 
 
 def test_a_full_disk(recipe, tmp_path):

@@ -61,7 +61,7 @@ BAD_FLAGS = {
         lambda new, old: sources(new, make_records(), images=(f"{new}/absent",)),
         "image folder '.*/absent' does not exist; give a folder",
     ),
-    "many missing pictures": (
+    "many missing images": (
         lambda new, old: sources(new, missing(12), images=(str(old),)),
         r"\d+ of \d+ samples read are broken, more than the allowed share of 1.0%.*\n.*absent.png: no such image",
     ),

@@ -269,7 +269,7 @@ def test_wrong_image_size(shape):
     tokens, positions, segments, images, starts = batch()
     wrong = np.zeros((*images.shape[:2], *shape, 3), np.float32)
     with pytest.raises(
-        ValueError, match=rf"expected pictures of {SIZE} pixels square, found \(12, {shape[0]}, {shape[1]}"
+        ValueError, match=rf"expected images of {SIZE} pixels square, found \(12, {shape[0]}, {shape[1]}"
     ):
         run(params(), tokens, positions, segments, wrong, starts)
 

@@ -195,7 +195,7 @@ def test_nothing_supervised_still_stops_a_run_with_a_text_loss(data, tmp_path):
 def test_a_step_without_images_stops_a_run_without_text_loss():
     good = {"reconstruction_loss": 1.0, "gradient_norm": 1.0, "images": 3.0}
     check([good], 6)
-    with pytest.raises(UserError, match="step 7: the batch has no picture"):
+    with pytest.raises(UserError, match="step 7: the batch has no image"):
         check([good, {**good, "images": 0.0}], 6)
     with pytest.raises(UserError, match="step 6: reconstruction_loss is not finite"):
         check([{**good, "reconstruction_loss": float("nan")}], 6)
@@ -219,5 +219,5 @@ def test_configs_that_make_no_run(data, changes, message):
 def test_evaluation_needs_images(data, tmp_path):
     (tmp_path / "text.json").write_text(json.dumps([{"conversations": [{"from": "human", "value": "Hello"}]}]))
     config = make_config(data, evaluation=EvaluationConfig((SourceConfig(str(tmp_path / "text.json")),)))
-    with pytest.raises(ConfigError, match="none of the samples that were looked at has a picture"):
+    with pytest.raises(ConfigError, match="none of the samples that were looked at has an image"):
         read_images(config)
