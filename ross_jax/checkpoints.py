@@ -456,7 +456,7 @@ class RunCheckpoints:
         """Function: step -> whether to end after it, the same on all processes.
 
         Args:
-          requested: whether a signal asked this process to end. Of several processes, JAX's own handler makes all end
+          requested: whether a signal asked this process to end. With several processes, JAX's own handler makes all end
             after the same step.
         """
         if jax.process_count() == 1:

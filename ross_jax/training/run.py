@@ -266,7 +266,7 @@ class Run:
         share, shares = process_share(self.mesh)
         batches = self.data.batches(self.step, share, shares)
         batches = global_batches(batches, batch_sharding(self.mesh), shares, reporter.meter)
-        # Of several processes, JAX's own handler makes all end after the same step.
+        # With several processes, JAX's own handler makes all end after the same step.
         numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
         with stop_signals(*numbers) as requested:
             stop_at = stop_at or self._checkpoints.stop_at(requested)
