@@ -78,7 +78,8 @@ def test_every_kind_learns_on_a_mesh_as_on_one_device(name):
     assert losses[0] > 0
     assert "regressor" in one.state.params
     before = losses[0]
-    assert Run(**options, learning_rate=0.0).run(make_batch(seed=0))["reconstruction_loss"] == before
+    still = Run(**options, learning_rate=0.0).run(make_batch(seed=0))["reconstruction_loss"]
+    assert still == pytest.approx(before, rel=1e-6)
     for _ in range(3):
         again = one.run(make_batch(seed=0))["reconstruction_loss"]
     assert again < before
