@@ -1,4 +1,4 @@
-"""The largest batch that fits."""
+"""Search for the largest batch that fits."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from ross_jax.plan.search import largest_batch
 @pytest.mark.parametrize("fixed", [10.0, 60.0, 99.0, 120.0])
 @pytest.mark.parametrize("each", [0.9, 7.0, 30.0])
 def test_largest_batch(each, fixed, bend):
-    """The result is that of trying all batches, with fewer plans, even if memory is not linear in the rows."""
+    """The result equals that of trying all batches, with fewer plans, also if memory is not linear in the rows."""
     asked = set()
 
     def needed(rows: int) -> int:
@@ -19,7 +19,7 @@ def test_largest_batch(each, fixed, bend):
     def at(rows: int):
         asked.add(rows)
         fits = needed(rows) <= 100_000
-        memory = needed(rows) if fits or rows % 2 else None  # the compiler does not always say
+        memory = needed(rows) if fits or rows % 2 else None  # the compiler reports no memory for some batches
         return Report("ross", "train", "v5e:2x4", 8, {}, "full", rows, [], [], {}, 100_000, memory, fits, [], [])
 
     rows, report = largest_batch(at)
