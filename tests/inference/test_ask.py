@@ -1,4 +1,4 @@
-"""`Model.ask` and `ask_many`: against the full forward pass of one prompt at a time, kinds of images, mistakes."""
+"""`Model.ask` and `ask_many`: answers equal full forward passes of one prompt at a time; kinds of images; errors."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def model(model_folder):
 
 
 def one_by_one(model, conversations, images, new) -> str:
-    """Greedy decoding without a cache, without padding: the whole sequence again for every token."""
+    """Greedy decoding without cache and padding: a forward pass of the whole sequence for each token."""
     record = {"id": "x", "image": [str(i) for i in range(len(images))], "conversations": conversations}
     tokenizer = model.tokenizer
     ids = build_prompt_encoder("qwen_2", tokenizer)(record)
@@ -99,7 +99,7 @@ def test_many_as_one_by_one(model):
 
 
 def test_kinds_of_images(model, tmp_path):
-    """Path, PIL image and array of the same content get one answer; another content gets another."""
+    """Path, PIL image and array with the same content get the same answer; other content gets another answer."""
     pixels = make_image(4)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     kinds = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png"), pixels, [pixels]]
@@ -109,7 +109,7 @@ def test_kinds_of_images(model, tmp_path):
 
 
 def test_programs_are_shared(model):
-    """Questions of similar length, asked one after another, compile once."""
+    """Successive questions of similar length share one compiled program."""
     from ross_jax.inference.model import _answer
 
     model.ask(make_image(0), "What?", max_new_tokens=NEW)
