@@ -1,4 +1,4 @@
-"""Gradients held against central differences."""
+"""Comparison of gradients with central differences."""
 
 from collections.abc import Callable
 
@@ -9,11 +9,11 @@ from jaxtyping import Array
 
 
 def assert_gradient(gradient: Array, shifted: Callable[[Array], Array], step: float, rtol: float = 1e-2) -> None:
-    """Along a direction that is random, and leans to the gradient.
+    """Compares the derivative along the sum of a random direction and the gradient's direction.
 
     Args:
-      shifted: the scalar function, at the point moved by its argument.
-      step: of the difference; float32 loses a few digits in it, and it adds its square.
+      shifted: the scalar function of the offset from the point where `gradient` was computed.
+      step: length of the offset. Short steps lose digits of float32; the error of long steps is quadratic in the step.
     """
     direction = jax.random.normal(jax.random.key(5), gradient.shape)
     direction = direction / jnp.linalg.norm(direction) + gradient / jnp.linalg.norm(gradient)

@@ -1,4 +1,4 @@
-"""Scripts of launch/ as modules, and runs of launch/train.py on a tiny model and a few images."""
+"""Helpers that load scripts of launch/ as modules and run launch/train.py on a tiny model and one image."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def get_config():
 
 
 def load_script(name: str) -> ModuleType:
-    """A script of `launch/` as a module, which has its `main`."""
+    """Loads `launch/NAME.py` as a module, for its `main`."""
     spec = importlib.util.spec_from_file_location(f"launch_{name}", REPOSITORY / "launch" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -57,7 +57,7 @@ def load_script(name: str) -> ModuleType:
 
 
 def make_records(count: int = 24) -> list[dict[str, Any]]:
-    """Questions about one image."""
+    """Conversations about one image."""
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": ""}]
     return [
         {"id": str(i), "image": "0.png", "conversations": [turns[0], turns[1] | {"value": "a" * (i % 4 + 1)}]}
@@ -77,36 +77,36 @@ def write_recipe(folder: Path) -> Path:
 
 
 def command(recipe: Path | str, workdir: Path, *more: str) -> list[str]:
-    """The command line of a run."""
+    """The command line of launch/train.py."""
     script = str(REPOSITORY / "launch" / "train.py")
     return [sys.executable, script, f"--config={recipe}", f"--workdir={workdir}", *more]
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Environment of runs on so many virtual CPU devices. Compiled programs are shared, as in `conftest.py`."""
+    """Environment of a run on the given number of virtual CPU devices. The compilation cache is shared."""
     flags = re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def train(*args: Any, devices: int = 1) -> subprocess.CompletedProcess:
-    """Runs `command(*args)` to its end."""
+    """Runs `command(*args)` until it exits."""
     environ = environment(devices)
     return subprocess.run(command(*args), capture_output=True, text=True, env=environ, check=False, timeout=600)
 
 
 def step_lines(workdir: Path) -> list[dict[str, Any]]:
-    """Lines that a run has reported so far."""
+    """Lines of metrics that a run has completed."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def losses(workdir: Path) -> np.ndarray:
-    """float64 [steps, 4]: step number, both losses, gradient norm."""
+    """float64 [steps, 4]: step number, text loss, reconstruction loss, gradient norm."""
     names = ("step", "text_loss", "reconstruction_loss", "gradient_norm")
     return np.array([[line[name] for name in names] for line in step_lines(workdir)])
 
 
 def parameters(workdir: Path) -> dict[str, np.ndarray]:
-    """All parameters of a run, by path."""
+    """Path -> parameter of a run."""
     return flatten(checkpoints.restore_model(workdir, checkpoints.model_abstract(workdir)))

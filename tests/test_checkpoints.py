@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete or absent, restored as requested, with errors that name everything."""
+"""Checkpoints on disk: complete or absent, restored as requested, with errors that list all problems."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from ross_jax import checkpoints
 from ross_jax.checkpoints import CheckpointError, StreamedLeaf, complete_directory
 from ross_jax.config import UserError
 
-# A directory that appears complete, or not at all.
+# Directories that appear complete or not at all.
 
 
 def names(folder: Path) -> list[str]:
@@ -129,7 +129,7 @@ def test_two_processes_at_once(tmp_path):
 
 
 def test_a_lock_that_its_holder_has_removed_is_none(tmp_path, monkeypatch):
-    """If the holder finishes between opening and locking, the lock guards nothing and is refused."""
+    """A lock file that its holder removes between opening and locking is refused, because it guards nothing."""
     flock = checkpoints.fcntl.flock
 
     def late(handle, operation):
@@ -165,7 +165,7 @@ TREE = {
 
 
 def streamed(array: np.ndarray) -> StreamedLeaf:
-    """A leaf that is read row by row if it has rows."""
+    """A leaf that is streamed row by row if it has rows."""
     parts = [(i, row) for i, row in enumerate(array)] if array.ndim > 1 else [(None, array)]
     return StreamedLeaf(array.shape, array.dtype, lambda: iter(parts))
 
@@ -244,7 +244,7 @@ def test_no_checkpoint_there(what, saved, tmp_path):
 
 @pytest.mark.parametrize("damage", ["removed", "truncated"])
 def test_damaged_files(damage, saved, tmp_path):
-    """tensorstore's errors become a CheckpointError."""
+    """Damaged array files raise a CheckpointError."""
     shutil.copytree(saved, tmp_path / "params")
     for file in (tmp_path / "params").rglob("d/*"):
         file.unlink() if damage == "removed" else os.truncate(file, file.stat().st_size // 2)
@@ -257,7 +257,7 @@ def test_damaged_files(damage, saved, tmp_path):
     "error", [UserError("the source is gone"), OSError(28, "No space left on device"), KeyError("x")]
 )
 def test_a_leaf_that_fails(error, tmp_path, capfd):
-    """There is one clear error, nothing on the terminal and nothing left on disk, and later leaves are not read."""
+    """A leaf that fails gives one error, prints nothing, leaves no files, and ends the reading of leaves."""
     read = []
 
     def good(name):
@@ -284,7 +284,7 @@ def test_a_leaf_that_fails(error, tmp_path, capfd):
 
 @contextlib.contextmanager
 def largest_file(size: int):
-    """Files cannot grow beyond `size` bytes, as if the disk were full."""
+    """Limits files to `size` bytes, like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -295,7 +295,7 @@ def largest_file(size: int):
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_is_raised_and_not_printed(background, tmp_path, capfd, caplog):
-    """Nothing is printed although many writes fail at once, and error reporting is as before afterwards."""
+    """Many writes that fail at once raise one error and print nothing, and error reporting is restored."""
     rng = np.random.default_rng(0)
     tree = {str(i): jnp.asarray(rng.normal(size=(100, 100)).astype(np.float32)) for i in range(40)}
     state = SimpleNamespace(params=tree, opt_state={"moments": tree}, step=jnp.zeros(()), frozen={})

@@ -1,4 +1,4 @@
-"""Recipes by path: what they may import, how fields are overridden, and one line for each mistake."""
+"""Recipes by path: their imports, overrides of fields, and one line for each mistake."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ BENCH = str(CONFIGS / "bench.py")
 
 
 def test_overrides():
-    """Each as on the command line; also of fields whose default is None."""
+    """Overrides have command-line syntax, and may set fields whose default is None."""
     config = load_recipe(
         f"{CONFIGS / 'llava.py'}:encoder=clip,stage=pretrain",
         [
@@ -34,7 +34,7 @@ def test_overrides():
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """The current directory, and a process that does not find `configs` by itself."""
+    """Changes to a folder outside the repository, where `configs` cannot be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() not in (REPOSITORY, tmp_path)])
     for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
@@ -43,7 +43,7 @@ def outside(tmp_path, monkeypatch):
 
 
 def test_own_recipes_build_on_the_repositorys(outside):
-    """Wherever they lie, they import `configs`, and modules of the folder above their own."""
+    """A recipe in any folder can import `configs` and modules of its parent folder."""
     (outside / "recipes").mkdir()
     (outside / "own_settings.py").write_text("BATCH = 12\n")
     recipe = outside / "recipes" / "mine.py"

@@ -1,4 +1,4 @@
-"""Typed configs: values that make one, and the error for each kind of mistake."""
+"""Typed configs: valid values, and the error for each kind of mistake."""
 
 import dataclasses
 import json
@@ -129,7 +129,7 @@ def test_nearest():
     assert nearest("zzz", ["hidden"]) == nearest("x", []) == ""
 
 
-# Configs of models, as manifests store them.
+# Configs of models, as stored in manifests.
 
 SIZES = st.integers(1, 9)
 FLOATS = st.floats(1e-6, 1e6)
@@ -138,7 +138,7 @@ FLAGS = st.booleans()
 
 @st.composite
 def ross_configs(draw) -> dict:
-    """Fields that fit together, as plain values."""
+    """Draws consistent fields of a RossConfig as plain values."""
     hidden, width = 4 * draw(SIZES), 2 * draw(SIZES)
     rope = st.none() | st.builds(RopeScaling, st.sampled_from(["linear", "llama3"]), FLOATS, FLOATS, FLOATS, SIZES)
     levels = draw(st.integers(1, 3))

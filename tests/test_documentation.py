@@ -1,4 +1,4 @@
-"""READMEs name every config field with its default, every launcher with its flags, and files that exist."""
+"""READMEs name each config field with its default and each launcher with its flags; their links exist."""
 
 import ast
 import dataclasses
@@ -27,12 +27,12 @@ def dataclasses_in(hint: Any) -> list[type]:
 
 
 def rows(cls: type, path: str = "", default: Any = None, seen: set[type] | None = None) -> Iterator[str]:
-    """The beginning of each field's row, such as "| `data.batch` | `128` |"; each config class is visited once.
+    """Yields the beginning of each field's row, such as "| `data.batch` | `128` |". Each config class is visited once.
 
     Args:
       cls: a config class.
-      path: its place in `RunConfig`, with a dot at the end.
-      default: the instance that its parent has by default; None: fields have the defaults of `cls`.
+      path: path of `cls` in `RunConfig`, with a dot at the end.
+      default: the instance of `cls` in its parent's defaults. None: fields have the defaults of `cls`.
       seen: classes that were visited before.
     """
     seen = set() if seen is None else seen
@@ -58,7 +58,7 @@ def test_every_config_field_is_documented():
 
 
 def flags_of(script: Path) -> set[str]:
-    """Flags that a launcher defines, `--dump-hlo` for example, by argparse or absl."""
+    """Flags that a launcher defines through argparse or absl, such as `--dump-hlo`."""
     found = set()
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):

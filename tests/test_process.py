@@ -1,4 +1,4 @@
-"""Memory of this process, against what it allocates."""
+"""The reported peak memory of a process matches its allocations."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def measure() -> tuple[int, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of the process that started it counts, too")
 def test_the_peak_is_of_this_process_alone():
-    """Not that of pytest, which has held more."""
+    """The peak of a child process does not include the memory of its parent."""
     held = np.ones(50_000_000)
     assert peak_memory() > held.nbytes
     before, _ = measure()
@@ -35,6 +35,6 @@ def test_the_peak_is_of_this_process_alone():
 
 
 def test_the_peak_stays():
-    """What is released counts."""
+    """The peak includes memory that was released."""
     before, after = measure()
     assert after - before > 0.9e8

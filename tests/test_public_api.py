@@ -1,4 +1,4 @@
-"""`import ross_jax`: quick, complete and lazy; training, import and export through it."""
+"""`import ross_jax` is quick, complete and lazy; it gives training, import and export."""
 
 import ast
 import inspect
@@ -36,7 +36,7 @@ def test_names_are_imported_when_used():
 
 
 def test_type_checkers_see_every_name():
-    """The imports for type checkers bind the names that `__getattr__` finds, to the same objects."""
+    """The imports for type checkers bind the same objects as `__getattr__`, under the same names."""
     tree = ast.parse(inspect.getsource(ross_jax))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     found = {alias.asname: (node.module, alias.name) for node in block.body for alias in node.names}
@@ -46,7 +46,7 @@ def test_type_checkers_see_every_name():
 
 
 def test_import_and_export(tmp_path):
-    """A checkpoint of the reference becomes a model directory and comes back."""
+    """A checkpoint of the reference is imported to a model directory and exported again."""
     folder = ross_jax.import_model(
         GOLDEN / "checkpoint",
         tmp_path / "model",
@@ -68,7 +68,7 @@ def test_import_and_export(tmp_path):
 
 @pytest.mark.slow
 def test_train_and_ask(tmp_path):
-    """A recipe becomes a run, whose directory is a model; the same call continues, and has nothing left to do."""
+    """A run's directory is a model; training a finished run again changes nothing."""
     from launcher import write_recipe
 
     config = ross_jax.load_recipe(str(write_recipe(tmp_path)), ["--config.data.epochs=1"])

@@ -1,4 +1,4 @@
-"""The README's Python example runs as it stands."""
+"""The README's Python example runs unchanged."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    """In a folder with a model and an image where the example expects them."""
+    """The example runs in a folder that has the models and images it names."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     example = next(block for block in blocks if "import ross_jax" in block)
     paths = [Path(path) for path in re.findall(r'"((?:[\w.-]+/)+[\w.-]+)"', example)]

@@ -1,4 +1,4 @@
-"""The mesh over several slices; what its axes split."""
+"""Meshes over several slices, and which axes split which dimensions."""
 
 from unittest import mock
 
@@ -12,7 +12,7 @@ from ross_jax.sharding import MeshConfig, gather, make_mesh, parameter_shardings
 
 
 def devices(slices: int, platform: str = "tpu", kind: str = "TPU v4") -> list[jax.Device]:
-    """Slices of 2 x 2 chips, a host each, as JAX lists them: by process."""
+    """Slices of 2 x 2 chips with one host each, in JAX's order: by process."""
     return [
         mock.Mock(
             spec=jax.Device,
@@ -30,7 +30,7 @@ def devices(slices: int, platform: str = "tpu", kind: str = "TPU v4") -> list[ja
 
 
 def mesh_slices(config: MeshConfig, found: list[jax.Device]) -> np.ndarray:
-    """Slice of each device of the mesh."""
+    """Slice index of each device of the mesh."""
     return np.vectorize(lambda device: device.slice_index)(make_mesh(config, found).devices)
 
 
@@ -115,7 +115,7 @@ def test_what_is_gathered_is_whole_and_its_gradient_split():
 
 
 def test_mesh_on_every_torus():
-    """An axis of a torus may be cut, as by 2 x 32 on 8 x 8 chips."""
+    """A mesh axis may span part of a torus axis, as 2 x 32 does on 8 x 8 chips."""
     chips = [
         mock.Mock(
             spec=jax.Device,
@@ -137,7 +137,7 @@ LEAVES = {"language/layers/gate/kernel": jax.ShapeDtypeStruct((2, 16, 8), np.flo
 
 
 def test_rules_override_how_arrays_are_split():
-    """Of parameters, and of activations while the mesh is ambient; afterwards the usual rules are back."""
+    """Rules apply to parameters, and to activations while the mesh is ambient; the usual rules return afterwards."""
     config = MeshConfig(2, 2, 2, (("embed", ("tensor",)), ("mlp", ())))
     mesh = make_mesh(config)
     spec = {path: at.spec for path, at in parameter_shardings(LEAVES, mesh, config).items()}

@@ -1,4 +1,4 @@
-"""Runs, models and caches that an older version wrote are read, continued and asked; see tests/fixtures/b117c81."""
+"""Runs, models and caches of an older version can be read, continued and asked; see tests/fixtures/b117c81."""
 
 import dataclasses
 import json
@@ -24,14 +24,14 @@ METRICS = ("text_loss", "reconstruction_loss", "gradient_norm")
 
 @pytest.fixture
 def old(tmp_path, monkeypatch):
-    """A copy of the fixture, which is the current directory: paths in it are relative."""
+    """A copy of the fixture as current directory, because the fixture's paths are relative."""
     shutil.copytree(FIXTURE, tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
     return tmp_path / "old"
 
 
 def read_config(run: Path) -> RunConfig:
-    """The run's config on the devices of the tests, whose number does not divide its rows."""
+    """The run's config, with a mesh of the test's devices on the tensor axis, because they do not divide the rows."""
     record = upgrade.upgrade(RECORD, json.loads((run / RECORD).read_text()))
     config = from_dict(RunConfig, record["config"])
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=-1))
@@ -59,7 +59,7 @@ def test_the_config_of_a_run(old):
 
 @pytest.mark.parametrize("name", ["run", pytest.param("run-latent", marks=pytest.mark.slow)])
 def test_a_run_opens_where_it_stopped(old, name):
-    """Config, data and parameters are those of the run; else it would be refused."""
+    """A run opens at its last step, which needs the same config, data and parameters."""
     assert Run(read_config(old / name), old / name).step == EXPECTED[name]["stopped_at"]
 
 
@@ -81,7 +81,7 @@ def test_a_cache_is_read(old):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "run-latent"])
 def test_a_run_continues_to_its_end(old, name):
-    """With the losses of the old version's uninterrupted run, and with its scores."""
+    """A continued run has the losses and scores of the older version's uninterrupted run."""
     config = read_config(old / name)
     run = Run(config, old / name)
     assert run.train(make_callbacks(config, run.mesh)) == run.steps == len(EXPECTED[name]["steps"])
@@ -109,7 +109,7 @@ def test_a_cache_gives_the_same_losses(old):
 
 
 def test_values_and_paths(monkeypatch):
-    """Sections and fields move or go and values change; lists, empty containers and the order of fields stay."""
+    """Sections and fields move or go, and values change; lists, empty containers and the order of fields stay."""
     changes = (
         upgrade.Change("a.json", "old/*/x", "new/*/deep/y"),
         upgrade.Change("a.json", "new/*/deep/y", values={"one": 1}),

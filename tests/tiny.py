@@ -49,7 +49,7 @@ MODELS = {
     "latent2pixel": _regressing("latents", 64),
     "none": CONFIG,
 }
-"""A model for each kind of reconstruction; its first word is the kind."""
+"""Name -> model. The first word of a name is the kind of reconstruction."""
 COUNT = CONFIG.vision.num_tokens
 ONE_DEVICE, DENOISE = MeshConfig(1, 1, 1), ReconstructionConfig()
 STAGE2 = FreezeConfig(
@@ -58,7 +58,7 @@ STAGE2 = FreezeConfig(
 
 
 def make_batch(rows: int = 8, length: int = 24, seed: int = 0) -> dict[str, np.ndarray]:
-    """Rows of two conversations, with two, one or no pictures; some rows have padding."""
+    """Rows of two conversations of 10 positions, then padding. Rows have two, one and no images in turn."""
     rng = np.random.default_rng(seed)
     batch = {
         "tokens": rng.integers(1, 96, (rows, length)).astype(np.int32),
@@ -82,7 +82,7 @@ def make_batch(rows: int = 8, length: int = 24, seed: int = 0) -> dict[str, np.n
 
 @functools.cache
 def _initial(config: RossConfig, freeze: FreezeConfig, seed: int):
-    """Parameters as NumPy arrays, made on one device."""
+    """Initial parameters as NumPy arrays, computed on one device."""
     tree = abstract_tree(config, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]))
     return jax.tree.map(np.asarray, init_components(config, tree, tree, jax.random.key(seed)))
 
@@ -92,7 +92,7 @@ def _place(params, tree):
 
 
 class Run:
-    """A compiled step and its first state on a mesh."""
+    """A compiled training step and its state on a mesh."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Run:
         self.step = compile_step(step, self.shardings, batch_sharding(self.mesh))
 
     def run(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
-        """One step; the state moves on."""
+        """Runs one step, replaces the state, and returns the metrics."""
         with jax.set_mesh(self.mesh):
             placed = jax.device_put({k: jnp.asarray(v) for k, v in batch.items()}, batch_sharding(self.mesh))
             self.state, metrics = self.step(self.state, placed)

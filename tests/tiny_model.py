@@ -1,4 +1,4 @@
-"""A tiny model directory, as the importer or a training run leaves it."""
+"""A tiny model directory, laid out as import and training lay it out."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ SIZED = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language
 
 
 def write_model(folder: Path) -> Path:
-    """All five components with random parameters, none of them zero; template qwen_2."""
+    """Writes all five components with random parameters, none of them zero, and template qwen_2."""
     rng = np.random.default_rng(0)
     leaves = {}
     for name, module in components(SIZED).items():
@@ -32,7 +32,7 @@ def write_model(folder: Path) -> Path:
 
 
 def _values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Large enough for every layer to matter, and for different prompts to get different answers."""
+    """Random values, large enough for every layer to matter and for different prompts to get different answers."""
     return rng.normal(0, 1.5 / np.sqrt(shape[-2]) if len(shape) > 1 else 0.3, shape)
 
 

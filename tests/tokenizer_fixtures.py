@@ -1,6 +1,6 @@
-"""Tokenizers for tests: the real ones of the goldens, and two tiny ones that need no file.
+"""Tokenizers for tests: real ones of the goldens, and two tiny ones that need no files.
 
-Tests import `tokenizer_folder` to have it as a fixture.
+Tests import the fixture `tokenizer_folder`.
 """
 
 import lzma
@@ -35,7 +35,7 @@ SPECIAL = (
 
 
 def require_tokenizer(name: str) -> Path:
-    """The folder of a real tokenizer, its files still compressed. Skips where it is absent; fails in CI."""
+    """The folder of a real tokenizer with compressed files. Skips the test if it is absent; fails in CI."""
     folder = TOKENIZERS / name
     if not folder.is_dir():
         reason = f"no tokenizer {folder}; set ROSS_TOKENIZERS to the folder of llama2, llama3 and qwen2"
@@ -67,7 +67,7 @@ def tokenizer_folder(tmp_path_factory):
 
 
 def byte_level_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
-    """Like Qwen and Llama 3: bytes with a few merges. It has the special tokens of every template."""
+    """A tokenizer like Qwen's and Llama 3's: bytes with a few merges, and the special tokens of all templates."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", "A"), ("a", "n"), ("Ċ", "Ċ"), (".", "Ċ"), ("|", ">")]
     vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
@@ -78,7 +78,7 @@ def byte_level_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
-    """Like Llama 2: spaces as `▁`, a dummy prefix, bytes for what is not in the vocabulary, a start token."""
+    """A tokenizer like Llama 2's: spaces as `▁`, a dummy prefix, unknown characters as bytes, a start token."""
     merges = [("▁", "A"), ("▁", "a"), ("a", "n"), ("▁", "▁"), ("▁a", "n")]
     tokens = [*SPECIAL[:3], *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
     vocabulary = {token: i for i, token in enumerate([*tokens, *("".join(pair) for pair in merges)])}

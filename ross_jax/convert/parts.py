@@ -83,7 +83,9 @@ def split(sources: Sequence[Source], errors: list[UserError]) -> dict[str, Part]
             for part in _split(source, files, errors):
                 if part.component in parts:
                     places = f"{_place(parts[part.component])} and {_place(part)}"
-                    errors.append(UserError(f"{places} both hold a {part.component} component; name only one of them"))
+                    errors.append(
+                        UserError(f"{places} both hold the component {part.component}; name only one of them")
+                    )
                 parts[part.component] = part
     return parts
 

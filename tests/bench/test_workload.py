@@ -1,4 +1,4 @@
-"""Made-up conversations resemble the published mix, and batches hold what their plan says."""
+"""Synthetic conversations resemble the published mix, and batches hold what their plan says."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ def config(**packing) -> RunConfig:
 
 
 def test_lengths_are_the_same_for_ever():
-    """Figures of two measurements can only be compared if their conversations are the same."""
+    """Lengths never change, because measurements are only comparable on the same conversations."""
     lengths = conversation_lengths(1000, 729)
     assert lengths.tokens[:8].tolist() == [873, 830, 1043, 795, 975, 880, 937, 1178]
     assert lengths.hash == conversation_lengths(1000, 729).hash

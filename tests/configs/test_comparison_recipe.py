@@ -1,4 +1,4 @@
-"""The comparison's recipe: what its arms share, and what they do not."""
+"""The comparison's recipe: what its arms share, and what differs."""
 
 import json
 

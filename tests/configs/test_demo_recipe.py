@@ -1,4 +1,4 @@
-"""The demo's recipe: sizes, what trains, where runs start from, and its mistakes."""
+"""The demo's recipe: sizes, trained components, initial models and errors."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def test_recipe(stage, kind, root):
 
 
 def test_the_denoiser_alone(root):
-    """After stage 2, on all training pictures, evaluated on held-out ones."""
+    """The denoiser alone trains after stage 2 on all training images, and is evaluated on held-out ones."""
     config = from_dict(RunConfig, demo.get_config(f"stage=denoiser,seed=3,root={root}").to_dict())
     trained = {path.partition("/")[0] for path in flatten(abstract_params(config.model)) if config.freeze.trains(path)}
     assert trained == {"denoiser"} and config.text.weight == 0 and config.loop.evaluate

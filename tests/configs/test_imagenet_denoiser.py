@@ -1,4 +1,4 @@
-"""The recipe of the denoiser alone: what trains, what is read, and room for every template."""
+"""The recipe of the denoiser alone: trained components, data, and row lengths that fit each template."""
 
 import itertools
 

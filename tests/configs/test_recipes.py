@@ -1,4 +1,4 @@
-"""Every recipe: its shapes, parameter counts and sharding, nothing allocated."""
+"""Recipes: shapes, parameter counts and sharding, without allocating arrays."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ LANGUAGE_PARAMETERS = {
     "vicuna_13b": 13_015_864_320,
     "llama3_8b": 8_030_261_248,
 }
-"""As published."""
+"""Published numbers of parameters."""
 PARTS = list(itertools.product(ross.ENCODERS, ross.LLMS, ross.STAGES))
 
 
@@ -41,7 +41,7 @@ def test_recipe(recipe, encoder, llm, stage):
     expected = {"projector", "denoiser"} | ({"language"} if stage == "finetune" else set())
     assert trained == expected & set(tree)
     assert (config.data.batch, config.optimizer.learning_rate) == ((256, 1e-3) if stage == "pretrain" else (128, 2e-5))
-    # On 64 chips, fully sharded, every chip holds its share, but for the autoencoder and what is small.
+    # Fully sharded over 64 chips, each chip holds its share, except for the autoencoder and small leaves.
     mesh = AbstractMesh((1, 64, 1), AXES, axis_types=(AxisType.Auto,) * 3)
     shardings = parameter_shardings(flat, mesh)
     held = {path: math.prod(shardings[path].shard_shape(leaf.shape)) for path, leaf in flat.items()}
@@ -83,7 +83,7 @@ KINDS = {
 
 @pytest.mark.parametrize("parts", KINDS)
 def test_kinds(parts):
-    """Each with what it is made of, and nothing else; what targets are made by stays frozen; all of it is sharded."""
+    """Each kind has only the components it needs, trains no target encoder, and shards large leaves."""
     config = from_dict(RunConfig, ross.get_config(f"{parts},stage=pretrain").to_dict())
     added, size = KINDS[parts]
     tree = abstract_params(config.model)
@@ -101,7 +101,7 @@ def test_kinds(parts):
 
 
 def test_expected_losses():
-    """Reported of Ross: stage 1 from about 1 down to 0.3, stage 2 within 0.1 and 0.3; LLaVA has none."""
+    """Expected losses are those that Ross reports: about 1 to 0.3 in stage 1, 0.1 to 0.3 in stage 2; LLaVA has none."""
     low, high = ross.get_config("stage=pretrain").loop.expected_reconstruction
     assert low < 0.3 and high > 1
     assert ross.get_config("stage=finetune").loop.expected_reconstruction == (0.1, 0.3)

@@ -1,4 +1,4 @@
-"""Fixtures: a small full checkpoint."""
+"""Fixtures: a small full checkpoint and copies of it."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from convert.foreign import full
 
 @pytest.fixture(scope="session")
 def ross(tmp_path_factory):
-    """Small full checkpoint. Tests that change it take `copy`."""
+    """A small full checkpoint, shared between tests. Tests that change it take `copy` instead."""
     return full(tmp_path_factory.mktemp("ross"))
 
 

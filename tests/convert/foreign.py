@@ -97,7 +97,7 @@ def random_arrays(shapes: dict[str, tuple[int, ...]], dtype: Any = np.float32, s
 
 
 def component_state(settings: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors of the component that `settings` describe, unused layers included."""
+    """Random tensors of the component that `settings` describe, with unused layers."""
     if "_class_name" in settings:
         return random_arrays(_shapes("autoencoder", autoencoder_config(settings, "")), dtype, seed)
     if "image_size" not in settings:
@@ -117,7 +117,7 @@ def _shapes(kind: str, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def scoped(state: dict[str, np.ndarray], component: str) -> dict[str, np.ndarray]:
-    """Gives the tensors of a component the keys of a full checkpoint."""
+    """Renames a component's tensors to the keys of a full checkpoint."""
     return {SCOPES[component] + key: value for key, value in state.items()}
 
 
@@ -125,7 +125,7 @@ def projector_state(sizes: list[int], first: str = "0.") -> dict[str, np.ndarray
     """Random tensors of LLaVA's projector.
 
     Args:
-      sizes: widths before, between and after its layers.
+      sizes: input width, then the output width of each layer.
       first: prefix of the first layer's keys. Empty for the type `linear`.
     """
     shapes = {}
@@ -144,13 +144,13 @@ def save(folder: Path, state: dict[str, np.ndarray], settings: dict[str, Any] | 
 
 
 def component(folder: Path, settings: dict[str, Any], **options: Any) -> Path:
-    """Writes the folder of a component with random weights."""
+    """Writes a component's folder with random weights."""
     stem = "diffusion_pytorch_model" if "_class_name" in settings else "model"
     return save(folder, component_state(settings, **options), settings, stem)
 
 
 def full(folder: Path, settings: dict[str, Any] = ROSS, projector: list[int] | None = None) -> Path:
-    """Writes a small full checkpoint of Llama and CLIP, `folder/model/checkpoint`, and the tower that it names."""
+    """Writes a small full checkpoint of Llama and CLIP to `folder/model/checkpoint`, and the tower it names."""
     component(folder / "towers" / "clip", CLIP)
     state = component_state({**settings, "model_type": "llama"})
     state |= scoped(component_state(CLIP, seed=1), "vision") | projector_state(projector or [8, 8, 8])
@@ -158,7 +158,7 @@ def full(folder: Path, settings: dict[str, Any] = ROSS, projector: list[int] | N
 
 
 def golden(name: str, folder: Path) -> Path:
-    """Copies the folders of a golden into `folder`, and returns the full checkpoint among them."""
+    """Copies a golden's folders into `folder`, and returns its full checkpoint."""
     for part in ("checkpoint", "llm", "vision_tower", "vae"):
         shutil.copytree(GOLDEN / name / part, folder / name / part)
     return folder / name / "checkpoint"
@@ -170,7 +170,7 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 def edit_tensors(file: Path, **changes: Any) -> None:
-    """Replaces tensors of a safetensors file. ABSENT removes one."""
+    """Replaces tensors of a safetensors file. The value ABSENT removes a tensor."""
     state = {**state_of(file), **changes}
     safetensors.numpy.save_file({key: value for key, value in state.items() if value is not ABSENT}, file)
 

@@ -1,4 +1,4 @@
-"""Foreign checkpoints that cannot be used: one error names everything that is wrong, and what to do."""
+"""Foreign checkpoints that cannot be used: one error lists all problems and says what to do."""
 
 import json
 import os
@@ -46,7 +46,7 @@ TOWER = "model.vision_tower.vision_tower.vision_model."
 EMBEDDING = "model.embed_tokens.weight"
 
 
-# Tensors. One error has what headers tell and what values tell.
+# Tensors. One error lists the problems of headers and of values.
 
 
 def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
@@ -59,7 +59,7 @@ def with_value(shape: tuple[int, ...], value: float, dtype: Any = np.float32) ->
     return array
 
 
-NORM = f"{TOWER}encoder.layers.2.layer_norm1.bias"  # unused: in a layer above the selected one
+NORM = f"{TOWER}encoder.layers.2.layer_norm1.bias"  # unused, because its layer is above the selected one
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_tensors(changes, patterns, copy):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite_in_unused_tensors(value, copy, tmp_path):
-    """Unused tensors are checked, too, and one error names them and the others."""
+    """One error names all tensors with values that are not finite, including unused ones."""
     edit_tensors(copy / "model.safetensors", **{NORM: with_value((8,), value), EMBEDDING: with_value((11, 8), value)})
     plan = plan_import([str(copy)])
     with pytest.raises(UserError) as caught:
@@ -166,7 +166,7 @@ def test_two_sources_with_the_same_component(what, tmp_path):
             save(origins[0], projector_state([2, 2]), None, "mm_inv_projector")
             origins = origins[:1]
     places = [str(origin) for origin in origins] if len(origins) > 1 else ["mm_projector.safe", "mm_inv_projector.safe"]
-    assert_says(refused(*origins), f"{places[0]}.* and .*{places[1]}.* both hold a {name} component; name only one")
+    assert_says(refused(*origins), f"{places[0]}.* and .*{places[1]}.* both hold the component {name}; name only one")
 
 
 # Adapters and the denoiser.
@@ -222,7 +222,7 @@ def test_denoisers(kind, changes, patterns, inverse, tmp_path):
 
 
 def test_another_inverse_projector_is_named(copy):
-    """The heads of Ross^R have other keys than the denoiser."""
+    """A head of Ross^R, whose keys differ from the denoiser's, is refused with its type."""
     edit_tensors(copy / "model.safetensors", **{"model.mm_inv_projector.0.weight": zeros(3, 8)})
     edit_json(copy / "config.json", mm_inv_projector_type="mlp2x_gelu")
     assert_says(refused(copy), "mm_inv_projector_type 'mlp2x_gelu' is not supported; expected denoiser_vitNx")
@@ -342,7 +342,7 @@ VALUES = [None, True, -1, 0, 1, 3, 10**6, 2**40, 1e9, -0.5, float("inf"), "", "x
 
 
 def damage_json(generator: random.Random, text: str) -> bytes:
-    """Changes the values or names of some fields, nested ones included, or some bytes of the text."""
+    """Changes values or names of some fields, nested ones included, or some bytes of the text."""
     if generator.random() < 0.15:
         content = bytearray(text.encode())
         for _ in range(generator.randint(1, 3)):
@@ -402,12 +402,12 @@ def test_damaged_settings(settings, tmp_path):
     for _ in range(60):
         (folder / "config.json").write_bytes(damage_json(generator, text))
         results.append(ends_well(folder))
-    assert 0 < sum(results) < 60  # some are accepted, some refused
+    assert 0 < sum(results) < 60  # some settings are accepted, some refused
 
 
 @pytest.mark.parametrize("kind", ["adapters", "llm"])
 def test_damaged_headers(kind, inverse, tmp_path):
-    """Headers give tensors other shapes, dtypes, names and places."""
+    """Headers with damaged shapes, dtypes, names or offsets import or raise a UserError."""
     if kind == "llm":
         folder = component(tmp_path / "original", LLAMA)
     else:
@@ -421,11 +421,11 @@ def test_damaged_headers(kind, inverse, tmp_path):
     for i in range(60):
         if i % 3:
             damaged = damage_json(generator, header)
-        else:  # a tensor gets the name of another layer, block or part
+        else:  # a tensor's name gets a suffix, another number, or is cut
             names = [name for name in json.loads(header) if name != "__metadata__"]
             old, new = generator.sample(names, 2)
             new = generator.choice([new + "x", re.sub(r"\d+", str(generator.choice([5, 10**12])), old), old[:-3]])
             damaged = header.replace(f'"{old}"', f'"{new}"', 1).encode()
         file.write_bytes(struct.pack("<Q", len(damaged)) + damaged + data)
         results.append(ends_well(folder))
-    assert not all(results)
+    assert 0 < sum(results) < 60  # some headers are accepted, some refused

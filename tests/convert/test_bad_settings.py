@@ -1,4 +1,4 @@
-"""Unsupported settings of foreign checkpoints: one error names the file, every field, and what is expected."""
+"""Unsupported settings of foreign checkpoints: one error names the file, each field, and what is expected."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def check_config(file: Path, changes: dict[str, Any], patterns: list[str], origi
     edit_json(file, **changes)
     message = refused(origin, **flags)
     assert_says(message, re.escape(str(file)), *patterns)
-    assert "Error" not in message  # no name of an exception
+    assert "Error" not in message  # no exception's name
 
 
 SIZE = "expected a whole number from 1 to"
@@ -99,7 +99,7 @@ def test_language_settings(changes, patterns, tmp_path):
 
 
 def test_windows_that_no_layer_uses_are_fine(tmp_path):
-    """The config.json of Qwen2-7B has a window that would start above its last layer."""
+    """Window settings without effect are accepted, as in Qwen2-7B's config.json."""
     settings = LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}
     for more in ({}, {"max_window_layers": 0, "use_sliding_window": False}, {"layer_types": ["full_attention"] * 3}):
         original = component(tmp_path / str(len(more)), settings | more)

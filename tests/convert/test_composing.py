@@ -37,7 +37,7 @@ from ross_jax.convert.importing import load, plan_import
 
 
 def whole_model(settings: dict, dtype=np.float32) -> tuple[dict[str, np.ndarray], dict]:
-    """Tensors and settings of a whole SigLIP or CLIP, with text model, projections, logit scale and buffers."""
+    """Tensors and settings of a whole SigLIP or CLIP: with text model, projections, logit scale and buffers."""
     state = component_state(settings, dtype)
     more = {"text_model.final_layer_norm.weight": (8,), "logit_scale": (), "visual_projection.weight": (3, 8)}
     state |= random_arrays(more | {"text_model.encoder.layers.0.mlp.fc1.weight": (4, 8)}, dtype, seed=3)
@@ -65,7 +65,7 @@ def test_only_the_tower_of_a_whole_clip_goes_into_a_full_checkpoint(tmp_path):
 
 
 def test_a_full_checkpoint_has_the_reference_s_names(tmp_path):
-    """Folders of transformers 5 and old diffusers have other keys than the reference's checkpoint."""
+    """A full checkpoint has the reference's keys, although transformers 5 and old diffusers use others."""
     tower = {key.removeprefix("vision_model."): value for key, value in component_state(SIGLIP).items()}
     save(tmp_path / "tower", tower, SIGLIP)
     vae, old = component_state(VAE), {}
@@ -80,7 +80,7 @@ def test_a_full_checkpoint_has_the_reference_s_names(tmp_path):
     exported = round_trip(tmp_path, "ross", *parts)
     expected = scoped(component_state(SIGLIP), "vision") | scoped(vae, "autoencoder") | component_state(LLAMA)
     assert_same(state_of(exported), expected)
-    # Exported as folders, components keep the keys that they were imported with.
+    # Components that are exported as folders keep their original keys.
     export(tmp_path / "imported", tmp_path / "components", "components")
     assert files_of(tmp_path / "components/vision_tower") == files_of(tmp_path / "tower")
     assert files_of(tmp_path / "components/vae") == files_of(tmp_path / "vae")
@@ -175,15 +175,14 @@ def test_projectors(kind, state, depth, tmp_path):
     # The exported adapters hold the same projector.
     if depth:
         assert plan_import([str(adapters)]).config.projector == config
-    again = [adapters] if depth else [checkpoint]
-    tree = import_tree(*again)
-    assert {k: v.tobytes() for k, v in tree.items() if k.startswith("projector/")} == {
-        k: v.tobytes() for k, v in import_tree(checkpoint).items() if k.startswith("projector/")
-    }
+        again, first = import_tree(adapters), import_tree(checkpoint)
+        assert {k: v.tobytes() for k, v in again.items() if k.startswith("projector/")} == {
+            k: v.tobytes() for k, v in first.items() if k.startswith("projector/")
+        }
 
 
 def test_a_composed_linear_projector_has_the_name_of_its_keys(tmp_path):
-    """`linear` and `mlp1x_gelu` of LLaVA have different keys for the same tensors."""
+    """`linear` and `mlp1x_gelu` of LLaVA have different keys for the same tensors, and are told apart by them."""
     for i, (first, kind) in enumerate([("", "linear"), ("0.", "mlp1x_gelu")]):
         folder = tmp_path / str(i)
         adapters = save(folder / "adapters", projector_state([8, 8], first), None, "mm_projector")

@@ -1,4 +1,4 @@
-"""Import and export of full-size checkpoints with random weights: same bits, bounded memory.
+"""Full-size checkpoints with random weights keep their bits through import and export, in bounded memory.
 
 `pytest -m slow -s tests/convert/test_full_size.py` prints the memory table of `ross_jax/convert/README.md`.
 """
@@ -66,7 +66,7 @@ ROSS = {
 
 
 def shapes(settings: dict) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the full checkpoint, unused tensors included."""
+    """Keys and shapes of the full checkpoint, with unused tensors."""
     family = settings["model_type"].removeprefix("ross_")
     language = language_config(family, settings, "config.json")
     tower = vision_config(known.VISION_TOWERS[TOWER], "tower")
@@ -99,7 +99,7 @@ def write_checkpoint(folder: Path, settings: dict) -> dict[str, str]:
     with SafetensorsWriter(folder, "model", infos) as writer:
         for key, (_, shape) in infos.items():
             bits = rng.integers(0, 2**16, size=shape, dtype=np.uint16)
-            bits &= 0xBFFF  # the exponent stays below that of infinity
+            bits &= 0xBFFF  # keeps the exponent below that of infinity
             writer.write(key, bits.view(ml_dtypes.bfloat16))
             digests[key] = hashlib.blake2b(bits.tobytes(), digest_size=16).hexdigest()
     return digests
@@ -115,7 +115,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def convert(*args: str) -> float:
-    """Runs the launcher, and returns the most memory that it held at once, in GB."""
+    """Runs the launcher, and returns its peak memory in GB."""
     command = [sys.executable, "-c", MEASURED, str(REPOSITORY / "launch" / "convert.py"), *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, f"{args} failed: {done.stderr[-2000:]}"

@@ -45,7 +45,7 @@ GOLDENS = ["siglip_qwen2", "clip_vicuna"]
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """Imported full checkpoints of the goldens: name -> model directory."""
+    """Name of a golden -> model directory of its imported full checkpoint."""
     folder = tmp_path_factory.mktemp("imported")
     return {name: import_model(folder / name, GOLDEN / name / "checkpoint") for name in GOLDENS}
 
@@ -79,7 +79,7 @@ def test_components_of_a_full_checkpoint(name, imported, tmp_path):
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_components_make_the_same_model(name, imported, tmp_path):
-    """Adapters in torch files and folders of the other components give the tree and checkpoint of the full one."""
+    """Adapters in torch files and folders of other components give the full checkpoint's tree and export."""
     whole, folder = state_of(GOLDEN / name / "checkpoint"), tmp_path / "stage1"
     for stem in ("mm_projector", "mm_inv_projector"):
         state = {key: value for key, value in whole.items() if key.startswith(f"model.{stem}.")}
@@ -152,7 +152,7 @@ def save_arrays(folder: Path, leaves: dict[str, np.ndarray]) -> None:
     checkpoints.save_streamed(folder, unflatten(streamed))
 
 
-# Every kind of source.
+# Kinds of sources.
 
 
 COMPONENTS = {"llm": LLAMA, "vision_tower": CLIP, "vae": VAE}
@@ -199,7 +199,7 @@ def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path):
 
 
 def test_layers_of_different_dtypes_come_back(tmp_path):
-    """Layers share a stacked leaf. Negative zero, subnormal and largest numbers keep their bits."""
+    """Layers of a stacked leaf keep their bits although their dtypes differ: also -0, subnormal and largest numbers."""
     state = component_state(LLAMA)
     name = "model.layers.{}.mlp.up_proj.weight"
     for i, dtype in enumerate([np.float16, ml_dtypes.bfloat16]):
@@ -250,7 +250,7 @@ def test_tied_head(copy, tmp_path):
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     exported = round_trip(tmp_path, "components", save(tmp_path / "original", state, settings))
     assert_same(state_of(exported / "llm"), state)
-    # Export writes an edited embedding to its copy, too.
+    # Export also writes an edited embedding to its copy.
     leaves = flatten(
         checkpoints.restore(tmp_path / "imported/params", checkpoints.abstract(tmp_path / "imported/params"))
     )

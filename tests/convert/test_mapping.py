@@ -1,4 +1,4 @@
-"""Conversion engine, and the tables of all components compared with the parameter trees of the models."""
+"""The conversion engine, and the tables of all components against the models' parameter trees."""
 
 import math
 import re
@@ -54,7 +54,7 @@ def test_transforms(transform, hf_shape, shape):
 
 
 def test_layouts_of_torch():
-    """Linear layers of torch compute weight @ x, and filters are [out, in, row, column]."""
+    """Transforms match torch: linear layers compute weight @ x, and filters are [out, in, row, column]."""
     weight, x = np.arange(6.0).reshape(2, 3), np.arange(3.0)
     np.testing.assert_array_equal(x @ LINEAR.from_hf(weight), weight @ x)
     np.testing.assert_array_equal(x @ POINTWISE.from_hf(weight[:, :, None, None]), weight @ x)
@@ -62,7 +62,7 @@ def test_layouts_of_torch():
     assert CONV.from_hf(filters)[3, 4, 2, 1] == filters[1, 2, 3, 4]
 
 
-# Tables. Each covers the parameters of its component exactly.
+# Tables. Each table covers the parameters of its component exactly.
 
 SIZES = st.integers(1, 5)
 
@@ -100,7 +100,7 @@ DENOISERS = st.builds(
 
 @st.composite
 def autoencoders(draw) -> tuple:
-    """Arguments of AutoencoderConfig. Making it here would draw from `random`, as beartype does for tuples."""
+    """Draws arguments of AutoencoderConfig, not the config itself: beartype would use `random` on its tuples."""
     groups, levels = draw(st.integers(1, 2)), draw(st.integers(1, 5))
     channels = draw(st.lists(st.integers(1, 2).map(lambda n: groups * n), min_size=levels, max_size=levels))
     attention = [draw(st.lists(st.booleans(), min_size=levels, max_size=levels)) for _ in range(2)]
@@ -137,7 +137,7 @@ def check_cover(component: str, config) -> None:
     found = match(table, shapes, {piece.hf_key: piece.shape for piece in pieces})
     assert (found.problems, found.unused, found.copies) == ([], [], [])
     assert found.pieces == [(piece, piece.hf_key) for piece in pieces]
-    # No pattern of unused tensors fits one that is used.
+    # No pattern of unused tensors matches a used one.
     assert not [p.hf_key for p in pieces if any(re.fullmatch(pattern, p.hf_key) for pattern in table.unused)]
 
 

@@ -1,4 +1,4 @@
-"""Opening sources: kinds of folders, hub ids, and settings that a full checkpoint points to."""
+"""Opening sources: kinds of folders, hub ids, and settings that a full checkpoint names."""
 
 import json
 import time
@@ -45,7 +45,7 @@ WHOLE_CLIP = {"model_type": "clip", "vision_config": CLIP}
         (DINOV2, ["model.safetensors"], "vision", ["model"]),
         (DINOV2_REGISTERS, ["model.safetensors"], "vision", ["model"]),
         (VAE, ["diffusion_pytorch_model.safetensors"], "autoencoder", ["diffusion_pytorch_model"]),
-        # The repository of TAESD has encoder and decoder beside the whole autoencoder.
+        # TAESD's repository holds encoder and decoder in files of their own, too.
         (
             TINY,
             ["diffusion_pytorch_model.safetensors", "taesd_decoder.safetensors", "taesd_encoder.safetensors"],
@@ -111,7 +111,7 @@ def test_hub_ids_are_known_offline(tmp_path):
 
 @pytest.mark.parametrize("place", ["tower", "pipeline/vae"])
 def test_paths(place, tmp_path):
-    """Paths are absolute or relative to the checkpoint's grandparent. In a diffusers pipeline, `vae` is meant."""
+    """A path is absolute or relative to the checkpoint's grandparent. A diffusers pipeline stands for its `vae`."""
     folder, checkpoint = tmp_path / place, tmp_path / "run" / "checkpoint"
     component(folder, CLIP)
     checkpoint.mkdir(parents=True)
@@ -186,7 +186,7 @@ def test_json_that_is_not_there(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Stand-in for the hub: `folder` holds its repositories, `downloaded` names the files asked for."""
+    """Stand-in for the hub. `folder` holds its repositories, `downloaded` lists the requested files."""
 
     class Hub:
         folder, downloaded = tmp_path / "hub", None
@@ -249,7 +249,7 @@ def test_a_hub_id_is_opened(hub, tmp_path, monkeypatch):
     component(hub.folder / "owner/clip", CLIP)
     source = open_source("owner/clip")
     assert (source.kind, source.origin) == ("vision", "owner/clip")
-    component(tmp_path / "owner/clip", SIGLIP)  # a folder of that name is preferred
+    component(tmp_path / "owner/clip", SIGLIP)  # a local folder of the same name comes first
     assert open_source("owner/clip").settings == SIGLIP
 
 
@@ -287,7 +287,7 @@ def test_offline_is_said_at_once(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("origin", ["/nowhere/at/all", "./owner/name", "a/b/c/d", "name", "../x", "a b/c", "x" * 5000])
 def test_what_is_no_hub_id_is_not_asked_for(origin, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # its parent has no `x`
+    monkeypatch.chdir(tmp_path)  # the parent folder has no `x`
     monkeypatch.setattr(sources, "download", lambda _: pytest.fail("asked the hub"))
     with pytest.raises(SourceError, match=r"no such folder|cannot be read"):
         open_source(origin)

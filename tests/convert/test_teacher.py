@@ -44,7 +44,7 @@ ENCODERS = {
 def test_dinov2_comes_back(name, dtype, tmp_path):
     original = component(tmp_path / "original", ENCODERS[name], dtype=dtype)
     assert files_of(round_trip(tmp_path, "components", original) / "vision_tower") == files_of(original)
-    # Layers above the selected one, the last norm and the mask token are not used.
+    # Layers above the selected one, the last norm and the mask token are unused.
     unused = state_of(tmp_path / "imported/unused/vision.safetensors")
     assert {key for key in unused if not key.startswith("encoder.layer.2.")} == {
         "embeddings.mask_token",
@@ -54,7 +54,7 @@ def test_dinov2_comes_back(name, dtype, tmp_path):
 
 
 def test_gate_and_input_of_a_gated_mlp(tmp_path):
-    """The first half of the rows is the gate."""
+    """The first half of DINOv2's `weights_in` is the gate, the second half the input."""
     original = component(tmp_path / "original", DINOV2_GIANT)
     tree, state = import_tree(original), component_state(DINOV2_GIANT)
     kernel = state["encoder.layer.1.mlp.weights_in.weight"]
@@ -83,7 +83,7 @@ def test_a_teacher_comes_back(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["siglip", "clip", "dinov2"])
 def test_a_teacher_beside_the_vision_encoder(name, tmp_path):
-    """Two encoders of the same kind do not touch each other, and a teacher has no part in a full checkpoint."""
+    """A teacher and a vision encoder of the same kind stay apart; a full checkpoint leaves the teacher out."""
     checkpoint = full(tmp_path)
     settings = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(settings | {"image_mean": [1, 2, 3], "image_std": [4, 5, 6]}))
@@ -96,7 +96,7 @@ def test_a_teacher_beside_the_vision_encoder(name, tmp_path):
     assert files_of(tmp_path / "out/teacher") == files_of(teacher)
     export(model, tmp_path / "again", "ross", without=["teacher"])
     assert files_of(tmp_path / "again") == files_of(checkpoint)
-    # The exported folders compose the same model.
+    # The exported folders give the same model again.
     parts = [tmp_path / "out" / part for part in ("llm", "vision_tower", "adapters")]
     again = import_tree(*parts, teacher=str(tmp_path / "out/teacher"))
     assert_same(again, import_tree(checkpoint, teacher=str(teacher)))
@@ -127,6 +127,6 @@ def test_what_is_no_teacher(tmp_path):
         f"{original}: 2 problem(s)\n  {original}: : missing: layernorm.bias, expected shape [8]\n"
         f"  {original}: : unmapped: encoder.layer.3.norm1.weight, shape [8]"
     )
-    # Without the last norm it is still a vision encoder.
+    # A checkpoint without the last norm is still a vision encoder.
     del state["encoder.layer.3.norm1.weight"]
     assert import_tree(save(tmp_path / "original", state, DINOV2))

@@ -1,4 +1,4 @@
-"""Weight files: written as the safetensors library writes them, found, read in bounded memory, refused when damaged."""
+"""Weight files: written like the safetensors library's, found, read in bounded memory, refused when damaged."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsiz
 
 @st.composite
 def arrays(draw) -> np.ndarray:
-    """Any dtype, any bits, any small shape."""
+    """Draws arrays of any dtype, bits and small shape."""
     dtype = draw(st.sampled_from(list(DTYPES.values())))
     shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
     size = math.prod(shape)
@@ -302,7 +302,7 @@ def test_all_problems_of_the_shards_are_in_one_error(tmp_path):
         f"{tmp_path}/2.safetensors: lacks the tensor 'c' that the index assigns to it",
     ]
     assert sorted(set(caught.value.problems) - set(expected)) == []
-    assert set(expected) - set(caught.value.problems) <= {expected[4]}  # b is there twice, whichever counts
+    assert set(expected) - set(caught.value.problems) <= {expected[4]}  # either file may count as lacking b
     assert all(problem in str(caught.value) for problem in caught.value.problems)
 
 
@@ -335,7 +335,7 @@ def test_corrupt_index(tmp_path, text, message):
     assert str(tmp_path) in str(caught.value)
 
 
-# Damaged files. The safetensors library checks headers; here its errors become one line that names the file.
+# Damaged files. Errors of the safetensors library become one line that names the file.
 
 
 def raw_file(file: Path, header: dict | bytes, data: bytes) -> Path:
@@ -400,7 +400,7 @@ def test_damage_never_escapes_as_another_error(position, byte):
     ids=["packed", "float8", "rank", "huge"],
 )
 def test_tensors_that_numpy_cannot_hold(tmp_path, shape, dtype, size):
-    """Their names and shapes are known all the same, so that an import can list them."""
+    """Dtype and shape of a tensor that NumPy cannot hold are known, so that import can list it; reading it fails."""
     file = raw_file(tmp_path / "model.safetensors", {"a": entry(0, size, shape, dtype)}, bytes(size))
     with open_tensors(file) as files:
         assert (files["a"].tag, files["a"].shape) == (dtype, tuple(shape))

@@ -44,7 +44,7 @@ def test_round_trip(dtype, tmp_path):
 
 
 def test_places_of_the_layers(tmp_path):
-    """The numbers of the Sequential, counted by hand, include activations and upsampling."""
+    """Numbers of layers in diffusers' Sequential, counted by hand, include activations and upsampling."""
     original = component(tmp_path / "original", TINY)
     tree, state = import_tree(original), state_of(original)
     places = {
@@ -68,7 +68,7 @@ def test_places_of_the_layers(tmp_path):
 
 
 def test_defaults_are_taesd(tmp_path):
-    """Missing fields get the defaults of diffusers. Fields that are not read may have any value."""
+    """Missing fields get diffusers' defaults; fields that are not read may have any value."""
     settings = {"_class_name": "AutoencoderTiny", "latent_magnitude": 7, "latent_shift": None, "force_upcast": True}
     save(tmp_path / "original", component_state(settings), settings, STEM)
     model = import_model(tmp_path / "model", tmp_path / "original")
@@ -104,7 +104,7 @@ def test_weights_of_the_other_kind(settings, other, tmp_path):
 
 def test_both_kinds_are_one_component(tmp_path):
     tiny, kl = component(tmp_path / "tiny", TINY), component(tmp_path / "kl", VAE)
-    assert_says(refused(tiny, kl), "both hold a autoencoder component; name only one")
+    assert_says(refused(tiny, kl), "both hold the component autoencoder; name only one")
 
 
 def test_the_references_layout_has_no_place_for_it(tmp_path):
@@ -117,7 +117,7 @@ def test_the_references_layout_has_no_place_for_it(tmp_path):
 
 
 def test_a_full_checkpoint_that_points_to_one(tmp_path):
-    """The reference cannot make such a checkpoint, but its meaning is clear."""
+    """A full checkpoint with a tiny autoencoder is imported, although the reference cannot write one."""
     checkpoint = full(tmp_path)
     state = state_of(checkpoint) | scoped(component_state(TINY), "autoencoder")
     save(checkpoint, state, None)

@@ -1,4 +1,4 @@
-"""Reading files of torch.save. Most are built by hand, so that the tests need no torch."""
+"""Reading files of torch.save. Most files are built by hand, so that the tests do not need torch."""
 
 import math
 import os
@@ -91,7 +91,7 @@ def test_dtypes_beside_untyped_storages(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_views_of_a_storage(data):
-    """Any shape, strides and offset inside the storage give the same array as in NumPy."""
+    """A tensor of any shape, strides and offset inside its storage equals NumPy's view."""
     stored = np.arange(60, dtype=np.float32)
     shape = data.draw(st.lists(st.integers(0, 4), max_size=3))
     room = 60
@@ -131,7 +131,7 @@ def test_transposed_bfloat16(tmp_path):
 
 
 def test_state_dict_of_a_module(tmp_path):
-    """An OrderedDict with `_metadata`, a parameter, a shared storage, memo and protocol 4's names."""
+    """A state dict may have `_metadata`, parameters, shared storages, memo references and names of protocol 4."""
     item = floats(4, (2, 2), (2, 1))
     parameter = call(named("torch._utils", "_rebuild_parameter"), item, b"\x88", ORDERED_DICT)
     metadata = dict_of({"_metadata": ORDERED_DICT + string("") + dict_of({"version": number(1)}) + b"s"})
@@ -211,7 +211,7 @@ def test_nothing_is_imported(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "opcodes, name",
     [
-        (b"\x82\x01", "EXT1"),  # an extension that some library registered
+        (b"\x82\x01", "EXT1"),  # a registered extension
         (named("torch", "FloatStorage") + b")\x81", "NEWOBJ"),
         (named("torch", "FloatStorage") + b")}\x92", "NEWOBJ_EX"),
         (b"(icollections\nOrderedDict\n", "INST"),
@@ -228,7 +228,7 @@ def test_other_opcodes_are_refused(tmp_path, opcodes, name):
 
 
 def test_a_memo_index_costs_no_memory(tmp_path):
-    """`pickle` in C makes its memo as large as the index says: here 64 GiB."""
+    """A large memo index needs no memory. Python's own unpickler would allocate 64 GiB here."""
     item = floats(2, (2,), (1,)) + b"r\xff\xff\xff\xff"
     torch_zip(tmp_path / "a.bin", dict_of({"a": item, "b": b"j\xff\xff\xff\xff"}), {"0": bytes(8)})
     with open_tensors(tmp_path / "a.bin") as files:
@@ -370,7 +370,7 @@ def test_damage_never_escapes_as_another_error(position, byte, insert):
             pass
 
 
-# Other archives, and damaged ones.
+# Other archives and damaged ones.
 
 
 GOOD = dict_of({"w": floats(4, (4,), (1,))})
@@ -446,7 +446,7 @@ def test_damaged_archives_never_escape_as_another_error(data):
             pass
 
 
-# Files that torch writes.
+# Files written by torch.
 
 
 @pytest.mark.parity

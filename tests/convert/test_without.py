@@ -36,14 +36,14 @@ INVERSE = {"mm_inv_hidden_size", "mm_inv_projector_lr", "mm_inv_projector_type",
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """Imported golden with a DINOv2 as teacher."""
+    """An imported golden with a DINOv2 teacher."""
     folder = tmp_path_factory.mktemp("model")
     return import_model(folder / "model", CHECKPOINT, teacher=str(component(folder / "dinov2", DINOV2)))
 
 
 @pytest.fixture(scope="module")
 def regressing(model, tmp_path_factory) -> Path:
-    """Model directory as a run leaves it that started from `model` and trained a regressor instead of the denoiser."""
+    """Model directory of a run that started from `model` and trained a regressor instead of the denoiser."""
     folder, config = tmp_path_factory.mktemp("regressing") / "model", read_config(model)
     shutil.copytree(model / "files", folder / "files")
     shutil.copytree(model / "unused", folder / "unused")
@@ -66,7 +66,7 @@ def settings_of(folder: Path) -> dict:
 
 
 def check_ross(exported: Path, left_out: list[str], fields: set[str], enabled: bool) -> None:
-    """Checks that an export is the golden without some components and fields, and otherwise has the same bytes."""
+    """Checks that an export is the golden without the given components and fields."""
     original, expected = state_of(CHECKPOINT), settings_of(CHECKPOINT)
     scopes = tuple(SCOPES[name] for name in left_out)
     assert_same(state_of(exported), {key: x for key, x in original.items() if not scopes or not key.startswith(scopes)})
@@ -89,7 +89,7 @@ def test_a_denoiser_left_out(model, tmp_path):
 
 
 def test_nothing_that_reconstructs(model, tmp_path):
-    """Without denoiser and autoencoder, the export is a LLaVA checkpoint and imports as one."""
+    """Without denoiser and autoencoder the export is a LLaVA checkpoint, and imports as one."""
     export(model, tmp_path / "out", "ross", without=["denoiser", "autoencoder", "teacher"])
     check_ross(tmp_path / "out", ["denoiser", "autoencoder"], INVERSE | {"mm_pixel_decoder"}, False)
     flags = {"vision_tower": CHECKPOINT.parent / "vision_tower"}
@@ -102,7 +102,7 @@ def test_nothing_that_reconstructs(model, tmp_path):
 
 
 def test_a_regressor_left_out(regressing, tmp_path):
-    """The imported config.json still describes the denoiser that the run replaced."""
+    """Export without the regressor also drops the settings of the denoiser that the regressor replaced."""
     export(regressing, tmp_path / "out", "ross", without=["regressor", "teacher"])
     check_ross(tmp_path / "out", ["denoiser"], INVERSE, False)
     export(regressing, tmp_path / "parts", "components", without=["regressor"])

@@ -1,4 +1,4 @@
-"""Writes files as torch.save does, without torch."""
+"""Writes files like torch.save's, without torch."""
 
 import struct
 import warnings
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Opcodes are written by hand: the pickle module can name the classes of torch only where torch is installed.
+# Opcodes are written by hand, because the pickle module can name torch's classes only if torch is installed.
 
 
 def string(text: str) -> bytes:
@@ -58,13 +58,13 @@ def floats(count: int, shape, strides, offset: int = 0) -> bytes:
 
 
 def torch_zip(file: Path, state: bytes, data: dict[str, bytes] | None = None, extra=None, **options) -> Path:
-    """Writes the archive as torch lays it out: local headers have an alignment field that the directory lacks."""
+    """Writes an archive in torch's layout: local headers have an alignment field that the directory lacks."""
     members = {"data.pkl": b"\x80\x02" + state + b".", "version": b"3\n", "byteorder": b"little"}
     members |= {f"data/{key}": content for key, content in (data or {}).items()}
     members |= extra or {}
     file.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), zipfile.ZipFile(file, "w", **options) as archive:
-        warnings.simplefilter("ignore", UserWarning)  # duplicate names
+        warnings.simplefilter("ignore", UserWarning)  # of duplicate names
         for name, content in members.items():
             info = zipfile.ZipInfo(f"archive/{name}")
             info.compress_type = archive.compression

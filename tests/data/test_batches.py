@@ -1,4 +1,4 @@
-"""The arrays of a batch say what the conversations say."""
+"""The arrays of a batch hold the conversations."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -37,7 +37,7 @@ CONVERSATIONS = st.lists(st.tuples(st.sampled_from([P, 3, 4, 5]), st.booleans())
 
 
 def slow_expand(conversation, image_tokens):
-    """The definition, one token at a time: (token, label, whether it starts an image)."""
+    """(token, label, whether an image starts) of each position, one at a time."""
     result = []
     for token, label in zip(conversation.input_ids.tolist(), conversation.labels.tolist(), strict=True):
         if token == P:
@@ -67,7 +67,7 @@ def test_expand_and_truncate_by_definition(conversation, image_tokens, limits):
     assert end <= limits.length and len(cut.image_start) <= limits.images
     assert limits.supervised is None or cut.supervised <= limits.supervised
     assert all(start + image_tokens <= end for start in cut.image_start)
-    if end < len(whole):  # as long as possible: the next token or image does not fit
+    if end < len(whole):  # the next token or image would exceed a limit
         longer = whole[: end + (image_tokens if whole[end][2] else 1)]
         assert (
             len(longer) > limits.length

@@ -1,4 +1,4 @@
-"""The default conversation encoder: masks that no text can break, on tiny tokenizers and on the real ones."""
+"""The default conversation encoder: no text can break its masks, with tiny and real tokenizers."""
 
 import itertools
 import json
@@ -29,21 +29,21 @@ DIALOGUES = ("v1", "qwen_2", "llama3", "chatml")
 
 
 def record(*turns, images=0, sample="s"):
-    """A record from texts, human first, or from (role, text) pairs."""
+    """A record of texts, in which the human begins, or of (role, text) pairs."""
     pairs = [(("human", "gpt")[i % 2], turn) if isinstance(turn, str) else turn for i, turn in enumerate(turns)]
     result = {"id": sample, "conversations": [{"from": role, "value": text} for role, text in pairs]}
     return result | {"image": [f"{i}.jpg" for i in range(images)]} if images else result
 
 
 def decode(tokenizer, ids):
-    """Exact text of ids, wherever they stand: decoders strip the first space of a text."""
+    """Exact text of ids at any position. An anchor is needed because decoders strip the first space of a text."""
     anchor = tokenizer("0", add_special_tokens=False).input_ids
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     return tokenizer.decode([*anchor, *ids], **options).removeprefix(tokenizer.decode(anchor, **options))
 
 
 def supervised_texts(tokenizer, encoded):
-    """The text of every supervised stretch; checks that labels are the ids themselves."""
+    """The text of each supervised stretch. Checks that supervised labels equal the ids."""
     supervised = encoded.labels != IGNORE
     np.testing.assert_array_equal(encoded.labels[supervised], encoded.input_ids[supervised])
     stretches = itertools.groupby(zip(encoded.input_ids.tolist(), supervised, strict=True), key=lambda pair: pair[1])
@@ -51,14 +51,14 @@ def supervised_texts(tokenizer, encoded):
 
 
 def full_text(tokenizer, ids):
-    """The text of all ids, with `<image>` where an image stands."""
+    """The text of all ids, with `<image>` for each image."""
     stretches = itertools.groupby(np.asarray(ids).tolist(), key=lambda index: index == IMAGE_ID)
     return "".join(
         "<image>" * len(list(group)) if is_image else decode(tokenizer, list(group)) for is_image, group in stretches
     )
 
 
-# Every template on conversations that try to break it
+# Templates on texts that contain their markers
 
 MARKERS = [
     " ASSISTANT: ",
@@ -84,13 +84,13 @@ FRAGMENTS = st.one_of(st.sampled_from(MARKERS), st.text(max_size=6))
 TEXTS = (
     st.lists(FRAGMENTS, max_size=5)
     .map("".join)
-    .map(lambda text: text.replace("▁", "_").replace("<image>", "<image"))  # markers are counted where they are put
+    .map(lambda text: text.replace("▁", "_").replace("<image>", "<image"))  # no accidental image marker
 )
 
 
 @st.composite
 def conversations(draw, template):
-    """(record, number of its images, its answers)."""
+    """Draws (record, number of images, answers)."""
     num_images = 0
     if template == "plain":
         num_images = draw(st.integers(1, 3))
@@ -106,7 +106,7 @@ def conversations(draw, template):
                 turns.append((draw(st.sampled_from(["human", "user"])), "<image>".join(parts)))
                 num_images += len(parts) - 1
             else:
-                literal = draw(st.sampled_from(["", "<image>"]))  # in an answer this is text
+                literal = draw(st.sampled_from(["", "<image>"]))  # an answer holds the marker as text
                 turns.append((draw(st.sampled_from(["gpt", "assistant"])), draw(TEXTS) + literal))
     answers = [text for role, text in turns if role in ("gpt", "assistant")]
     return record(*turns, images=num_images), num_images, answers
@@ -122,12 +122,12 @@ def check(template, tokenizer, encode, data, normalise=lambda text: text):
     lead = " " if template in ("v1", "qwen_2") else ""
     expected = [normalise((lead if answer else "") + answer) + stop for answer in answers]
     texts = supervised_texts(tokenizer, encoded)
-    if template == "plain":  # text after an image begins with the dummy prefix, if there is one
+    if template == "plain":  # text after an image may begin with the dummy prefix
         assert [text.removeprefix(" ") for text in texts] == [text.removeprefix(" ") for text in expected]
     else:
         assert texts == expected
 
-    # No special token has come out of a text: there are as many as around harmless texts.
+    # No text becomes a special token: special tokens are the same as around harmless texts.
     special = [i for name, i in TextEncoder(tokenizer).special.items() if name != tokenizer.unk_token]
     harmless = [dict(turn) for turn in sample["conversations"]]
     for turn in harmless:
@@ -183,11 +183,11 @@ def test_the_same_with_the_real_tokenizers(real_encoder, template, data):
 
 @pytest.mark.parametrize("template", ["v1", "qwen_2", "llama3"])
 def test_default_equals_the_reference_where_it_loses_nothing(real_encoder, template):
-    """Ids of ordinary records, so that released weights see what they were trained on. Every stop is supervised."""
+    """Ordinary records have the reference's ids, which released weights were trained on; stop tokens are supervised."""
     _, encode = real_encoder(template)
-    broken = {"role_strings_in_question"}  # all labels lost
+    broken = {"role_strings_in_question"}  # the reference loses all labels
     if template != "llama3":
-        broken.add("empty_answer_in_middle")  # joined to the next question
+        broken.add("empty_answer_in_middle")  # the reference joins it to the next question
     for case in json.loads((GOLDEN / f"{template}.json").read_text())["cases"]:
         images = int(case["has_image"])
         encoded = encode({"id": case["id"], "conversations": case["conversations"], "image": ["x.jpg"] * images})
@@ -196,14 +196,14 @@ def test_default_equals_the_reference_where_it_loses_nothing(real_encoder, templ
             continue
         ids, labels = case["input_ids"], list(case["labels"])
         if template == "qwen_2":
-            labels[-1] = ids[-1]  # the stop token, which the reference never supervises
+            labels[-1] = ids[-1]  # the reference does not supervise the stop token
             if case["id"] == "leading_and_trailing_spaces":
-                labels[58] = ids[58]  # the space before an answer that begins with a tab: another label it loses
+                labels[58] = ids[58]  # nor a space before a tab
         assert encoded.input_ids.tolist() == ids, case["id"]
         assert encoded.labels.tolist() == labels, case["id"]
 
 
-# What each template looks like
+# Rendered templates
 
 SYSTEM = (
     "A chat between a curious {} and an artificial intelligence assistant. "
@@ -252,7 +252,7 @@ def test_layout(template, expected, answers):
     encoded = encode(sample)
     assert full_text(tokenizer, encoded.input_ids) == expected
     assert supervised_texts(tokenizer, encoded) == answers
-    # A last question is rendered as the prompt for its answer.
+    # A conversation that ends with a question is rendered as the prompt for the answer.
     prompt = build_prompt_encoder(template, tokenizer)(sample)
     assert prompt.dtype == np.int32
     np.testing.assert_array_equal(prompt, encoded.input_ids)
@@ -327,7 +327,7 @@ def test_image_marker_is_text_where_no_image_is():
 
 
 def test_encoders_can_be_pickled():
-    """The data pipeline sends them to worker processes."""
+    """Encoders survive pickling, which sends them to the pipeline's worker processes."""
     for template in ("v1", "chatml"):
         _, encode = tiny_encoder(template, "sentencepiece")
         sample = record("<image>", "a", images=1)
@@ -408,14 +408,14 @@ def test_template_without_its_stop_token(tokenizer_folder):  # noqa: F811
         build_encoder("qwen_2", llama2)
     with pytest.raises(UserError, match="needs a tokenizer with a chat template"):
         build_encoder("chatml", llama2)
-    llama3 = load_tokenizer(tokenizer_folder("llama3"))  # its own template opens an answer after every print
+    llama3 = load_tokenizer(tokenizer_folder("llama3"))  # Llama 3's own template always opens an answer
     with pytest.raises(UserError, match="not prefix-stable"):
         build_encoder("chatml", llama3)
 
 
 # Chat templates
 
-THINKING = (  # as reasoning models: the last answer gets an empty thought, earlier ones none
+THINKING = (  # like reasoning models: only the last answer gets an empty thought
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -476,14 +476,14 @@ def test_a_chat_template_whose_frame_depends_on_the_text():
 
 
 def test_a_chat_template_brings_its_own_start_token():
-    tokenizer, encode = tiny_encoder("chatml", "sentencepiece")  # one that would add <s> to texts
+    tokenizer, encode = tiny_encoder("chatml", "sentencepiece")  # a tokenizer that adds <s> to texts
     assert full_text(tokenizer, encode(record("Hi", "Yo")).input_ids).startswith("<|im_start|>system\nYou")
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.text("an A.|>x é", min_size=1, max_size=8), min_size=2, max_size=6))
 def test_chatml_equals_apply_chat_template(texts):
-    """Text without special tokens gets the ids of transformers, except for merges across the border of an answer."""
+    """Text without special tokens gets the ids of `apply_chat_template`, if no merge crosses an answer's border."""
     tokenizer, encode = tiny_encoder("chatml", "byte_level")
     texts = texts[: len(texts) // 2 * 2]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]

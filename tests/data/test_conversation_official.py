@@ -1,4 +1,4 @@
-"""`compat="official"` against every recorded case of the reference."""
+"""`compat="official"` gives the reference's ids and labels in each recorded case."""
 
 import json
 import pickle
@@ -20,7 +20,7 @@ for _name, _block in json.loads((GOLDEN / "plain.json").read_text())["by_tokeniz
 
 
 def cases(key):
-    """(block, case) of every recorded case under `key`, with readable test ids."""
+    """(block, case) of each recorded case under `key`, with readable test ids."""
     found = {name: block.get(key, []) for name, block in BLOCKS.items()}
     return [
         pytest.param(name, case, id=f"{name}-{case['id']}")
@@ -89,7 +89,7 @@ def test_generation_prompts(tokenizer, block):
 
 @pytest.mark.parametrize("block", ["v1", "qwen_2", "llama3"])
 def test_collated(tokenizer, block):
-    """What the reference's attention mask leaves of a padded batch."""
+    """Ids and labels equal those of the reference's padded batch where its attention mask is set."""
     by_id = {case["id"]: case for case in BLOCKS[block]["cases"]}
     assert len(BLOCKS[block]["collated"]) == 2
     for golden in BLOCKS[block]["collated"]:
@@ -102,7 +102,7 @@ def test_collated(tokenizer, block):
             assert encoded.labels[:length].tolist() == np.array(golden["labels"][i])[seen].tolist()
 
 
-# Behaviour of the reference that no recorded case covers, on tiny tokenizers
+# Behaviour of the reference without recorded cases, on tiny tokenizers
 
 
 def official(template, *turns, image=False, **kwargs):

@@ -1,4 +1,4 @@
-"""Images alone: what a template puts before an image, the image, and nothing else."""
+"""Images without text: a template's tokens before the image, the image, and nothing after it."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Images equal the reference bit for bit; odd files are handled or refused by name."""
+"""Images equal the reference bit for bit; unusual files are handled, or refused with their names."""
 
 import functools
 import hashlib
@@ -46,7 +46,7 @@ def sha256(channels_last: np.ndarray) -> str:
 
 
 def golden_pixels(record: dict, decoder: Decoder = decode) -> np.ndarray:
-    """The pixels uint8[size, size, 3] that a run feeds to the processor's encoder."""
+    """Pixels uint8[size, size, 3] that a run gives to the processor's encoder."""
     processor = RECORDS["processors"][record["processor"]]
     kind, mean, std = record["processor"].rstrip("0123456789"), processor["image_mean"], processor["image_std"]
     size = processor["crop_size"]["height"]
@@ -56,7 +56,7 @@ def golden_pixels(record: dict, decoder: Decoder = decode) -> np.ndarray:
 
 @functools.cache
 def normaliser(processor: str, dtype=jnp.float32):
-    """The compiled function that a step applies to its images."""
+    """Compiled function that normalises images as a training step does."""
     values = RECORDS["processors"].get(processor, DINOV2)
     config = RossConfig(image_mean=tuple(values["image_mean"]), image_std=tuple(values["image_std"]))
     return jax.jit(lambda images: normalise(config, images, dtype))
@@ -81,7 +81,7 @@ def test_equals_reference(record, decoder):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("processor", ["siglip384", "clip336", "dinov2"])
 def test_every_value_is_normalised_as_processors_do(processor, dtype):
-    """Rescaled in float64, rounded to float32, and the rest in float32: bit for bit, as a step compiles it."""
+    """Normalised values equal the processors' bit for bit: scaled in float64, then float32."""
     settings = RECORDS["processors"].get(processor, DINOV2)
     mean, std = np.float32(settings["image_mean"]), np.float32(settings["image_std"])
     pixels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1).reshape(1, 2, 8, 16, 3)
@@ -91,7 +91,7 @@ def test_every_value_is_normalised_as_processors_do(processor, dtype):
 
 
 def bilinear(image: np.ndarray, size: int) -> np.ndarray:
-    """Half-pixel centres, no antialiasing."""
+    """Resizes a square image with half-pixel centres and without antialiasing."""
     where = np.clip((np.arange(size) + 0.5) * len(image) / size - 0.5, 0, len(image) - 1)
     low = np.floor(where).astype(int)
     high, share = np.minimum(low + 1, len(image) - 1), where - low
@@ -107,7 +107,8 @@ def test_uint8_image_holds_what_the_autoencoder_sees(processor, size):
     values = bilinear(pixels / 127.5 - 1, size)
     index = SLICES[f"{processor}/pad/{image}/images_vae_index"]
     expected = SLICES[f"{processor}/pad/{image}/images_vae_strided32"]
-    np.testing.assert_allclose(values[index][:, index].transpose(2, 0, 1), expected, atol=2e-5)  # float32 weights
+    # The reference has float32 weights, hence the tolerance.
+    np.testing.assert_allclose(values[index][:, index].transpose(2, 0, 1), expected, atol=2e-5)
 
 
 # Modes
@@ -148,7 +149,7 @@ def test_modes_show_what_they_should():
 def test_an_odd_margin_is_larger_after_the_crop(size):
     pixels = np.arange(20, dtype=np.uint8).reshape(size[1], size[0], 1).repeat(3, axis=2)
     cropped = preprocess(Image.fromarray(pixels), ImageConfig(4, mode="crop", resample=0))
-    np.testing.assert_array_equal(cropped, pixels[:4, :4])  # as in CLIPImageProcessor
+    np.testing.assert_array_equal(cropped, pixels[:4, :4])  # like CLIPImageProcessor
 
 
 @pytest.mark.parametrize("mode", ["pad", "square", "crop"])
@@ -221,7 +222,7 @@ def test_handled(name):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation):
     upright = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 10)
-    stored_as = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions, each undone by that tag
+    stored_as = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # orientation -> transposition that it undoes
     stored = upright.transpose(Image.Transpose(stored_as[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation

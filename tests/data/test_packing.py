@@ -1,4 +1,4 @@
-"""The plan's promises: every sample once, no row over its limits, the same plan everywhere and for ever."""
+"""Packing plans: each sample once, no row over its limits, and the same plan everywhere and at any time."""
 
 import os
 from dataclasses import replace
@@ -60,14 +60,14 @@ def test_every_plan_keeps_its_promises(samples, config, batch, multiple, epoch):
     assert plan.rows_per_step % multiple == 0
     again = make_plan(lengths, PlanSettings(config, batch, multiple, seed=5, epoch=epoch))
     assert again.hash == plan.hash
-    # No step is empty of conversations, and steps differ by one real row at most where rows are spread.
+    # Each step has a conversation. Packed steps differ by at most one row that is not empty.
     real = (np.diff(plan.offsets) > 0).reshape(plan.steps, -1).sum(axis=1)
     assert real.min() >= 1
     assert config.layout == "pad" or real.max() - real.min() <= 1
 
 
 def test_plan_never_changes():
-    """A run only continues with the plan that it began with, so plans may only change with a new `_FORMAT`."""
+    """A run continues only with its own plan, so plans may change only with a new `_FORMAT`."""
     lengths = llava_like(300)
     packed = make_plan(lengths, PlanSettings(PackingConfig(256, 3, supervised=120), 16, multiple=2, seed=1, epoch=2))
     padded = make_plan(lengths, PlanSettings(PackingConfig(256, 3, layout="pad"), 16, seed=1, epoch=2))
@@ -94,7 +94,7 @@ def test_packing_beats_padding_on_llava_like_lengths():
     dense = make_plan(lengths, PlanSettings(packed, batch=64)).statistics(lengths, packed)
     sparse = make_plan(lengths, PlanSettings(padded, batch=64)).statistics(lengths, padded)
     assert dense["efficiency"] > 0.9 > 2 * sparse["efficiency"]
-    # Best possible: the scarcer of tokens and slots. Counted here, not taken from the plan.
+    # The fewest possible rows, by tokens or by image slots, counted independently of the plan.
     best = max(np.ceil(lengths.tokens.sum() / 256), np.ceil(lengths.images.sum() / 3))
     assert best / dense["rows"] > 0.88
     assert dense["conversations_per_step"] == pytest.approx(64, rel=0.05)
@@ -108,7 +108,7 @@ def test_padding_groups_by_modality_and_length():
     steps = [plan.samples[i : i + 10] for i in range(0, 205, 10)]
     images = [{bool(lengths.images[s]) for s in step} for step in steps]
     mixed = [i for i, kinds in enumerate(images) if len(kinds) == 2]
-    # Only what is left over of both kinds mixes, at the end.
+    # Only the leftovers of both kinds are mixed, at the end.
     text = int(np.sum(lengths.images == 0))
     assert len(mixed) <= 2 and all(i >= len(steps) - 2 for i in mixed)
     assert sum(kinds == {False} for kinds in images) >= text // 10
@@ -162,7 +162,7 @@ def test_config_errors(values, message):
         from_dict(PackingConfig, values)
 
 
-# The cache
+# Cached plans
 
 
 def files(folder: Path) -> list[Path]:
@@ -176,10 +176,10 @@ def test_cache_returns_the_same_plan(tmp_path, monkeypatch):
     lengths = llava_like(50)
     plan = cached_plan(tmp_path / "new", lengths, SETTINGS)
     assert plan.hash == make_plan(lengths, SETTINGS).hash
-    monkeypatch.setattr("ross_jax.data.packing.make_plan", None)  # from here on it can only be read
+    monkeypatch.setattr("ross_jax.data.packing.make_plan", None)  # plans can only be read from here on
     for writer in (True, False):
         assert cached_plan(tmp_path / "new", lengths, SETTINGS, writer).hash == plan.hash
-    assert len(files(tmp_path / "new")) == 1  # and no temporary file
+    assert len(files(tmp_path / "new")) == 1  # no temporary file is left
 
 
 def test_cache_keeps_settings_apart(tmp_path):

@@ -1,4 +1,4 @@
-"""A run's batches depend on the step alone: not on processes, workers, restarts, or what is broken."""
+"""A run's batches depend on the step alone: not on processes, workers, restarts or broken samples."""
 
 import io
 import json
@@ -22,10 +22,10 @@ COUNT = 60
 
 @dataclass(frozen=True)
 class WordEncoder:
-    """Stands in for a tokenizer: a word is its length, and answers are supervised.
+    """Stand-in for a conversation encoder: a word's id is its length, and answers are supervised.
 
     Attributes:
-      longer: words that are added to every message.
+      longer: number of words that are added to each message.
     """
 
     longer: int = 0
@@ -43,7 +43,7 @@ class WordEncoder:
 
 
 def write_data(folder: Path, count: int = COUNT) -> Path:
-    """Sample i has i % 3 images; values of images and lengths of texts tell samples apart."""
+    """Writes samples, of which sample i has i % 3 images. Image values and text lengths identify a sample."""
     random = np.random.RandomState(3)
     (folder / "images").mkdir(parents=True)
     records = []
@@ -99,7 +99,7 @@ def assert_equal(batch, other):
 
 
 def conversations(batches):
-    """(length of the answer's words, tokens, values and identities of its images) of every conversation."""
+    """(last token, number of tokens, values of its images, ids of its images) of each conversation."""
     found = []
     for batch in batches:
         for r in range(len(batch["tokens"])):
@@ -150,7 +150,7 @@ def test_processes_read_the_same_run_together(folder, reference, processes):
 
 @pytest.mark.parametrize("start", [0, 1, 5])
 def test_a_restored_run_goes_on_bit_for_bit(folder, reference, start):
-    """Another process opens the data again, with another number of threads."""
+    """A pipeline that is opened again, with another number of threads, continues with the same batches."""
     expected_pipeline, expected = reference
     pipeline = open_(config_for(folder, epochs=2, threads=0), rows_per_step=expected_pipeline.rows_per_step)
     assert pipeline.hash == expected_pipeline.hash
@@ -176,7 +176,7 @@ def test_worker_processes_change_nothing(folder, reference):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_changed_tokenizer_is_noticed(tmp_path, workers):
-    """The lengths in the cache are those of another encoder. Worker processes pass the error on."""
+    """Cached lengths that another encoder measured end the run with an error, from worker processes too."""
     config = config_for(write_data(tmp_path / "set", 30), cache=str(tmp_path / "cache"))
     open_(config, encode_key="words")
     pipeline = open_(replace(config, workers=workers), WordEncoder(longer=1), encode_key="words")
@@ -308,7 +308,7 @@ def test_supervised_limit(folder):
     assert 6 <= max(counts) <= 9
 
 
-# Other sources, options
+# Other sources and options
 
 
 def test_bare_images(folder):

@@ -1,4 +1,4 @@
-"""Records come back as they were written, by identity; a damaged shard is named."""
+"""Caches return records by image id as they were written, and name damaged shards."""
 
 import json
 import pickle
@@ -40,7 +40,7 @@ def values(image_id: int) -> dict[str, np.ndarray]:
 
 
 def write_cache(folder: Path) -> Path:
-    """Some 60 images in many shards, one of them broken."""
+    """Writes a cache of many shards with 61 records, one of which stands for a broken image."""
     folder.mkdir()
     layout = plan_layout(RECORDS, PARTS, shard_bytes=300)
     for shard in range(layout.shards):
@@ -79,7 +79,7 @@ def test_every_record_comes_back(cache):
 
 def corrupt(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) - 2 * 2**16 + 150] ^= 0xFF  # inside a record; padding and the index follow the records
+    data[len(data) - 2 * 2**16 + 150] ^= 0xFF  # inside a record, which padding and the index follow
     path.write_bytes(data)
 
 
@@ -153,7 +153,7 @@ def test_batches_hold_what_was_computed_of_their_images(tmp_path, cache, workers
         gone = batch["image_ids"] != other["image_ids"]
         assert not batch["image_ids"][gone].any()
         assert (batch["image_start"][gone] == 24).all()
-    # The broken image is the first of two of a sample. The sample is left out, as it is if a file is broken.
+    # The broken image is the first of two images of a sample, so the sample is left out.
     assert seen == set(range(RECORDS)) - {BROKEN, BROKEN + 1}
     assert caplog.text.count("broken sample skipped (index 8): no image") == 1
 
@@ -167,7 +167,7 @@ def test_pixels_stay_where_they_are_needed(tmp_path, cache):
 
 
 def test_images_by_identity(tmp_path):
-    """Images have the identities that `batches` gives them, also after samples with none, one and two images."""
+    """`images` returns the image that `batches` gives the same id, also after samples with 0, 1 or 2 images."""
     folder = write_data(tmp_path / "set")
     (folder / "images" / "4_0.png").unlink()
     pipeline = open_(config_for(folder))

@@ -1,4 +1,4 @@
-"""Sources find every sample, survive worker processes, and say clearly what is wrong."""
+"""Sources find each sample, work in worker processes, and explain what is wrong."""
 
 import io
 import json
@@ -96,11 +96,11 @@ def _read_many(store, names):
 def test_store_is_safe_under_threads_and_forks(tmp_path, name):
     files = {f"{i}.png": os.urandom(5000) for i in range(50)}
     store = open_store(write(tmp_path / name, files))
-    store.read("0.png")  # opens it before the fork
+    store.read("0.png")  # opens the store before the fork
     names = list(files) * 4
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(store.read, names)) == [files[name] for name in names]
-    descriptor = os.fork()  # the child inherits what is open; both read at once
+    descriptor = os.fork()  # parent and child share open files and read concurrently
     if descriptor == 0:
         ok = _read_many(store, names) == [files[name] for name in names]
         os._exit(0 if ok else 1)
@@ -156,7 +156,7 @@ def test_json_and_jsonl_hold_the_same(tmp_path, indent, escape):
         assert list(records) == RECORDS and len(records) == 4
         copy = pickle.loads(pickle.dumps(records))
         assert [copy[i] for i in (3, 0, 2, 1)] == [RECORDS[i] for i in (3, 0, 2, 1)]
-        assert len(pickle.dumps(records)) < 1500  # offsets, not data
+        assert len(pickle.dumps(records)) < 1500  # holds offsets, not records
 
 
 def list_records(path: Path) -> list[dict]:
@@ -172,7 +172,7 @@ def test_any_records_are_found(tmp_path_factory, records, indent, escape):
     folder = tmp_path_factory.mktemp("records")
     try:
         (folder / "a.json").write_text(json.dumps(records, indent=indent, ensure_ascii=escape))
-    except UnicodeEncodeError:  # a lone surrogate
+    except UnicodeEncodeError:  # lone surrogates cannot be written
         return
     (folder / "a.jsonl").write_text("".join(json.dumps(r, ensure_ascii=escape) + "\n" for r in records), newline="")
     assert list_records(folder / "a.json") == records
@@ -255,7 +255,7 @@ def test_missing_images(tmp_path, llava):
         llava[1].images[1].read()
     with pytest.raises(UserError, match="no image folder is set") as error:
         LlavaSource(tmp_path / "data.json")[0].images[0].read()
-    assert not isinstance(error.value, ImageError)  # a wrong config, not a broken sample
+    assert not isinstance(error.value, ImageError)  # the config is wrong, not the sample
 
 
 def test_several_places_of_images(tmp_path):
@@ -313,7 +313,7 @@ Tiny(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 
 
 def test_tfds(tmp_path):
-    # In a process of its own, so that the data set is found on disk and not in TFDS's registry of classes.
+    # A process of its own keeps the builder class out of TFDS's registry, so that the data set is found on disk.
     subprocess.run([sys.executable, "-c", TFDS_PREPARE, str(tmp_path)], check=True, capture_output=True)
     config = SourceConfig("tiny", "tfds", data_dir=str(tmp_path), caption="caption")
     source = pickle.loads(pickle.dumps(open_source(config)))
@@ -336,7 +336,7 @@ def test_tfds(tmp_path):
 
 @pytest.fixture
 def pillow_encodes(monkeypatch):
-    """TFDS's mock data encodes its random images with TensorFlow, which is not installed here. So Pillow does it."""
+    """Makes Pillow encode TFDS's mock images, because TensorFlow, which TFDS uses, is not installed."""
 
     def encode(self, pixels: np.ndarray) -> bytes:
         buffer = io.BytesIO()
@@ -347,7 +347,7 @@ def pillow_encodes(monkeypatch):
 
 
 def test_imagenet_from_mock_data(pillow_encodes):
-    """Images are read one by one, and labels and file names stay out."""
+    """Each ImageNet sample has its own image, and neither label nor file name."""
     config = SourceConfig("imagenet2012", "tfds", split="validation")
     with tfds.testing.mock_data(num_examples=5):
         source = pickle.loads(pickle.dumps(open_source(config)))
@@ -361,7 +361,7 @@ def test_imagenet_from_mock_data(pillow_encodes):
 
 
 class CountingReads:
-    """A TFDS data source that notes which examples are read."""
+    """A TFDS data source that records which examples are read."""
 
     def __init__(self, data):
         self._data, self.dataset_info, self.read = data, data.dataset_info, []
@@ -375,7 +375,7 @@ class CountingReads:
 
 
 def test_images_of_tfds_are_not_read_before_they_are_asked_for(pillow_encodes, monkeypatch):
-    """So measuring lengths takes no pass over ImageNet."""
+    """TFDS examples are read only when their image is, so that measuring lengths does not read ImageNet."""
     with tfds.testing.mock_data(num_examples=3):
         data = CountingReads(
             tfds.data_source("imagenet2012", split="train", decoders={"image": tfds.decode.SkipDecoding()})
@@ -389,7 +389,7 @@ def test_images_of_tfds_are_not_read_before_they_are_asked_for(pillow_encodes, m
 
 
 def test_unprepared_imagenet_is_not_downloaded(tmp_path, monkeypatch):
-    """Nothing is fetched or written; the error says how to prepare it."""
+    """Nothing is downloaded or written for unprepared ImageNet; the error says how to prepare it."""
     folder = tmp_path / "data"
     with pytest.raises(UserError) as error:
         open_source(SourceConfig("imagenet2012", "tfds", data_dir=str(folder)))
@@ -411,7 +411,7 @@ def test_one_broken_sample_is_borne_and_logged_once(caplog):
 
 def test_a_share_of_broken_samples_stops_the_run():
     broken = BrokenSamples(total=100_000, max_share=0.01)
-    broken.update(100, [(i, f"sample {i}") for i in range(10)])  # 10 %, but of few: as yet within 1 % of 1000
+    broken.update(100, [(i, f"sample {i}") for i in range(10)])  # 10 % of 100 read samples, but only 1 % of 1000
     with pytest.raises(UserError, match=r"11 of 101 samples read are broken.* 1\.0%") as error:
         broken.update(1, [(10, "sample 10")])
     assert "sample 0\n" in str(error.value) and "sample 4" in str(error.value) and "sample 5" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Loading tokenizers, and text that stays text."""
+"""Loading tokenizers, and text that cannot become special tokens."""
 
 import json
 import pickle
@@ -12,7 +12,7 @@ from ross_jax.config import UserError
 from ross_jax.data.tokenizer import TextEncoder, load_tokenizer
 from tokenizer_fixtures import TINY, byte_level_tokenizer, sentencepiece_tokenizer, tokenizer_folder  # noqa: F401
 
-# Ids that the slow tokenizers of transformers 4.43 gave the reference, special tokens and mid-sequence words included.
+# Ids of the reference's slow tokenizers (transformers 4.43). Texts hold special tokens and words inside a sentence.
 REFERENCE_IDS = {
     "llama2": [
         ("Thanks. USER: Who?", [1, 1834, 29889, 3148, 1001, 29901, 11644, 29973]),
@@ -63,7 +63,7 @@ def test_folders_that_hold_no_tokenizer(tmp_path):
         load_tokenizer("./absent")
     with pytest.raises(UserError, match="this is a file; give the folder"):
         load_tokenizer(saved / "tokenizer.json")
-    empty = tmp_path / "empty"  # transformers would make an empty Llama tokenizer of this
+    empty = tmp_path / "empty"  # transformers would load an empty tokenizer
     empty.mkdir()
     (empty / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(UserError, match="holds no vocabulary"):
@@ -106,7 +106,7 @@ def test_special_tokens_in_text_are_spelled_out(tiny):
 
 
 def test_a_copy_for_a_worker_process_has_its_mode_set():
-    """The mode is state of the shared backend, and setting it while another thread encodes would fail."""
+    """A pickled copy has the backend's mode set, because setting it while another thread encodes would fail."""
     copied = pickle.loads(pickle.dumps(TextEncoder(byte_level_tokenizer())))
     assert copied.tokenizer.backend_tokenizer.encode_special_tokens
 
@@ -152,7 +152,7 @@ def test_special_tokens_that_text_could_forge_are_refused():
 
 
 def test_llama2_needs_no_setting_beyond_legacy(tokenizer_folder, tmp_path):  # noqa: F811
-    """`legacy` may be absent instead of false, as the docstring of the module says."""
+    """`legacy` may be absent instead of false."""
     folder = shutil.copytree(tokenizer_folder("llama2"), tmp_path / "llama2")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config.pop("legacy") is False
@@ -162,7 +162,7 @@ def test_llama2_needs_no_setting_beyond_legacy(tokenizer_folder, tmp_path):  # n
 
 
 def test_a_folder_with_only_tokenizer_model(tokenizer_folder, tmp_path):  # noqa: F811
-    """Vicuna's layout. The conversion of transformers alone gives other pieces for two spaces before a word."""
+    """A folder with tokenizer.model alone, like Vicuna's, gives the tokenizer of tokenizer.json."""
     pytest.importorskip("sentencepiece", reason="reading tokenizer.model needs the sentencepiece package")
     folder = shutil.copytree(tokenizer_folder("llama2"), tmp_path / "vicuna")
     complete = load_tokenizer(folder)

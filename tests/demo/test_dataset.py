@@ -34,7 +34,7 @@ def read(folder: Path, name: str):
 
 
 def questions(folder: Path):
-    """(question, answer, picture) of every question in `finetune.json` and `heldout.json`."""
+    """Yields (question, answer, image) of each question in `finetune.json` and `heldout.json`."""
     for name in ("finetune", "heldout"):
         for record in read(folder, name):
             pixels = np.asarray(Image.open(folder / "images" / record["image"]))
@@ -51,7 +51,7 @@ def find_marks(pixels: np.ndarray) -> dict[str, tuple[str, np.ndarray]]:
         area = pixels[row * 32 : row * 32 + 32, column * 32 : column * 32 + 32]
         for colour, value in COLOURS.items():
             filled = (area == np.array(value, np.uint8)).all(axis=-1)
-            if filled.sum() >= 60:  # a photograph may hold the exact colour here and there, never a patch of it
+            if filled.sum() >= 60:  # photographs hold fewer pixels of a mark's colour
                 assert quarter not in found
                 rows, columns = np.flatnonzero(filled.any(1)), np.flatnonzero(filled.any(0))
                 found[quarter] = colour, filled[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -70,9 +70,9 @@ def shape_of(filled: np.ndarray) -> str:
 
 
 def direction_of(filled: np.ndarray) -> str:
-    """The side of the tip, which is narrower than the other end."""
+    """The side with the arrow's tip, which is narrower than the other end."""
     rows, columns = filled.sum(axis=1), filled.sum(axis=0)
-    if (filled == filled[:, ::-1]).all():  # mirrored left and right: it points up or down
+    if (filled == filled[:, ::-1]).all():  # symmetric arrows point up or down
         return "up" if rows[0] < rows[-1] else "down"
     return "left" if columns[0] < columns[-1] else "right"
 
@@ -141,7 +141,7 @@ def test_captions_tell_what_is_seen(dataset):
                 expected.add(f"{name} is brighter")
         assert set(sentences) == expected and len(sentences) == len(expected)
         orders.add(tuple(sentence[:8] for sentence in sentences))
-    assert len(orders) > SMALL.pretrain * 0.9  # in random order
+    assert len(orders) > SMALL.pretrain * 0.9  # sentences are in random order
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The demo's scores against values computed by hand."""
+"""The demo's scores equal values computed by hand."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_accuracy_of_each_type():
     assert (side.type, side.count, side.accuracy, side.chance, side.most_frequent) == ("side", 4, 0.75, 0.5, 0.75)
     assert side.standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     assert side.z == 0.0
-    # right 1 1 0 1 0; always "two" 0 1 0 0 1; differences 1 0 0 1 -1: mean 1/5, variance 3/5 - 1/25
+    # Right answers 1 1 0 1 0, those of always "two" 0 1 0 0 1: differences have mean 1/5 and variance 3/5 - 1/25.
     assert (count.type, count.accuracy, count.most_frequent, count.chance) == ("count", 0.6, 0.4, 0.25)
     assert count.z == pytest.approx(0.2 / math.sqrt((3 / 5 - 1 / 25) / 5))
 

@@ -1,4 +1,4 @@
-"""The demo's tokenizer: encodes its whole data set, and works with the conversation templates."""
+"""The demo's tokenizer encodes its whole data set and works with the conversation templates."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Scores of pictures against values computed by hand; pixels of a grid."""
+"""Scores of images equal values computed by hand; pixels of a grid."""
 
 import math
 
@@ -15,7 +15,7 @@ def test_float_images_become_bytes():
 
 
 def test_ssim():
-    """SSIM of flat pictures with values a and b is (2ab + c) / (a^2 + b^2 + c), c = (0.01 * 255)^2."""
+    """SSIM of flat images with values a and b is (2ab + c) / (a^2 + b^2 + c), c = (0.01 * 255)^2."""
     pytest.importorskip("skimage", reason="the `demo` extra is not installed")
     flat = np.full((2, 16, 16, 3), 100, np.uint8)
     other = flat.copy()
@@ -33,7 +33,7 @@ def test_psnr():
     values = psnr(other, black)
     assert values[:2] == pytest.approx([0.0, 20 * math.log10(255)])
     assert values[2] == math.inf
-    assert psnr(black, other)[:2] == pytest.approx(values[:2])  # no wrap-around of uint8
+    assert psnr(black, other)[:2] == pytest.approx(values[:2])  # uint8 differences do not wrap around
 
 
 def test_retrieval():

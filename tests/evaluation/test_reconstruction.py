@@ -1,4 +1,4 @@
-"""Scores of a run's reconstructions equal those computed one picture at a time, on every mesh."""
+"""Scores of a run's reconstructions equal those computed with `launch/reconstruct.py`'s functions, on any mesh."""
 
 import dataclasses
 from functools import partial
@@ -73,14 +73,14 @@ def evaluate(config, model, mesh, devices=1):
     with jax.set_mesh(mesh):
         evaluator = ReconstructionEvaluator(config, mesh)
         first, again = (evaluator.evaluate(SimpleNamespace(**state)) for _ in range(2))
-    assert first[0] == again[0]  # the same noise
+    assert first[0] == again[0]  # each evaluation uses the same noise
     np.testing.assert_array_equal(first[1], again[1])
     return first
 
 
 @pytest.fixture(scope="module")
 def expected(folder, model):
-    """Scores and pictures computed from the functions that `launch/reconstruct.py` calls."""
+    """Scores and images computed with the functions that `launch/reconstruct.py` calls."""
     pytest.importorskip("skimage", reason="the `demo` extra is not installed")
     images = read_images(make_config(folder))
     assert len(images) == 5
@@ -111,7 +111,7 @@ def expected(folder, model):
     ],
 )
 def test_scores_are_those_of_each_image(mesh, devices, rows, folder, model, expected):
-    """Scores do not depend on how pictures are spread over batches and devices."""
+    """Scores do not depend on the spread of images over batches and devices."""
     scores, columns = expected
     found, grid = evaluate(make_config(folder, rows), model, mesh, devices)
     assert set(found) == set(scores)

@@ -1,4 +1,4 @@
-"""`Model.ask` and `ask_many`: against the full forward pass of one prompt at a time, kinds of images, mistakes."""
+"""`Model.ask` and `ask_many`: answers equal full forward passes of one prompt at a time; kinds of images; errors."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def model(model_folder):
 
 
 def one_by_one(model, conversations, images, new) -> str:
-    """Greedy decoding without a cache, without padding: the whole sequence again for every token."""
+    """Greedy decoding without cache and padding: a forward pass of the whole sequence for each token."""
     record = {"id": "x", "image": [str(i) for i in range(len(images))], "conversations": conversations}
     tokenizer = model.tokenizer
     ids = build_prompt_encoder("qwen_2", tokenizer)(record)
@@ -48,12 +48,13 @@ def one_by_one(model, conversations, images, new) -> str:
         if i == IMAGE_ID:
             starts.append(len(tokens))
         tokens += [0] * count if i == IMAGE_ID else [int(i)]
-    images = normalise(model.config, jnp.asarray(np.stack(images))[None])
+    side = model.config.vision.image_size
+    images = normalise(model.config, jnp.asarray(images, jnp.uint8).reshape(1, -1, side, side, 3))
     ross, made = Ross(model.config), []
     forward = jax.jit(lambda *arguments: ross.apply({"params": model.params}, *arguments).hidden[0, -1])
     for _ in range(new):
         row = jnp.asarray([tokens + made], jnp.int32)
-        hidden = forward(row, jnp.arange(row.size)[None], jnp.ones_like(row), images, jnp.asarray([starts]))
+        hidden = forward(row, jnp.arange(row.size)[None], jnp.ones_like(row), images, jnp.asarray([starts], jnp.int32))
         made.append(int(jnp.argmax(ross.apply({"params": model.params}, hidden, method="logits"))))
         if made[-1] == stop_id("qwen_2", tokenizer):
             made.pop()
@@ -71,6 +72,7 @@ CONVERSATIONS = [
     [human("<image>\n<image>\nLeft or right?")],
     [human("<image>\nWhat?"), {"from": "gpt", "value": "A dog."}, human("How many are there?")],
     [human("<image>\nWhat?"), {"from": "gpt", "value": "b"}, human("<image>\nNow?")],
+    [human("No image.")],
 ]
 
 
@@ -79,10 +81,11 @@ def test_batches_answer_as_single_prompts_do(model):
     found = model.ask_many(REQUESTS, rows=2)
     assert len(set(found)) == 6
     expected = [
-        one_by_one(model, turns, request.images if isinstance(request.images, list) else [request.images], new)
-        for turns, request, new in zip(CONVERSATIONS, REQUESTS, (NEW, NEW, NEW, NEW, 3), strict=False)
+        one_by_one(model, turns, images if isinstance(images, (list, tuple)) else [images], request.max_new_tokens)
+        for turns, request in zip(CONVERSATIONS, REQUESTS, strict=True)
+        for images in [request.images]
     ]
-    assert found[:-1] == expected
+    assert found == expected
     assert model.ask_many(REQUESTS, rows=8) == found
 
 
@@ -99,7 +102,7 @@ def test_many_as_one_by_one(model):
 
 
 def test_kinds_of_images(model, tmp_path):
-    """Path, PIL image and array of the same content get one answer; another content gets another."""
+    """Path, PIL image and array with the same content get the same answer; other content gets another answer."""
     pixels = make_image(4)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     kinds = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png"), pixels, [pixels]]
@@ -109,7 +112,7 @@ def test_kinds_of_images(model, tmp_path):
 
 
 def test_programs_are_shared(model):
-    """Questions of similar length, asked one after another, compile once."""
+    """Successive questions of similar length share one compiled program."""
     from ross_jax.inference.model import _answer
 
     model.ask(make_image(0), "What?", max_new_tokens=NEW)

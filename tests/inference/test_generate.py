@@ -33,7 +33,7 @@ def params():
 
 
 def prompt(rng: np.random.Generator, text: int, padding: int = 0):
-    """A row of `padding` pads, two ids, a picture and `text` more ids."""
+    """A row of `padding` pads, two ids, an image and `text` more ids."""
     length = padding + 2 + COUNT + text
     tokens = np.zeros((1, length), np.int32)
     tokens[0, padding : padding + 2] = rng.integers(1, 50, 2)
@@ -43,7 +43,7 @@ def prompt(rng: np.random.Generator, text: int, padding: int = 0):
 
 
 def greedy_by_full_forward(params, tokens, image, start, steps):
-    """The same without a cache: one full forward pass per new id, over a row padded to its final length."""
+    """Greedy decoding without a cache: a forward pass for each new id, over a row padded to its final length."""
     model, given = Ross(CONFIG), tokens.shape[1]
     row = np.pad(tokens, [(0, 0), (0, steps)])
     positions = np.arange(row.shape[1])[None]
@@ -66,7 +66,7 @@ def test_equals_the_full_forward_pass(params):
     result = compiled(CONFIG, params, tokens, segments, image, start, 6, None, jnp.float32, True)
     expected = greedy_by_full_forward(params, tokens, image, start, 6)
     assert result.tokens[0].tolist() == expected
-    assert len(set(expected)) > 1  # a constant answer would show little
+    assert len(set(expected)) > 1  # constant answers would hide errors
     assert result.logits.argmax(-1)[0].tolist() == expected
 
 

@@ -1,4 +1,4 @@
-"""Loading a model directory; visual outputs and reconstructions of images."""
+"""Loaded model directories: visual outputs and reconstructions of images."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def test_errors_say_what_is_missing(model_folder, tmp_path):
 
 
 def test_visual_outputs(model, images):
-    """Hidden states at the positions of an image, whatever is asked after it."""
+    """Visual outputs are the hidden states at an image's positions, whatever text follows."""
     found = model.visual_outputs(images, rows=2)
     ids = build_prompt_encoder("qwen_2", model.tokenizer)(
         {"id": "x", "image": "x", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}]}
@@ -69,7 +69,7 @@ def test_visual_outputs(model, images):
 
 
 def test_reconstruct(model, images, tmp_path):
-    """The objective's own reconstruction of the visual outputs, as PIL images, two at once, of arrays and of files."""
+    """`reconstruct` gives the objective's reconstructions as PIL images, for arrays and files, in batches."""
     found = model.reconstruct(images, SAMPLING, seed=1, rows=2)
     keys = jnp.stack([jax.random.fold_in(jax.random.key(1), i) for i in range(3)])
     outputs = jnp.asarray(model.visual_outputs(images, rows=2))

@@ -54,7 +54,7 @@ def test_visual_outputs_are_hidden_states_at_the_images(model, batch):
 
 @pytest.mark.slow
 def test_sampling_is_the_tested_process_under_this_condition(model, batch):
-    """The composition, put together once more from parts that the goldens cover."""
+    """Reconstruction equals the composition of its parts: condition, sampling, ungrouping and decoding."""
     config, process = model.config, make_diffusion(respacing="7")
     outputs = visual_outputs(config, model.params, batch)[:, 0]
     keys, sampling = jax.random.split(jax.random.key(5), 2), Sampling("ddpm", 7, temperature=0.5)
@@ -72,7 +72,7 @@ def test_sampling_is_the_tested_process_under_this_condition(model, batch):
     initial = jnp.stack([jax.random.normal(first, shape) for first, _ in pairs])
     tokens = sample_ancestral(process, predict, initial, noise, 0.5)[-1]
     expected = ungroup_latents(tokens, config.latent_window)
-    scale = float(jnp.abs(expected).max())  # a random denoiser's samples are large
+    scale = float(jnp.abs(expected).max())  # samples of a random denoiser are large
     np.testing.assert_allclose(latents, expected, atol=1e-4 * scale)
     decoded = Autoencoder(config.autoencoder).apply(
         {"params": model.params["autoencoder"]},
@@ -81,9 +81,9 @@ def test_sampling_is_the_tested_process_under_this_condition(model, batch):
     )
     np.testing.assert_allclose(pixels, jnp.clip(decoded, -1.0, 1.0), atol=1e-4)
     other = reconstruct(outputs[::-1], keys, sampling).pixels
-    assert jnp.abs(pixels - other).max() > 1e-3  # the condition counts
+    assert jnp.abs(pixels - other).max() > 1e-3  # the condition matters
     alone = reconstruct(outputs[1:], keys[1:], sampling).latents
-    np.testing.assert_allclose(alone, latents[1:], atol=1e-4 * scale)  # the neighbours do not
+    np.testing.assert_allclose(alone, latents[1:], atol=1e-4 * scale)  # neighbours do not
 
 
 def test_the_ceiling_is_the_autoencoder_itself(model, batch):
@@ -98,7 +98,7 @@ def test_the_ceiling_is_the_autoencoder_itself(model, batch):
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_images_of_a_batch_for_tensorboard(model, batch, devices):
-    """On any mesh, and whichever slots are empty, the images that exist are drawn first."""
+    """The first images that exist are drawn, whatever the mesh and the empty slots."""
     rows = 4 * (devices // 8) + 4
     wide = {name: np.tile(values, (rows // 2, *[1] * (values.ndim - 1))) for name, values in batch.items()}
     wide["image_start"] = np.full_like(wide["image_start"], 12)

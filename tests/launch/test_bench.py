@@ -1,4 +1,4 @@
-"""`launch/bench.py`: what it measures, and its errors. Times themselves are not tested."""
+"""`launch/bench.py`: its figures and errors. Times are not tested."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_synthetic_data(tmp_path, capsys, layout):
     assert bench.main(["data", *SMALL, "--layout", layout, "--json", str(tmp_path / "out.json")]) == 0
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["conversations"] == 40 and figures["dropped"] == 0
-    assert figures["steps_read"] == figures["steps"] - 1  # all but the first, which starts the threads
+    assert figures["steps_read"] == figures["steps"] - 1  # without the first step, which starts the threads
     assert figures["samples_per_s"] > 0 and 0 < figures["efficiency"] <= 1
     assert "samples_per_s" in capsys.readouterr().out
 
@@ -67,7 +67,7 @@ def figures(tmp_path, *arguments: str) -> dict:
 
 
 def test_step(tmp_path, capsys):
-    """The step runs on all devices of this machine, eight virtual ones here."""
+    """The step runs on all devices, which are eight virtual ones here."""
     found = figures(tmp_path, "--rows", "16")
     assert found["rows"] == 16 and found["devices"] == "8 x cpu"
     assert 0.5 < found["filled"] <= 1 and found["tokens_per_s"] == pytest.approx(

@@ -1,4 +1,4 @@
-"""launch/cache.py: a run of launch/train.py on a cache has the same losses; errors are one line."""
+"""launch/cache.py: training on a cache gives the same losses; errors are one line."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ def cache_images(recipe: Path, folder: Path, *more: str) -> subprocess.Completed
 
 
 def test_a_run_on_what_was_computed_before(recipe, tmp_path):
-    """A cache made on two devices: its output, and the losses of runs with and without it."""
+    """A run on a cache made on two devices has the losses of a run on pixels; a wrong cache is refused."""
     done = cache_images(recipe, tmp_path / "cache", "--what=targets,features", "--rows=5")
     assert done.returncode == 0, done.stderr
     assert "25/25 images" in done.stderr
@@ -42,7 +42,7 @@ def test_a_run_on_what_was_computed_before(recipe, tmp_path):
 
 
 def test_a_full_disk(recipe, tmp_path):
-    """A full disk is one line, and the same command continues once there is room."""
+    """A full disk gives one line of error, and the same command continues once there is room."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=40K", "tmpfs", str(disk)]

@@ -1,4 +1,4 @@
-"""The cluster launchers, with stand-ins for ssh, gcloud, xpk, kubectl and Python that record what they were asked."""
+"""Cluster launchers, with stand-ins for ssh, gcloud, xpk, kubectl and Python that record their arguments."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 from launcher import REPOSITORY
 
 CLUSTER = REPOSITORY / "launch" / "cluster"
-# What a shell could mangle on its way through several.
+# Arguments that one of several shells might change.
 FLAGS = ["--workdir=/shared/a b", "--config.init=('x', \"y\")", "--note=$HOME $(HOME) #: `id` \\n * {}", "--empty="]
 GKE = {
     "NAME": "ross-7b",
@@ -39,7 +39,7 @@ def write_script(path: Path, text: str) -> Path:
 
 
 def recorder(path: Path) -> Path:
-    """A command that appends its arguments, as a JSON list, to PATH.json."""
+    """Writes a command that appends its arguments, as a JSON list, to PATH.json."""
     code = f"import json, sys; open({str(path) + '.json'!r}, 'a').write(json.dumps(sys.argv[1:]) + chr(10))"
     return write_script(path, f'#!/bin/sh\nexec {sys.executable} -c {shlex.quote(code)} "$@"\n')
 
@@ -49,7 +49,7 @@ def recorded(path: Path) -> list[list[str]]:
 
 
 def run(script: str, *arguments: str, path: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
-    """Runs a launcher to its end, with the stand-ins at `path`."""
+    """Runs a launcher until it exits, with the stand-ins in the folder `path`."""
     found = f"{path}:{os.environ['PATH']}" if path else os.environ["PATH"]
     command = ["bash", str(CLUSTER / script), *arguments]
     environ = os.environ | {"PATH": found} | environ
@@ -57,7 +57,7 @@ def run(script: str, *arguments: str, path: Path | None = None, **environ: str) 
 
 
 def run_remote(command: str, home: Path, folder: str) -> list[str]:
-    """Arguments that a command sent to a host gives to Python there; the repository is `folder` of its home."""
+    """Runs a host's command, and returns Python's arguments there. The repository is `folder` inside `home`."""
     python = recorder(home / folder / ".venv" / "bin" / "python")
     subprocess.run(["bash", "-c", command], cwd=home, check=True, timeout=60)
     (arguments,) = recorded(python)
@@ -79,7 +79,7 @@ def test_multi_gpu_is_one_process_that_needs_gpus(tmp_path):
     command = ["bash", str(CLUSTER / "multi_gpu.sh"), *FLAGS]
     started = subprocess.Popen(command, env=environ | {"PYTHON": str(python)}, stdout=subprocess.PIPE, text=True)
     first, *arguments = started.communicate(timeout=60)[0].splitlines()
-    assert first == f"cuda {REPOSITORY} {started.pid}"  # the same process: signals reach Python
+    assert first == f"cuda {REPOSITORY} {started.pid}"  # bash is replaced by Python, so that signals reach it
     assert arguments == ["launch/train.py", *FLAGS]
 
 
@@ -128,12 +128,12 @@ def manifest():
 
 
 def as_api(manifest: dict) -> dict:
-    """A manifest as the JobSet API's models read it. They raise for a wrong type or a missing field."""
+    """A manifest as the JobSet API's models read it. The models raise for a wrong type or a missing field."""
     return JobsetV1alpha2JobSet.from_dict(manifest).to_dict()
 
 
 def lost(written, parsed, path="") -> list[str]:
-    """Paths at which `parsed` lacks what `written` has."""
+    """Paths whose value in `parsed` is missing or differs from `written`."""
     if isinstance(written, dict) and isinstance(parsed, dict):
         return [each for key in written for each in lost(written[key], parsed.get(key), f"{path}.{key}")]
     if isinstance(written, list) and isinstance(parsed, list) and len(written) == len(parsed):
@@ -198,7 +198,7 @@ time.sleep(100)
 
 @pytest.fixture
 def hosts(tmp_path):
-    """Starts ssh_hosts.sh on three hosts, all of which are this machine."""
+    """Function: mode -> process of ssh_hosts.sh with three hosts, all of which are this machine."""
     write_script(tmp_path / "bin" / "ssh", SSH)
     (tmp_path / "hosts").write_text("# ours\nme@alpha\n\nbeta  # slow\ngamma\n")
     python = write_script(tmp_path / "python", WORKER)
@@ -226,7 +226,7 @@ def hosts(tmp_path):
 def test_ssh_hosts_start_one_process_each(hosts, tmp_path):
     process = hosts("fail")
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 3  # of the one that failed
+    assert process.returncode == 3  # status of the host that failed
     assert sorted(said.splitlines()) == ["[beta] hello", "[gamma] hello", "[me@alpha] hello"]
     for number, host in enumerate(["me@alpha", "beta", "gamma"]):
         at, folder, *arguments = json.loads((tmp_path / "records" / str(number)).read_text())
@@ -237,12 +237,12 @@ def test_ssh_hosts_start_one_process_each(hosts, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_the_end_of_ssh_hosts_lets_every_host_save(hosts, tmp_path, number):
-    """The launcher gets a signal, or dies, which to a host looks like a lost connection."""
+    """A signal to the launcher, or its death, makes each host save."""
     process, records = hosts("wait"), tmp_path / "records"
     while sum(path.stat().st_size > 0 for path in records.iterdir()) < 3:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
-    time.sleep(0.5)  # until the handlers are there
+    time.sleep(0.5)  # until signal handlers are set
     process.send_signal(number)
     process.wait(60)
     deadline = time.monotonic() + 30

@@ -1,4 +1,4 @@
-"""Runs of two processes: with stand-ins for Slurm and ssh, with network namespaces as hosts, and with errors."""
+"""Runs of two processes with stand-ins for Slurm and ssh, with network namespaces as hosts, and with errors."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from ross_jax.checkpoints import latest_step
 pytestmark = pytest.mark.slow
 
 SPREAD = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
-# One node with two tasks, as Slurm tells them; a task that fails ends the other.
+# Stand-in for srun: one node with two tasks, with Slurm's variables. A task that fails ends the other.
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys, time
 assert sys.argv[1] == "--kill-on-bad-exit=1"
@@ -50,7 +50,7 @@ def port() -> int:
 
 @pytest.fixture
 def stand_ins(tmp_path):
-    """A PATH on which srun and ssh start processes here."""
+    """A PATH on which srun and ssh start processes on this machine."""
     for name, text in (("srun", SRUN), ("ssh", SSH)):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -61,7 +61,7 @@ def stand_ins(tmp_path):
 
 
 def launch(kind: str, stand_ins: str, recipe: Path, workdir: Path, *flags: str) -> subprocess.Popen:
-    """Starts a run of two processes by a launcher; its output goes to WORKDIR.log."""
+    """Starts a run of two processes through a launcher. Its output goes to WORKDIR.log."""
     script = REPOSITORY / "launch" / "cluster" / {"slurm": "slurm.sbatch", "ssh": "ssh_hosts.sh"}[kind]
     first = [] if kind == "slurm" else [str(workdir.parent / "hosts"), "--"]
     environ = environment(devices=2) | {"PATH": stand_ins, "PYTHON": sys.executable, "PORT": str(port())}
@@ -73,7 +73,7 @@ def launch(kind: str, stand_ins: str, recipe: Path, workdir: Path, *flags: str) 
 
 @contextlib.contextmanager
 def cleared(process: subprocess.Popen):
-    """Kills whatever is left of the launcher's session at the end."""
+    """Kills the launcher's session at the end."""
     try:
         yield process
     finally:
@@ -84,7 +84,7 @@ def cleared(process: subprocess.Popen):
 
 @pytest.mark.parametrize("kind", ["slurm", "ssh"])
 def test_a_signal_saves_and_the_same_command_goes_on(kind, stand_ins, recipe, tmp_path):
-    """The run ends with the losses of an uninterrupted run of one process."""
+    """A run that a signal stopped continues to the losses of an uninterrupted run of one process."""
     workdir = tmp_path / "run"
     with cleared(launch(kind, stand_ins, recipe, workdir, "--stopped_status=75")) as process:
         while len(step_lines(workdir)) < 3 and process.poll() is None:
@@ -121,7 +121,7 @@ def two(recipe, workdirs, flags, prefixes=((), ()), host="localhost", started=2)
 
 
 def copy_data(folder: Path, recipe: Path, text: str) -> None:
-    """Copies the recipe's data with one of its answers changed."""
+    """Copies the recipe's data with its answers `aaa` replaced by `text`."""
     folder.mkdir()
     for name in ("data.json", "0.png"):
         shutil.copy(recipe.parent / name, folder)
@@ -148,7 +148,7 @@ def test_a_workdir_of_each_ends_both(recipe, tmp_path):
 
 
 def test_other_data_at_the_same_place_ends_both(recipe, tmp_path):
-    """Paths agree and files differ, because each process has a mount of its own."""
+    """Processes that see different files at the same path end, each with an error."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("mount namespaces are not allowed here")
     for name, text in (("seen", "aaa"), ("other", "bbb")):
@@ -165,7 +165,7 @@ def test_other_data_at_the_same_place_ends_both(recipe, tmp_path):
 
 @pytest.fixture
 def namespaces(tmp_path):
-    """Commands that run on each of two network namespaces, the first one's address, a command for their link."""
+    """(command prefixes that run in each of two network namespaces, address of the first, command for their link)"""
     names = [f"ross{os.getpid()}{side}" for side in "ab"]
     ip = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if ip is None or subprocess.run([ip, "netns", "add", names[0]], capture_output=True, check=False).returncode:
@@ -179,7 +179,7 @@ def namespaces(tmp_path):
             steps += [f"{inside} link set {links[i]} up", f"{inside} link set lo up"]
         for step in steps:
             subprocess.run([ip, *step.split()], check=True, capture_output=True)
-        # XLA's collectives on CPU look for the address of their host's name.
+        # XLA's collectives on CPU resolve the host's name, so it needs an address.
         (tmp_path / "etc").write_text(f"127.0.0.1 localhost\n10.77.0.1 {names[0]}\n10.77.0.2 {names[1]}\n")
         own = f'mount --bind {tmp_path}/etc /etc/hosts && hostname $0 && exec "$@"'
         inside = [(ip, "netns", "exec", name, "unshare", "-u", "-m", "sh", "-c", own, name) for name in names]
@@ -210,7 +210,7 @@ def test_a_host_that_cannot_be_reached(namespaces, recipe, tmp_path):
 
 
 def test_a_trace_and_the_compilation_cache(recipe, tmp_path):
-    """A second run of the same program compiles nothing, and the trace exists."""
+    """The trace is written, and a second run of the same program compiles nothing."""
     flags = ("--profile=3:2", f"--compilation_cache={tmp_path / 'compiled'}", "--config.data.epochs=1")
     environ = environment() | {
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn", reason="the `demo` extra is not installed")
 
 @pytest.mark.slow
 def test_two_kinds(tmp_path, capsys):
-    """All arms train from one base and are scored; a second call trains nothing and prints the same."""
+    """All arms are trained from one base and scored; a second call trains nothing and prints the same."""
     compare, root = load_script("compare"), tmp_path / "comparison"
     arguments = ["--quick", "--kinds", "none", "denoise", "--seeds", "1", "--root", str(root)]
     assert compare.main(arguments) == 0

@@ -1,4 +1,4 @@
-"""`launch/convert.py`: what it prints and returns, and that an output is complete or not there."""
+"""`launch/convert.py`: its output and exit status; a converted folder is complete or absent."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def run(*arguments: str | Path, before: str = "", **options) -> subprocess.Compl
 
 @pytest.fixture
 def main(monkeypatch, capsys):
-    """The script's main function, in this process: (arguments) -> exit status, output, error output."""
+    """Function: arguments -> (exit status, stdout, stderr) of the script's `main` in this process."""
     module = load_script("convert")
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
@@ -62,7 +62,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_there_and_back(tmp_path):
-    """The commands of the usage text."""
+    """The commands of the usage text import a golden and export the same bytes."""
     golden = GOLDEN / "siglip_qwen2" / "checkpoint"
     done = run("import", "--from", golden, "--output", tmp_path / "model")
     assert (done.returncode, done.stdout) == (
@@ -193,14 +193,14 @@ def test_damaged_parameters(kept, message, main, tmp_path):
     assert names(tmp_path) == ["llm", "model"]
 
 
-# A full disk, imitated by a limit on the size of files.
+# A limit on the size of files imitates a full disk.
 
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 
 
 @pytest.mark.parametrize("what", ["parameters", "unused", "manifest", "export"])
 def test_a_full_disk(what, tmp_path):
-    """Whether Orbax, the safetensors writer or a plain write fails, there is one line of error, and no file is left."""
+    """A write of Orbax, the safetensors writer or Python that fails gives one line of error and leaves no file."""
     state = component_state(CLIP)
     if what == "unused":
         state["text_model.embeddings.token_embedding.weight"] = np.ones((1000, 100), np.float32)
@@ -219,8 +219,8 @@ def test_a_full_disk(what, tmp_path):
     assert names(tmp_path) == before
 
 
-# Conversions that are killed or run at once. They are slowed down, so that they last. Each runs in a fork of one
-# process, which itself does not use JAX.
+# Conversions that are killed or run concurrently. Delays make them last. Each one is a fork of a process that does not
+# use JAX.
 
 SLOWED = """
 import json, os, shutil, signal, sys, time
@@ -279,7 +279,7 @@ for i in range(6):
 
 
 def killed(folder: Path, *command: str | Path) -> list[Path]:
-    """Kills a conversion at six moments, and returns all complete outputs: some came before the kill, some after it."""
+    """Kills a conversion at six moments, and returns all complete outputs, of killed and of repeated conversions."""
     folder.mkdir()
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{SCRIPT.parent}"}
     arguments = [sys.executable, "-c", KILLED, str(folder), *map(str, command)]
@@ -288,7 +288,7 @@ def killed(folder: Path, *command: str | Path) -> list[Path]:
     lines = [line for line in done.stdout.splitlines() if not line.startswith(str(folder))]
     assert len(lines) == 6
     for i, line in enumerate(lines):
-        assert line.startswith(f"{i} 0 ") and ".out" not in line  # the next run succeeds, and removes what was left
+        assert line.startswith(f"{i} 0 ") and ".out" not in line  # the next run succeeds and removes leftovers
     assert len(list(folder.glob("left*"))) >= 2  # some were killed in the middle
     return [folder / "whole", *folder.glob("next*"), *folder.glob("out*")]
 
@@ -297,7 +297,7 @@ def killed(folder: Path, *command: str | Path) -> list[Path]:
 def test_killed_imports(tmp_path):
     original = component(tmp_path / "original", CLIP)
     complete = killed(tmp_path / "killed", "import", "--from", original)
-    # A run that was killed just before the last renaming is complete, too.
+    # A leftover folder with a manifest is complete: its run was killed just before the last renaming.
     left = list((tmp_path / "killed").glob("left*"))
     for i, model in enumerate([*complete, *(folder for folder in left if (folder / MANIFEST).exists())]):
         export(model, tmp_path / f"export{i}", "components")
@@ -349,7 +349,7 @@ print(status, wait(first), sorted(os.listdir(folder)))
 
 
 def test_two_at_once(tmp_path):
-    """The second gives up while the first, which waits for it, holds the lock."""
+    """A second conversion to the same output gives up while the first holds the lock."""
     original = component(tmp_path / "llm", LLAMA)
     (tmp_path / "both").mkdir()
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{SCRIPT.parent}"}
@@ -362,7 +362,7 @@ def test_two_at_once(tmp_path):
 
 
 def test_an_interrupt_ends_it_at_once(tmp_path):
-    """Ctrl-C ends the process while a slow thread of Orbax is at work."""
+    """Ctrl-C ends the process although a thread of Orbax is busy."""
     original = component(tmp_path / "llm", LLAMA)
     interrupt = "lambda _: (os.kill(os.getpid(), signal.SIGINT), time.sleep(100))"
     slow = f"import os, signal, time; from ross_jax.convert import importing; importing.is_finite = {interrupt}"

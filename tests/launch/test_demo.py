@@ -1,4 +1,4 @@
-"""launch/demo.py on little data: an interrupted demo continues; the files that it writes."""
+"""launch/demo.py on little data: an interrupted demo continues and writes its files."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_interrupted_and_continued(tmp_path):
     process = start(root, "--baseline", "--denoiser")
     output, log = process.communicate(timeout=900)
     assert process.returncode == 0, log
-    assert (root / "denoise/seed0/pretrain/metrics.jsonl").read_bytes() == first  # not trained again
+    assert (root / "denoise/seed0/pretrain/metrics.jsonl").read_bytes() == first  # stage 1 is not repeated
     summary = json.loads((root / "summary.json").read_text())
     for kind in ("denoise", "none"):
         answers = summary["scores"][kind]["0"]["answers"]

@@ -1,4 +1,4 @@
-"""launch/inspect_data.py: what it prints, what it writes, how it fails."""
+"""launch/inspect_data.py: its output, files and errors."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def conversation(question, answer, **fields):
 
 @pytest.fixture
 def run(inspect_data, tiny, tmp_path, capsys):
-    """Runs it on records (or on a file's text); returns its status, stdout, stderr and JSON."""
+    """Function: (records or text of a file, arguments) -> (status, stdout, stderr, JSON)."""
 
     def call(records, *arguments, template="llama3", tokenizer=tiny):
         data, out = tmp_path / "data.json", tmp_path / "out.json"
@@ -54,7 +54,7 @@ def test_shows_and_writes_every_conversation(run):
     assert (status, err) == (0, "")
     assert "\n\n[image: 9 tokens]\nWhat?<|eot_id|>" in out
     assert "⟦A dog.<|eot_id|>⟧" in out
-    assert "⟦Yo\\x1b[2J<|eot_id|>⟧" in out  # data cannot control the terminal
+    assert "⟦Yo\\x1b[2J<|eot_id|>⟧" in out  # control characters of the data are escaped
     assert "== one: " in out and "== 2: " in out
     assert [item["id"] for item in written] == ["one", 2]
     first = written[0]
@@ -93,7 +93,7 @@ def test_jsonl(run, inspect_data, tiny, tmp_path, capsys):
 
 
 def test_packing_efficiency(run):
-    # 4 conversations of equal length, two to a row that has one token to spare.
+    # A row holds two of the 4 equally long conversations and one spare token.
     records = [conversation("Hi", "Yo")] * 4
     length = len(run(records)[3][0]["input_ids"])
     _, out, _, _ = run(records, "--length", str(2 * length + 1))

@@ -1,4 +1,4 @@
-"""The planning launcher: what it prints and writes, and its errors."""
+"""The planning launcher: its output, files and errors."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from launcher import REPOSITORY, needs_libtpu
 def run_plan(recipe, *arguments: str, topology: str = "v5e:2x2"):
     given = [f"--config={recipe}", f"--topology={topology}", *arguments]
     script = str(REPOSITORY / "launch" / "plan.py")
-    # No accelerator of this machine takes part, whatever the user's environment says.
+    # The launcher must use no accelerator, whatever the environment says.
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cuda"}
     return subprocess.run([sys.executable, script, *given], capture_output=True, text=True, env=environment)
 
@@ -53,7 +53,7 @@ FULL = "encoder=siglip,llm=qwen2_7b,stage=finetune"
 @pytest.mark.slow
 @needs_libtpu
 def test_full_size(tmp_path):
-    """It compiles in 7 GB, and fits. Weights are gathered whole: not in the many pieces of a windowed product."""
+    """The plan of a full-size recipe fits and compiles in little host memory; kernels are gathered in few pieces."""
     figures = tmp_path / "plan.json"
     arguments = ["--rows=128", "--config.step.remat=gate", f"--json={figures}"]
     done = run_plan(str(REPOSITORY / "configs" / f"ross.py:{FULL}"), *arguments, topology="v5e:8x8")

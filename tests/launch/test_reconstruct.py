@@ -14,7 +14,7 @@ launcher = load_script("reconstruct")
 
 @pytest.fixture
 def image_files(tmp_path):
-    """A folder of two, and one outside of the same name."""
+    """A folder of two images, and an image outside with the name of one of them."""
     folder = tmp_path / "photos"
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Tables of plans: which rows are made, and what becomes of the rest of the file."""
+"""Tables of plans: which rows are computed, and that the rest of the file stays."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ Written by hand.
 
 @pytest.fixture
 def cases(monkeypatch):
-    """All cases that were planned. A plan takes 2 s, and 1 s more for each recipe but LLaVA."""
+    """Stand-in for planning: the list of planned cases. A step takes 2 s for LLaVA and 3 s for other recipes."""
     found = []
 
     def planned(case):

@@ -1,4 +1,4 @@
-"""launch/train.py on a small recipe: it starts, continues after a kill, and says what is wrong."""
+"""launch/train.py on a small recipe: it trains, continues after a kill, and names errors."""
 
 import json
 import re
@@ -36,14 +36,14 @@ def test_a_killed_run_continues(recipe, tmp_path):
 
 
 def sources(folder: Path, content: str | list, **changes) -> str:
-    """A flag that points the run at another data file, written here."""
+    """Writes a data file, and returns the flag that makes it the run's data."""
     path = folder / "data.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return f"--config.data.sources=({ ({'path': str(path), 'images': (str(folder),), **changes})!r},)"
 
 
 def missing(count: int) -> list[dict]:
-    """Records, `count` of which name an image that does not exist."""
+    """Records, the first `count` of which name an image that does not exist."""
     return [record | ({"image": "absent.png"} if i < count else {}) for i, record in enumerate(make_records())]
 
 
@@ -84,11 +84,11 @@ BAD_FLAGS = {
     ),
     "first model": (lambda new, old: f"--config.init=('{new}/absent',)", "absent: no such directory$"),
 }
-"""Name -> function (new folder, folder of the recipe) -> a flag that makes the run impossible, and the message."""
+"""Name -> (function: (new folder, recipe's folder) -> a flag that makes the run fail, pattern of its error)."""
 
 
 def fails(done: subprocess.CompletedProcess, message: str) -> None:
-    """The run failed with one error on the last lines of stderr, and without a traceback."""
+    """Checks that the run failed with one error at the end of stderr, and without a traceback."""
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1 and not done.stdout, done.stderr
     error = done.stderr[done.stderr.index("error: ") :].strip()
@@ -130,7 +130,7 @@ def test_unknown_parts(tmp_path):
 
 @pytest.mark.slow
 def test_another_config(recipe, tmp_path):
-    """A directory with a run of another config is refused with every difference, and so is starting from it."""
+    """A directory with a run of another config is refused with all differences; so is a start from another model."""
     run, short = tmp_path / "run", "--config.data.epochs=1"
     assert train(recipe, run, short).returncode == 0
     differs = ("--config.optimizer.learning_rate=0.5", "--config.seed=1")

@@ -1,4 +1,4 @@
-"""Full disks: one line says what could not be written, and the run continues once there is room."""
+"""A full disk gives one line that names what could not be written; the run continues once there is room."""
 
 import contextlib
 import subprocess
@@ -16,7 +16,7 @@ SIZE = 12 * 2**20
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small file system of its own."""
+    """A small file system."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
@@ -39,7 +39,7 @@ def clear(disk) -> None:
 
 
 def the_error(done, path, rest) -> None:
-    """The run failed with this one line on stderr, besides progress and log."""
+    """Checks that the run failed and that stderr has one line besides progress and log."""
     lines = [line for line in done.stderr.splitlines() if line[:1] not in "IW" and not line.startswith("step ")]
     assert done.returncode == 1 and len(lines) == 1, done.stderr
     assert lines[0].startswith(f"error: {path}: ") and "No space left on device" in lines[0], lines
@@ -61,7 +61,7 @@ def same(run, whole):
 
 
 def test_full_from_the_start(recipe, whole, disk):
-    """There is no room for the description, then for the frozen parameters, then for the first step."""
+    """A disk too small for the description, the frozen parameters or the first step gives one error each."""
     workdir = disk / "run"
     for free, path, rest in (
         (2**14, workdir, "; no step is complete yet"),
@@ -77,14 +77,14 @@ def test_full_from_the_start(recipe, whole, disk):
 
 
 def test_full_in_the_middle(recipe, whole, disk):
-    """The run continues from the last complete checkpoint."""
+    """After a disk was full, the run continues from the last complete checkpoint."""
     workdir = disk / "run"
     process = subprocess.Popen(
         command(recipe, workdir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
     while process.poll() is None and len(step_lines(workdir)) < 5:
         time.sleep(0.02)
-    while process.poll() is None:  # older checkpoints are removed as newer ones come
+    while process.poll() is None:  # again, because removed checkpoints free space
         fill(disk)
         time.sleep(0.02)
     out, err = process.communicate()

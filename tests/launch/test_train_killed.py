@@ -1,4 +1,4 @@
-"""A run that is killed and restarted again and again ends as if nothing had happened."""
+"""A run that is killed and restarted many times ends like an uninterrupted one."""
 
 import random
 import signal
@@ -13,7 +13,7 @@ from ross_jax.checkpoints import latest_step
 
 pytestmark = pytest.mark.slow
 LONG = ("--config.loop.save=1", "--config.data.epochs=16")
-STEPS = 96  # a kill lets through two or three
+STEPS = 96  # enough for all kills: two or three steps run between kills
 KILLS = 9
 
 
@@ -23,7 +23,7 @@ def start(recipe, workdir) -> subprocess.Popen:
 
 
 def wait_for_a_step(process, workdir) -> float:
-    """Seconds until a new step is reported, or 0 if the run ends before."""
+    """Seconds until the run reports a new step. 0 if the run ends before."""
     begin, before = time.monotonic(), len(step_lines(workdir))
     while process.poll() is None:
         if len(step_lines(workdir)) > before:
@@ -33,21 +33,21 @@ def wait_for_a_step(process, workdir) -> float:
 
 
 def wait_for_a_save(process, workdir) -> None:
-    """Returns while a step is being saved."""
+    """Returns once a step is being saved."""
     while process.poll() is None and not any((workdir / "steps").glob("*tmp*")):
         time.sleep(0.001)
 
 
 def test_killed_at_random_moments(recipe, tmp_path):
-    """Kills come while the run starts, while it trains, and while it saves, which it does after every step."""
+    """Kills during start, training and saving, which follows each step, do not change the result."""
     whole, cut, rng = tmp_path / "whole", tmp_path / "cut", random.Random(0)
-    assert train(recipe, whole, *LONG).returncode == 0  # what it compiles, the runs below read
+    assert train(recipe, whole, *LONG).returncode == 0  # fills the compilation cache for the runs below
     first = start(recipe, tmp_path / "first")
     startup, kept, unfinished = wait_for_a_step(first, tmp_path / "first"), [], 0
     first.kill()
     for number in range(KILLS):
         process = start(recipe, cut)
-        if number % 3 == 0:  # the very first one too: what has no checkpoint yet starts anew
+        if number % 3 == 0:  # while it starts, also before there is any checkpoint
             time.sleep(rng.uniform(0.3, 1.0) * startup)
         else:
             startup = wait_for_a_step(process, cut) or startup
@@ -58,7 +58,7 @@ def test_killed_at_random_moments(recipe, tmp_path):
         process.wait()
         kept.append(latest_step(cut) or 0)
         unfinished += any((cut / "steps").glob("*tmp*"))
-    assert kept == sorted(kept) and kept[-1] < STEPS, kept  # nothing is ever lost, and the kills came before the end
+    assert kept == sorted(kept) and kept[-1] < STEPS, kept  # no checkpoint is lost, and the kills came before the end
     assert unfinished, "no kill came while a step was being saved"
     done = train(recipe, cut, *LONG)
     assert done.returncode == 0, done.stderr

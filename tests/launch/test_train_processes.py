@@ -22,7 +22,7 @@ ACROSS = ("--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # both processes ho
 
 @contextlib.contextmanager
 def two_processes(recipe, workdir, *flags):
-    """Two processes of two devices each, and the files of their output. Both are killed at the end."""
+    """Two processes of two devices each, and their output files. Kills both at the end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -47,7 +47,7 @@ def two_processes(recipe, workdir, *flags):
 
 
 def ends(processes, files) -> list[str]:
-    """Output of processes, which must exit with 0."""
+    """Waits for processes, which must exit with 0, and returns their outputs."""
     codes = [process.wait(300) for process in processes]
     texts = [file.seek(0) or file.read() for file in files]
     assert codes == [0, 0], "\n".join(texts)
@@ -86,7 +86,7 @@ def test_two_processes_are_as_one(mesh, recipe, alone, tmp_path):
 
 @pytest.mark.parametrize("mesh", [SPREAD, ACROSS], ids=["spread", "across"])
 def test_two_processes_evaluate_as_one(mesh, recipe, tmp_path):
-    """A run of the denoiser alone evaluates three images, which do not fill their rows."""
+    """Two processes evaluate three images, which do not fill their rows, as one process does."""
     folder = tmp_path / "images"
     folder.mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)):
@@ -112,7 +112,7 @@ def test_two_processes_evaluate_as_one(mesh, recipe, tmp_path):
 
 
 def test_a_signal_to_one_ends_both(recipe, alone, tmp_path):
-    """Both end at the same step with a checkpoint, and one process continues from there."""
+    """A signal to one process ends both at the same step with a checkpoint, from which one process continues."""
     workdir = tmp_path / "run"
     with two_processes(recipe, workdir, *SPREAD) as (processes, files):
         while len(step_lines(workdir)) < 3 and all(process.poll() is None for process in processes):
@@ -127,7 +127,7 @@ def test_a_signal_to_one_ends_both(recipe, alone, tmp_path):
 
 
 def test_an_error_of_one_ends_both(recipe, tmp_path):
-    """Process 0 finds the data empty while process 1 waits for it."""
+    """An error of process 0, which finds no data, ends process 1, which waits for it."""
     (tmp_path / "empty.json").write_text("[]")
     flag = f"--config.data.sources=({dict(path=str(tmp_path / 'empty.json'))},)"
     with two_processes(recipe, tmp_path / "run", flag) as (processes, files):

@@ -1,4 +1,4 @@
-"""Attention: the TPU kernel, interpreted on CPU, against XLA's; and which kernel a mesh chooses."""
+"""Attention: kernels, interpreted on CPU, give XLA's outputs and gradients; the mesh chooses the kernel."""
 
 import contextlib
 import re
@@ -28,7 +28,7 @@ from ross_jax.sharding import AXES, MeshConfig, make_mesh
 
 
 def inputs(batch: int, length: int, heads: int, kv_heads: int, dim: int, seed: int = 0):
-    """Queries, keys, values, and segments: two conversations of odd lengths and padding, other ones in each row."""
+    """Random queries, keys, values, and segments: each row has two conversations of odd lengths, then padding."""
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = [(batch, length, n, dim) for n in (heads, kv_heads, kv_heads)]
     arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
@@ -52,7 +52,7 @@ def interpreted(*arguments):
 
 
 def real(function):
-    """Its output and the gradients of a function of it, where a position belongs to a conversation."""
+    """A function that returns the output of `function` and its gradients, with padding masked."""
 
     def run(query, key, value, segments, weights):
         def loss(*arrays):
@@ -70,8 +70,7 @@ def real(function):
     [(2, 256, 4, 2, 64), (1, 128, 2, 2, 72), (3, 256, 4, 1, 128), (2, 150, 2, 2, 64)],
 )
 def test_splash_is_attention(batch, length, heads, kv_heads, dim):
-    """Outputs and all gradients, grouped heads included, head sizes of Llama (128), CLIP (64) and SigLIP (72); a length
-    that no tile divides."""
+    """Outputs and gradients are XLA's for the head sizes of Llama, CLIP and SigLIP and for uneven lengths."""
     arguments = inputs(batch, length, heads, kv_heads, dim)
     weights = jax.random.normal(jax.random.key(9), arguments[0].shape)
     for found, expected in zip(real(interpreted)(*arguments, weights), real(xla)(*arguments, weights), strict=True):
@@ -82,7 +81,7 @@ def test_splash_is_attention(batch, length, heads, kv_heads, dim):
     ("batch", "length", "heads", "dim"), [(2, 128, 2, 64), (1, 729, 2, 72), (2, 577, 1, 64), (1, 130, 2, 72)]
 )
 def test_bidirectional_splash_is_attention(batch, length, heads, dim):
-    """Outputs and all gradients; the towers' lengths, which no tile divides."""
+    """Outputs and gradients are XLA's at the lengths of vision towers, which no tile divides."""
     *arrays, segments = inputs(batch, length, heads, heads, dim)
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
     everywhere = jnp.ones_like(segments)
@@ -105,7 +104,7 @@ def interpreted_images(query, key, value, _):
     [(3, 128, 2, 64), (1, 729, 4, 64), (2, 1, 4, 32), (1, 577, 2, 128), (2, 50, 8, 16)],
 )
 def test_image_attention_is_attention(batch, length, heads, dim):
-    """Outputs and all gradients, one to eight heads in a row of lanes: as far from float32 as XLA's own."""
+    """Outputs and gradients in bfloat16 are as close to float32 as XLA's, with one to eight heads in a row of lanes."""
     *arrays, segments = inputs(batch, length, heads, heads, dim)
     segments = jnp.ones_like(segments)
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
@@ -122,9 +121,9 @@ def test_image_attention_is_attention(batch, length, heads, dim):
 @pytest.mark.parametrize(
     ("length", "heads", "kv_heads", "dim", "dtype"),
     [
-        (729, 16, 16, 72, "bfloat16"),  # a head that straddles rows of lanes
-        (729, 1, 1, 64, "bfloat16"),  # half a row
-        (1025, 2, 2, 64, "bfloat16"),  # scores too large
+        (729, 16, 16, 72, "bfloat16"),  # a head crosses rows of lanes
+        (729, 1, 1, 64, "bfloat16"),  # the head fills half a row of lanes
+        (1025, 2, 2, 64, "bfloat16"),  # the scores exceed the memory on chip
         (729, 4, 2, 64, "bfloat16"),  # grouped heads
         (729, 2, 2, 64, "float32"),
     ],
@@ -137,7 +136,7 @@ def test_what_image_attention_leaves_to_splash(length, heads, kv_heads, dim, dty
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize(("length", "dim"), [(729, 64), (1024, 128)])
 def test_image_attention_compiles(topology, length, dim):
-    """For each TPU, with room for its scores on chip, forward and back."""
+    """Both passes compile for each TPU, whose on-chip memory holds the scores."""
     pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
     device = open_target(topology).devices[0]
     array = jax.ShapeDtypeStruct((2, length, 256), jnp.bfloat16, sharding=SingleDeviceSharding(device))
@@ -151,7 +150,7 @@ def test_image_attention_compiles(topology, length, dim):
 
 
 def test_a_batch_without_images_compiles():
-    """As where a recipe has no picture slots: nothing to attend to, forward and back."""
+    """Both passes compile for a batch of size 0, as a recipe without image slots has it."""
     pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
     mesh = make_mesh(MeshConfig(1, -1, 1), open_target("v5e:2x2").devices)
     array = jax.ShapeDtypeStruct((0, 729, 16, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -161,7 +160,7 @@ def test_a_batch_without_images_compiles():
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 4)])
 def test_image_attention_on_a_mesh(sizes):
-    """Each device computes its pictures, whichever axes the mesh has; nothing changes by it."""
+    """Outputs and gradients equal those of one device, whichever mesh axes split the images."""
     *arrays, segments = inputs(8, 130, 2, 2, 64)
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
     arguments = (*(array.astype(jnp.bfloat16) for array in arrays), jnp.ones_like(segments), weights)
@@ -178,7 +177,7 @@ def test_image_attention_on_a_mesh(sizes):
 )
 @pytest.mark.parametrize("order", ["packed", "mixed"])
 def test_packed_attention_is_attention(batch, length, heads, kv_heads, dim, order):
-    """Outputs and all gradients: lengths of one block, of several, of more than loops; segments in any order."""
+    """Outputs and gradients are XLA's for lengths of one to many blocks and segments in any order."""
     *arrays, segments = inputs(batch, length, heads, kv_heads, dim)
     if order == "mixed":
         segments = jax.random.randint(jax.random.key(1), segments.shape, 0, 4) * 3
@@ -189,7 +188,7 @@ def test_packed_attention_is_attention(batch, length, heads, kv_heads, dim, orde
 
 
 def test_packed_attention_leaves_out_other_conversations():
-    """Blocks without a key that a block's queries attend to: nothing there reaches it, and it reaches nothing there."""
+    """NaN in one conversation reaches neither outputs nor gradients of the others."""
     lengths = (3 * BLOCK, 2 * BLOCK + 5, BLOCK - 5)
     query, key, value, _ = inputs(1, sum(lengths), 4, 2, 8)
     segments = jnp.repeat(jnp.arange(1, 4), jnp.asarray(lengths), total_repeat_length=sum(lengths))[None]
@@ -203,7 +202,7 @@ def test_packed_attention_leaves_out_other_conversations():
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
 def test_what_packed_attention_returns_can_be_kept(sizes):
-    """By its name, and then a layer that is computed again does not make it again; on a mesh, too."""
+    """Outputs saved under SAVED_ATTENTION are not computed again in the backward pass, on a mesh too."""
     *arrays, segments = inputs(8, 300, 4, 2, 8)
     names, policies = jax.checkpoint_policies.save_only_these_names(SAVED_ATTENTION), jax.checkpoint_policies
 
@@ -220,7 +219,7 @@ def test_what_packed_attention_returns_can_be_kept(sizes):
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
 def test_packed_attention_on_a_mesh(sizes):
-    """Each device computes its rows and heads, without a word to the others; some skip what others do not."""
+    """Outputs and gradients equal those of one device, without collectives where the tensor axis divides the heads."""
     *arrays, segments = inputs(4, 300, 4, 2, 64)
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
 
@@ -244,7 +243,7 @@ def test_packed_attention_on_a_mesh(sizes):
     [(2, 256, 4, 4, 64), (1, 729, 2, 2, 72), (3, 300, 4, 1, 8), (2, 1, 3, 3, 4), (0, 9, 2, 2, 8)],
 )
 def test_blocks_that_see_everything_are_attention(batch, length, heads, kv_heads, dim):
-    """Outputs and all gradients of attention of all to all."""
+    """Blockwise attention without segments gives XLA's outputs and gradients."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(batch, length, n, dim) for n in (heads, kv_heads, kv_heads)]
     arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
@@ -260,7 +259,7 @@ def test_blocks_that_see_everything_are_attention(batch, length, heads, kv_heads
 
 @pytest.mark.parametrize(("queries", "keys"), [(3, 300), (300, 5), (1, 1)])
 def test_blocks_attend_to_all_keys(queries, keys):
-    """However many there are of either; through the public entry point."""
+    """Outputs and gradients of the public function are XLA's, also if there are far more keys than queries or fewer."""
     seeds = jax.random.split(jax.random.key(0), 4)
     shapes = [(2, queries, 4, 8), (2, keys, 2, 8), (2, keys, 2, 8), (2, queries, 4, 8)]
     *arrays, weights = (jax.random.normal(seed, shape) for seed, shape in zip(seeds, shapes, strict=True))
@@ -274,7 +273,7 @@ def test_blocks_attend_to_all_keys(queries, keys):
 
 
 def test_packed_attention_in_bfloat16():
-    """As far from float32 as XLA's own."""
+    """Outputs and gradients in bfloat16 are as close to float32 as XLA's."""
     *arrays, segments = inputs(2, 512, 4, 2, 64)
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
     exact = real(xla)(*arrays, segments, weights)
@@ -287,7 +286,7 @@ def test_packed_attention_in_bfloat16():
 
 
 def test_a_layer_computed_again_makes_its_scores_once():
-    """For the backward pass, which reads them: those two products, then four for the gradients."""
+    """The backward pass of a rematerialised layer repeats its two products once and adds four for the gradients."""
     *arrays, _ = inputs(1, 16, 2, 2, 8)
     layer = jax.checkpoint(lambda *x: jnp.sin(blockwise_attention(*x)))
     _, pull = jax.vjp(layer, *arrays)
@@ -302,7 +301,7 @@ def test_padding_is_finite():
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
 def test_splash_on_a_mesh(sizes):
-    """Rows and heads on their devices; with 4-fold tensor parallelism the 2 key heads are repeated."""
+    """Outputs and gradients are XLA's on a mesh; 4-fold tensor parallelism repeats the 2 key heads."""
     arguments = inputs(4, 128, 4, 2, 64)
     weights = jax.random.normal(jax.random.key(9), arguments[0].shape)
     expected = real(xla)(*arguments, weights)
@@ -314,7 +313,7 @@ def test_splash_on_a_mesh(sizes):
 
 @pytest.mark.parametrize(("platform", "wanted"), [("tpu", False), ("cpu", False), ("gpu", True)])
 def test_the_mesh_chooses(platform, wanted):
-    """Not the host, which is a CPU here."""
+    """The platform of the mesh decides whether attention needs a mask, not the platform of the host."""
     device = AbstractDevice("device", None, platform)
     mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -324,7 +323,7 @@ def test_the_mesh_chooses(platform, wanted):
 
 @pytest.mark.parametrize(("precision", "dtype"), [(None, "bfloat16"), ("highest", "float32")])
 def test_towers_on_tpu_round_operands_as_products_do(precision, dtype):
-    """The kernel's operands are what XLA would make of float32 ones: bfloat16 at the default precision only."""
+    """The kernel rounds float32 operands as XLA's products do: to bfloat16 at the default precision only."""
     mesh = AbstractMesh(
         (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice("a", None, "tpu")
     )
@@ -338,7 +337,7 @@ def test_towers_on_tpu_round_operands_as_products_do(precision, dtype):
 
 
 def pallas_calls(jaxpr):
-    """Equations that are kernels, at any depth."""
+    """Yields the equations that call a Pallas kernel, at any depth."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             yield equation
@@ -358,7 +357,7 @@ def test_a_mask_that_is_given_decides():
 
 
 def cudnn_is(function, gpu, length, heads, kv_heads, dim):
-    """`function` runs in cuDNN, and its outputs and gradients are as far from float32 as XLA's own."""
+    """Checks that `function` runs in cuDNN, with outputs and gradients as close to float32 as XLA's."""
     *arrays, segments = inputs(2, length, heads, kv_heads, dim)
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
     halves = [array.astype(jnp.bfloat16) for array in arrays]
@@ -376,7 +375,7 @@ def cudnn_is(function, gpu, length, heads, kv_heads, dim):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (32, 4), (32, 32)])
 def test_cudnn_compiles_whatever_the_tensor_axis_divides(heads, kv_heads):
-    """All heads, only those of queries, or none; projections are split all the same."""
+    """cuDNN's attention compiles where the tensor axis divides all heads, query heads alone, or none."""
     pytest.importorskip("jax_cuda12_plugin", reason="needs the CUDA plugin: bash launch/setup.sh cuda")
     devices = open_target("h100:1x1x8").devices
     mesh = make_mesh(MeshConfig(1, 1, 8), devices)
@@ -408,5 +407,5 @@ def test_cudnn_is_attention_inside_segments(gpu, length, heads, kv_heads):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("length", "heads", "dim"), [(729, 16, 72), (576, 16, 64), (577, 2, 64)])
 def test_cudnn_is_attention_of_towers(gpu, length, heads, dim):
-    """Without a mask, at the lengths and head sizes of SigLIP and CLIP."""
+    """Attention without a mask runs in cuDNN at the lengths and head sizes of SigLIP and CLIP."""
     cudnn_is(lambda query, key, value, _: attention(query, key, value), gpu, length, heads, heads, dim)

@@ -1,4 +1,4 @@
-"""What the backward pass through the denoiser computes again."""
+"""Rematerialisation of the denoiser: which products the backward pass computes again."""
 
 from collections import Counter
 
@@ -24,20 +24,20 @@ KERNELS = {"modulation": (64, 384), "qkv and out": (64, 64), "up": (64, 192), "d
     ],
 )
 def test_what_the_backward_pass_computes_again(remat, again):
-    """Of a block's products; `attention` keeps both that its gates multiply, `out`'s and `down`'s."""
+    """Each `remat` repeats the expected products of a block; `attention` saves the outputs of `out` and `down`."""
     module = Denoiser(CONFIG, jnp.float32, remat)
     inputs = module.input_spec(2)
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     traced = jax.make_jaxpr(jax.grad(lambda *x: jnp.sum(jnp.sin(module.apply(*x)))))(params, *inputs).jaxpr
     found = Counter(forward_products(dce_jaxpr(traced, [True] * len(traced.outvars))[0]))
-    found[64, 64] -= 1  # the timestep's
+    found[64, 64] -= 1  # the product of the timestep embedding
     for name, shape in KERNELS.items():
         once = 4 if name == "qkv and out" else 1
         assert found[shape] == once + again.get(name, 0), name
 
 
 def forward_products(jaxpr):
-    """Shapes of the kernels that something is multiplied with, at any depth, loops once; not turned round."""
+    """Yields kernel shapes of products x @ kernel, at any depth. A loop counts once, a transposed kernel never."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general" and equation.params["dimension_numbers"][0][1] == (0,):
             yield equation.invars[1].aval.shape

@@ -1,4 +1,4 @@
-"""How the denoiser starts: predicting nothing, through blocks that do nothing."""
+"""Initial parameters of the denoiser: it predicts zeros, and its blocks are the identity."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_blocks_are_the_identity(started):
 
 
 def test_initial_values(started):
-    """Zero modulations and output, Xavier elsewhere (each layer's own), the table as a parameter."""
+    """Modulations, output and biases are zero, other kernels Xavier per layer; the position table is a parameter."""
     params, *_ = started
     for name in ("final", "final_modulation"):
         assert not params[name]["kernel"].any()

@@ -1,4 +1,4 @@
-"""The decoder on a mesh: parameters and their gradients move between devices, not a batch of activations."""
+"""The decoder on a mesh: parameters and their gradients move between devices, activations of the batch do not."""
 
 import re
 from collections import Counter
@@ -20,7 +20,7 @@ LENGTH = 24
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2)])
 def test_no_device_holds_the_hidden_states_of_all_rows(sizes):
-    """Without columns for a step between, XLA made them whole where the data axis has several devices."""
+    """Each device holds the hidden states of its own rows only, whichever mesh axes split the rows."""
     mesh, config = make_mesh(MeshConfig(*sizes)), CONFIG.language
     model = LanguageModel(config, jnp.float32, "full")
     flat = flatten(abstract_params(RossConfig(language=config)))
@@ -41,7 +41,7 @@ def test_no_device_holds_the_hidden_states_of_all_rows(sizes):
 
 
 def test_every_kernel_is_gathered_forward_and_back_and_its_gradient_split():
-    """Twice gathered: what is gathered would take the memory of the whole model if it were kept for the way back."""
+    """Each kernel is gathered in both passes, because kept copies would fill the memory, and its gradient is split."""
     mesh, config = make_mesh(MeshConfig(1, 4, 2)), CONFIG.language
     model = LanguageModel(config)
     inputs = model.input_spec(4, LENGTH)
@@ -59,7 +59,7 @@ def test_every_kernel_is_gathered_forward_and_back_and_its_gradient_split():
 
 
 def constraints(jaxpr):
-    """How matrices are asked to be split, at any depth; all activations have more axes."""
+    """Yields the sharding constraints of matrices, at any depth. Activations have more axes and are left out."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "sharding_constraint" and equation.outvars[0].aval.ndim == 2:
             yield equation.params["sharding"].spec

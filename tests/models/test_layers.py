@@ -1,4 +1,4 @@
-"""Linear layers: Linen's outputs, and its gradients though they are computed another way."""
+"""Linear layers: outputs and gradients equal those of Flax's `nn.Dense`."""
 
 import flax.linen as nn
 import jax
@@ -51,7 +51,7 @@ def test_several_outputs_are_one_taken_apart(use_bias):
 
 
 def test_ambient_precision_is_kept():
-    """`highest`, as in verification, reaches the gradients' products too."""
+    """The ambient precision, `highest` in verification, also applies to the products of the gradients."""
     x, kernel = jnp.ones((2, 3)), {"kernel": jnp.ones((3, 4))}
     with jax.default_matmul_precision("highest"):
         text = jax.jit(jax.grad(lambda p, x: Dense(4, use_bias=False).apply({"params": p}, x).sum(), (0, 1)))
@@ -64,7 +64,7 @@ def test_ambient_precision_is_kept():
     ("remat", "again"), [("none", 0), ("full", 6), ("attention", 3), ("gate", 2), ("mlp", 1), ("dots", 0)]
 )
 def test_what_the_backward_pass_computes_again(remat, again):
-    """Of the seven matrix products of a decoder layer; never the last, which no gradient reads."""
+    """Each `remat` repeats `again` of a layer's seven matrix products; no gradient reads the output of the last."""
     model = LanguageModel(CONFIG.language, jnp.float32, remat)
     inputs = [jnp.ones(each.shape, each.dtype) for each in model.input_spec()]
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
@@ -77,7 +77,10 @@ def test_what_the_backward_pass_computes_again(remat, again):
 
 
 def count_products(jaxpr) -> int:
-    """Products with a matrix, loops once; not that in which rotary embedding swaps a head's halves, nor sums."""
+    """Number of products with a matrix. A loop counts once.
+
+    Left out: products of attention, rotary embedding's swap of a head's halves, and sums as products with ones.
+    """
     found, swap = 0, (CONFIG.language.head_dim,) * 2
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":

@@ -1,4 +1,4 @@
-"""Full-size configs have the published numbers of parameters; nothing is allocated."""
+"""Full-size configs have the published numbers of parameters, without allocating arrays."""
 
 import math
 
@@ -29,7 +29,7 @@ def llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: 
     }
 
 
-# What the models' config.json files say, and how many parameters they are published with.
+# Family, settings of config.json, and published number of parameters.
 LANGUAGE = {
     "Qwen2-7B": ("qwen2", llama(3584, 18944, 28, 28, 4, 152064), 7_615_616_512),
     "Qwen2-0.5B": ("qwen2", llama(896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True), 494_032_768),
@@ -39,7 +39,7 @@ LANGUAGE = {
     "Vicuna-7B": ("llama", llama(4096, 11008, 32, 32, 32, 32000), 6_738_415_616),
     "Vicuna-13B": ("llama", llama(5120, 13824, 40, 40, 40, 32000), 13_015_864_320),
 }
-# Published size of the tower alone; what of it lies outside our tree is in `unused_by_vision`.
+# Published number of parameters of the whole tower. `unused_by_vision` counts those that our tree lacks.
 VISION = {
     "google/siglip-so400m-patch14-384": 428_225_600,
     "google/siglip-base-patch16-224": 92_884_224,
@@ -73,10 +73,10 @@ def language_of(name: str):
 
 
 def unused_by_vision(settings: dict, teacher: bool = False) -> int:
-    """Parameters above the feature, and those that never run: SigLIP's pooling head, DINOv2's mask token.
+    """Number of a tower's parameters that our tree lacks.
 
-    Above the last layer but one are the last layer and the last norm. Above a teacher's features is nothing, but
-    CLIP's last norm is not for them.
+    SigLIP's pooling head and DINOv2's mask token never run. A vision encoder also lacks its last layer and last norm,
+    a CLIP teacher its last norm.
     """
     width, kind = settings["hidden_size"], settings["model_type"].split("_")[0]
     attention = 4 * (width * width + width)
@@ -140,7 +140,7 @@ def test_denoiser(depth, width):
 
 
 def ross_7b() -> RossConfig:
-    """Ross-Qwen2-7B: the whole of it."""
+    """Config of Ross-Qwen2-7B with all its components."""
     name = "google/siglip-so400m-patch14-384"
     return RossConfig(
         vision=vision_of(name),
@@ -169,7 +169,7 @@ def test_whole_model():
 
 
 def test_input_spec_is_what_modules_take():
-    """`eval_shape` of every component and of the composition, at full size."""
+    """Each component and the composition accept the arrays that their `input_spec` describes, at full size."""
     config = ross_7b()
     tokens = config.vision.num_tokens
     for name, module in components(config).items():
@@ -189,7 +189,7 @@ def test_input_spec_is_what_modules_take():
 
 @pytest.mark.parity
 def test_torch_modules_have_these_sizes():
-    """The published numbers, counted on torch modules that hold no memory."""
+    """The torch modules, built on the meta device, have the published numbers of parameters."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     diffusers = pytest.importorskip("diffusers")
 

@@ -1,4 +1,4 @@
-"""The composition: pictures in and out of rows, without leaks between conversations and without communication."""
+"""The composed model: images enter and leave rows without leaks between conversations and without collectives."""
 
 import dataclasses
 import functools
@@ -23,7 +23,8 @@ CONFIG = RossConfig(
     projector=ProjectorConfig("mlp", 16, WIDTH, 2),
     language=LanguageConfig(VOCAB, WIDTH, 32, 2, 4, 2, 6, 1e4, 1e-6, qkv_bias=True),
 )
-# Row 0: two pictures, the later one first. Row 1: text. Row 2: one at the end, in the second slot. Row 3: one at 0.
+# Row 0: two images, the later one first. Row 1: text. Row 2: an image at the end, in the second slot.
+# Row 3: an image at position 0.
 STARTS = np.array([[9, 1, 14], [14, 14, 14], [14, 10, 14], [0, 14, 14]], np.int32)
 LENGTH = 14
 
@@ -52,7 +53,7 @@ def batch(starts: np.ndarray = STARTS, length: int = LENGTH, seed: int = 1) -> l
 
 
 def scatter_by_hand(embeddings, projected, starts):
-    """Reference in plain loops."""
+    """Scatters projected images into embeddings in plain loops."""
     result = np.array(embeddings)
     for row, slot in np.argwhere(starts < embeddings.shape[1]):
         first = starts[row, slot]
@@ -73,8 +74,8 @@ def test_scatter_and_gather(starts):
 
 
 @pytest.mark.parametrize("length", [TOKENS - 1, TOKENS, LENGTH])
-def test_a_image_that_does_not_fit(length):
-    """Nothing is written of it, nothing read, and nothing goes back to it: in rows shorter than a picture, too."""
+def test_an_image_that_does_not_fit(length):
+    """An image that does not fit is not written, is read as zeros, and gets no gradient, in short rows too."""
     rng = np.random.default_rng(0)
     starts = jnp.asarray([[length - TOKENS + 1], [length - 1], [length], [length + 5]], jnp.int32)
     embeddings = jnp.asarray(rng.normal(size=(4, length, 5)), jnp.float32)
@@ -90,7 +91,7 @@ def test_a_image_that_does_not_fit(length):
 
 
 def test_gradients_of_scatter_and_gather():
-    """Covered text and empty slots get none, pictures what lies at their place."""
+    """Covered text and empty slots get no gradient; an image gets that of the positions it covers."""
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(4, LENGTH, 5)).astype(np.float32)
     zeros = jnp.zeros((4, LENGTH, 5)), jnp.zeros((*STARTS.shape, TOKENS, 5))
@@ -125,7 +126,7 @@ def test_forward_is_its_parts():
 
 
 def test_batch_without_images():
-    """`[B, 0, H, W, 3]` is a batch of text; so is one whose slots are all empty."""
+    """Images `[B, 0, H, W, 3]` give the outputs of a batch whose slots are all empty."""
     tokens, positions, segments, images, _ = batch()
     found = run(params(), tokens, positions, segments, images[:, :0], STARTS[:, :0], internals=True)
     assert found.visual_outputs.shape == (4, 0, TOKENS, WIDTH)
@@ -138,7 +139,7 @@ def test_batch_without_images():
 
 
 def test_what_is_ignored():
-    """Tokens under a picture and pictures of empty slots."""
+    """Tokens under an image and images of empty slots do not change the outputs."""
     tokens, positions, segments, images, starts = batch()
     other_tokens, other_images = tokens.copy(), images.copy()
     for row, slot in np.ndindex(*starts.shape):
@@ -157,7 +158,7 @@ def test_what_is_ignored():
 
 @pytest.mark.parametrize("what", ["tokens", "images"])
 def test_rows_do_not_see_each_other(what):
-    arguments, changed = batch(), batch()  # not one list: a step still running reads the arrays it was given
+    arguments, changed = batch(), batch()  # two copies: a running step still reads its arrays
     if what == "tokens":
         changed[0][0] = (changed[0][0] + 1) % VOCAB
     else:
@@ -168,7 +169,7 @@ def test_rows_do_not_see_each_other(what):
 
 
 def packed():
-    """A row of two conversations (a picture each, and padding behind) and the same two in rows of their own."""
+    """Two conversations with an image each, in rows of their own; both in one row with padding; their places there."""
     lengths, starts = (8, 11), (2, 5)
     rng = np.random.default_rng(3)
     apart = batch(np.array([[starts[0]], [starts[1]]], np.int32), max(lengths), seed=4)
@@ -195,7 +196,7 @@ def test_packing_changes_nothing():
 
 
 def test_conversations_of_a_row_do_not_see_each_other():
-    """Neither forward nor backward: text, picture and padding of one change nothing in the other."""
+    """A conversation's outputs and gradients depend on nothing outside it: no text, image or padding."""
     _, together, places = packed()
     found = run(params(), *together).hidden
     changed = [x.copy() for x in together]
@@ -218,7 +219,10 @@ COLLECTIVES = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|r
 
 
 def collectives(function, *arguments, replicated: int = 0) -> set[str]:
-    """Collectives in the compiled program; all but the first `replicated` arguments are split along the batch."""
+    """Kinds of collectives in the compiled program.
+
+    The first `replicated` arguments are on every device; the others are split along the batch.
+    """
     mesh = make_mesh(MeshConfig(8, 1, 1))
     by_row, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     shardings = tuple(whole if i < replicated else by_row for i in range(len(arguments)))
@@ -248,7 +252,7 @@ def test_no_collective_in_scatter_and_gather():
     assert not collectives(jax.grad(functools.partial(square, gather)), embeddings, starts)
 
     def naive(embeddings, projected, starts):
-        """Rows and positions indexed at once: the partitioner cannot know that rows stay where they are."""
+        """Scatters with row indices, so that the partitioner cannot know that rows stay on their devices."""
         index = (starts[..., None] + jnp.arange(TOKENS)).reshape(rows, -1)
         row = jnp.arange(rows)[:, None]
         return embeddings.at[row, index].set(projected.reshape(rows, -1, WIDTH), mode="drop")
@@ -257,7 +261,7 @@ def test_no_collective_in_scatter_and_gather():
 
 
 def test_no_collective_in_the_forward_pass():
-    """With parameters on every device, a batch that is split by rows needs no communication at all."""
+    """The forward pass has no collective if parameters are replicated and the batch is split by rows."""
     arguments = [spec(8, *x.shape[1:], dtype=x.dtype) for x in batch()]
     assert not collectives(
         lambda *x: Ross(CONFIG).apply({"params": x[0]}, *x[1:])[:2], abstract_params(CONFIG), *arguments, replicated=1
@@ -300,7 +304,7 @@ def deep():
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_taps_are_hidden_states_at_the_images(deep, remat):
-    """Values and gradients of every tap, also counted from the end."""
+    """Each tap has the values and gradients of the hidden states at the images; negative taps count from the end."""
     config, weights, arrays = deep
 
     def total(params, read):
@@ -322,7 +326,7 @@ def test_taps_are_hidden_states_at_the_images(deep, remat):
 
 
 def test_the_final_tap_costs_nothing(deep):
-    """The scan over layers carries what it carries without taps; a middle tap adds one array for the images."""
+    """The final tap adds nothing to what the scan over layers carries; a middle tap adds one array."""
     config, weights, arrays = deep
 
     def carried(*taps):

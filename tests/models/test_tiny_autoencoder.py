@@ -1,4 +1,4 @@
-"""The tiny autoencoder: no randomness, shapes, and where it lives."""
+"""The tiny autoencoder: deterministic samples, sizes, sharding and dtype."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def module():
 
 
 def test_every_sample_is_the_mean(module):
-    """Bit for bit, under jit too, whatever the noise; and gradients pass unchanged."""
+    """Samples equal the mean bit for bit, whatever the noise; gradients reach the mean unchanged."""
     posterior = module.encode(jax.random.uniform(jax.random.key(1), (2, 8, 12, 3), minval=-1))
     assert posterior.mean.shape == (2, 2, 3, 4) and posterior.mean.std() > 0.01
     noise = 1e6 * jax.random.normal(jax.random.key(2), posterior.mean.shape)
@@ -61,13 +61,13 @@ def test_the_config_chooses_the_module():
     assert type(build_autoencoder(CONFIG)) is TinyAutoencoder and type(build_autoencoder(KL.autoencoder)) is Autoencoder
     ross = RossConfig(autoencoder=CONFIG)
     assert type(components(ross)["autoencoder"]) is TinyAutoencoder
-    # Manifests that are older than the choice.
+    # A manifest without `kind` means the KL autoencoder.
     plain = to_dict(KL)
     assert plain["autoencoder"].pop("kind") == "kl" and from_dict(RossConfig, plain) == KL
 
 
 def test_lives_where_the_kl_autoencoder_does():
-    """Whole on every device, frozen, in a dtype of its own."""
+    """Parameters are replicated on every device, frozen, and have a dtype of their own."""
     ross = dataclasses.replace(KL, autoencoder=CONFIG)
     published = TinyAutoencoderConfig(64, 64, (1, 3, 3, 3), (3, 3, 3, 1), 16)
     mesh = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)

@@ -1,4 +1,4 @@
-"""An objective outside the package: a layer's hidden states point where the vision encoder's features point."""
+"""An objective outside the package: hidden states of a layer match the vision encoder's features by cosine."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Schedules against the reference's recorded ones, and sampling against formulas."""
+"""Noise schedules equal those that the reference recorded; noising and sampling follow the papers' formulas."""
 
 import json
 import math
@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "diffusion"
 RECORDED = load_file(GOLDEN / "schedules.safetensors")
 RESPACING = json.loads((GOLDEN / "respacing.json").read_text())
 TIMESTEP_ANGLES = 1e-4
-"""Absolute; at t = 999 a frequency off by its last float32 bit moves an angle by 6e-5."""
+"""Absolute tolerance. At t = 999 one float32 rounding of a frequency moves an angle by 6e-5."""
 
 
 @pytest.mark.parametrize("respacing", [None, "1000", "50", "8", "ddim25"])
@@ -73,7 +73,7 @@ def test_respacing_errors(steps, request_):
 
 
 def test_one_step_has_no_second_variance():
-    """The variance of the first step is borrowed from the second, so that a process needs two."""
+    """A process needs two steps, because the first step takes its variance from the second."""
     with pytest.raises(ConfigError, match="at least 2 steps"):
         make_diffusion(respacing="1")
 
@@ -100,7 +100,7 @@ def test_betas_reach_their_limit():
 
 
 class Formulas:
-    """The process again, in float64: Ho et al. (2020), equations 4, 7 and 15, with Improved DDPM's betas."""
+    """The process in float64: Ho et al. (2020), equations 4, 7 and 15, with the betas of Improved DDPM."""
 
     def __init__(self, kept: list[int], steps: int = 1000):
         f = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
@@ -113,7 +113,7 @@ class Formulas:
         self.kept = kept
 
     def step(self, t: int, x: np.ndarray, epsilon: np.ndarray, clip: bool) -> tuple[np.ndarray, float, np.ndarray]:
-        """Mean, standard deviation of the noise to add, and supposed x_0."""
+        """Mean of x_(t-1), standard deviation of the noise to add, and predicted x_0."""
         signal, before = self.signal[t], self.signal[t - 1] if t else 1.0
         alpha = signal / before
         start = (x - math.sqrt(1 - signal) * epsilon) / math.sqrt(signal)
@@ -146,7 +146,7 @@ def test_add_noise():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 def test_predictions_imply_the_noise(prediction):
-    """From what a perfect network says, the noise that was added comes back; at 0 it is small beside the picture."""
+    """A perfect prediction of any kind implies the noise that was added, at the first and last timestep too."""
     process, steps = make_diffusion(), jnp.array([0, 1, 250, 998, 999])
     start, noise = normal(0, 5, 3, 4), normal(1, 5, 3, 4)
     noised = add_noise(process, start, steps, noise)
@@ -174,7 +174,7 @@ def test_step_distribution(respacing, clip):
     found = step_distribution(process, predicted, noised, jnp.array(steps), clip)
     for item, t in enumerate(steps):
         mean, deviation, start = formulas.step(t, np.float64(noised[item]), np.float64(predicted[item]), clip)
-        # At the end 1 / sqrt(signal) is 2e4 and the mean a small difference of large terms.
+        # At the last timestep 1 / sqrt(signal) is 2e4, and the mean is a small difference of large terms.
         scale = np.abs(start).max() if not clip else 1.0
         assert np.abs(found.mean[item] - mean).max() < 1e-5 * max(scale * 1e-3, np.abs(mean).max())
         assert relative(found.start[item], start) < 1e-6
@@ -200,15 +200,15 @@ def test_sampling_loop(temperature, clip):
         mean, deviation, _ = formulas.step(t, sample, predict(sample, told, np), clip)
         sample = mean + temperature * deviation * np.float64(noise[index])
         assert relative(found[index], sample) < 1e-5
-        sample = np.float64(found[index])  # the next step starts from ours, so that errors do not add up
+        sample = np.float64(found[index])  # errors of earlier steps do not add up
 
 
 @pytest.mark.parametrize(("respacing", "bias"), [(None, 0.005), ("40", 0.1)])
 def test_sampling_of_a_gaussian(respacing, bias):
-    """Of data N(mu, s^2) the best prediction of the noise is known, and with it sampling gives such data.
+    """Samples have the exact mean and variance if the data are N(mu, s^2) and the noise is predicted optimally.
 
-    Every step is then affine, so that mean and variance of the samples follow exactly. With few steps the variance is
-    off, because the noise of `FIXED_LARGE` is too large by an order of the step.
+    Each step is then affine, which gives the mean and variance of the samples. With few steps the variance is biased,
+    because `FIXED_LARGE` adds too much noise.
     """
     mean, deviation, count = 0.8, 0.4, 10_000
     process = make_diffusion(respacing=respacing)

@@ -1,4 +1,4 @@
-"""An objective of 25 lines that is not in the package: on a mesh, and through a recipe."""
+"""An objective of 25 lines outside the package trains on a mesh and through a recipe."""
 
 import dataclasses
 import os
@@ -24,8 +24,8 @@ MODEL = add_heads(dataclasses.replace(CONFIG, denoiser=None, autoencoder=None), 
 SETTINGS = ReconstructionConfig(EncoderFeatures.kind, options=(("layer", 1),))
 
 
-def test_two_steps_on_a_mesh():
-    """Losses of one device; the first is the formula, from the model's own hidden states; the second is lower."""
+def test_three_steps_on_a_mesh():
+    """The first loss is the formula on the model's hidden states; a mesh gives equal losses; training lowers them."""
     options = {"config": MODEL, "reconstruction": SETTINGS, "learning_rate": 1e-2}
     one, mesh, batch = Run(**options), Run(MeshConfig(2, 2, 2), devices=8, **options), make_batch()
     params = merge(one.state.params, one.state.frozen)
@@ -41,13 +41,13 @@ def test_two_steps_on_a_mesh():
         truth = np.float64(features[2 * row + slot])
         lengths = np.linalg.norm(said, axis=-1) * np.linalg.norm(truth, axis=-1)
         found.append(np.mean(1 - (said * truth).sum(-1) / lengths))
-    for step in range(2):
+    for step in range(3):  # warm-up makes the first update zero
         expected, there = one.run(batch), mesh.run(batch)
         if step == 0:
             assert expected["reconstruction_loss"] == pytest.approx(np.mean(found), rel=1e-5)
         for name in ("text_loss", "reconstruction_loss", "gradient_norm"):
             assert there[name] == pytest.approx(expected[name], rel=1e-4), (step, name)
-    assert one.run(batch)["reconstruction_loss"] < np.mean(found)
+    assert expected["reconstruction_loss"] < np.mean(found)
 
 
 @pytest.mark.slow
@@ -69,7 +69,7 @@ def test_through_a_recipe(tmp_path, monkeypatch):
 
 
 def test_registry():
-    """A kind names one class; options reach its fields; a tap that the model lacks is refused."""
+    """A kind belongs to one class; options set its fields; a tap that the model lacks is refused."""
     assert kinds()[-2:] == (EncoderFeatures.kind, "none")
     assert make_objective(MODEL, SETTINGS).taps == (1,)
     with pytest.raises(ValueError, match="kind 'encoder_features' is taken"):

@@ -1,4 +1,4 @@
-"""The reconstruction objective: its targets, its draws, its reductions and its gradient."""
+"""The reconstruction objective: its targets, noise, reductions and gradient."""
 
 import dataclasses
 import functools
@@ -29,12 +29,11 @@ from ross_jax.tree import flatten
 WIDTH = 20
 GRID = 3
 COORDINATES = 2e-5
-"""Absolute tolerance of a resized picture: float32 places pixel 100 to 4e-6 only, times the contrast of 2. torch's are
-rounded as ours."""
+"""Absolute tolerance of a resized image: float32 rounds the coordinate of pixel 100 by 4e-6, and pixels span 2."""
 
 
 def config(image_size: int = 44, patch_size: int = 14, channels: tuple[int, ...] = (4, 4, 8, 8)) -> RossConfig:
-    """A tower of 14-pixel patches with a remainder, and an autoencoder of 8 (or 16) pixels per latent."""
+    """A vision encoder of 14-pixel patches with a remainder, and an autoencoder of 8 (or 16) pixels per latent."""
     flags = (False,) * len(channels)
     autoencoder = AutoencoderConfig(channels, 1, 3, 4, 0.3611, 0.1159, flags, flags)
     vision = VisionConfig("siglip", image_size, patch_size, 8, 8, 1, 1, "gelu", 1e-6, -1)
@@ -49,20 +48,20 @@ def config(image_size: int = 44, patch_size: int = 14, channels: tuple[int, ...]
 
 
 def random_params(ross: RossConfig):
-    """Every parameter drawn, so that nothing is hidden behind zeros."""
+    """Random parameters, because the initial zeros would hide errors."""
     rng = np.random.default_rng(0)
     shapes = abstract_params(dataclasses.replace(ross, vision=None))
     return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
 
 
 def random_images(ross: RossConfig, count: int, seed: int = 0) -> jax.Array:
-    """Normalised images, some beyond the range of pixels."""
+    """Normalised images, some of them beyond the range of pixels."""
     size = ross.vision.image_size
     return jax.random.normal(jax.random.key(seed), (count, size, size, 3))
 
 
 def random_batch(ross: RossConfig, rows: int, slots: int) -> dict[str, jax.Array]:
-    """What targets read of a batch: uint8 images, no slot empty."""
+    """A batch as `targets` reads it: uint8 images, no empty slot."""
     size = ross.vision.image_size
     images = jax.random.randint(jax.random.key(0), (rows, slots, size, size, 3), 0, 256).astype(jnp.uint8)
     places = jnp.zeros((rows, slots), jnp.int32)
@@ -71,7 +70,7 @@ def random_batch(ross: RossConfig, rows: int, slots: int) -> dict[str, jax.Array
 
 @pytest.fixture(scope="module")
 def setting():
-    """Objective, parameters, and taps, targets and keys of 2 rows of 2 images."""
+    """Objective, parameters, visual outputs, targets and keys of 2 rows with 2 images each."""
     ross = config()
     objective, params = DenoiseObjective(ross), random_params(ross)
     outputs = jax.random.normal(jax.random.key(1), (2, 2, GRID**2, WIDTH))
@@ -98,7 +97,7 @@ def test_grouped_channels(window):
 
 
 def bilinear(image: np.ndarray, size: int) -> np.ndarray:
-    """Half-pixel centres, borders repeated, no antialiasing."""
+    """Resizes with half-pixel centres and repeated borders, without antialiasing."""
     for axis in (0, 1):
         old = image.shape[axis]
         places = np.maximum((np.arange(size) + 0.5) * old / size - 0.5, 0)
@@ -109,7 +108,7 @@ def bilinear(image: np.ndarray, size: int) -> np.ndarray:
     return image
 
 
-# Enlarged as 384 to 432, kept, and shrunk, where antialiasing would show.
+# (image size, patch size): images are enlarged, kept, and shrunk, where antialiasing would show.
 RESIZED = [(44, 14), (60, 14), (32, 16), (90, 30), (101, 25)]
 
 
@@ -141,7 +140,7 @@ def test_target_pixels_of_torch(image_size, patch_size):
 
 @pytest.mark.parametrize("channels", [(4, 4, 8, 8), (4, 4, 4, 8, 8)])
 def test_targets_are_the_posterior(channels):
-    """Deterministic; latents are shifted, scaled and grouped by the autoencoder's own downsampling."""
+    """Targets are the posterior of the resized images; latents are its shifted, scaled and grouped samples."""
     ross = config(channels=channels)
     objective, params = DenoiseObjective(ross), random_params(ross)
     batch = random_batch(ross, 2, 1)
@@ -165,7 +164,7 @@ def test_draws():
     assert draw.noise.shape == (4000, 3, GRID**2, 12)
     assert draw.posterior_noise.shape == (4000, 6, 6, 3)
     assert (int(draw.timesteps.min()), int(draw.timesteps.max())) == (0, 999)
-    # Four standard errors, of a uniform and of normal variables; draws of one picture are independent.
+    # Tolerances are four standard errors of uniform and normal variables. Draws of one image are independent.
     assert abs(draw.timesteps.mean() - 499.5) < 4 * 288.7 / np.sqrt(draw.timesteps.size)
     for noise in (draw.noise, draw.posterior_noise):
         assert abs(noise.mean()) < 4 / np.sqrt(noise.size)
@@ -176,7 +175,7 @@ def test_draws():
 
 
 def test_loss_is_the_formula(setting):
-    """Mean over draws of the squared error of the noise, from the parts, noised in float64."""
+    """The loss is the mean over draws of the squared error of the predicted noise, with noising in float64."""
     objective, params, outputs, targets, keys = setting
     found = loss(*setting)
     assert found.shape == (2, 2)
@@ -197,7 +196,7 @@ def test_loss_is_the_formula(setting):
 
 
 def test_loss_of_an_image_does_not_depend_on_the_others(setting):
-    """Other neighbours, another order, another shape of the batch: the same key gives the same loss."""
+    """An image with the same key has the same loss beside other images, in another order or batch shape."""
     objective, params, outputs, targets, keys = setting
     found = loss(*setting).reshape(-1)
     flat, items = outputs.reshape(4, *outputs.shape[2:]), keys.reshape(-1)
@@ -219,7 +218,7 @@ def test_loss_of_an_image_does_not_depend_on_the_others(setting):
 
 
 def reduced(reduction, losses, batch) -> float:
-    """The loss that a reduction gives, as `Loss` computes it."""
+    """Reduces losses as `Loss` does."""
     counted = reduction.counted(batch)
     real = jnp.sum(batch["image_start"] < batch["tokens"].shape[1])
     counts = Counts(jnp.zeros((), int), real.astype(float), jnp.sum(counted).astype(float))
@@ -227,14 +226,14 @@ def reduced(reduction, losses, batch) -> float:
 
 
 def rows_of(*starts: int, segments: int = 4) -> dict[str, jax.Array]:
-    """Rows of five tokens with one slot each; `segments` of the rows hold a conversation."""
+    """Rows of five tokens with one slot each. The first `segments` rows hold a conversation."""
     tokens = jnp.zeros((len(starts), 5), jnp.int32)
     held = jnp.arange(len(starts))[:, None] < segments
     return {"tokens": tokens, "segments": tokens + held, "image_start": jnp.array(starts)[:, None]}
 
 
 def test_reductions():
-    """Means over images; the reference averages over rows without an image too, and never over rows of padding."""
+    """ImageMean averages over images; OfficialMean also over rows without an image, but not over rows of padding."""
     losses, some, full = jnp.array([[1.0], [2.0], [4.0], [8.0]]), rows_of(0, 5, 2, 5), rows_of(0, 1, 2, 3)
     assert float(reduced(ImageMean(), losses, some)) == 2.5
     assert float(reduced(ImageMean(), losses, full)) == 3.75
@@ -247,7 +246,7 @@ def test_reductions():
 
 
 def test_rematerialised_and_in_half_precision(setting):
-    """What the backward pass computes again changes no gradient; bfloat16 changes the loss by its rounding."""
+    """Rematerialisation changes neither loss nor gradients; bfloat16 changes the loss by its rounding only."""
     objective, params, outputs, *rest = setting
 
     def step(objective):
@@ -268,7 +267,7 @@ def test_rematerialised_and_in_half_precision(setting):
 
 
 def test_the_denoiser_is_gathered_once_and_its_gradients_are_split(setting):
-    """A gradient that were whole on every device would be summed whole, at several times the bytes."""
+    """Each kernel is gathered once, and its gradient is split like the kernel, so that sums move fewer bytes."""
     objective, params, outputs, *rest = setting
     mesh = make_mesh(MeshConfig(1, 4, 2))
     with jax.set_mesh(mesh):
@@ -284,7 +283,7 @@ def test_the_denoiser_is_gathered_once_and_its_gradients_are_split(setting):
 
 
 def constraints(jaxpr):
-    """What is asked to be split, and how, at any depth."""
+    """Yields shape and spec of each sharding constraint, at any depth."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "sharding_constraint":
             yield equation.outvars[0].aval.shape, equation.params["sharding"].spec
@@ -294,7 +293,7 @@ def constraints(jaxpr):
 
 @pytest.mark.parametrize("reduction", [ImageMean(), OfficialMean(4)])
 def test_no_images_no_loss(setting, reduction):
-    """Rows whose slot is empty, and rows without slots: exactly zero, and so is every gradient."""
+    """Loss and gradients are exactly zero for rows whose slot is empty and for rows without slots."""
     objective, params, outputs, targets, keys = setting
 
     def run(denoiser, outputs, targets, keys):
@@ -302,7 +301,7 @@ def test_no_images_no_loss(setting, reduction):
         batch["image_start"] = batch["image_start"][:, : keys.shape[1]]
         return reduced(reduction, objective.loss({"denoiser": denoiser}, {}, {FINAL: outputs}, targets, keys), batch)
 
-    for slots in (1, 0)[: 1 if isinstance(reduction, OfficialMean) else 2]:  # the reference has one image per row
+    for slots in (1, 0)[: 1 if isinstance(reduction, OfficialMean) else 2]:  # OfficialMean needs one slot per row
         part = jax.tree.map(lambda x, n=2 * slots: x[:n], targets)
         run_with = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))
         value, gradients = run_with(params["denoiser"], outputs[:, :slots], part, keys[:, :slots])
@@ -311,7 +310,7 @@ def test_no_images_no_loss(setting, reduction):
 
 
 def test_empty_slots_are_finite(setting):
-    """Zeros where no picture is: their loss is masked, but a NaN would survive any mask."""
+    """Loss and gradient of empty slots, whose visual outputs are zeros, are finite: masking would not remove a NaN."""
     objective, params, outputs, targets, keys = setting
     run = jax.jit(jax.value_and_grad(lambda x: objective.loss(params, {}, {FINAL: x}, targets, keys).sum()))
     value, gradient = run(outputs.at[:, 1].set(0.0))
@@ -320,7 +319,7 @@ def test_empty_slots_are_finite(setting):
 
 
 def test_gradient(setting):
-    """Central differences along random directions: of visual outputs, and of some of the denoiser's parameters."""
+    """Gradients of visual outputs and of some parameters of the denoiser agree with central differences."""
     objective, params, outputs, targets, keys = setting
 
     @jax.jit
@@ -352,7 +351,7 @@ def test_gradient(setting):
 
 
 def test_untrained_denoiser(setting):
-    """It predicts no noise: the loss is the noise's mean square, and sampling without noise only scales."""
+    """An untrained denoiser predicts zeros: the loss is the mean square of the noise, and sampling only rescales."""
     objective, _, outputs, targets, keys = setting
     module = Denoiser(objective.config.denoiser)
     spec = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in module.input_spec()]
@@ -376,7 +375,7 @@ def test_untrained_denoiser(setting):
 
 
 def test_dropped_conditions(setting):
-    """That share of the draws sees zeros; what else is drawn stays."""
+    """The given share of draws gets zeros as condition; timesteps and noise stay the same."""
     objective, params, outputs, targets, keys = setting
     dropping = dataclasses.replace(objective, condition_dropout=0.25)
     many = jax.random.split(jax.random.key(0), 4000)
@@ -397,7 +396,7 @@ def test_dropped_conditions(setting):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 def test_guidance(setting, prediction):
-    """1 is none, bit for bit; 0 ignores the visual outputs; beyond 1 it extrapolates from one to the other."""
+    """Guidance 1 changes nothing, 0 ignores the visual outputs, and other values extrapolate linearly."""
     objective, params, outputs, *_ = setting
     denoiser = dataclasses.replace(objective.config.denoiser, prediction=prediction)
     objective = dataclasses.replace(objective, config=dataclasses.replace(objective.config, denoiser=denoiser))
@@ -416,7 +415,7 @@ def test_guidance(setting, prediction):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_schedule_is_that_of_the_denoiser(setting, schedule):
-    """It decides how much noise a timestep has, in the loss and in sampling."""
+    """The denoiser's schedule sets the noise of each timestep, in the loss and in sampling."""
     objective, params, outputs, targets, keys = setting
     denoiser = dataclasses.replace(objective.config.denoiser, schedule=schedule)
     other = dataclasses.replace(objective, config=dataclasses.replace(objective.config, denoiser=denoiser))

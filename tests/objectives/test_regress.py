@@ -1,4 +1,4 @@
-"""Ross^R: pixels, latents and features, regressed from visual outputs."""
+"""Ross^R: visual outputs are regressed to pixels, latents or features."""
 
 import dataclasses
 
@@ -78,7 +78,7 @@ def layer_norm(x: np.ndarray, eps: float) -> np.ndarray:
 
 @pytest.mark.parametrize(("kind", "target", "distance"), KINDS)
 def test_loss_is_the_formula(kind, target, distance):
-    """The distance between what the regressor says of each token and the target, both from their parts."""
+    """The loss is the distance between the regressor's prediction for each token and the target."""
     objective, params, outputs, batch = setting(kind, target, distance)
     ross = objective.config
     keys = jax.random.split(jax.random.key(0), (2, 2))
@@ -90,7 +90,7 @@ def test_loss_is_the_formula(kind, target, distance):
     predicted = np.float64(Regressor(ross.regressor).apply({"params": params["regressor"]}, context))
     pixels = target_pixels(ross, images)
     if target == "pixels":
-        # Row by row, 16 x 16 windows, channel first inside a token.
+        # Tokens are windows of 16 x 16 pixels, row by row. Inside a token, channels come first.
         truth = np.stack(
             [np.float64(pixels)[:, 16 * y : 16 * y + 16, 16 * x : 16 * x + 16] for y in range(3) for x in range(3)], 1
         )
@@ -115,7 +115,7 @@ def test_loss_is_the_formula(kind, target, distance):
 
 @pytest.mark.parametrize(("kind", "target", "distance"), KINDS)
 def test_gradient(kind, target, distance):
-    """Central differences: of visual outputs and of a kernel; through the decoder, where there is one."""
+    """Gradients of visual outputs and of a kernel agree with central differences, also through the decoder."""
     objective, params, outputs, batch = setting(kind, target, distance)
     targets = jax.jit(objective.targets)(params, batch)
     keys = jax.random.split(jax.random.key(0), (2, 2))
@@ -132,11 +132,11 @@ def test_gradient(kind, target, distance):
 
 
 def test_the_decoder_is_recomputed():
-    """A gradient through the decoder of `latent2pixel` keeps the inputs of its blocks only."""
+    """The gradient through the decoder of `latent2pixel` keeps only the inputs of the decoder's blocks."""
     objective, params, outputs, batch = setting("latent2pixel", "latents", "mse")
     targets, keys = objective.targets(params, batch), jax.random.split(jax.random.key(0), (2, 2))
     grad = jax.grad(lambda outputs: objective.loss(params, params, {FINAL: outputs}, targets, keys).sum())
-    # 4 levels of 2 blocks each, and 3 in the middle, of which one attends.
+    # 4 levels of 2 blocks, and 3 blocks in the middle.
     assert str(jax.make_jaxpr(grad)(outputs)).count("prevent_cse") == 11
 
 
@@ -149,7 +149,7 @@ def test_pixel_tokens_and_back():
 
 @pytest.mark.parametrize("size", [30, 60, 50])
 def test_teacher_features(size):
-    """A teacher of another size or grid sees the picture at its own, with its own normalisation."""
+    """A teacher of another size or grid gets the image in its own size and normalisation; features fit our grid."""
     teacher = dataclasses.replace(TEACHER, image_size=size)
     ross = config("features", teacher=teacher)
     params = random_params(ross)
@@ -162,7 +162,7 @@ def test_teacher_features(size):
     seen = (seen - np.array([0.45, 0.5, 0.55])) / np.array([0.2, 0.25, 0.3])
     features = VisionEncoder(teacher).apply({"params": params["teacher"]}, jnp.asarray(seen, jnp.float32))
     features = np.asarray(features).reshape(2, teacher.grid, teacher.grid, 16)
-    if teacher.grid == 6:  # half-pixel bilinear without antialiasing: the mean of the four in the middle
+    if teacher.grid == 6:  # bilinear with half-pixel centres: the mean of 2 x 2 features
         features = features.reshape(2, 3, 2, 3, 2, 16).mean((2, 4))
     if teacher.grid == 5:
         places = (np.arange(3) + 0.5) * 5 / 3 - 0.5
@@ -174,14 +174,14 @@ def test_teacher_features(size):
 
 
 def test_distance_of_nothing_is_finite():
-    """Zeros have no direction; neither value nor gradient may be lost to it."""
+    """The cosine distance of zeros, which have no direction, has a finite value and gradient."""
     value, gradient = jax.value_and_grad(lambda x: token_distance("cosine", x, jnp.ones((2, 3))))(jnp.zeros((2, 3)))
     assert float(value) == 1.0 and np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize(("target", "latents"), [("pixels", False), ("latents", True)])
 def test_reconstruct_is_what_was_regressed(target, latents):
-    """With a regressor that always says one picture, that picture comes out; the config alone tells how."""
+    """A regressor that predicts a constant reconstructs the image of that constant; the config selects the method."""
     ross = config(target)
     params = random_params(ross)
     image = jnp.tanh(jax.random.normal(jax.random.key(3), (1, 48, 48, 3)))
@@ -194,7 +194,7 @@ def test_reconstruct_is_what_was_regressed(target, latents):
     last = params["regressor"]["linear_2"]
     outputs = jax.random.normal(jax.random.key(1), (9, 1, WIDTH))
     keys = jax.random.split(jax.random.key(0), 9)
-    # One token at a time: a bias cannot tell tokens apart.
+    # One token at a time, because a bias gives all tokens the same value.
     for token in range(9):
         params["regressor"]["linear_2"] = {"kernel": 0 * last["kernel"], "bias": said[0, token]}
         objective = reconstructor(ross)

@@ -1,4 +1,4 @@
-"""Deterministic samplers on data whose probability flow is known: a Gaussian."""
+"""Deterministic samplers on Gaussian data, whose probability flow is known."""
 
 import itertools
 
@@ -15,14 +15,14 @@ SHAPE = (3, 5, 4)
 
 
 def optimal_noise(noised, timesteps):
-    """The noise that is expected in x_t if x_0 is normal with MEAN and DEVIATION."""
+    """Expected noise in x_t if x_0 is normal with MEAN and DEVIATION."""
     signal = lookup(make_diffusion().alphas_cumprod, timesteps, noised.ndim)
     variance = signal * DEVIATION**2 + 1.0 - signal
     return jnp.sqrt(1.0 - signal) * (noised - jnp.sqrt(signal) * MEAN) / variance
 
 
 def exact(process, initial) -> np.ndarray:
-    """Where the probability flow takes x_T: as many deviations from the mean as before."""
+    """x_0 to which the probability flow takes x_T: it keeps its distance from the mean in standard deviations."""
     signal = process.alphas_cumprod[-1]
     spread = np.sqrt(signal * DEVIATION**2 + 1.0 - signal)
     return MEAN + DEVIATION * (np.asarray(initial, np.float64) - np.sqrt(signal) * MEAN) / spread
@@ -37,7 +37,7 @@ def error(sampler, steps: int) -> float:
 
 @pytest.mark.parametrize(("sampler", "lowest", "highest"), [(sample_ddim, 1.6, 2.6), (sample_dpm, 3.2, 5.0)])
 def test_convergence(sampler, lowest, highest):
-    """With twice the steps, half the error of DDIM (first order) and a quarter of DPM-Solver++(2M)'s (second)."""
+    """Twice the steps halve the error of DDIM (first order) and quarter that of DPM-Solver++(2M) (second order)."""
     errors = [error(sampler, steps) for steps in (50, 100, 200)]
     assert errors[-1] < 0.01
     for coarse, fine in itertools.pairwise(errors):

@@ -1,4 +1,4 @@
-"""The autoencoder sees a few pictures after another: the same as all at once, on one device and on a mesh."""
+"""The autoencoder processes images in groups: results equal those of all at once, on one device and on a mesh."""
 
 import contextlib
 import re
@@ -24,7 +24,7 @@ def params():
 
 
 def run(params, images):
-    """Posterior of pictures, pictures of its means, and a gradient through these."""
+    """Posterior of images, images decoded from its mean, and a gradient through the decoder."""
     posterior = targets.encode(CONFIG, params, images)
 
     def decoded(latents):
@@ -36,13 +36,13 @@ def run(params, images):
 
 
 def scans(jaxpr) -> list[int]:
-    """How often each loop of a program turns."""
+    """Trip count of each loop in a program."""
     return [int(length) for length in re.findall(r"\bscan\[.*?\blength=(\d+)", str(jaxpr), re.DOTALL)]
 
 
 @pytest.mark.parametrize(("count", "most", "turns"), [(6, 1, 6), (6, 4, 2), (5, 2, 5), (4, 4, None), (0, 1, None)])
 def test_some_after_others_are_all_at_once(params, monkeypatch, count, most, turns):
-    """However many fit at once, and whether or not they divide the pictures; none at all are none."""
+    """Groups of any size give the results of all images at once, also for no images or an incomplete last group."""
     images = jax.random.normal(jax.random.key(1), (count, SIDE, SIDE, 3))
     expected = jax.jit(run)(params, images)
     monkeypatch.setattr(targets, "PIXELS_AT_ONCE", most * CONFIG.target_size**2)
@@ -54,7 +54,7 @@ def test_some_after_others_are_all_at_once(params, monkeypatch, count, most, tur
 
 @pytest.mark.parametrize(("sizes", "count"), [((2, 2, 2), 16), ((1, 4, 2), 4), ((1, 2, 4), 6)])
 def test_each_device_has_its_own(params, monkeypatch, sizes, count):
-    """Pictures are split over all mesh axes that divide them, and nothing is sent while they are encoded."""
+    """Images are split over all mesh axes that divide them, and encoding needs no collective."""
     monkeypatch.setattr(targets, "PIXELS_AT_ONCE", 1)
     images = jax.random.normal(jax.random.key(1), (count, SIDE, SIDE, 3))
     expected = jax.jit(lambda *arguments: run(*arguments))(params, images)
@@ -73,7 +73,7 @@ def test_each_device_has_its_own(params, monkeypatch, sizes, count):
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2), (1, 2, 1)])
 def test_what_nobody_wants_is_not_encoded(params, monkeypatch, sizes):
-    """Of some pictures, wherever they are; a NaN that were looked at would stay one."""
+    """Images outside the mask are not encoded: their NaN pixels leave zeros, wherever they are."""
     monkeypatch.setattr(targets, "PIXELS_AT_ONCE", 1)
     wanted = jnp.array([True, False, False, True, False, True, True, False])
     images = jax.random.normal(jax.random.key(1), (8, SIDE, SIDE, 3))
@@ -92,7 +92,7 @@ def test_what_nobody_wants_is_not_encoded(params, monkeypatch, sizes):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_computed_in_the_type_of_its_weights(params, dtype):
-    """Every convolution; results are float32, and in half precision near those of the same weights in full."""
+    """Each convolution has the weights' dtype; results are float32, and bfloat16 weights change them slightly."""
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
     full = jax.tree.map(lambda leaf: leaf.astype("float32"), half)
     images = jax.random.normal(jax.random.key(1), (2, SIDE, SIDE, 3))

@@ -1,4 +1,4 @@
-"""The next-token loss by blocks of the vocabulary against the direct one, and that it never holds all logits."""
+"""The next-token loss by blocks of the vocabulary equals the direct one and never holds all logits."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ def batch(rows: int, length: int, ignored: float = 0.3, seed: int = 0):
 
 
 def direct(hidden, targets, head):
-    """Loss and its gradients in float64 NumPy."""
+    """Loss and gradients in float64 NumPy."""
     hidden, head, targets = np.float64(hidden), np.float64(head), np.asarray(targets)
     scores = hidden @ head
     scores -= scores.max(-1, keepdims=True)
@@ -55,7 +55,7 @@ def test_loss_and_gradient(rows, length, chunk):
 
 @pytest.mark.parametrize(("chunk", "again"), [(21, False), (20, True)])
 def test_logits_of_a_single_block_are_kept(chunk, again):
-    """21 positions: where all their logits exist at once, the backward pass does not compute them again."""
+    """The backward pass recomputes logits unless a single block, of 21 positions here, holds them all."""
     hidden, targets, head = batch(3, 7)
     traced = jax.make_jaxpr(jax.grad(functools.partial(chunked, chunk=chunk), has_aux=True))(hidden, targets, head)
     assert ("remat" in str(traced)) == again
@@ -63,7 +63,7 @@ def test_logits_of_a_single_block_are_kept(chunk, again):
 
 @pytest.mark.parametrize("capacity", [6, 9, 30])
 def test_gathered_positions_have_the_same_loss(capacity):
-    """The fullest row has 6 targets, another none; order and empty places do not matter."""
+    """Gathering supervised positions keeps loss and gradients, for rows with 0 to 6 targets and any capacity."""
     hidden, targets, head = batch(4, 21)
     keep = np.zeros((4, 21), bool)
     for row, count in enumerate((6, 0, 3, 1)):
@@ -84,7 +84,7 @@ def test_gathered_positions_have_the_same_loss(capacity):
 
 
 def test_large_scores():
-    """Scores of a thousand neither overflow nor lose the loss."""
+    """Scores of about a thousand neither overflow nor lose accuracy."""
     hidden, targets, head = batch(1, 9)
     loss, *_ = direct(300.0 * hidden, targets, head)
     found, _ = chunked(300.0 * hidden, targets, head, 4)
@@ -106,7 +106,7 @@ def test_states_at_ignored_positions_do_not_matter():
 
 
 def sizes(jaxpr):
-    """Elements of every value that a program computes, those of inner programs too."""
+    """Yields the number of elements of each value in a program, at any depth."""
     for equation in jaxpr.eqns:
         yield from (math.prod(var.aval.shape) for var in equation.outvars)
         for value in equation.params.values():
@@ -119,7 +119,7 @@ def sizes(jaxpr):
 @pytest.mark.parametrize("vocab", [32, 37])
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 def test_split_vocabulary(chunk, vocab):
-    """On a mesh whose tensor axis splits the head, or cannot; loss and gradients as on one device."""
+    """On a mesh loss and gradients equal those of one device, whether or not the tensor axis divides the vocabulary."""
     rng = np.random.default_rng(1)
     hidden, targets, _ = batch(4, 8)
     head = jnp.asarray(rng.normal(size=(WIDTH, vocab)).astype(np.float32))
@@ -134,7 +134,7 @@ def test_split_vocabulary(chunk, vocab):
 
 
 def test_all_logits_never_exist():
-    """Neither forward nor backward: nothing in the program is as large as them, nor what the compiler plans for."""
+    """No value of forward and backward pass is as large as all logits, nor is the memory that the compiler plans."""
     rows, length, vocab, chunk = 4, 256, 4096, 64
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, length, WIDTH), (WIDTH, vocab))]
     targets = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -150,6 +150,6 @@ def test_all_logits_never_exist():
         return max(sizes(jax.make_jaxpr(gradient(chunk))(*arguments, targets).jaxpr))
 
     assert largest(chunk) <= chunk * vocab
-    assert largest(rows * length) >= everything  # so that the count above sees logits at all
+    assert largest(rows * length) >= everything  # `largest` does see logits where they exist
     compiled = jax.jit(gradient(chunk)).lower(*arguments, targets).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * everything / 2

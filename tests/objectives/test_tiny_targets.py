@@ -26,7 +26,7 @@ CONFIG = RossConfig(
 
 
 def test_loss_is_the_formula():
-    """Finite, and the squared error of the noise on the autoencoder's own latents: nothing of the posterior's noise."""
+    """The loss is finite and the squared error of the noise on the autoencoder's own latents, without sampling them."""
     rng = np.random.default_rng(0)
     shapes = abstract_params(dataclasses.replace(CONFIG, vision=None))
     params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
@@ -46,7 +46,7 @@ def test_loss_is_the_formula():
     signal = np.cumprod(1 - make_diffusion().betas)
     predict = jax.jit(Denoiser(CONFIG.denoiser).apply)
     for item in range(2):
-        # Tokens row by row; within one, channel by channel, each as a window of 2 x 2.
+        # Tokens are windows of 2 x 2 latents, row by row. Inside a token, channels come first.
         tokens = scaled[item].reshape(GRID, 2, GRID, 2, CHANNELS).transpose(0, 2, 4, 1, 3).reshape(GRID**2, -1)
         draw, errors = objective.draw(keys[item, 0]), []
         for t, noise in zip(np.asarray(draw.timesteps), np.float64(draw.noise), strict=True):

@@ -1,4 +1,4 @@
-"""The KL autoencoder against diffusers' `AutoencoderKL`."""
+"""The KL autoencoder equals diffusers' `AutoencoderKL`."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parity
 
 
 def layout(channels: tuple[int, ...], attends: bool = False, **settings) -> dict:
-    """Settings of diffusers; with `attends` the coarsest level has attention, as in LDM's KL-16."""
+    """Settings of diffusers. With `attends` the coarsest level has attention, as in LDM's KL-16."""
     down, up = ["DownEncoderBlock2D"] * len(channels), ["UpDecoderBlock2D"] * len(channels)
     if attends:
         down[-1], up[0] = "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"
@@ -49,7 +49,7 @@ def build(name: str):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Name -> torch module, and the folder that it was saved to."""
+    """Function: name -> (torch module, folder that it was saved to)."""
 
     @functools.cache
     def save(name: str):
@@ -66,7 +66,7 @@ def random_images(height: int, width: int, batch: int = 2) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run(config, dtype, params, images, noise):
-    """Posterior, one raw sample, its latents, and the sample's picture."""
+    """Posterior, a raw sample, its latents, and the decoded sample."""
     module, tree = Autoencoder(config, dtype), {"params": params}
     posterior = module.apply(tree, images, method="encode")
     sample = posterior.sample(noise)
@@ -104,7 +104,7 @@ def test_encode_and_decode(saved, name):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_attention_keys(saved, old, tmp_path):
-    """Stable Diffusion's published files name the attention's layers as diffusers did before 0.15."""
+    """Attention keys of old diffusers, as in Stable Diffusion's published files, import like the present ones."""
     module, _ = saved("ldm_kl16")
     module.save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
@@ -122,10 +122,9 @@ def test_attention_keys(saved, old, tmp_path):
 @pytest.mark.parametrize("colour", [(0.0, 0.0, 0.0), (1.0, -1.0, 0.3)])
 @pytest.mark.parametrize("name", ["flux", "one_channel_per_group"])
 def test_images_of_one_colour(saved, name, colour):
-    """As the dummy picture of a text-only row is.
+    """Images of one colour, as the dummy image of a text-only row, equal torch's in float64.
 
-    A group of one channel is constant there but for the borders: torch's float32 norm is off by 1e-3, so its float64
-    is the measure.
+    A group of one channel is almost constant there, so torch's float32 norm is off by 1e-3.
     """
     module, folder = saved(name)
     images = np.broadcast_to(np.float32(colour), (1, 32, 32, 3)).copy()
@@ -154,7 +153,7 @@ def test_sides_must_fit(saved):
 
 @pytest.mark.parametrize("name", ["flux", "ldm_kl16"])
 def test_bfloat16(name, tmp_path):
-    """bfloat16 weights computed in float32 equal torch's, and in bfloat16 are as near as torch's."""
+    """With bfloat16 weights, float32 results equal torch's, and bfloat16 results are as close to float32 as torch's."""
     module = build(name).bfloat16()
     module.save_pretrained(tmp_path)
     config, params = imported(tmp_path)
@@ -170,7 +169,7 @@ def test_bfloat16(name, tmp_path):
 
 
 def test_norm_of_bfloat16_is_float32_inside():
-    """Statistics of values far from zero, which eight bits would ruin; only the result is rounded."""
+    """Statistics of values far from zero are computed in float32; only the result is rounded to bfloat16."""
     x = (20.0 + torch.randn(2, 12, 6, 5, generator=torch.Generator().manual_seed(0))).bfloat16()
     exact = channels_last(torch.nn.functional.group_norm(x.float(), 4, eps=1e-6))
     module = GroupNorm(4, jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The PyTorch step that `launch/bench.py step --compare torch` times computes what the JAX step computes."""
+"""The PyTorch step of `launch/bench.py step --compare torch` computes what the JAX step computes."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from ross_jax.bench.peer import Peer  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """JAX has one device here, as the comparison demands, not the eight virtual devices of other tests."""
+    """Shows JAX one device, which the comparison needs, instead of the eight virtual ones."""
     import jax
 
     monkeypatch.setattr("jax.device_count", lambda: 1)
@@ -29,7 +29,7 @@ def one_device(monkeypatch):
 
 
 def tiny(**changes) -> RunConfig:
-    """A recipe of two rows with several conversations each. Gradients are clipped, and a step is large."""
+    """A recipe of two rows with several conversations each, with clipped gradients and a high learning rate."""
     config = from_dict(RunConfig, recipe.get_config().to_dict())
     packing = dataclasses.replace(config.data.packing, length=256)
     step = dataclasses.replace(config.step, remat="none")
@@ -65,14 +65,14 @@ def test_losses_agree_step_after_step(remat, dtype):
         before = losses["text_loss"]
 
 
-def test_figures(monkeypatch):
+def test_figures():
     found = bench.against_torch(tiny(), 1)
     assert found["torch_over_jax"] == pytest.approx(found["torch_step_s"] / found["step_s"])
     assert found["torch_threads"] == torch.get_num_threads()
 
 
 def test_another_computation_is_not_timed(monkeypatch):
-    """PyTorch draws other noise, so its losses are other ones."""
+    """A PyTorch step with other noise has other losses, which ends the comparison."""
     call = Peer.__call__
     monkeypatch.setattr(Peer, "__call__", lambda self, step: call(self, step + 10))
     with pytest.raises(UserError, match=r"reconstruction_loss is .* they do not compute the same"):

@@ -1,4 +1,4 @@
-"""The denoiser against a DiT in PyTorch, written for this test from the description of the reference's numbers."""
+"""The denoiser equals a DiT in PyTorch that this test defines from the reference's description."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ nn, functional = torch.nn, torch.nn.functional
 
 
 class Block(nn.Module):
-    """Six modulations per token; affine-free norms; both branches gated."""
+    """A DiT block: six modulations per token, norms without parameters, both branches gated."""
 
     def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
@@ -49,7 +49,7 @@ class Block(nn.Module):
 
 
 class TorchDenoiser(nn.Module):
-    """Latents, timestep and normalised visual outputs, all [batch, channels, rows, columns], to noise."""
+    """Predicts noise from latents, timestep and normalised visual outputs, all [batch, channels, rows, columns]."""
 
     def __init__(self, condition: int, latent: int, grid: int, width: int, depth: int, heads: int, ratio: float):
         super().__init__()
@@ -75,7 +75,7 @@ class TorchDenoiser(nn.Module):
         return self.final_layer["linear"](x).transpose(1, 2).unflatten(2, noised.shape[2:])
 
 
-# condition, latent, grid, width, depth, heads, mlp ratio
+# (condition, latent, grid, width, depth, heads, MLP ratio)
 SIZES = [(40, 64, 3, 48, 3, 16, 4.0), (24, 12, 5, 32, 1, 4, 2.5), (96, 16, 2, 64, 2, 16, 1.0), (8, 4, 1, 12, 4, 3, 4.0)]
 
 
@@ -132,7 +132,7 @@ def test_bfloat16(tmp_path):
 
 
 def test_condition_norm():
-    """`ln_pre`: affine-free, eps 1e-5, and zeros for the row that has no picture."""
+    """`ln_pre` has no parameters and eps 1e-5, and maps the zeros of a row without an image to zeros."""
     states = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0)) * 0.01
     states[1] = 0.0
     ours = normalise_condition(jnp.asarray(numpy(states)))
@@ -152,13 +152,13 @@ def test_timestep_embedding(size):
     theirs = diffusers.models.embeddings.get_timestep_embedding(
         timesteps, size, flip_sin_to_cos=True, downscale_freq_shift=0
     )
-    # Angles of up to 999 radians, whose rounding alone is 3e-5.
+    # float32 rounds angles of up to 999 radians by 3e-5.
     assert_close(timestep_embedding(jnp.asarray(timesteps.int().numpy()), size), theirs.numpy(), 1e-4)
 
 
 @pytest.mark.parametrize(("depth", "width"), [(3, 1024), (8, 1280), (12, 1536)])
 def test_published_sizes(depth, width):
-    """`denoiser_vitNx` of a 7B model, on tensors that hold no memory."""
+    """`denoiser_vitNx` of a 7B model has as many parameters as the torch module on the meta device."""
     sizes = (3584, 64, 27, width, depth, 16, 4.0)
     with torch.device("meta"):
         module = TorchDenoiser(*sizes)

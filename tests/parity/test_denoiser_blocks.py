@@ -1,4 +1,4 @@
-"""The denoiser's blocks of the paper's ablation: plain transformer layers, and none with attention."""
+"""The denoiser's blocks `vit` and `mlp` of the paper's ablation: transformer layers, and blocks without attention."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torc
 
 
 def plain_layers(params, x: torch.Tensor) -> torch.Tensor:
-    """torch's own pre-norm encoder layers, filled with our parameters."""
+    """Applies torch's pre-norm encoder layers with our parameters."""
     blocks = params["blocks"]
     for i in range(DEPTH):
         layer = torch.nn.TransformerEncoderLayer(
@@ -102,7 +102,7 @@ def test_forward(setting):
 
 
 def test_who_sees_whom(setting):
-    """Without attention a token depends on nothing but itself; with it, on all."""
+    """A token affects itself alone in blocks without attention, and all tokens in blocks with it."""
     config, params, (noised, timesteps, context) = setting
     run = jax.jit(Denoiser(config).apply)
     before = run({"params": params}, noised, timesteps, context)

@@ -1,4 +1,4 @@
-"""The noising process against diffusers' `DDPMScheduler`; what the reference recorded is in tests/objectives."""
+"""The noising process equals diffusers' `DDPMScheduler`. tests/objectives compares with the reference's records."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ SHAPE = (3, 4, 6)
 
 
 def scheduler(clip: bool = False):
-    """Theirs, with its float32 table, which is off by 6e-5 where little signal is left, summed again in float64."""
+    """diffusers' scheduler with alphas_cumprod in float64, because its float32 product is off by 6e-5 near the end."""
     process = diffusers.DDPMScheduler(
         1000, beta_schedule="squaredcos_cap_v2", variance_type="fixed_large", clip_sample=clip
     )
@@ -41,7 +41,7 @@ def double(x: jax.Array) -> torch.Tensor:
 
 @pytest.fixture
 def feed(monkeypatch):
-    """Makes their scheduler use given noise instead of drawing some."""
+    """Function: noise -> None. Makes diffusers' scheduler use the given noise instead of drawing it."""
 
     def set_noise(noise: jax.Array) -> None:
         monkeypatch.setattr(diffusers.schedulers.scheduling_ddpm, "randn_tensor", lambda *_, **__: double(noise))
@@ -57,7 +57,7 @@ def test_betas():
     ("name", "options"),
     [
         ("linear", {}),
-        ("scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}),  # as Stable Diffusion sets it
+        ("scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}),  # Stable Diffusion's settings
         ("sigmoid", {}),
     ],
 )
@@ -81,7 +81,7 @@ def test_velocity():
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("respacing", [None, "50", "7", "ddim25"])
 def test_step(feed, respacing, clip):
-    """One reverse step from several places of the process."""
+    """A reverse step at several timesteps equals diffusers'."""
     ours, theirs = make_diffusion(respacing=respacing), scheduler(clip)
     if respacing:
         theirs.set_timesteps(timesteps=ours.timestep_map[::-1].tolist())
@@ -99,7 +99,7 @@ def test_step(feed, respacing, clip):
 
 @pytest.mark.parametrize(("respacing", "clip"), [("8", False), ("25", True)])
 def test_sampling_loop(feed, respacing, clip):
-    """The whole loop, with a network whose answer depends on sample and timestep."""
+    """Each sample of the loop equals diffusers', for a prediction that depends on sample and timestep."""
     process, theirs = make_diffusion(respacing=respacing), scheduler(clip)
     theirs.set_timesteps(timesteps=process.timestep_map[::-1].tolist())
     initial, noise = normal(5, *SHAPE), normal(6, process.steps, *SHAPE)
@@ -119,10 +119,10 @@ def test_sampling_loop(feed, respacing, clip):
 @pytest.mark.parametrize("count", [8, 20])
 @pytest.mark.parametrize("kind", ["ddim", "dpm"])
 def test_deterministic_samplers(kind, count):
-    """Whole loops against diffusers', with a network that depends on sample and timestep."""
+    """The last sample equals diffusers', for a prediction that depends on sample and timestep."""
     process = make_diffusion(respacing=f"ddim{count}")
     initial = normal(7, *SHAPE)
-    # A network that leaves the early steps alone: there a float32 sample of theirs and ours would part.
+    # The weight of the best prediction for unit normal data: early steps, where float32 errors grow, change little.
     weight = np.sqrt(1.0 - make_diffusion().alphas_cumprod)
     if kind == "ddim":
         theirs = diffusers.DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", clip_sample=False)

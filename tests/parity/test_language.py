@@ -1,4 +1,4 @@
-"""Language models against transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausalLM`."""
+"""Language models equal transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausalLM`."""
 
 import copy
 import dataclasses
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.parity
 VOCAB = 97
 FAR = 100_000
 FAR_POSITIONS = 5e-3
-"""Tolerance at positions of 1e5, whose angles float32 holds to 4e-3 radians only: a frequency that differs in its last
-bits, as torch's float32 power and our float64 one do, moves them by more than that."""
+"""Tolerance at positions of 1e5, where float32 rounds angles by 4e-3 radians. Frequencies differ too, because
+torch computes the power in float32 and we in float64."""
 TINY = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -57,7 +57,7 @@ MODELS = {
 
 
 def build(name: str):
-    family, changes = copy.deepcopy(MODELS[name])  # transformers writes into what it is given
+    family, changes = copy.deepcopy(MODELS[name])  # transformers changes its arguments
     changes = {"tie_word_embeddings": False, "rope_theta": 10000.0, **changes}
     config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
     return randomise(getattr(transformers, f"{family}ForCausalLM")(config))
@@ -65,7 +65,7 @@ def build(name: str):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Name -> torch module, and the folder that it was saved to."""
+    """Function: name -> (torch module, folder that it was saved to)."""
 
     @functools.cache
     def save(name: str):
@@ -86,7 +86,7 @@ def forward(config, dtype, params, tokens, positions, segments):
 
 
 def run(config, params, tokens, positions, segments, dtype=jnp.float32):
-    """Hidden states of every layer, and logits."""
+    """Hidden states of all layers, and logits."""
     return forward(config, dtype, params, *(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segments)))
 
 
@@ -107,7 +107,7 @@ def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def padded(lengths: list[int], left: bool):
-    """Tokens, mask and positions of prompts of some lengths."""
+    """Tokens, mask and positions of random prompts of the given lengths."""
     length = max(lengths)
     tokens = random_tokens(len(lengths), length)
     index, count = np.arange(length), np.array(lengths)[:, None]
@@ -130,7 +130,7 @@ def test_hidden_states_and_logits(saved, name, left):
 
 @pytest.mark.parametrize("name", ["qwen2", "llama_mha", "llama_llama3"])
 def test_packed_conversations(saved, name):
-    """Conversations that share a row are computed as torch computes each on its own."""
+    """Each conversation of a packed row equals torch's forward pass on that conversation alone."""
     module, folder = saved(name)
     config, params = imported(folder)
     lengths = [[5, 1, 8], [9, 4]]
@@ -151,7 +151,7 @@ def test_packed_conversations(saved, name):
 
 @pytest.mark.parametrize("name", ["llama_linear", "llama_llama3"])
 def test_rope_scaling(saved, name):
-    """Past the original context; without its scaling the model is another."""
+    """RoPE scaling equals transformers' beyond the original context, and changes the logits."""
     module, folder = saved(name)
     config, params = imported(folder)
     tokens, positions = random_tokens(2, 300), np.tile(np.arange(300), (2, 1))
@@ -164,7 +164,7 @@ def test_rope_scaling(saved, name):
 
 @pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 4.0}, LLAMA3])
 def test_old_config(scaling, tmp_path):
-    """Published checkpoints hold `rope_theta` and `rope_scaling`; transformers 5 writes `rope_parameters`."""
+    """A config.json with `rope_theta` and `rope_scaling`, as published, means the same as `rope_parameters`."""
     kwargs = {**TINY, "rope_theta": 5e5, "rope_scaling": scaling and dict(scaling)}
     module = randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**kwargs)))
     module.save_pretrained(tmp_path)
@@ -191,7 +191,7 @@ def test_far_positions(saved, name):
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama_mha", "llama_llama3"])
 def test_decoding_with_a_cache(saved, name):
-    """Reading a padded batch in pieces gives what one forward pass gives, and torch's."""
+    """Reading a padded batch in pieces equals one forward pass, ours and torch's."""
     module, folder = saved(name)
     config, params = imported(folder)
     tokens, mask, positions = padded([6, 12, 9], left=True)
@@ -217,13 +217,13 @@ def test_decoding_with_a_cache(saved, name):
 
 @pytest.mark.parametrize("name", ["qwen2", "llama_gqa_biases"])
 def test_bfloat16(saved, name, tmp_path):
-    """bfloat16 weights computed in float32 equal torch's, and in bfloat16 are as near as torch's."""
+    """With bfloat16 weights, float32 results equal torch's, and bfloat16 results are as close to float32 as torch's."""
     module, _ = saved(name)
     copy.deepcopy(module).bfloat16().save_pretrained(tmp_path)
     config, params = imported(tmp_path)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     tokens, mask, positions = padded([16] * 16, left=False)
-    # Loaded, not cast: a cast would round the rotary frequencies too.
+    # Loaded rather than cast, because a cast would also round the rotary frequencies.
     rounded, exact = (
         run_torch(type(module).from_pretrained(tmp_path, dtype=dtype), tokens, positions)
         for dtype in (torch.bfloat16, torch.float32)
@@ -233,13 +233,13 @@ def test_bfloat16(saved, name, tmp_path):
     found = run(config, params, tokens, positions, mask, jnp.bfloat16)
     for ours, *others in zip(found, rounded, exact, strict=True):
         assert_bfloat16(ours, *others)
-    # Logits are float32 in more than their type.
+    # Logits are computed in float32, not converted to it at the end.
     assert (found[0].dtype, found[1].dtype) == (jnp.bfloat16, jnp.float32)
     assert (found[1] != found[1].astype(jnp.bfloat16)).mean() > 0.9
 
 
 def test_rotation_of_bfloat16_is_float32_inside():
-    """Of sines and products only the result is rounded."""
+    """Rotation of bfloat16 arrays is computed in float32; only the result is rounded."""
     x = jax.random.normal(jax.random.key(0), (2, 50, 3, 8), jnp.bfloat16)
     angles = jax.random.uniform(jax.random.key(1), (2, 50, 4), maxval=300.0)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -253,7 +253,7 @@ GRID = 3
 
 @pytest.fixture(scope="module")
 def speaker(saved, tmp_path_factory):
-    """A torch tower, projector and language model, and the same as config and parameters."""
+    """Config and parameters of vision encoder, projector and language model; the torch model, and its `embed`."""
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
     tower = transformers.SiglipVisionConfig(**sizes, image_size=14 * GRID, patch_size=14)
     tower = randomise(transformers.SiglipVisionModel(tower))
@@ -268,7 +268,7 @@ def speaker(saved, tmp_path_factory):
     params = {"vision": vision_params, "projector": {"linear_0": linear}, "language": language_params}
 
     def embed(tokens, mask, images, starts):
-        """Their embeddings: text, with each picture's features written over its place."""
+        """torch's embeddings of the tokens, with each image's projected features at its place."""
         with torch.no_grad():
             embeddings = module.model.embed_tokens(torch.as_tensor(tokens))
             for row, slots in enumerate(starts):
@@ -285,7 +285,7 @@ def speaker(saved, tmp_path_factory):
 @pytest.mark.parametrize("image_count", [0, 2])
 @pytest.mark.parametrize("stops", [False, True])
 def test_greedy_generation(speaker, image_count, stops):
-    """Left-padded prompts of different lengths, with no, one or two pictures."""
+    """Tokens and logits equal transformers' for left-padded prompts with no, one or two images."""
     config, params, module, embed = speaker
     new = 12
     tokens, mask, _ = padded([22, 25, 14, 5], left=True)
@@ -309,7 +309,7 @@ def test_greedy_generation(speaker, image_count, stops):
 
     free = theirs(None).sequences.numpy()
     assert len({tuple(row) for row in free}) == 4
-    # The second row's sixth id: that row ends there, others later, at the limit, or where they too say it.
+    # The second row stops at its sixth id, other rows at the same id or at the limit.
     stop = int(free[1, 5]) if stops else None
     expected = theirs(stop)
     ids = expected.sequences.numpy()

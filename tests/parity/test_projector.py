@@ -1,4 +1,4 @@
-"""The projector against the `nn.Sequential` that LLaVA builds, through the adapter file that stage 1 saves."""
+"""The projector equals LLaVA's `nn.Sequential`, imported from an adapter file as stage 1 saves it."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The goldens through the jitted training step: losses, their sum, gradients and their norms, for both reductions."""
+"""The jitted training step gives the goldens' losses, gradients and gradient norms, for both reductions."""
 
 from pathlib import Path
 
@@ -27,17 +27,17 @@ from ross_jax.tree import flatten, unflatten
 GOLDEN = Path(__file__).parents[1] / "golden"
 RTOL = 1e-4
 IMAGES_ALONE = {"siglip_qwen2": 2.2851939, "clip_vicuna": 1.9782456}
-"""The reference's reconstruction loss if text-only rows were left out of the mean, from each golden's README."""
+"""Golden -> the reference's reconstruction loss averaged over rows with an image, from the golden's README."""
 
 KEEP_GRADIENTS = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),
 )
-"""An optimizer that moves nothing and keeps the gradients as its state."""
+"""An optimizer whose updates are zero and whose state is the gradients."""
 
 
 def one_step(name: str, compat: str):
-    """A golden, and the state and metrics after one jitted step on its recorded batch."""
+    """The golden, its config, and the state and metrics after one jitted step on the recorded batch."""
     golden = read_golden(GOLDEN / name / "golden.safetensors")
     reference, params = load_reference(GOLDEN / name / "checkpoint", golden.facts)
     config, images = reference.config, channels_last(golden.take("inputs/pixel_values"))
@@ -88,7 +88,7 @@ def test_official_step_is_the_reference(name):
 
 @pytest.mark.parametrize("name", IMAGES_ALONE)
 def test_default_step_averages_the_recorded_image_losses(name):
-    """Mean over the images alone, from the reference's own loss of each item; the same text loss."""
+    """The default loss is the mean of the reference's losses over rows with an image; the text loss is the same."""
     golden, _, _, metrics = one_step(name, "default")
     items = np.asarray(golden.tensors["vm/loss_per_item"]).reshape(4, -1)
     real = (np.asarray(golden.tensors["inputs/input_ids"]) == -200).any(axis=1)

@@ -1,4 +1,4 @@
-"""The tiny autoencoder against diffusers' `AutoencoderTiny`."""
+"""The tiny autoencoder equals diffusers' `AutoencoderTiny`."""
 
 import functools
 
@@ -28,7 +28,7 @@ def layout(latent: int, encoder: tuple[int, ...], decoder: tuple[int, ...], widt
 
 
 LAYOUTS = {
-    "taesd": {},  # the published one: every default
+    "taesd": {},  # the published layout, all defaults
     "taef1": layout(16, (1, 3, 3, 3), (3, 3, 3, 1), (12, 8)),
     "32_channels": layout(32, (2, 1, 3), (3, 1, 2), (8, 12), scaling_factor=0.4, shift_factor=0.2),
     "two_levels": layout(3, (1, 2), (2, 1), (5, 7), shift_factor=-0.3),
@@ -44,7 +44,7 @@ def build(name: str):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Name -> torch module, and the folder that it was saved to."""
+    """Function: name -> (torch module, folder that it was saved to)."""
 
     @functools.cache
     def save(name: str):
@@ -56,19 +56,19 @@ def saved(tmp_path_factory):
 
 
 def random_images(config, rows: int = 2, columns: int = 3) -> np.ndarray:
-    """Of so many latents."""
+    """Random images whose latents have the given rows and columns."""
     scale = config.downsampling
     return np.random.default_rng(1).uniform(-1, 1, (2, rows * scale, columns * scale, 3)).astype(np.float32)
 
 
 def latents_of(config, rows: int = 3, columns: int = 2) -> np.ndarray:
-    """Large enough for the clamp to matter."""
+    """Random latents, large enough for the clamp to matter."""
     return np.random.default_rng(2).normal(0, 3, (2, rows, columns, config.latent_channels)).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run(config, dtype, params, images, latents):
-    """Raw latents of pictures, the same as the denoiser sees them, and the pictures of other raw latents."""
+    """Raw latents of images, the same latents normalised, and the decoded `latents`."""
     module, tree = TinyAutoencoder(config, dtype), {"params": params}
     mean = module.apply(tree, images, method="encode").mean
     return mean, module.normalise(mean), module.apply(tree, latents, method="decode")
@@ -97,7 +97,7 @@ def test_encode_and_decode(saved, name):
 
 
 @pytest.mark.parametrize("name", ["taesd", "32_channels"])
-def test_gradient_of_a_image_with_respect_to_its_latents(saved, name):
+def test_gradient_of_an_image_with_respect_to_its_latents(saved, name):
     module, folder = saved(name)
     config, params = imported(folder)
     latents = latents_of(config)
@@ -115,7 +115,7 @@ def test_gradient_of_a_image_with_respect_to_its_latents(saved, name):
 
 @pytest.mark.parametrize("name", ["taesd", "32_channels"])
 def test_bfloat16(name, tmp_path):
-    """bfloat16 weights computed in float32 equal torch's, and in bfloat16 are as near as torch's."""
+    """With bfloat16 weights, float32 results equal torch's, and bfloat16 results are as close to float32 as torch's."""
     module = build(name).bfloat16()
     module.save_pretrained(tmp_path)
     config, params = imported(tmp_path)

@@ -1,4 +1,4 @@
-"""The goldens: every recorded quantity agrees, and every disagreement is seen."""
+"""Verification accepts the goldens and detects each perturbed quantity and weight."""
 
 import re
 import subprocess
@@ -22,7 +22,7 @@ GROUP_OF = {
     "denoiser": "denoiser/",
     "autoencoder": "vae/",
 }
-"""Component -> the group whose rows must fail when a weight of it changes."""
+"""Component -> the group in which a row must fail if one of its weights changes."""
 
 
 class Fixture:
@@ -45,7 +45,7 @@ def test_every_quantity_agrees(fixture):
     assert [row for row in rows if row.verdict != "ok"] == []
     outputs = set(fixture.golden.tensors) - fixture.golden.inputs
     assert {row.name for row in rows} == outputs | {f"grad_norms/{name}" for name in fixture.golden.gradient_norms}
-    # What is taken as an input is never also claimed as an output.
+    # Recorded inputs are these only, so that no output counts as an input.
     inputs = re.compile(r"inputs/|.*/in/|.*/sample_index|vm/(t|noise|posterior_noise)$|generate/.*/(input_ids|pixel.*)")
     others = {"denoiser/t", "denoiser/x_start", "denoiser/noise", "denoiser/context"}
     others |= {"sample/context", "sample/init_noise", "sample/step_noise"}
@@ -53,7 +53,7 @@ def test_every_quantity_agrees(fixture):
 
 
 def test_every_perturbed_golden_fails(fixture):
-    """One element of each tensor moves by ten tolerances: each row, and no other, must fail."""
+    """Each row fails if one element of each recorded tensor moves by ten tolerances."""
     golden = fixture.golden
     kept, norms = dict(golden.tensors), dict(golden.gradient_norms)
     rng = np.random.default_rng(0)
@@ -81,11 +81,11 @@ def test_every_perturbed_golden_fails(fixture):
 
 
 def invisible(fixture: Fixture, path: str) -> bool:
-    """Biases without any effect, by mathematics.
+    """Whether the parameter is a bias that cannot affect any output.
 
-    A key's bias adds the same score to every key, which softmax ignores (rotary embedding, in the language model,
-    breaks that). A bias before a group norm whose groups have one channel is subtracted again; so is what is only
-    added, in the last level of the decoder, to a stream that nothing but such norms reads.
+    A key's bias adds the same score to every key, which softmax ignores, except in the language model, where rotary
+    embedding follows. A bias before a group norm with one channel per group is subtracted again. In the decoder's last
+    level this includes biases that are added to a stream that only such norms read.
     """
     if not path.startswith("language") and path.endswith("key/bias"):
         return True
@@ -99,10 +99,10 @@ def invisible(fixture: Fixture, path: str) -> bool:
 
 
 def test_every_perturbed_weight_fails(fixture):
-    """Each weight in use, layer by layer, moves by 1 %: a row of its component must fail.
+    """A row of the component fails if a used weight of one layer changes by 1 %.
 
-    All elements together, and if nothing shows (a convolution before a group norm of single channels has no scale) with
-    signs at random.
+    First all elements change by the same factor. A convolution before a group norm of single channels ignores a common
+    factor, so then the signs are random.
     """
     flat, rng = flatten(fixture.params), np.random.default_rng(0)
 
@@ -124,7 +124,7 @@ def test_every_perturbed_weight_fails(fixture):
 
 
 def test_the_last_vision_layer_is_not_used(fixture):
-    """Weights above the selected layer show in the hidden states alone."""
+    """Weights above the selected layer change the recorded hidden states only."""
     flat = flatten(fixture.params)
     path = "vision/layers/mlp/down/kernel"
     moved = flat[path].copy()
@@ -162,7 +162,7 @@ def test_merge_of_several_images_and_truncation():
     merged = merge(ids, ids, mask, image_tokens=2, max_length=6)
     assert merged.tokens.tolist() == [[7, 0, 0, 8, 0, 0], [5, 6, 0, 0, 0, 0]]
     assert merged.image_start.tolist() == [[1, 4], [6, 6]]
-    assert merged.image_rows.tolist() == [[0, 1], [2, 0]]  # the text-only row uses up a dummy picture
+    assert merged.image_rows.tolist() == [[0, 1], [2, 0]]  # the text-only row takes the dummy image, 2
     assert merged.first.tolist() == [1, -1] and merged.last.tolist() == [2, -1]
 
 
@@ -172,7 +172,7 @@ def launch(*args) -> subprocess.CompletedProcess:
 
 
 def test_launcher_exit_status(tmp_path):
-    """A golden file with one group that is quick to compute: 0 if it agrees, 1 if not, errors without traceback."""
+    """The exit status is 0 if a golden file agrees and 1 if not; an error has no traceback."""
     from safetensors.numpy import load_file, save_file
 
     folder = GOLDEN / "clip_vicuna"

@@ -1,4 +1,4 @@
-"""Vision encoders against transformers' `SiglipVisionModel`, `CLIPVisionModel` and `Dinov2Model`."""
+"""Vision encoders equal transformers' `SiglipVisionModel`, `CLIPVisionModel` and `Dinov2Model`."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parity
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """Sizes of a torch tower; for DINOv2, `mlp` is the ratio."""
+    """Sizes of a torch vision encoder. For DINOv2, `mlp` is the ratio of hidden to model width."""
 
     kind: str
     image_size: int
@@ -35,7 +35,7 @@ class Tower:
 
     @property
     def extra(self) -> int:
-        """Tokens before those of the patches."""
+        """Number of tokens before the patches."""
         return {"siglip": 0, "clip": 1, "dinov2": 1 + self.registers}[self.kind]
 
     def settings(self) -> dict:
@@ -84,7 +84,7 @@ def random_images(tower: Tower, batch: int = 2) -> np.ndarray:
 
 
 def their_states(module, images: np.ndarray) -> list[np.ndarray]:
-    """Input of the first block and output of every block, read off the modules themselves."""
+    """Input of the first block and output of each block of the torch module, read with hooks."""
     states = []
     layers = module.encoder.layer if hasattr(module.encoder, "layer") else module.encoder.layers
     hooks = [layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
@@ -107,7 +107,7 @@ def our_features(config, params, images, **kwargs):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Name -> sizes, torch module, and the folder that it was saved to."""
+    """Function: name -> (sizes, torch module, folder that it was saved to)."""
 
     @functools.cache
     def save(name: str):
@@ -137,7 +137,7 @@ def test_features(saved, name, select):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_hidden_states_are_those_of_transformers(saved, name):
-    """The layer is counted as transformers' own `hidden_states` is, whose last one has no final norm."""
+    """transformers' `hidden_states` are the blocks' inputs and outputs, without a final norm."""
     sizes, module, _ = saved(name)
     images = torch.tensor(random_images(sizes)).movedim(-1, 1)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_hidden_states_are_those_of_transformers(saved, name):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_teacher(saved, name):
-    """Features of a teacher are `last_hidden_state`, which for SigLIP and DINOv2 is after the last layernorm."""
+    """Features of a teacher are `last_hidden_state`, which for SigLIP and DINOv2 is after the final norm."""
     sizes, module, folder = saved(name)
     plan = importing.plan_import([], teacher=str(folder))
     params = importing.load(plan)["teacher"]
@@ -164,7 +164,7 @@ def test_teacher(saved, name):
 
 @pytest.mark.parametrize("name", ["siglip_60_14", "clip_50_16", "dinov2_60_14", "dinov2_registers_swiglu"])
 def test_last_pixels_are_not_seen(saved, name):
-    """A remainder of the picture beyond the last whole patch changes nothing."""
+    """Pixels beyond the last whole patch do not change the features."""
     sizes, _, folder = saved(name)
     config, params = imported(folder)
     images = random_images(sizes)
@@ -177,7 +177,7 @@ def test_last_pixels_are_not_seen(saved, name):
 
 @pytest.mark.parametrize("name", ["siglip_60_14", "clip_56_14"])
 def test_whole_model(name, tmp_path):
-    """A checkpoint with a text tower: the vision tower is computed, the rest kept aside."""
+    """A checkpoint with a text encoder gives the vision encoder; its other tensors are kept as unused."""
     sizes = TOWERS[name]
     text = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {
@@ -204,7 +204,7 @@ def test_whole_model(name, tmp_path):
 @pytest.mark.parametrize("prefix", ["", "vision_model."])
 @pytest.mark.parametrize("name", ["siglip_60_14", "clip_56_14"])
 def test_key_prefix(name, prefix, tmp_path):
-    """Older transformers write `vision_model.` before every key, and the position ids as a tensor."""
+    """Keys may start with `vision_model.`, and position ids may be a tensor, as in older transformers."""
     sizes = TOWERS[name]
     module = sizes.module()
     module.save_pretrained(tmp_path)
@@ -221,7 +221,7 @@ def test_key_prefix(name, prefix, tmp_path):
     "name", ["siglip_60_14", "clip_56_14", "dinov2_60_14", "dinov2_swiglu_28_14", "dinov2_registers"]
 )
 def test_bfloat16(name, tmp_path):
-    """bfloat16 weights computed in float32 equal torch's, and in bfloat16 are as near as torch's."""
+    """With bfloat16 weights, float32 results equal torch's, and bfloat16 results are as close to float32 as torch's."""
     sizes, skip = TOWERS[name], TOWERS[name].extra
     module = sizes.module().bfloat16()
     module.save_pretrained(tmp_path)

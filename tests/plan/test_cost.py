@@ -1,4 +1,4 @@
-"""The cost that is read from a compiled program equals what the program is known to cost."""
+"""The cost that is read from a compiled program equals the known cost of the program."""
 
 import functools
 import re
@@ -16,14 +16,14 @@ from ross_jax.sharding import MeshConfig, make_mesh
 
 
 def timing(rate=1e9, devices=8):
-    """Devices that compute `rate` FLOP/s, and take a second for each byte that they put into a collective."""
+    """Timing of devices that compute `rate` FLOP/s and need a second per byte that they put into a collective."""
     return cost.Timing(
         lambda cycles, flops: flops / rate, lambda flops: flops / rate, lambda kind, size, group: float(size), devices
     )
 
 
 def read(function, *arguments, printed=True):
-    """The cost of a program compiled for 8 CPU devices.
+    """The cost of a program that is compiled for the CPU.
 
     Args:
       printed: whether the text keeps the trip counts that XLA prints.
@@ -57,13 +57,13 @@ LOOPS = {
     "not equal": (lambda i: i != 8, 2, 0, 4),
     "none": (lambda i: i < 0, 1, 0, 0),
 }
-"""Name -> condition of the loop, step and start of its counter, turns."""
+"""Name -> (condition of the loop, step of its counter, start of its counter, trip count)."""
 
 
 @pytest.mark.parametrize("printed", [True, False])
 @pytest.mark.parametrize("name", LOOPS)
 def test_loops(name, printed):
-    """Whether XLA prints trip counts, as for CPU, or not, as for TPU."""
+    """Trip counts are found if XLA prints them, as for CPU, and if it does not, as for TPU."""
     condition, step, start, turns = LOOPS[name]
 
     def loop(x):
@@ -116,13 +116,13 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(name):
-    """Half of a convolution's FLOPs is the sum of its outputs, if all inputs and weights are ones."""
+    """A convolution of ones has twice as many FLOPs as the sum of its outputs."""
     groups = CONVOLUTIONS[name].get("feature_group_count", 1)
     images, kernel = jnp.ones((4, 9, 8, 6)), jnp.ones((3, 3, 6 // groups, 10))
     run = functools.partial(
         jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"), **CONVOLUTIONS[name]
     )
-    # The text before the CPU compiler rewrites it.
+    # HLO before the CPU compiler rewrites convolutions.
     module = hlo.parse(jax.jit(run).lower(images, kernel).compiler_ir("hlo").as_hlo_module().to_string())
     found = sum(cost.flops(module, each, inner) for each in module.computations.values() for inner in each)
     assert found == 2 * int(run(images, kernel).sum())
@@ -146,7 +146,7 @@ def mesh():
     ],
 )
 def test_collectives(mesh, kind, talk, axis):
-    """A loop of 3 turns has a collective over a known axis, into which each device puts 8 x 16 floats."""
+    """A collective in a loop of 3 turns has the kind, bytes and group that the program gives it."""
 
     def program(x):
         return jax.lax.scan(lambda x, _: (jnp.sin(talk(x, axis)), None), x, length=3)[0]
@@ -180,7 +180,7 @@ ENTRY %main (x: f32[100], w: f32[4,5], v: f32[5,10]) -> f32[100] {
     ("rate", "expected"), [(1.0, 400 + 400 + 400), (100.0, 400 + 4 + 400), (0.01, 40000 + 40000 + 400)]
 )
 def test_overlap(rate, expected):
-    """400 bytes are sent beside 400 FLOPs; then come 400 FLOPs, and 400 bytes beside which nothing runs."""
+    """A collective beside a product costs the longer of both; a product or collective alone costs its own time."""
     found = cost.estimate(hlo.parse(ASYNCHRONOUS), timing(rate, 2))
     assert found.seconds(*cost.COLLECTIVES) == 800
     assert found.scheduled == expected
@@ -191,7 +191,7 @@ def test_overlap(rate, expected):
 def test_attention_on_tpu():
     """Pallas kernels count as the products that they compute: a causal mask leaves half of the scores.
 
-    Heads of 64 values leave half of a matrix unit idle: a kernel takes twice as long as its FLOPs say.
+    Heads of 64 values use half of a matrix unit, so a kernel takes twice the time of its FLOPs.
     """
     target = open_target("v5e:1x1")
     at = jax.sharding.SingleDeviceSharding(target.devices[0])
@@ -211,7 +211,7 @@ def test_attention_on_tpu():
     def causal(query, key, value, segments):
         return causal_attention(query, key, value, segments, None)
 
-    # Forward 2 products of queries, keys and heads; backward 3 for queries and 4 for keys and values, or 5 together.
+    # The forward kernel has 2 products. Backward kernels have 3 (queries) and 4 (keys and values), or 5 in one kernel.
     segments = jax.ShapeDtypeStruct((2, 1024), jnp.int32, sharding=at)
     total, idle = kernels(causal, (2, 1024, 4, 128), segments)
     assert total == (2 + 3 + 4) * 2 * (2 * 4 * 1024 * 1024 * 128) // 2 and idle == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Plans of a tiny recipe, compiled for TPU and GPU, against counts that do not come from the compiler."""
+"""Plans of a tiny recipe, compiled for TPU and GPU, agree with counts that do not come from the compiler."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def target():
 
 def test_workload():
     config = recipe()
-    # 2 slots with an image each hold fewer conversations than 64 * 0.95 tokens, at 20 a conversation.
+    # The 2 image slots limit a row to 2 conversations; its 64 * 0.95 tokens would hold 3 of them, of 20 tokens each.
     found = assume_batch(config, OPTIONS, 4)
     assert (found.rows, found.conversations, found.tokens, found.images) == (4, 8, 160, 8)
     found = assume_batch(config, Options("tiny", tokens=40.0, images=1.0), 1)
@@ -87,14 +87,14 @@ def test_cached_parts_take_the_place_of_pixels():
 @pytest.mark.slow
 @pytest.mark.parametrize(("cached", "convolutions"), [(("targets",), 1), (("targets", "features"), 0)])
 def test_cached_parts_are_not_computed(cached, convolutions):
-    """The autoencoder consists of convolutions; the vision encoder has one, its patch embedding."""
+    """Cached parts leave no convolution of theirs: the autoencoder has many, the vision encoder one."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:4])
     text = train_program(recipe(), mesh, 8, 10, cached).lower().as_text()
     assert text.count("stablehlo.convolution") == convolutions
 
 
 def test_rows_without_image_slots():
-    """A step on text alone: no image is assumed, and the batch has no room for one."""
+    """A plan for text alone assumes no images, and its batch has no image slots."""
     config = recipe(
         data={"sources": [{"path": "none.json"}], "packing": {"length": 64, "images": 0}, "batch": 8},
         reconstruction={"kind": "none"},
@@ -113,7 +113,7 @@ def test_messages_of_exhausted_memory():
 
 
 def products(jaxpr, times=1):
-    """FLOPs of the matrix products and convolutions in a traced program, loops included: an upper bound."""
+    """FLOPs of matrix products and convolutions in a traced program, times the trips of loops: an upper bound."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -138,7 +138,7 @@ def products(jaxpr, times=1):
 
 @pytest.mark.slow
 def test_products_on_tpu():
-    """XLA for TPU makes dilated convolutions of batched products; the count stays that of the products."""
+    """Batched products that XLA compiles to dilated convolutions count as the products."""
     pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
     target = open_target("v5e:1x1")
     at = jax.sharding.SingleDeviceSharding(target.devices[0])
@@ -160,7 +160,7 @@ def test_products_on_tpu():
 
 @pytest.mark.slow
 def test_windowed_product_on_tpu():
-    """A product beside the gathering of its operand becomes a loop. No FLOP is lost or doubled."""
+    """A product that XLA overlaps with the gathering of its operand in a loop keeps its FLOPs and its bytes."""
     pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
     target, size = open_target("v5e:4x4"), 16384
     mesh = make_mesh(MeshConfig(1, 1, 16), target.devices)
@@ -177,7 +177,7 @@ def test_windowed_product_on_tpu():
 
 @pytest.mark.slow
 def test_plan_on_one_chip():
-    """FLOPs are close to those of the traced step, memory is at least that of its arguments."""
+    """FLOPs are close to those of the traced step, and memory covers its arguments."""
     pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
     config, target = recipe(), open_target("v5e:1x1")
     found = plan(config, target, OPTIONS)
@@ -221,9 +221,9 @@ def test_plan(topology, tmp_path):
 
 @pytest.mark.slow
 def test_plan_for_gpus():
-    """FLOPs are close to those of the traced step, as on TPU. No GPU is at hand.
+    """FLOPs are close to those of the traced step, in a plan that needs no GPU.
 
-    The trace does not look into cuDNN's attention, so the products inside it are left out.
+    The trace does not show the products inside cuDNN's attention, so they are left out.
     """
     pytest.importorskip("jax_cuda12_plugin", reason="needs the CUDA plugin: bash launch/setup.sh cuda")
     config, target = recipe(), open_target("h100:1x1x1")
@@ -239,7 +239,7 @@ def test_plan_for_gpus():
 
 
 def test_cudnn_attention_lowers_for_another_gpu():
-    """JAX asks for the device's compute capability; the answer is the target's."""
+    """JAX gets the compute capability of the target when it asks for that of the device."""
     pytest.importorskip("jax_cuda12_plugin", reason="needs the CUDA plugin: bash launch/setup.sh cuda")
     from jax._src.cudnn import fused_attention_stablehlo as asked
 
@@ -263,7 +263,7 @@ def test_generation(target):
 
 @pytest.mark.slow
 def test_what_does_not_fit():
-    """Head and embedding of 4 GiB each, with two moments each, on a chip that has 15.75 GiB."""
+    """A plan says that head and embedding of 4 GiB each, with their moments, do not fit on a chip of 15.75 GiB."""
     pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
     model = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=2**24))
     found = plan(recipe(model=to_dict(model)), open_target("v5e:1x1"), OPTIONS)
@@ -273,14 +273,14 @@ def test_what_does_not_fit():
 
 @pytest.mark.slow
 def test_search(target):
+    """A search compiles a plan for each mesh and ranks them."""
     lines = []
-    found = search(recipe(), target, OPTIONS, lines.append)
-    assert len(found) == len(lines) - 1 >= 6
+    options = dataclasses.replace(OPTIONS, objective="generate", prompt=32, new_tokens=8)
+    found = search(recipe(), target, options, lines.append)
+    assert len(found) == len(lines) - 1 == 3
     assert found == rank(found)
     assert {report.mesh["tensor"] for report in found} == {1, 2, 4}
-    assert {report.remat for report in found} >= {"none", "full", "dots"}
-    assert len({report.rows for report in found}) > 1
-    assert table(found).count("fits") == len(found)
+    assert table(found).count("fits") == 3
 
 
 def test_a_mesh_that_does_not_divide(target):

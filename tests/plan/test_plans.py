@@ -1,4 +1,4 @@
-"""A folder of plans: each is made once."""
+"""A folder of plans computes each plan once."""
 
 import json
 
@@ -14,7 +14,7 @@ from ross_jax.training.recipe import RunConfig
 
 @pytest.fixture
 def planned(monkeypatch):
-    """A list of all that was planned, in order. Nothing is compiled."""
+    """Stand-in for the planner: the list of plans that were computed, in order. Nothing is compiled."""
     found = []
 
     def plan(config, target, options):
@@ -50,7 +50,7 @@ def test_planned_once(planned, tmp_path):
         assert len(planned) == count + 1, other
     assert planned[-2:] == [("dots", "v5e:2x4", 8, ()), ("mlp", "v5e:2x4", 8, ())]
     assert told[-2] == "ross:llm=qwen2_7b on v5e:2x4, 8 rows, mesh.tensor=2, step.remat=dots"
-    Plans(tmp_path / "plans", "2", lambda _: config, told.append)(case)  # of other source code
+    Plans(tmp_path / "plans", "2", lambda _: config, told.append)(case)  # with another version of the source code
     assert len(planned) == 8
     assert all(json.loads(path.read_text())["fits"] for path in (tmp_path / "plans").iterdir())
 

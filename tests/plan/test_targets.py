@@ -1,4 +1,4 @@
-"""Topologies: how their links limit collectives, and the errors about topologies that do not exist."""
+"""Topologies: the time of collectives on their links, and errors about topologies that do not exist."""
 
 import importlib.util
 
@@ -47,18 +47,18 @@ def test_wraps(chip, sizes, closed):
 
 
 def test_rings():
-    """A ring of n devices that gather V bytes moves (n - 1) / n of V over both directions; a sum moves it twice."""
+    """A gather of V bytes in a ring of n devices moves (n - 1) / n of V over both directions, an all-reduce twice."""
     ring = slice_of("v5e", 16, 16)
     shard = 100_000_000
     gathered = 16 * shard * 15 / 16 / (90 * GB)
     assert torus_seconds("all-gather", shard, line(16), ring) == pytest.approx(gathered)
     assert torus_seconds("all-reduce", 16 * shard, line(16), ring) == pytest.approx(2 * gathered)
     assert torus_seconds("reduce-scatter", 16 * shard, line(16), ring) == pytest.approx(gathered)
-    # A part of the axis, or an axis that is not closed, has half the rate.
+    # A part of the axis, or an axis without wraparound, has half the rate.
     part = 8 * shard * 7 / 8 / (45 * GB)
     assert torus_seconds("all-gather", shard, line(8), ring) == pytest.approx(part)
     assert torus_seconds("all-gather", shard, line(8), slice_of("v5e", 8, 8)) == pytest.approx(part)
-    # Several axes add up; v5p's links are twice as fast.
+    # The rates of several axes add up. v5p has faster links.
     both = 256 * shard * 255 / 256 / (180 * GB)
     assert torus_seconds("all-gather", shard, grid(16, 16), ring) == pytest.approx(both)
     cube = 64 * shard * 63 / 64 / (540 * GB)
@@ -68,13 +68,13 @@ def test_rings():
 def test_other_patterns():
     ring = slice_of("v5e", 16, 16)
     assert torus_seconds("collective-permute", 90 * GB, line(2), ring) == pytest.approx(1)
-    # All to all: a quarter of everything crosses the middle each way, over 16 rings; of one ring, over 1.
+    # All to all: a quarter of all bytes crosses the middle in each direction, over 1 ring or over 16.
     assert torus_seconds("all-to-all", 1_000_000, line(16), ring) == pytest.approx(16e6 / 4 / (90 * GB))
     assert torus_seconds("all-to-all", 1_000_000, grid(16, 16), ring) == pytest.approx(256e6 / 4 / (16 * 90 * GB))
     assert torus_seconds("all-reduce", 1_000_000, line(1), ring) == 0
     assert (
         torus_seconds("all-reduce", 1_000_000, [[0, 0, 0], [0, 0, 0]], slice_of("v7x", 2, 2, 1)) == 0
-    )  # cores of a chip
+    )  # two cores of a chip
     assert sent_bytes("all-gather", 10, 8) == 70 and sent_bytes("all-reduce", 8, 4) == 12
     assert sent_bytes("collective-permute", 10, 2) == 10
 
@@ -84,7 +84,7 @@ def test_every_chip_is_described():
         assert chip.peak > 1e14
         assert 0.7 < chip.memory / chip.installed < 1
     for chip in TPUS.values():
-        # Matrix units do a whole number of 128 x 128 products each cycle.
+        # Per cycle, matrix units compute a whole number of 128 x 128 blocks of multiply-adds.
         assert chip.peak / chip.clock / (2 * 128**2) == pytest.approx(
             round(chip.peak / chip.clock / (2 * 128**2)), 3e-3
         )
@@ -132,7 +132,7 @@ def test_real_slices():
 
 
 def test_sums_across_slices():
-    """libtpu's program adds gradients up inside slices, and then each device's part of the sum across them."""
+    """Gradients are summed inside slices first; then each device's part of the sum is summed across slices."""
     pytest.importorskip("libtpu", reason="needs libtpu: bash launch/setup.sh tpu")
     target = open_target("3xv5e:2x2")
     mesh = make_mesh(MeshConfig(-1, 4, 1), target.devices)

@@ -1,4 +1,4 @@
-"""Processes that meet and compare what they know. None of them may hang."""
+"""Processes that meet compare what they know, and none of them hangs."""
 
 import re
 import socket
@@ -28,11 +28,12 @@ except UserError as error:
 
 
 def meet(folder, body: str, processes: int = 3, started: int | None = None, patience: int = 100):
-    """Exit status and output of each of so many processes that run the program. All must end, on a busy machine, too.
+    """Runs PROGRAM in several processes, which must all end, and returns their exit statuses and outputs.
 
     Args:
+      body: statements of PROGRAM.
       started: number of processes that are started, if not all.
-      patience: seconds that they wait for one another to start.
+      patience: seconds that the processes wait for one another to start.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -56,7 +57,7 @@ def meet(folder, body: str, processes: int = 3, started: int | None = None, pati
 
 
 def test_processes_meet(tmp_path):
-    """They have the same facts and folder, and wait at a barrier until the first has made a file."""
+    """Processes with equal facts and a shared folder agree, and wait at a barrier for a file of the first."""
     body = (
         "agreement.agree({'a': 1, **agreement.code_version()}, 100); agreement.check_shared(folder / 'run', 100); "
         "exec('if process == 0: time.sleep(3); (folder / \"made\").touch()'); agreement.barrier(); "

@@ -1,4 +1,4 @@
-"""Caches: a run that reads one has the losses of a run on pixels; a cache that does not fit the run is refused."""
+"""A run that reads a cache has the losses of a run on pixels; a cache that does not fit the run is refused."""
 
 import dataclasses
 import json
@@ -100,7 +100,7 @@ def losses(folder: Path) -> np.ndarray:
 
 
 def convolutions(run: Run) -> int:
-    """Number of convolutions in the step: the patch embedding is one, the autoencoder has many."""
+    """Number of convolutions in the step: one in the vision encoder, many in the autoencoder."""
     rows = next(run.data.batches())
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(run.mesh)) for name, x in rows.items()
@@ -121,12 +121,12 @@ CASES = [
         marks=pytest.mark.slow,
     ),
 ]
-"""Changes of the config, parts of the cache, whether pixels are still read, convolutions left in the step."""
+"""(changes of the config, parts of the cache, whether pixels are read, convolutions left in the step)"""
 
 
 @pytest.mark.parametrize(("changes", "what", "pixels", "left"), CASES)
 def test_losses_are_those_of_the_pixels(data, tmp_path, changes, what, pixels, left):
-    """The step holds nothing of the components that made the cache, and a run continues from it."""
+    """A run on a cache has the losses of a run on pixels, does not run the cached components, and continues."""
     config = make_config(data, **changes)
     assert Run(config, tmp_path / "pixels").train() == 3
     made = make_cache(config, tmp_path / "cache", what)
@@ -139,12 +139,12 @@ def test_losses_are_those_of_the_pixels(data, tmp_path, changes, what, pixels, l
     assert run.data.broken == 1
     assert Run(with_cache, tmp_path / "cached").train() == 3
     expected = losses(tmp_path / "pixels")
-    assert expected[2, 1] != pytest.approx(expected[0, 1], rel=1e-3)  # it has learned: gradients matter
+    assert expected[2, 1] != pytest.approx(expected[0, 1], rel=1e-3)  # the run learns, so that gradients matter
     np.testing.assert_allclose(losses(tmp_path / "cached"), expected, rtol=1e-6)
 
 
 def test_stored_dtypes(data, tmp_path):
-    """bfloat16 halves the bytes of targets. Features are exactly those that the step computes."""
+    """bfloat16 halves the bytes of targets; features keep the dtype that the step computes."""
     config = make_config(data, step=StepConfig(dtype="bfloat16", remat="none", text_chunk=128))
     make_cache(config, tmp_path / "full")
     make_cache(config, tmp_path / "half", dtype="bfloat16", rows=40, shard_bytes=2**20)
@@ -160,7 +160,7 @@ def test_stored_dtypes(data, tmp_path):
     assert made.images == 0
 
 
-# What is refused
+# Caches that are refused
 
 TRAINED = dataclasses.replace(FREEZE, trainable=(*TRAINABLE, r"vision/.*"))
 OTHER_VAE = dataclasses.replace(
@@ -215,7 +215,7 @@ def test_other_images(data, cache, tmp_path):
 
 
 def test_other_parameters(data, cache, tmp_path):
-    """The cache is refused before the run writes anything."""
+    """A cache made by other parameters is refused before the run writes anything."""
     with pytest.raises(
         UserError, match=r"features.vision.parameters_hash: .*\n  targets.autoencoder.parameters_hash: "
     ):
@@ -224,7 +224,7 @@ def test_other_parameters(data, cache, tmp_path):
 
 
 def test_a_cache_that_is_of_no_use(data, tmp_path):
-    """A cache of targets alone is refused by a run without targets; a cache of features too is read."""
+    """A run without targets refuses a cache of targets alone, and reads the features of a cache that has both."""
     config = make_config(data)
     make_cache(config, tmp_path / "targets", ("targets",))
     baseline = dataclasses.replace(config, reconstruction=ReconstructionConfig("none"))
@@ -235,7 +235,7 @@ def test_a_cache_that_is_of_no_use(data, tmp_path):
     assert "image_features" in batch and not [x for x in batch if x == "images" or x.startswith("image_targets")]
     regressed = dataclasses.replace(config, model=PIXELS, reconstruction=ReconstructionConfig("pixel"))
     batch = next(open_data(reading(regressed, tmp_path / "both"), make_mesh(config.mesh)).batches())
-    assert {"image_features", "images"} <= batch.keys()  # the pixels are what is regressed
+    assert {"image_features", "images"} <= batch.keys()  # the objective regresses pixels
     drawn = dataclasses.replace(config, loop=LoopConfig(images=5))
     assert "images" in next(open_data(reading(drawn, tmp_path / "both"), make_mesh(config.mesh)).batches())
 
@@ -258,12 +258,12 @@ def test_what_cannot_be_cached(data, tmp_path, changes, what, message):
     assert not (tmp_path / "cache").exists()
 
 
-# Interrupted, shared, damaged
+# Interrupted, shared and damaged caches
 
 
 @pytest.mark.slow
 def test_what_is_missing_is_made_anew(data, cache, tmp_path):
-    """Two processes without knowledge of each other, a lost shard, and another config in the same folder."""
+    """Two processes complete one cache, a lost shard is made again, and another config is refused."""
     config = make_config(data)
     first = make_cache(config, tmp_path / "cache", processes=2, process=1)
     assert first.missing > 0

@@ -1,4 +1,4 @@
-"""Runs of the denoiser alone on images alone: what they read, train and report, and how they continue."""
+"""Runs that train the denoiser alone on images without text: data, training, reports and continuing."""
 
 import dataclasses
 import io
@@ -94,7 +94,7 @@ def whole(data, tmp_path_factory):
     """An uninterrupted run, its directory, and its parameters before the first step."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     before = tree(Run(make_config(data), folder))
-    (folder / "metrics.jsonl").write_text('{"step": 0, "evaluation/psnr": 1.0}\n')  # of a start that was cut off
+    (folder / "metrics.jsonl").write_text('{"step": 0, "evaluation/psnr": 1.0}\n')  # left by an interrupted start
     return train(make_config(data), folder), folder, before
 
 
@@ -132,7 +132,7 @@ def test_continues_bit_for_bit(data, whole, tmp_path):
 
 
 def test_training_sees_what_inference_sees(data, whole):
-    """Visual outputs of a batch's images are those of `Model.visual_outputs`."""
+    """Visual outputs of a batch's images equal those of `Model.visual_outputs`."""
     run, folder, _ = whole
     model = load(folder)
     (batch, *_) = run.data.batches()
@@ -140,7 +140,7 @@ def test_training_sees_what_inference_sees(data, whole):
     prompts = {tuple(row[row > 0]) for row in batch["tokens"]}
     assert len(prompts) == 1  # neither class nor file name
     ends = (batch["segments"] > 0).sum(axis=1)
-    np.testing.assert_array_equal(ends, batch["image_start"][:, 0] + SIZED.vision.num_tokens)  # nothing comes after
+    np.testing.assert_array_equal(ends, batch["image_start"][:, 0] + SIZED.vision.num_tokens)  # the image ends the row
     found = jax.jit(lambda params, batch: visual_outputs(SIZED, params, batch))(
         model.params, jax.tree.map(jnp.asarray, batch)
     )
@@ -152,7 +152,7 @@ def test_training_sees_what_inference_sees(data, whole):
 
 
 def test_conversations_are_left_out(data, whole, tmp_path):
-    """Images that a LLaVA file names give the same batches; its conversations are ignored."""
+    """The images of a LLaVA file give the batches of an image folder; conversations are ignored."""
     run, *_ = whole
     names = sorted(str(path.relative_to(data / "train")) for path in (data / "train").rglob("*.JPEG"))
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A tench."}]
@@ -166,7 +166,7 @@ def test_conversations_are_left_out(data, whole, tmp_path):
 
 
 def test_mock_imagenet(data, tmp_path, monkeypatch):
-    """Images come from TFDS's mock data, encoded by Pillow instead of TensorFlow."""
+    """A run trains on TFDS's mock ImageNet, whose images Pillow encodes instead of TensorFlow."""
 
     def encode(self, pixels: np.ndarray) -> bytes:
         buffer = io.BytesIO()

@@ -31,10 +31,10 @@ FREEZE = {
 
 
 def products(jaxpr, times: int = 1):
-    """(kind, FLOPs, sizes of dimensions) of every matrix product and convolution of a program, with all trips of loops.
+    """Yields (kind, FLOPs, sizes of dimensions) of each matrix product and convolution, with all trips of loops.
 
-    Left out: products with batch dimensions, those of attention, of activations with one another; that in which rotary
-    embedding swaps the halves of a head; and those with ones, which are sums.
+    Left out: products of attention, which have batch dimensions; rotary embedding's swap of a head's halves; and sums,
+    which are products with ones.
     """
     swap = (CONFIG.language.head_dim,) * 2
     for equation in jaxpr.eqns:
@@ -83,9 +83,9 @@ def program(
     ],
 )
 def test_flops_are_those_of_the_program(stage, kind, text):
-    """Of a batch without padding or empty slots: every product with a matrix in the traced step.
+    """The FLOPs of a full batch are those of the products with matrices in the traced step.
 
-    So where the denoiser alone learns there is no logit, and no backward pass beyond the denoiser.
+    Where only the denoiser learns, there are no logits, and the backward pass ends at the denoiser.
     """
     batch = make_batch()
     batch["segments"][:], batch["image_start"][:] = 1, (2, 11)
@@ -99,7 +99,7 @@ def test_flops_are_those_of_the_program(stage, kind, text):
         seen = model.teacher.image_size if model.teacher else CONFIG.target_size
         resizing = form == "matrix" and {CONFIG.vision.image_size, seen} <= sizes
         found += 0 if autoencoder or resizing else flops
-    # Logits are computed again in the backward pass.
+    # The backward pass computes logits again, which does not count.
     found -= 2 * CONFIG.language.vocab_size * CONFIG.language.hidden_size * tokens * bool(text)
     draws = 4 if kind == "denoise" else 0
     trained = set(split(tree, freeze)[0]) - ({"denoiser"} if kind == "none" else set())
@@ -120,7 +120,7 @@ def test_mfu_is_work_over_time_and_devices(monkeypatch):
     begin = time.perf_counter()
     rates = meter.read([{"tokens": 10.0, "images": 0.0}, {"tokens": 30.0, "images": 0.0}])
     assert rates["seconds_per_step"] * 2 <= time.perf_counter() - begin + 0.1
-    # 40 tokens, 2 FLOPs each for the logits and for both gradients.
+    # 40 tokens; per weight 2 FLOPs for the logits and for each of the two gradients.
     work = 40 * 1000 * 2 * 3
     seconds = 2 * rates["seconds_per_step"]
     assert rates["mfu"] == pytest.approx(work / seconds / 1e6 / jax.device_count())
@@ -157,9 +157,9 @@ def test_a_loss_outside_its_range_is_said_once():
     watch = LossRangeMonitor((0.1, 0.3), start=5, logs=4)
     assert warnings(watch, [9.0] * 5) == []  # the warmup
     assert warnings(watch, [0.2] * 4, 5) == []
-    assert warnings(watch, [0.5] * 9, 9) == [11]  # when the mean of four is above, and not again
+    assert warnings(watch, [0.5] * 9, 9) == [11]  # the mean of four losses leaves the range
     assert warnings(watch, [0.2] * 9, 18) == []
-    assert warnings(watch, [0.0] * 9, 27) == [30]  # it was back
+    assert warnings(watch, [0.0] * 9, 27) == [30]  # the mean was back in the range before
     assert LossRangeMonitor((0.1, 0.3), 0, 1).update(7, 0.25) is None
     message = "step 7: the reconstruction loss is 0.400 on average over the last 1 logs; expected are 0.1 to 0.3"
     assert LossRangeMonitor((0.1, 0.3), 0, 1).update(7, 0.4).startswith(message)

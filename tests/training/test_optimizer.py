@@ -1,4 +1,4 @@
-"""AdamW and Muon: what is decayed, what is orthogonalised."""
+"""AdamW and Muon: weight decay and orthogonalised updates."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def first_update(params, gradients, **settings) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("algorithm", ["adamw", "muon"])
 def test_norms_and_biases_do_not_decay(params, algorithm):
-    """Without gradients a parameter moves by rate x decay x its value where it decays, else not at all."""
+    """Without gradients a decaying parameter moves by -rate x decay x value, any other not at all."""
     updates = first_update(params, jax.tree.map(jnp.zeros_like, params), weight_decay=0.5, algorithm=algorithm)
     for path, leaf in flatten(params).items():
         rate = 1e-4 if path.startswith("denoiser/") else 1e-3
@@ -37,7 +37,7 @@ def test_norms_and_biases_do_not_decay(params, algorithm):
 
 
 def test_muon_orthogonalises_each_layers_matrix(params):
-    """Most singular values of an update are within half of their median, which Newton-Schulz reaches."""
+    """Most singular values of an update are within half of their median, as Newton-Schulz makes them."""
     gradients = unflatten({path: leaf * jnp.linspace(1, 20, leaf.shape[-1]) for path, leaf in flatten(params).items()})
     updates = first_update(params, gradients, algorithm="muon", max_gradient_norm=1e9)
     adamw = first_update(params, gradients, max_gradient_norm=1e9)
@@ -49,8 +49,8 @@ def test_muon_orthogonalises_each_layers_matrix(params):
         for layer in update if stacked else [update]:
             values = np.linalg.svd(layer.reshape(-1, layer.shape[-1]), compute_uv=False)
             near = np.abs(values / np.median(values) - 1.0) < 0.5
-            assert near.mean() > 0.85, path  # a square matrix always has some that are too small to be lifted
-            # As large as AdamW's usual update, 0.2 of the rate, where the matrix has its full rank.
+            assert near.mean() > 0.85, path  # square matrices have some very small singular values
+            # An update of full rank is as large as a usual one of AdamW: 0.2 of the learning rate.
             size = np.sqrt(np.mean(layer**2)) / np.abs(adamw[path]).max()
             assert 0.1 < size < 0.3, path
     for path in set(updates) - set(matrices):

@@ -1,4 +1,4 @@
-"""The steps that a trace holds, read back from the file."""
+"""Traces of a run hold the steps that were asked for."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from ross_jax.training.state import TrainState
 
 
 def traced_steps(folder, first, count, done, last, steps=30):
-    """Steps that a loop from `done` to `last` left in its trace; None if there is no trace."""
+    """Steps in the trace of a loop that runs from `done` to `last`. None if there is no trace."""
     work = jax.jit(lambda x: x + 1)
     with Tracer(folder, first, count, done, steps) as tracer:
         state = TrainState(jnp.int32(done), {}, (), {})

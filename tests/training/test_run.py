@@ -145,7 +145,7 @@ def test_a_finished_run_is_a_model(whole):
 
 
 def test_continues_bit_for_bit(data, whole, tmp_path):
-    """The run stops after three steps and leaves a half-written line of metrics behind."""
+    """A run that stopped after three steps, with half a line of metrics, ends bit for bit like an uninterrupted run."""
     _, expected, steps = whole
     folder = tmp_path / "run"
     assert Run(make_config(data), folder).train(stop_at=lambda step: step == 3) == 3
@@ -157,7 +157,7 @@ def test_continues_bit_for_bit(data, whole, tmp_path):
     for path, leaf in parameters(run).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
     assert [line["step"] for line in lines(folder)] == list(range(1, steps + 1))
-    assert Run(make_config(data), folder).train() == steps  # a finished run has nothing left to do
+    assert Run(make_config(data), folder).train() == steps  # a finished run does nothing
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_another_config_is_refused_with_what_differs(data, whole):
 
 
 def test_continues_a_run_older_than_a_field(data, whole, tmp_path):
-    """The record lacks `model.autoencoder.kind`."""
+    """A run whose record lacks `model.autoencoder.kind` continues; another difference is refused."""
     shutil.copytree(whole[0], tmp_path / "run")
     file = tmp_path / "run" / "run.json"
     recorded = json.loads(file.read_text())
@@ -192,7 +192,7 @@ def test_continues_a_run_older_than_a_field(data, whole, tmp_path):
 
 
 def test_starts_from_a_model(data, whole, tmp_path):
-    """A run begins with the parameters that another run left."""
+    """A run starts with the parameters that another run left, unless its model differs."""
     folder, params, _ = whole
     run = Run(make_config(data, init=(str(folder),)), tmp_path / "second")
     for path, leaf in parameters(run).items():
@@ -209,7 +209,7 @@ def test_starts_from_a_model(data, whole, tmp_path):
 
 @pytest.mark.slow
 def test_trains_on_the_latents_of_a_tiny_autoencoder(data, tmp_path):
-    """The imported autoencoder stays bit for bit what it was; the other components start random."""
+    """Training keeps the imported tiny autoencoder bit for bit; other components start random."""
     tiny = component(tmp_path / "foreign", TINY)
     model = import_model(tmp_path / "model", tiny)
     sizes = dataclasses.replace(make_config(data).model, autoencoder=read_config(model).autoencoder)
@@ -249,7 +249,7 @@ def test_no_checkpoint_of_a_bad_step(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_exports_what_it_trained(data, tmp_path):
-    """After import, one step and export, files have the reference's layout, and only trained tensors have changed."""
+    """After import, training and export, only trained tensors differ from the reference's checkpoint."""
     golden = Path(__file__).parents[1] / "golden" / "siglip_qwen2" / "checkpoint"
     plan = plan_import([str(golden)])
     write(plan, tmp_path / "model")
@@ -270,7 +270,7 @@ def test_a_run_exports_what_it_trained(data, tmp_path):
 
 @pytest.mark.slow
 def test_the_second_stage_begins_where_the_first_ended(data, tmp_path):
-    """Import, stage 1, stage 2, export by the launcher: a stage changes what it trains, and nothing is lost between."""
+    """Stage 2 starts with all parameters of stage 1, changes what it trains, and exports everything."""
     golden = Path(__file__).parents[1] / "golden" / "siglip_qwen2" / "checkpoint"
     plan = plan_import([str(golden)])
     write(plan, tmp_path / "model")
@@ -310,7 +310,7 @@ def test_the_second_stage_begins_where_the_first_ended(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_part_of_the_recipe_unfreezes_the_encoder(data, tmp_path):
-    """`vision=trained` trains the encoder in float32; `frozen`, the default, leaves every bit of it."""
+    """`vision=trained` trains the encoder in float32; `frozen`, the default, does not change it."""
     for part, dtype in (("vision=frozen", "bfloat16"), ("vision=trained", "float32")):
         freeze = FreezeConfig(tuple(ross.get_config(part).freeze.trainable))
         run = Run(make_config(data, freeze=freeze), tmp_path / part)
@@ -330,7 +330,7 @@ def whole_tree(run: Run) -> dict[str, np.ndarray]:
 
 
 def test_a_reconstruction_loss_outside_its_range_is_said(data, tmp_path, capsys):
-    """The run warns once, with the mean of ten losses after the warmup, and goes on."""
+    """The run warns once, with the mean of ten losses after the warmup, and continues."""
     config = make_config(data, loop=LoopConfig(log=1, save=100, expected_reconstruction=(0.1, 0.3)))
     run = Run(dataclasses.replace(config, data=dataclasses.replace(config.data, epochs=5)), tmp_path / "run")
     run.train_step = Dictated([9.0, *np.linspace(0.5, 1.4, 10), *[1.0] * 100])
@@ -340,11 +340,11 @@ def test_a_reconstruction_loss_outside_its_range_is_said(data, tmp_path, capsys)
 
 
 def board_images(folder: Path) -> list[tuple[int, str, tuple[int, int]]]:
-    """Step, tag, (height, width) of every image in a run's TensorBoard files."""
+    """(step, tag, (height, width)) of each image in a run's TensorBoard files."""
     found = []
     for file in sorted((folder / "tensorboard").iterdir()):
         data = file.read_bytes()
-        while data:  # length, its checksum, an event, its checksum
+        while data:  # each record: length, checksum, event, checksum
             length = int.from_bytes(data[:8], "little")
             event = event_pb2.Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
