@@ -46,13 +46,6 @@ def the_error(done, path, rest) -> None:
     assert lines[0].endswith(rest), lines
 
 
-@pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    assert train(recipe, workdir).returncode == 0
-    return workdir
-
-
 def same(run, whole):
     np.testing.assert_array_equal(losses(run), losses(whole))
     expected = parameters(whole)
