@@ -19,8 +19,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from ross_jax.config import UserError
-from ross_jax.data.archives import FileRange, ImageStore, open_store
+from ross_jax.data.archives import FileRange, ImageStore, file_mode, open_store
 from ross_jax.data.images import ImageError
+from ross_jax.data.spelling import briefly
 
 logger = logging.getLogger(__name__)
 
@@ -242,20 +243,32 @@ class _Mounts:
     def __init__(self, places: Sequence[str]):
         self._stores: list[tuple[str, ImageStore]] = []
         for place in places:
-            prefix, _, path = ("", "", place) if Path(place).exists() else place.rpartition("=")
+            prefix, _, path = ("", "", place) if file_mode(Path(place)) else place.rpartition("=")
             self._stores.append((prefix.rstrip("/") + "/" if prefix else "", open_store(path)))
 
     def image(self, name: str) -> LazyImage:
-        return LazyImage(name, lambda: self._read(name))
+        return LazyImage(briefly(name), lambda: self._read(name))
 
     def _read(self, name: str) -> bytes:
         if not self._stores:
-            raise UserError(f"{name}: the data has images, but no image folder is set; give the source its 'images'")
+            raise UserError(
+                f"{briefly(name)}: the data has images, but no image folder is set; give the source its 'images'"
+            )
         for prefix, store in self._stores:
             inside = name.removeprefix(prefix)
             if name.startswith(prefix) and inside in store:
                 return store.read(inside)
-        raise ImageError(f"{name}: no such image in {', '.join(p + s.path for p, s in self._stores)}")
+        stores = ", ".join(prefix + store.path for prefix, store in self._stores)
+        raise ImageError(f"{briefly(name)}: {_no_file_name(name) or f'no such image in {stores}'}")
+
+
+def _no_file_name(name: str) -> str | None:
+    """What stands in a record where the name of an image's file belongs; None if it may be a name."""
+    if name.startswith(("http://", "https://", "s3://", "gs://")):
+        return "is an address, not a file's name; download the image, and name its file"
+    if name.startswith("data:") or (len(name) > 255 and re.fullmatch(r"[A-Za-z0-9+/=_\s-]+", name)):
+        return "is the image itself in base64, not a file's name; save the image, and name its file"
+    return None
 
 
 class ImageSource:
@@ -273,7 +286,7 @@ class ImageSource:
 
     def __getitem__(self, index: int) -> Sample:
         name = self._names[index]
-        return Sample(name, {"id": name, "image": name}, (LazyImage(name, lambda: self._store.read(name)),))
+        return Sample(name, {"id": name, "image": name}, (LazyImage(briefly(name), lambda: self._store.read(name)),))
 
 
 class TfdsSource:
@@ -337,7 +350,7 @@ class Concatenated:
 
 
 def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()
 
 
 class BrokenSamples:
