@@ -83,12 +83,15 @@ class FileRange:
 
     `os.pread` uses no file position, so a forked process may read from the same descriptor. A pickled copy opens its
     own.
+
+    Attributes:
+      version: size in bytes, and time of the last change in ns, when the file was opened.
     """
 
     def __init__(self, path: str | Path):
         self._path = str(path)
         self._descriptor: int | None = None
-        self._version = self._stat()
+        self.version = self._stat()
 
     def read(self, start: int, size: int) -> bytes:
         """`size` bytes from `start`.
@@ -97,7 +100,7 @@ class FileRange:
           UserError: the file was changed, so known ranges no longer hold.
         """
         if self._descriptor is None:
-            if self._stat() != self._version:
+            if self._stat() != self.version:
                 raise UserError(f"{self._path}: was changed after it was opened; start again")
             self._descriptor = os.open(self._path, os.O_RDONLY)
         return os.pread(self._descriptor, size, start)

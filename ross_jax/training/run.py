@@ -18,6 +18,7 @@ from ross_jax.data.encoders import build_training_encoder
 from ross_jax.data.images import decode, decode_official
 from ross_jax.data.pipeline import Pipeline, Preprocessing, open_pipeline
 from ross_jax.data.precomputed import differences
+from ross_jax.data.records import Version
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import make_objective
@@ -38,7 +39,7 @@ from ross_jax.upgrade import upgrade
 RECORD = "run.json"
 """File of a run's directory with its config and what identifies its data."""
 _FREE = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
-_FREE += ("data.precomputed",)
+_FREE += ("data.precomputed", "data.max_dropped")
 """Beginnings of the fields that a run may change when it continues."""
 
 
@@ -64,7 +65,7 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, t
     key = json.dumps([to_dict(text), len(tokenizer)])
     cached = open_cached(config)
 
-    def opened(fingerprint: str) -> None:
+    def opened(fingerprint: str, versions: Sequence[Version]) -> None:
         vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
         agreement.agree({"data": fingerprint[:12], "tokenizer": vocabulary[:12]}, timeout)
         if jax.process_index() > 0:

@@ -35,22 +35,8 @@ FILES = {
     "lines.json": (LINES, [r"JSONL", r"\.jsonl\b"]),
 }
 """Name -> (content, what the error must say besides the name)."""
-UNDERSTOOD = {"latin1.json", "lines.json"}
 
-files = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=()
-            if name in UNDERSTOOD
-            else pytest.mark.xfail(
-                strict=True, raises=AssertionError, reason="the error does not say what the file is"
-            ),
-        )
-        for name in FILES
-    ],
-)
+files = pytest.mark.parametrize("name", FILES)
 
 
 def explains(said: str, path: Path) -> None:

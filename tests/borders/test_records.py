@@ -33,12 +33,6 @@ def make_file(fields: dict, defect: dict) -> str:
     return json.dumps(records)
 
 
-no_place = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the error does not say which record of which file is meant"
-)
-
-
-@no_place
 @pytest.mark.parametrize("defect", DEFECTS.values(), ids=DEFECTS)
 @pytest.mark.parametrize("fields", IDS.values(), ids=IDS)
 def test_inspection_leads_to_a_bad_record(fields, defect, call, recipe, tmp_path):
@@ -65,7 +59,6 @@ def refused(recipe, tmp_path_factory) -> str:
 
 
 @pytest.mark.slow
-@no_place
 @pytest.mark.parametrize("name", IDS)
 def test_training_leads_to_bad_records(name, refused):
     """A user trains on several files, some of which have a bad record."""

@@ -20,12 +20,12 @@ from tensorflow_datasets.core.features import image_feature
 from data.test_archives import FILES, NAMES, STORES, write
 from ross_jax.config import UserError, from_dict
 from ross_jax.data.images import ImageError, decode
+from ross_jax.data.records import RecordFile
 from ross_jax.data.sources import (
     BrokenSamples,
     Concatenated,
     ImageSource,
     LlavaSource,
-    RecordFile,
     SampleError,
     SourceConfig,
     open_source,
@@ -64,16 +64,23 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.li
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.dictionaries(st.text(), JSON), min_size=1), st.integers(0, 3), st.booleans())
-def test_any_records_are_found(tmp_path_factory, records, indent, escape):
+@given(
+    st.lists(st.dictionaries(st.text(), JSON), min_size=1),
+    st.integers(0, 3),
+    st.booleans(),
+    st.sampled_from([1, 7, 2**20]),
+)
+def test_any_records_are_found(tmp_path_factory, records, indent, escape, piece):
     folder = tmp_path_factory.mktemp("records")
     try:
         (folder / "a.json").write_text(json.dumps(records, indent=indent, ensure_ascii=escape))
     except UnicodeEncodeError:  # a lone surrogate
         return
     (folder / "a.jsonl").write_text("".join(json.dumps(r, ensure_ascii=escape) + "\n" for r in records), newline="")
-    assert list_records(folder / "a.json") == records
-    assert list_records(folder / "a.jsonl") == records
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ross_jax.data.records._PIECE", piece)
+        assert list_records(folder / "a.json") == records
+        assert list_records(folder / "a.jsonl") == records
 
 
 BAD_FILES = [
@@ -92,7 +99,14 @@ BAD_FILES = [
     ("a.jsonl", b'{"id": 1}\n{"id": 2\n', "line 2, column 9: Expecting"),
     ("a.jsonl", b'{"id": 1}\n\n{"id": 2} {"id": 3}\n', "line 3, column 11: Extra data"),
     ("a.jsonl", b'[{"id": 1}]\n', "line 1 is a JSON list"),
-    ("a.json", b'[{"id": "\xff"}]', "is not UTF-8 at byte 9"),
+    ("a.json", b'[{"id": "\xff"}]', "is not UTF-8 at byte 9, in line 1"),
+    ("a.json", '[{"id": "\u732b"},\n\n{"id": "'.encode() + b'\xe7\x8c"}]', "is not UTF-8 at byte 25, in line 3"),
+    ("a.jsonl", b'{"id": 1}\n{"id": "\xff"}', "is not UTF-8 at byte 18, in line 2"),
+    ("a.json", '[{"id": "\u732b\u732b"},\n{"id": "x" 7}]'.encode(), "line 2, column 12: Expecting ','"),
+    ("a.json", b'[{"id": ' + b"[" * 100_000, "line 1, column 2: .*recursion"),
+    ("a.jsonl", b'{"id": ' + b"1" * 5000 + b"}", "line 1, column 1: Exceeds the limit"),
+    ("a.jsonl", b'{\n"id": 1}', "line 1, column 2: .*each record in one line"),
+    ("a.jsonl", b' [\n{"id": 1}]', r"is a JSON list, or its beginning; .*\.json"),
 ]
 
 
@@ -101,6 +115,16 @@ def test_bad_files_give_the_position(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: .*{message}"):
         list_records(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"), [case for case in BAD_FILES if case[0] == "a.json" and case[1][:1] != b"{"]
+)
+def test_bad_files_in_small_pieces(tmp_path, monkeypatch, name, content, message):
+    """Places are right wherever a piece of the file ends."""
+    for size in (1, 2, 3, 5, 8):
+        monkeypatch.setattr("ross_jax.data.records._PIECE", size)
+        test_bad_files_give_the_position(tmp_path, name, content, message)
 
 
 def test_missing_file(tmp_path):
@@ -134,8 +158,11 @@ def test_llava_samples(llava):
     ("record", "message"),
     [
         ({"id": "x"}, r"sample 'x': no 'conversations'; it has \['id'\]"),
-        ({"image": 3, "conversations": []}, r"sample 'data.json\[0\]': an image must be a file name"),
-        ({"id": 1, "image": ["a.png", ""], "conversations": []}, "sample '1': an image must be a file name"),
+        ({"image": 3, "conversations": []}, r"/data\.json\[0\]: sample without an id: an image must be a file name"),
+        (
+            {"id": 1, "image": ["a.png", ""], "conversations": []},
+            r"data\.json\[0\]: sample 1: an image must be a file name",
+        ),
     ],
 )
 def test_bad_records_name_the_sample(tmp_path, record, message):
