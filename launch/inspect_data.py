@@ -30,8 +30,9 @@ from ross_jax.data.conversation import (
     Template,
 )
 from ross_jax.data.encoders import build_encoder
+from ross_jax.data.fields import Survey
 from ross_jax.data.packing import Lengths, PackingConfig, PlanSettings, make_plan
-from ross_jax.data.sources import RecordFile
+from ross_jax.data.records import RecordFile
 from ross_jax.data.tokenizer import load_tokenizer
 
 BARS = 12  # most bars of the histogram
@@ -154,7 +155,10 @@ def run(arguments: argparse.Namespace) -> None:
         config = PackingConfig(length=arguments.length, images=arguments.image_slots)
     except ValueError as error:
         raise UserError(str(error)) from error
-    records = RecordFile(arguments.data)
+    survey = Survey()
+    records = RecordFile(arguments.data, visit=survey.add)
+    for found in survey.findings(arguments.data):
+        print(f"warning: {found}", file=sys.stderr)
     tokenizer = load_tokenizer(arguments.tokenizer, max_length=arguments.length)
     encode = build_encoder(arguments.template, tokenizer, arguments.compat)
     painter = Painter(sys.stdout)
@@ -165,7 +169,7 @@ def run(arguments: argparse.Namespace) -> None:
             item = encode(record)
         except ConversationError as error:
             broken += 1
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"left out: {records.place(i)}: {error}", file=sys.stderr)
             continue
         name = record.get("id", i)
         encoded.append(item)

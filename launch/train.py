@@ -32,6 +32,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0
 
 _START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds that processes wait for one another to start.", 1)
 _STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "Exit status of a run that a signal ended before its end.")
+_ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "Continue although the text of the data has changed.")
 _PROFILE = flags.DEFINE_string("profile", None, "START:COUNT: writes an xprof trace of these steps to WORKDIR/profile.")
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -61,7 +62,7 @@ def main() -> int:
         agreement.agree(facts | agreement.code_version(), _START_TIMEOUT.value)
         agreement.check_shared(folder, _START_TIMEOUT.value)
         use_cache(folder)
-        run = Run(config, folder, _START_TIMEOUT.value)
+        run = Run(config, folder, _START_TIMEOUT.value, _ACCEPT.value)
         callbacks = make_callbacks(config, run.mesh)
         with contextlib.ExitStack() as stack:
             if traced:

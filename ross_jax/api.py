@@ -13,7 +13,7 @@ from ross_jax.training.run import Run
 LAYOUTS = ("ross", "components")
 
 
-def train(config: RunConfig, workdir: str | Path) -> Run:
+def train(config: RunConfig, workdir: str | Path, *, accept_changed_data: bool = False) -> Run:
     """Trains a run to its end, or continues it; SIGTERM and SIGINT save a checkpoint and end it early.
 
     Example:
@@ -24,6 +24,7 @@ def train(config: RunConfig, workdir: str | Path) -> Run:
     Args:
       config: everything that the run depends on.
       workdir: the run's directory, which is also a model directory.
+      accept_changed_data: whether a run continues although its data has changed.
 
     Returns:
       The run. `run.step` is the number of steps done, of `run.steps`.
@@ -31,7 +32,7 @@ def train(config: RunConfig, workdir: str | Path) -> Run:
     Raises:
       UserError: a config, data or directory that cannot be used.
     """
-    run = Run(config, Path(workdir))
+    run = Run(config, Path(workdir), accept_changed_data=accept_changed_data)
     run.train(make_callbacks(config, run.mesh))
     return run
 

@@ -1,20 +1,25 @@
 """Stores of images: a folder, a zip file or a tar file. Each is read at random and never unpacked.
 
 Stores are safe in worker processes. No open file is pickled, and a forked process never shares a file position.
+`spelling.py` finds names that a record spells in another way than the store.
 """
 
 import os
+import posixpath
+import stat
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ross_jax.config import UserError
+from ross_jax.data.formats import foreign_format
 from ross_jax.data.images import ImageError
+from ross_jax.data.spelling import briefly, spellings
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+_MAX_LINKS = 40  # links on the way to one file, as in Linux
 
 
 @runtime_checkable
@@ -24,7 +29,7 @@ class ImageStore(Protocol):
     path: str
 
     def names(self) -> list[str]:
-        """Names of all files with the suffix of an image format, sorted."""
+        """Names of all files with the suffix of an image format, sorted. Hidden files and folders are left out."""
         ...
 
     def __contains__(self, name: str) -> bool: ...
@@ -45,18 +50,32 @@ def open_store(path: str | Path) -> ImageStore:
       UserError: the path does not exist, or it is no folder and no archive that can be read at random.
     """
     path = Path(path)
-    if path.is_dir():
+    mode = file_mode(path)
+    if stat.S_ISDIR(mode):
         return Folder(path)
-    if not path.exists():
+    if not mode:
         raise UserError(f"image folder {str(path)!r} does not exist; give a folder, a .zip or a .tar that does")
     try:
-        if zipfile.is_zipfile(path):
-            return Zip(path)
-        return Tar(path)
-    except (tarfile.ReadError, zipfile.BadZipFile) as error:
+        with path.open("rb") as file:
+            found = foreign_format(file.read(512))
+        return Zip(path) if zipfile.is_zipfile(path) else Tar(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    # Python's readers of archives raise several more for damaged ones, ValueError and EOFError among them.
+    except Exception as error:
+        if not found or "archive" in found:
+            found = f"is no folder, no zip and no tar that can be read ({error or type(error).__name__})"
         raise UserError(
-            f"{path}: is no folder, no zip and no uncompressed tar ({error}); decompress a .tar.gz to read it at random"
+            f"{path}: {found}; images come from a folder, a .zip or a .tar (decompress a .tar.gz to read it at random)"
         ) from error
+
+
+def file_mode(path: Path) -> int:
+    """What a path leads to, as in `stat`. 0: nothing, or no file can have this name."""
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 class FileRange:
@@ -64,12 +83,15 @@ class FileRange:
 
     `os.pread` uses no file position, so a forked process may read from the same descriptor. A pickled copy opens its
     own.
+
+    Attributes:
+      version: size in bytes, and time of the last change in ns, when the file was opened.
     """
 
     def __init__(self, path: str | Path):
         self._path = str(path)
         self._descriptor: int | None = None
-        self._version = self._stat()
+        self.version = self._stat()
 
     def read(self, start: int, size: int) -> bytes:
         """`size` bytes from `start`.
@@ -78,14 +100,14 @@ class FileRange:
           UserError: the file was changed, so known ranges no longer hold.
         """
         if self._descriptor is None:
-            if self._stat() != self._version:
+            if self._stat() != self.version:
                 raise UserError(f"{self._path}: was changed after it was opened; start again")
             self._descriptor = os.open(self._path, os.O_RDONLY)
         return os.pread(self._descriptor, size, start)
 
     def _stat(self) -> tuple[int, int]:
-        stat = Path(self._path).stat()
-        return stat.st_size, stat.st_mtime_ns
+        status = Path(self._path).stat()
+        return status.st_size, status.st_mtime_ns
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
@@ -102,14 +124,65 @@ class Folder:
         self.path = str(path)
 
     def names(self) -> list[str]:
-        root = Path(self.path)
-        return _images([file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()])
+        return _images(path[len(self.path) :].lstrip("/") for path in _walk(self.path))
 
     def __contains__(self, name: str) -> bool:
-        return (Path(self.path) / name).is_file()
+        return self._find(name) is not None
 
     def read(self, name: str) -> bytes:
-        return _reading(f"{self.path}/{name}", (Path(self.path) / name).read_bytes)
+        return _reading(f"{self.path}/{name}", lambda: (self._find(name) or Path(self.path, name)).read_bytes())
+
+    def _find(self, name: str) -> Path | None:
+        for spelling in spellings(name):
+            path = Path(self.path, spelling)
+            if stat.S_ISREG(file_mode(path)):
+                return path
+        return None if name.isascii() else self._find_by_parts(name.replace("\\", "/"))
+
+    def _find_by_parts(self, name: str) -> Path | None:
+        """Path of a file whose folders are spelled in another way than the file itself."""
+        path = Path("/" if name.startswith("/") else self.path)
+        for part in filter(None, name.split("/")):
+            path = next((path / each for each in spellings(part) if file_mode(path / each)), None)
+            if path is None:
+                return None
+        return path if stat.S_ISREG(file_mode(path)) else None
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Paths of the files below a folder. Links are followed, and each folder is searched once.
+
+    A link that leads nowhere counts as a file, so that it is noticed when it is read.
+
+    Raises:
+      UserError: a folder cannot be read.
+    """
+    seen: set[str] = set()
+    folders, links = [root], list[str]()
+    while folders or links:  # links last, so that a folder's files have their own names, not those of a link to it
+        folder = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(folder) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if _is_hidden(entry.name):
+                        continue
+                    if not entry.is_symlink():
+                        if entry.is_dir():
+                            folders.append(entry.path)
+                        elif entry.is_file():
+                            yield entry.path
+                    elif stat.S_ISDIR(mode := file_mode(Path(entry.path))):
+                        links.append(entry.path)
+                    elif stat.S_ISREG(mode) or not mode:
+                        yield entry.path
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be read ({error.strerror}); make it readable, or move it away"
+            ) from error
 
 
 class Tar:
@@ -117,19 +190,28 @@ class Tar:
 
     def __init__(self, path: Path):
         self.path = str(path)
+        links: dict[str, str] = {}
+        self._members: dict[str, tuple[int, int]] = {}
         with tarfile.open(path, "r:") as archive:
-            self._members = {_clean(m.name): (m.offset_data, m.size) for m in archive if m.isreg()}
+            for member in archive:
+                name = _clean(member.name)
+                if member.isreg():
+                    self._members[name] = member.offset_data, member.size
+                elif member.issym():
+                    links[name] = _link_target(name, member.linkname)
+                elif member.islnk():
+                    links[name] = _clean(member.linkname)
+        self._index = _Index(self._members, links)
         self._file = FileRange(path)
 
     def names(self) -> list[str]:
-        return _images(self._members)
+        return _images(self._index)
 
     def __contains__(self, name: str) -> bool:
-        return _clean(name) in self._members
+        return self._index.find(name) is not None
 
     def read(self, name: str) -> bytes:
-        start, size = self._members[_clean(name)]
-        return _reading(f"{self.path}/{name}", lambda: self._file.read(start, size))
+        return _reading(f"{self.path}/{name}", lambda: self._file.read(*self._members[self._index.target(name)]))
 
 
 class Zip:
@@ -138,7 +220,16 @@ class Zip:
     def __init__(self, path: Path):
         self.path = str(path)
         self._archive: tuple[int, zipfile.ZipFile] | None = None
-        self._members = {_clean(m.filename): m.filename for m in self._open().infolist() if not m.is_dir()}
+        self._members: dict[str, str] = {}
+        links: dict[str, str] = {}
+        archive = self._open()
+        for member in archive.infolist():
+            name = _clean(member.filename)
+            if stat.S_ISLNK(member.external_attr >> 16):
+                links[name] = _link_target(name, os.fsdecode(archive.read(member)))
+            elif not member.is_dir():
+                self._members[name] = member.filename
+        self._index = _Index(self._members, links)
 
     def _open(self) -> zipfile.ZipFile:
         # A ZipFile locks its file position for threads, but not for processes, so each process opens its own.
@@ -150,26 +241,95 @@ class Zip:
         return {**self.__dict__, "_archive": None}
 
     def names(self) -> list[str]:
-        return _images(self._members)
+        return _images(self._index)
 
     def __contains__(self, name: str) -> bool:
-        return _clean(name) in self._members
+        return self._index.find(name) is not None
 
     def read(self, name: str) -> bytes:
-        return _reading(f"{self.path}/{name}", lambda: self._open().read(self._members[_clean(name)]))
+        return _reading(f"{self.path}/{name}", lambda: self._open().read(self._members[self._index.target(name)]))
+
+
+class _Index:
+    """Names of an archive's members, and where its links lead.
+
+    Args:
+      members: the names of files.
+      links: name of a link -> name that it leads to, relative to the archive's root. A link that leads out of the
+        archive leads to no member.
+    """
+
+    def __init__(self, members: Mapping[str, Any], links: Mapping[str, str]):
+        self._members, self._links = members, links
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._members
+        folders = {parent for name in self._members for parent in _parents(name)}
+        yield from (name for name in self._links if self._follow(name) not in folders)
+
+    def find(self, name: str) -> str | None:
+        """The member or link that a record means by `name`; None if there is none."""
+        for spelling in spellings(name):
+            clean = _clean(spelling)
+            if clean in self._members or clean in self._links or self._follow(clean) in self._members:
+                return clean
+        return None
+
+    def target(self, name: str) -> str:
+        """The member that holds the bytes of `name`.
+
+        Raises:
+          ImageError: it is a link that leads to no member.
+        """
+        target = self._follow(self.find(name) or name)
+        if target not in self._members:
+            raise ImageError(f"is a link to {briefly(target)!r}, which is not in the archive")
+        return target
+
+    def _follow(self, name: str) -> str:
+        """The name with every link in it replaced."""
+        for _ in range(_MAX_LINKS if self._links else 0):
+            link = next((each for each in (name, *_parents(name)) if each in self._links), None)
+            if link is None:
+                break
+            name = posixpath.normpath(self._links[link] + name[len(link) :])
+        return name
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Folders of a name, the innermost first."""
+    while "/" in name:
+        name = name.rpartition("/")[0]
+        yield name
+
+
+def _link_target(name: str, target: str) -> str:
+    return posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
 
 
 def _clean(name: str) -> str:
-    return name.removeprefix("./")
+    return posixpath.normpath(name.replace("\\", "/")).lstrip("/")
 
 
-def _images(names) -> list[str]:
-    return sorted(name for name in names if Path(name).suffix.lower() in _SUFFIXES)
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder belongs to a system and not to the data, such as `.DS_Store` and `__MACOSX`."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+
+
+def _images(names: Iterable[str]) -> list[str]:
+    """Those of the names that look like an image's and are not hidden, sorted."""
+    found = (name for name in names if posixpath.splitext(name)[1].lower() in _SUFFIXES)
+    return sorted(name for name in found if not any(map(_is_hidden, name.split("/"))))
 
 
 def _reading(name: str, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
-    # RuntimeError: the member is encrypted; NotImplementedError: a compression that Python lacks.
-    except (OSError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ImageError(f"{name}: cannot be read: {error}") from error
+    except ImageError as error:
+        raise ImageError(f"{briefly(name)}: {error}") from error
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # of the system and of every compression: zlib.error, LZMAError, RuntimeError (encrypted)
+        raise ImageError(f"{briefly(name)}: cannot be read: {error or type(error).__name__}") from error

@@ -19,20 +19,22 @@ Rules of every template:
 * `<image>` stands for an image in human turns of records that have images. Elsewhere (an answer, a text about SVG) it
   is text. There must be one marker per image. A single image before or after the text of a message moves to the front,
   on its own line, as in the reference. Several images, or one inside the text, stay where they are.
-* A leading system turn replaces the template's system prompt. A leading answer is supervised like any other. A last
-  question without an answer is rendered as a generation prompt. Two turns of one role in a row are an error.
+* A leading system turn, or the record's field `system`, replaces the template's system prompt. A leading answer is
+  supervised like any other. A last question without an answer is rendered as a generation prompt. Two turns of one role
+  in a row are an error.
 
 `encoders` chooses between these encoders and the reference's behaviour, `conversation_official`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from ross_jax.config import UserError, nearest
+from ross_jax.data.fields import Record, record_images, system_prompt
 from ross_jax.data.tokenizer import TextEncoder
 
 IMAGE_ID = -200
@@ -51,6 +53,9 @@ ROLES: Mapping[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+
+
+_RENAMED = "'role' to 'from' and 'content' to 'value'"
 
 
 class ConversationError(UserError):
@@ -123,7 +128,6 @@ class Segment(NamedTuple):
 
 
 IMAGE = Segment(IMAGE_ID)
-Record = Mapping[str, Any]
 Encoder = Callable[[Record], EncodedConversation]
 PromptEncoder = Callable[[Record], Int32[np.ndarray, "length"]]
 Renderer = Callable[[Conversation], list[Segment]]
@@ -134,7 +138,16 @@ Renderer = Callable[[Conversation], list[Segment]]
 
 def sample_name(record: Record) -> str:
     """How errors name a record."""
-    return f"sample {record['id']!r}" if "id" in record else "sample without an id"
+    return "sample without an id" if record.get("id") is None else f"sample {record['id']!r:.80}"
+
+
+def no_conversations(record: Record) -> str:
+    """What is wrong with a record that has no `conversations`, and what to do."""
+    found = f"no 'conversations'{nearest('conversations', map(str, record))}; it has {sorted(map(str, record))!s:.200}"
+    if "messages" in record:
+        return f"{found}; rename 'messages' to 'conversations', {_RENAMED}"
+    turns = "[{'from': 'human', 'value': QUESTION}, {'from': 'gpt', 'value': ANSWER}]"
+    return f"{found}; expected 'conversations': {turns}"
 
 
 def read_turns(record: Record) -> list[tuple[Role, str]]:
@@ -145,10 +158,7 @@ def read_turns(record: Record) -> list[tuple[Role, str]]:
     """
     sample = sample_name(record)
     if "conversations" not in record:
-        raise ConversationError(
-            f"{sample}: no 'conversations'{nearest('conversations', map(str, record))}; "
-            f"it has {sorted(map(str, record))}"
-        )
+        raise ConversationError(f"{sample}: {no_conversations(record)}")
     messages = record["conversations"]
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ConversationError(
@@ -161,7 +171,8 @@ def read_turns(record: Record) -> list[tuple[Role, str]]:
             raise ConversationError(f"{where}: expected an object with 'from' and 'value', found {message!r:.80}")
         for key in ("from", "value"):
             if key not in message:
-                raise ConversationError(f"{where}: no {key!r}; it has {sorted(map(str, message))}")
+                hint = f"; rename {_RENAMED}" if {"role", "content"} & message.keys() else ""
+                raise ConversationError(f"{where}: no {key!r}; it has {sorted(map(str, message))}{hint}")
             if not isinstance(message[key], str):
                 found = type(message[key]).__name__
                 raise ConversationError(f"{where}: {key!r} must be a string, found {message[key]!r:.80} ({found})")
@@ -175,23 +186,9 @@ def read_turns(record: Record) -> list[tuple[Role, str]]:
             raise ConversationError(f"{where}: a system turn can only be the first turn; move or remove it")
         if turns and turns[-1][0] == role:
             raise ConversationError(f"{where}: two {speaker!r} turns in a row; merge them, or add what is between them")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConversationError(f"{where}: the text is no valid Unicode (a lone surrogate): {error}") from error
+        _check_unicode(where, text)
         turns.append((role, text))
     return turns
-
-
-def count_images(record: Record) -> int:
-    """Number of images that the record names under `image` and `images`, each a name or a list of names."""
-    count = 0
-    for value in (record.get("image"), record.get("images")):
-        if isinstance(value, (list, tuple)):
-            count += len(value)
-        elif value is not None and not (isinstance(value, str) and not value):
-            count += 1
-    return count
 
 
 def parse_conversation(record: Record) -> Conversation:
@@ -200,8 +197,8 @@ def parse_conversation(record: Record) -> Conversation:
     Raises:
       ConversationError: the record is malformed, or has another number of `<image>` markers than of images.
     """
-    turns = read_turns(record)
-    num_images = count_images(record)
+    turns = _with_system(record, read_turns(record))
+    num_images = len(record_images(record))
     conversation = Conversation(
         sample=sample_name(record),
         turns=tuple(
@@ -214,6 +211,27 @@ def parse_conversation(record: Record) -> Conversation:
             f"{conversation.num_images} {IMAGE_MARKER} marker(s); there must be one for each"
         )
     return conversation
+
+
+def _check_unicode(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConversationError(f"{where}: the text is no valid Unicode (a lone surrogate): {error}") from error
+
+
+def _with_system(record: Record, turns: list[tuple[Role, str]]) -> list[tuple[Role, str]]:
+    """The turns, after a system turn if the record has a system prompt of its own."""
+    prompt = system_prompt(record)
+    if prompt is None:
+        return turns
+    if not isinstance(prompt, str):
+        found = f"{prompt!r:.80} ({type(prompt).__name__})"
+        raise ConversationError(f"{sample_name(record)}: the system prompt must be a string, found {found}")
+    _check_unicode(f"{sample_name(record)}, system prompt", prompt)
+    if turns[0][0] == "system":
+        raise ConversationError(f"{sample_name(record)}: has a system turn and a field for it; remove one of them")
+    return [("system", prompt), *turns]
 
 
 def split_images(text: str) -> tuple[str, ...]:

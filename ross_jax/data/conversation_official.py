@@ -39,10 +39,10 @@ from ross_jax.data.conversation import (
     Encoder,
     PromptEncoder,
     Record,
-    count_images,
     read_turns,
     sample_name,
 )
+from ross_jax.data.fields import record_images
 
 END_OF_ROUND = "<|eot_conversation|>"
 """The reference's separator of rounds in `llama3` prompts. It is text and no token."""
@@ -88,7 +88,7 @@ def front_images(text: str) -> str:
 
 def read_dialogue(record: Record) -> tuple[list[str], bool]:
     """(texts of questions and answers in turn, the first a question; whether the record has an image)."""
-    has_image = count_images(record) > 0
+    has_image = bool(record_images(record))
     turns = read_turns(record)
     if turns[0][0] == "system":
         raise ConversationError(f"{sample_name(record)}, conversations[0]: the reference has no system turns")
@@ -270,7 +270,7 @@ class OfficialPlainEncoder:
             )
         if IMAGE_MARKER not in turns[0][1]:
             raise ConversationError(f"{sample_name(record)}, conversations[0]: plain needs {IMAGE_MARKER}")
-        caption = front_images(turns[1][1]) if count_images(record) else turns[1][1]
+        caption = front_images(turns[1][1]) if record_images(record) else turns[1][1]
         ids = self.tokenizer.encode_with_images(f"{IMAGE_MARKER}{caption}\n")
         masked = len(self.tokenizer.encode_with_images(IMAGE_MARKER))
         return _encoded(ids, np.arange(len(ids)) >= masked, self.tokenizer.pad)

@@ -27,10 +27,10 @@ from ross_jax.data.conversation import (
     Record,
     Renderer,
     Template,
-    count_images,
     render_plain,
     sample_name,
 )
+from ross_jax.data.fields import record_images
 from ross_jax.data.tokenizer import TextEncoder
 
 
@@ -101,7 +101,7 @@ class ImageEncoder:
     before: Int32[np.ndarray, "length"]
 
     def __call__(self, record: Record) -> EncodedConversation:
-        count = count_images(record)
+        count = len(record_images(record))
         if not count:
             raise ConversationError(f"{sample_name(record)}: no image, and the run has no text loss; remove it")
         ids = np.append(self.before, np.full(count, IMAGE_ID, np.int32))

@@ -14,13 +14,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from ross_jax.config import UserError
+from ross_jax.data.formats import foreign_format
+from ross_jax.data.metadata import without_metadata
 
 MAX_PIXELS = 178_956_970
 """Most pixels of a file, which is Pillow's own limit, and of the intermediate images that `preprocess` makes. A file of
 1 x 100000 pixels is small, but the square around it has 10^10."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the image upright."""
 
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -75,7 +88,7 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str) -> Image.Image:
     """The image in `data`, in RGB and turned upright by its EXIF orientation.
 
     Transparency is dropped and the colour below it kept, as in the reference. 16-bit grey is scaled to 8 bits. An
-    animation gives its first frame.
+    animation gives its first frame. Metadata that cannot be read are ignored.
 
     Args:
       data: bytes of a file in any format that Pillow reads, a uint8 array [H, W] or [H, W, 1 | 3 | 4], or
@@ -85,8 +98,8 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str) -> Image.Image:
     Raises:
       ImageError: no image, truncated, more than `MAX_PIXELS`, or 32-bit samples, whose white is undefined.
     """
-    with _refusing_broken(name):
-        image = ImageOps.exif_transpose(_open(data))
+    with _refusing_broken(name, data):
+        image = _turn_upright(_open(data))
         if image.mode in _SIXTEEN_BIT:
             wide = np.asarray(image).astype(np.uint32)
             return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -101,7 +114,7 @@ def decode_official(data: bytes | np.ndarray, name: str) -> Image.Image:
     The EXIF orientation is ignored, and Pillow clips 16- and 32-bit samples. Arguments and errors are those of
     `decode`.
     """
-    with _refusing_broken(name):
+    with _refusing_broken(name, data):
         return _open(data).convert("RGB")
 
 
@@ -110,19 +123,41 @@ def _open(data: bytes | np.ndarray | Image.Image) -> Image.Image:
         return data
     if isinstance(data, np.ndarray):
         return Image.fromarray(data[..., 0] if data.ndim == 3 and data.shape[-1] == 1 else data)
+    try:
+        return _load(data)
+    except Image.DecompressionBombError:
+        raise
+    except Exception:  # see `_refusing_broken`
+        pixels = without_metadata(data)
+        if pixels is None:
+            raise
+        return _load(pixels)
+
+
+def _load(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
 
 
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """The image, turned by its EXIF orientation if that can be read."""
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises anything for broken EXIF, from SyntaxError to struct.error
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
 @contextlib.contextmanager
-def _refusing_broken(name: str) -> Iterator[None]:
+def _refusing_broken(name: str, data: bytes | np.ndarray | Image.Image) -> Iterator[None]:
     try:
         yield
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: empty, or no image that Pillow can read") from error
+        found = foreign_format(data) if isinstance(data, bytes) else None
+        raise ImageError(f"{name}: {found or 'empty, or no image that Pillow can read'}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: more than {MAX_PIXELS} pixels (a decompression bomb?); scale it down") from error
     except Exception as error:  # decoders raise anything for a broken file, from SyntaxError to struct.error

@@ -17,6 +17,7 @@ samples, and only its choice of row for each sample is used.
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from grain.experimental import BestFitPackIterDataset
 
 from ross_jax.config import UserError, to_dict
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
+
+logger = logging.getLogger(__name__)
 
 _OPEN_ROWS = 512  # rows that a sample may still go into; more of them cost time and pack no better
 _FORMAT = 1  # of the cached file; goes up when the same settings are to give another plan
@@ -216,7 +219,7 @@ def make_plan(lengths: Lengths, settings: PlanSettings) -> PackingPlan:
         raise UserError(
             f"none of {len(lengths)} samples fits a row of {config.length} tokens and {config.images} image slots "
             f"({int(np.sum(~usable))} are broken or empty); the longest usable one has {lengths.tokens.max(initial=0)} "
-            f"tokens and the most images are {lengths.images.max(initial=0)}"
+            f"tokens and the most images are {lengths.images.max(initial=0)}; set packing.length and packing.images"
         )
     # NumPy guarantees that RandomState's streams never change (NEP 19), so a later NumPy makes the same plan.
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((settings.seed, settings.epoch))))
@@ -233,6 +236,36 @@ def make_plan(lengths: Lengths, settings: PlanSettings) -> PackingPlan:
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     samples = np.concatenate(rows, dtype=np.int32, casting="unsafe")
     return PackingPlan(offsets, samples, rows_per_step, int(np.sum(usable & ~fits)), int(np.sum(~usable)))
+
+
+def report_plan(plan: PackingPlan, lengths: Lengths, packing: PackingConfig, max_dropped: float = 1.0) -> None:
+    """Logs how full rows are, and warns of conversations that exceed a row, with the settings that would take them.
+
+    Args:
+      max_dropped: largest share of the samples that may exceed a row.
+
+    Raises:
+      UserError: more do.
+    """
+    for name, value in plan.statistics(lengths, packing).items():
+        logger.info("packing plan: %s %s", name, f"{value:.3f}" if isinstance(value, float) else value)
+    if not plan.dropped:
+        return
+    reasons = []
+    for setting, limit, counts in (
+        ("images", packing.images, lengths.images),
+        ("length", packing.length, lengths.tokens),
+        ("supervised", packing.supervised, lengths.supervised),
+    ):
+        if limit is not None and (over := int(np.sum(counts > limit))):
+            reasons.append(f"{over} exceed packing.{setting} = {limit} (the largest has {counts.max()})")
+    dropped = (
+        f"{plan.dropped} of {len(lengths)} conversations do not fit a row and are left out: {'; '.join(reasons)}. "
+        "Raise these settings, or set packing.too_long to 'truncate'"
+    )
+    if plan.dropped > max_dropped * len(lengths):
+        raise UserError(f"{dropped}; or allow a larger share than data.max_dropped = {max_dropped:.1%}")
+    logger.warning(dropped)
 
 
 def _nearest_multiple(rows: int | float, multiple: int) -> int:

@@ -9,7 +9,6 @@ step, and any number of processes reads the same rows together.
 
 import hashlib
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,11 +26,10 @@ from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, expand
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
 from ross_jax.data.conversation import IMAGE_ID, Encoder
 from ross_jax.data.images import Decoder, ImageConfig, ImageError, decode, preprocess
-from ross_jax.data.packing import Lengths, PackingConfig, PackingPlan, PlanSettings, cached_plan, make_plan
+from ross_jax.data.packing import Lengths, PackingConfig, PackingPlan, PlanSettings, cached_plan, make_plan, report_plan
 from ross_jax.data.precomputed import Precomputed
-from ross_jax.data.sources import BrokenSamples, Concatenated, Sample, SampleError, Source, SourceConfig, open_source
-
-logger = logging.getLogger(__name__)
+from ross_jax.data.records import Version
+from ross_jax.data.sources import BrokenSamples, Sample, SampleError, Source, SourceConfig, open_sources, report_fields
 
 Broken = tuple[int, str]
 """Index of a sample that cannot be used, and why."""
@@ -50,6 +48,7 @@ class DataConfig:
       epochs: passes over the data.
       seed: settles the order of samples and rows.
       max_broken: share of broken samples above which the run stops; see `sources.BrokenSamples`.
+      max_dropped: share of samples that exceed a row above which a new run does not begin.
       workers: processes that read, each one batch at a time. 0: threads of this process read, which is often fast
         enough, because decoding and resizing images release the interpreter lock.
       threads: threads that read, each one batch at a time, if there are no workers.
@@ -65,6 +64,7 @@ class DataConfig:
     epochs: int = 1
     seed: int = 0
     max_broken: float = 0.01
+    max_dropped: float = 0.2
     workers: int = 0
     threads: int = 4
     prefetch: int = 2
@@ -80,8 +80,9 @@ class DataConfig:
         for name in ("workers", "threads", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
-        if not 0 <= self.max_broken <= 1:
-            raise ValueError(f"max_broken is {self.max_broken}; it is a share, from 0 to 1")
+        for name in ("max_broken", "max_dropped"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,14 @@ def expand_sample(sample: Sample, preprocessing: Preprocessing, packing: Packing
     try:
         encoded = preprocessing.encode(sample.record)
     except UserError as error:
-        raise SampleError(str(error)) from error
+        raise SampleError(f"{sample.place}: {error}" if sample.place else str(error)) from error
     marks = np.count_nonzero(encoded.input_ids == IMAGE_ID)
     if marks != len(sample.images):
-        raise SampleError(f"sample {sample.id!r}: {marks} image markers in the text, {len(sample.images)} images")
+        raise SampleError(f"{sample}: {marks} image markers in the text, {len(sample.images)} images")
     limits = packing if packing.too_long == "truncate" else None
     expanded = expand(encoded, preprocessing.image_tokens, limits)
     if not len(expanded.tokens):
-        raise SampleError(f"sample {sample.id!r}: holds nothing, or begins with an image that fits no row")
+        raise SampleError(f"{sample}: holds nothing, or begins with an image that fits no row")
     return expanded
 
 
@@ -183,6 +184,7 @@ def measure_lengths(source: Source, preprocessing: Preprocessing, config: DataCo
             chunks.append(lengths)
     finally:
         iterator.close()
+    broken_samples.summarise()
     return Lengths(*np.concatenate(chunks, axis=1))
 
 
@@ -193,7 +195,7 @@ def cached_lengths(source: Source, preprocessing: Preprocessing, config: DataCon
       writer: as in `cached_plan`.
     """
     cut = config.packing if config.packing.too_long == "truncate" else None
-    key = ["lengths", 1, source.fingerprint, preprocessing.encode_key, preprocessing.image_tokens, str(cut)]
+    key = ["lengths", 2, source.fingerprint, preprocessing.encode_key, preprocessing.image_tokens, str(cut)]
     described = json.dumps(key)
     path = Path(config.cache) / f"lengths-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz"
     arrays = load_arrays(path, described)
@@ -262,6 +264,7 @@ class Pipeline:
       lengths: what `measure_lengths` found for `source`.
       plans: one per epoch, all with the same number of rows per step.
       config: see `DataConfig`.
+      versions: of the sources, as they were opened.
 
     Attributes:
       steps: number of steps of the whole run.
@@ -278,9 +281,10 @@ class Pipeline:
         lengths: Lengths,
         plans: Sequence[PackingPlan],
         config: DataConfig,
+        versions: Sequence[Version] = (),
     ):
         self._source, self._preprocessing = source, preprocessing
-        self.lengths, self.plans, self.config = lengths, list(plans), config
+        self.lengths, self.plans, self.config, self.versions = lengths, list(plans), config, list(versions)
         self.precomputed = preprocessing.precomputed
         self.rows_per_step = plans[0].rows_per_step
         packing, image_size = config.packing, preprocessing.images.size
@@ -350,7 +354,7 @@ class Pipeline:
         planned = int(self.lengths.tokens[index]), int(self.lengths.images[index])
         if (len(expanded.tokens), len(expanded.image_start)) != planned:
             raise UserError(
-                f"sample {sample.id!r} now has {len(expanded.tokens)} tokens and {len(expanded.image_start)} images, "
+                f"{sample} now has {len(expanded.tokens)} tokens and {len(expanded.image_start)} images, "
                 f"planned were {planned}: data or tokenizer changed; remove the cache {self.config.cache}"
             )
         numbers = range(len(expanded.image_start))
@@ -365,7 +369,7 @@ class Pipeline:
         try:
             return preprocess(preprocessing.decode(image.read(), image.name), preprocessing.images, image.name)
         except ImageError as error:
-            raise ImageError(f"sample {sample.id!r}: {error}") from error
+            raise ImageError(f"{sample}: {error}") from error
 
     def batches(self, start: int = 0, process: int = 0, processes: int = 1) -> Iterator[Batch]:
         """This process's `rows_per_step / processes` rows of every step from `start` to the end.
@@ -403,7 +407,8 @@ def open_pipeline(
     multiple: int = 1,
     rows_per_step: int | None = None,
     writer: bool = True,
-    opened: Callable[[str], None] = lambda fingerprint: None,
+    known: Sequence[Version] = (),
+    opened: Callable[[str, Sequence[Version]], None] = lambda fingerprint, versions: None,
 ) -> Pipeline:
     """Opens the sources, measures their samples, and plans every epoch.
 
@@ -414,19 +419,21 @@ def open_pipeline(
       multiple: the rows of a step are a multiple of this.
       rows_per_step: rows per step of the run that is continued; None in a new run.
       writer: whether this process measures and plans.
-      opened: called with the fingerprint of the sources before anything is measured.
+      known: earlier versions of the sources, which save hashing files that are as they were.
+      opened: called with the fingerprint of all sources, and with their versions, before anything is measured.
 
     Raises:
-      UserError: a source is missing, empty or corrupt; too many samples are broken; nothing fits a row.
+      UserError: a source is missing, empty or corrupt; too many samples are broken or exceed a row.
     """
-    sources = [open_source(source) for source in config.sources]
-    source = sources[0] if len(sources) == 1 else Concatenated(sources)
-    opened(source.fingerprint)
+    source, versions = open_sources(config.sources, known)
+    opened(source.fingerprint, versions)
+    report_fields(source, config.max_broken)
     if config.cache and preprocessing.encode_key:
         lengths = cached_lengths(source, preprocessing, config, writer)
     else:
         lengths = measure_lengths(source, preprocessing, config)
     plans: list[PackingPlan] = []
+    is_new = rows_per_step is None
     for epoch in range(config.epochs):
         settings = PlanSettings(config.packing, config.batch, multiple, rows_per_step, config.seed, epoch)
         if config.cache:
@@ -434,6 +441,5 @@ def open_pipeline(
         else:
             plans.append(make_plan(lengths, settings))
         rows_per_step = plans[0].rows_per_step
-    for name, value in plans[0].statistics(lengths, config.packing).items():
-        logger.info("packing plan: %s %s", name, f"{value:.3f}" if isinstance(value, float) else value)
-    return Pipeline(source, preprocessing, lengths, plans, config)
+    report_plan(plans[0], lengths, config.packing, config.max_dropped if is_new else 1.0)
+    return Pipeline(source, preprocessing, lengths, plans, config, versions)

@@ -8,10 +8,10 @@ counts such samples, and ends the run when there are too many.
 """
 
 import hashlib
-import json
+import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -19,12 +19,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from ross_jax.config import UserError
-from ross_jax.data.archives import FileRange, ImageStore, open_store
+from ross_jax.data.archives import ImageStore, file_mode, open_store
+from ross_jax.data.conversation import no_conversations, sample_name
+from ross_jax.data.fields import Survey, record_images
 from ross_jax.data.images import ImageError
+from ross_jax.data.records import RecordFile, Version
+from ross_jax.data.spelling import briefly
 
 logger = logging.getLogger(__name__)
-
-_BLANK = re.compile(r"[ \t\n\r\ufeff]*")  # white space of JSON, and a byte order mark
 
 
 class SampleError(UserError):
@@ -75,11 +77,17 @@ class Sample:
       id: the record's id, or else the place of the record in its source.
       record: in LLaVA's format, see `LlavaSource`. Without `conversations` if there is no text.
       images: the images that the record names, in order.
+      place: file and number of the record; empty if `id` says it.
     """
 
     id: str
     record: dict[str, Any]
     images: tuple[LazyImage, ...]
+    place: str = ""
+
+    def __str__(self) -> str:
+        """How errors name the sample."""
+        return f"{self.place}: sample {self.id!r}" if self.place else f"sample {self.id!r}"
 
 
 @runtime_checkable
@@ -93,8 +101,11 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, known: Version | None = None) -> Source:
     """Opens one source.
+
+    Args:
+      known: an earlier version of its file. While size and time are the same, its fingerprint holds.
 
     Raises:
       UserError: the source does not exist, is empty, or is corrupt (with line and column).
@@ -103,108 +114,44 @@ def open_source(config: SourceConfig) -> Source:
         return ImageSource(config.path)
     if config.kind == "tfds":
         return TfdsSource(config.path, config.split, config.data_dir, config.caption)
-    return LlavaSource(config.path, config.images)
+    return LlavaSource(config.path, config.images, known)
 
 
-class RecordFile(Sequence[dict[str, Any]]):
-    """Records of a JSON list or of a JSONL file, each parsed when it is asked for.
+def open_sources(configs: Sequence[SourceConfig], known: Sequence[Version] = ()) -> tuple[Source, list[Version]]:
+    """Opens sources as one data set, and tells what is to be remembered of each.
 
-    The whole file is parsed once at the start, so corrupt JSON is found before training. Only byte offsets of records
-    are kept, so worker processes hold no copies of the data.
+    Args:
+      known: an earlier version of each source; may be empty.
 
     Raises:
-      UserError: the file is missing, empty, no UTF-8, corrupt (line and column given), or no list of objects.
+      UserError: as in `open_source`.
     """
-
-    def __init__(self, path: str | Path):
-        self.path = str(path)
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); give a LLaVA JSON or JSONL file") from error
-        self.fingerprint = hashlib.sha256(data).hexdigest()
-        spans = _line_spans if self.path.endswith(".jsonl") else _list_spans
-        try:
-            self._spans = np.array(list(spans(data, self.path)), np.int64).reshape(-1, 2)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 at byte {error.start}; convert it to UTF-8") from error
-        if not len(self._spans):
-            raise UserError(f"{path}: is empty: no record in it")
-        self._file = FileRange(path)
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        start, end = self._spans[index].tolist()
-        return json.loads(self._file.read(start, end - start))
+    sources = [open_source(*pair) for pair in zip(configs, known or [None] * len(configs), strict=True)]
+    versions = [
+        source.version if isinstance(source, LlavaSource) else Version(config.path, len(source), source.fingerprint)
+        for config, source in zip(configs, sources, strict=True)
+    ]
+    return sources[0] if len(sources) == 1 else Concatenated(sources), versions
 
 
-def _line_spans(data: bytes, path: str) -> Iterator[tuple[int, int]]:
-    """Byte ranges (start, end) of the records of a JSONL file. Blank lines are skipped."""
-    start = 0
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        text = line.decode()
-        if not _BLANK.fullmatch(text):
-            first = _BLANK.match(text).end()
-            record, _ = _parse(text, first, path, first_line=number, whole=True)
-            _check_record(record, f"line {number}", path)
-            yield start + len(text[:first].encode()), start + len(line)
-        start += len(line) + 1
+def report_fields(source: Source, max_share: float) -> None:
+    """Warns of fields of records that are not read.
 
+    Args:
+      max_share: share of the records of a source without images that may have marks of images.
 
-def _list_spans(data: bytes, path: str) -> Iterator[tuple[int, int]]:
-    """Byte ranges (start, end) of the items of a JSON list."""
-    text = data.decode()
-    position = _BLANK.match(text).end()
-    if position == len(text):
-        return
-    if text[position] != "[":
-        value, end = _parse(text, position, path)
-        rest = _BLANK.match(text, end).end() < len(text)
-        hint = "it looks like JSONL: name it .jsonl" if rest else "expected a list of conversations"
-        raise UserError(f"{path}: holds a JSON {type(value).__name__}, not a list; {hint}")
-    # Offsets count bytes and the parser counts characters, so `byte` follows `position` from item to item.
-    byte, done, number = 0, 0, 0
-    position = _BLANK.match(text, position + 1).end()
-    while text[position : position + 1] != "]" or number:
-        record, end = _parse(text, position, path)
-        _check_record(record, f"item {number}", path)
-        number += 1
-        byte += len(text[done:position].encode())
-        size = len(text[position:end].encode())
-        yield byte, byte + size
-        byte, done = byte + size, end
-        position = _BLANK.match(text, end).end()
-        if text[position : position + 1] == "]":
-            break
-        if text[position : position + 1] != ",":
-            raise _corrupt(json.JSONDecodeError("Expecting ',' or ']'", text, position), path)
-        position = _BLANK.match(text, position + 1).end()
-    position = _BLANK.match(text, position + 1).end()
-    if position < len(text):
-        raise _corrupt(json.JSONDecodeError("Extra data", text, position), path)
-
-
-def _parse(text: str, position: int, path: str, first_line: int = 1, whole: bool = False) -> tuple[Any, int]:
-    try:
-        value, end = json.JSONDecoder().raw_decode(text, position)
-        rest = _BLANK.match(text, end).end()
-        if whole and rest < len(text):
-            raise json.JSONDecodeError("Extra data", text, rest)
-        return value, end
-    except json.JSONDecodeError as error:
-        raise _corrupt(error, path, first_line) from error
-
-
-def _corrupt(error: json.JSONDecodeError, path: str, first_line: int = 1) -> UserError:
-    line = error.lineno + first_line - 1
-    return UserError(f"{path}: corrupt JSON at line {line}, column {error.colno}: {error.msg}")
-
-
-def _check_record(record: Any, where: str, path: str) -> None:
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: {where} is a JSON {type(record).__name__}; expected an object with 'conversations'")
+    Raises:
+      UserError: more have. Their images must be in fields that are not read.
+    """
+    if isinstance(source, Concatenated):
+        for each in source.sources:
+            report_fields(each, max_share)
+    elif isinstance(source, LlavaSource):
+        findings = list(source.survey.findings(source.version.path))
+        if source.survey.is_blind(max_share):
+            raise UserError(findings[0])
+        for finding in findings:
+            logger.warning(finding)
 
 
 class LlavaSource:
@@ -212,28 +159,31 @@ class LlavaSource:
 
     `image` (or `images`) is a file name, a list of file names, or absent. `id` may be absent and need not be unique, as
     in published mixes. Messages are checked when they are encoded.
+
+    Attributes:
+      version: the file as it was read.
+      survey: what of its records is not read.
     """
 
-    def __init__(self, path: str | Path, images: Sequence[str] = ()):
-        self._records = RecordFile(path)
+    def __init__(self, path: str | Path, images: Sequence[str] = (), known: Version | None = None):
+        self.survey = Survey()
+        self._records = RecordFile(path, known, self.survey.add)
         self._images = _Mounts(images)
-        self.fingerprint = self._records.fingerprint
+        self.version = self._records.version
+        self.fingerprint = self.version.fingerprint
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        record = self._records[index]
-        name = str(record.get("id", f"{Path(self._records.path).name}[{index}]"))
+        record, place = self._records[index], self._records.place(index)
         if "conversations" not in record:
-            raise SampleError(f"sample {name!r}: no 'conversations'; it has {sorted(record)}")
-        images = []
-        for field in ("image", "images"):
-            value = record.get(field) or []
-            images += value if isinstance(value, list) else [value]
+            raise SampleError(f"{place}: {sample_name(record)}: {no_conversations(record)}")
+        images = record_images(record)
         if not all(isinstance(image, str) and image for image in images):
-            raise SampleError(f"sample {name!r}: an image must be a file name, found {str(images)[:80]}")
-        return Sample(name, record, tuple(self._images.image(image) for image in images))
+            raise SampleError(f"{place}: {sample_name(record)}: an image must be a file name, found {str(images)[:80]}")
+        name = f"{Path(self._records.path).name}[{index}]" if record.get("id") is None else str(record["id"])
+        return Sample(name, record, tuple(self._images.image(image) for image in images), place)
 
 
 class _Mounts:
@@ -242,20 +192,32 @@ class _Mounts:
     def __init__(self, places: Sequence[str]):
         self._stores: list[tuple[str, ImageStore]] = []
         for place in places:
-            prefix, _, path = ("", "", place) if Path(place).exists() else place.rpartition("=")
+            prefix, _, path = ("", "", place) if file_mode(Path(place)) else place.rpartition("=")
             self._stores.append((prefix.rstrip("/") + "/" if prefix else "", open_store(path)))
 
     def image(self, name: str) -> LazyImage:
-        return LazyImage(name, lambda: self._read(name))
+        return LazyImage(briefly(name), lambda: self._read(name))
 
     def _read(self, name: str) -> bytes:
         if not self._stores:
-            raise UserError(f"{name}: the data has images, but no image folder is set; give the source its 'images'")
+            raise UserError(
+                f"{briefly(name)}: the data has images, but no image folder is set; give the source its 'images'"
+            )
         for prefix, store in self._stores:
             inside = name.removeprefix(prefix)
             if name.startswith(prefix) and inside in store:
                 return store.read(inside)
-        raise ImageError(f"{name}: no such image in {', '.join(p + s.path for p, s in self._stores)}")
+        stores = ", ".join(prefix + store.path for prefix, store in self._stores)
+        raise ImageError(f"{briefly(name)}: {_no_file_name(name) or f'no such image in {stores}'}")
+
+
+def _no_file_name(name: str) -> str | None:
+    """What stands in a record where the name of an image's file belongs; None if it may be a name."""
+    if name.startswith(("http://", "https://", "s3://", "gs://")):
+        return "is an address, not a file's name; download the image, and name its file"
+    if name.startswith("data:") or (len(name) > 255 and re.fullmatch(r"[A-Za-z0-9+/=_\s-]+", name)):
+        return "is the image itself in base64, not a file's name; save the image, and name its file"
+    return None
 
 
 class ImageSource:
@@ -273,7 +235,7 @@ class ImageSource:
 
     def __getitem__(self, index: int) -> Sample:
         name = self._names[index]
-        return Sample(name, {"id": name, "image": name}, (LazyImage(name, lambda: self._store.read(name)),))
+        return Sample(name, {"id": name, "image": name}, (LazyImage(briefly(name), lambda: self._store.read(name)),))
 
 
 class TfdsSource:
@@ -324,7 +286,7 @@ class Concatenated:
     """Several sources one after the other, as one."""
 
     def __init__(self, sources: Sequence[Source]):
-        self._sources = list(sources)
+        self.sources = list(sources)
         self._ends = np.cumsum([len(source) for source in sources])
         self.fingerprint = _hash("concatenated", *(source.fingerprint for source in sources))
 
@@ -333,15 +295,18 @@ class Concatenated:
 
     def __getitem__(self, index: int) -> Sample:
         which = int(np.searchsorted(self._ends, index, side="right"))
-        return self._sources[which][index - (int(self._ends[which - 1]) if which else 0)]
+        return self.sources[which][index - (int(self._ends[which - 1]) if which else 0)]
 
 
 def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()
+
+
+_LOGGED = 10  # broken samples that the log names
 
 
 class BrokenSamples:
-    """Counts broken samples, logs each once, and ends the run when there are too many.
+    """Counts broken samples, logs the first of them, and ends the run when there are too many.
 
     `max(1, max_share * max(seen, min(total, 1000)))` broken samples are allowed. So one broken sample never ends a run,
     two at the start do not end a large one, and a wrong image folder ends it within a few steps.
@@ -367,15 +332,23 @@ class BrokenSamples:
           UserError: too many samples are broken, or all of them. The text lists the first few.
         """
         self._seen = min(self._seen + seen, self._total)
-        for index, reason in broken:
-            if index not in self._broken:
-                self._broken[index] = reason
-                logger.warning("broken sample skipped (index %d): %s", index, reason)
+        new = {index: reason for index, reason in broken if index not in self._broken}
+        logged = dict(itertools.islice(new.items(), max(0, _LOGGED - self.count)))
+        self._broken |= new
         allowed = max(1, self._max_share * max(self._seen, min(self._total, 1000)))
         if self.count > allowed or self.count == self._total:
             first = "\n".join(f"  {reason}" for reason in list(self._broken.values())[:5])
             raise UserError(
                 f"{self.count} of {self._seen} samples read are broken, more than the allowed share of "
                 f"{self._max_share:.1%}. The first of them:\n{first}\n"
-                "Repair the data (is the image folder right?), or raise max_broken"
+                "Repair the data (do the image folder and the template fit it?), or raise max_broken"
             )
+        for index, reason in logged.items():
+            logger.warning("broken sample skipped (index %d): %s", index, reason)
+        if self.count > _LOGGED >= self.count - len(new):
+            logger.warning("more broken samples are skipped and only counted; launch/inspect_data.py lists bad records")
+
+    def summarise(self) -> None:
+        """Logs how many samples are broken, if the log does not name them all."""
+        if self.count > _LOGGED:
+            logger.warning("%d of %d samples cannot be used", self.count, self._total)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from ross_jax.data.encoders import build_training_encoder
 from ross_jax.data.images import decode, decode_official
 from ross_jax.data.pipeline import Pipeline, Preprocessing, open_pipeline
 from ross_jax.data.precomputed import differences
+from ross_jax.data.records import Version
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import make_objective
@@ -35,23 +37,35 @@ from ross_jax.training.step import make_state
 from ross_jax.tree import flatten, merge
 from ross_jax.upgrade import upgrade
 
+logger = logging.getLogger(__name__)
+
 RECORD = "run.json"
 """File of a run's directory with its config and what identifies its data."""
 _FREE = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
-_FREE += ("data.precomputed",)
+_FREE += ("data.precomputed", "data.max_dropped")
 """Beginnings of the fields that a run may change when it continues."""
+_GO_ON = "continue on it as it is now with --accept_changed_data, or start a new run in another directory"
 
 
-def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, timeout: int = 300) -> Pipeline:
+def open_data(
+    config: RunConfig,
+    mesh: Mesh,
+    rows_per_step: int | None = None,
+    timeout: int = 300,
+    known: Sequence[Version] = (),
+    accept_changed: bool = False,
+) -> Pipeline:
     """The run's batches. Of several processes, process 0 measures and plans, and the others read what it cached.
 
     Args:
       rows_per_step: of the run that continues; None for a new run.
       timeout: seconds within which all processes must have opened their data.
+      known: the sources as the run knows them; empty for a new run.
+      accept_changed: whether they may have changed since.
 
     Raises:
-      UserError: data, tokenizer or `config.data.precomputed` cannot be used. On all processes: their data or tokenizers
-        differ, or one of them was late.
+      UserError: data, tokenizer or `config.data.precomputed` cannot be used, or the data has changed. On all processes:
+        their data or tokenizers differ, or one of them was late.
     """
     model, text = config.model, config.text
     tokenizer = load_tokenizer(text.tokenizer)
@@ -64,9 +78,10 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, t
     key = json.dumps([to_dict(text), len(tokenizer)])
     cached = open_cached(config)
 
-    def opened(fingerprint: str) -> None:
+    def opened(fingerprint: str, versions: Sequence[Version]) -> None:
         vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
         agreement.agree({"data": fingerprint[:12], "tokenizer": vocabulary[:12]}, timeout)
+        _check_unchanged(known, versions, accept_changed)
         if jax.process_index() > 0:
             agreement.barrier()  # process 0 arrives when lengths and plans are in the cache
 
@@ -85,6 +100,7 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, t
         multiple=replicas * config.step.accumulate,
         rows_per_step=rows_per_step,
         writer=jax.process_index() == 0,
+        known=known,
         opened=opened,
     )
     if jax.process_index() == 0:
@@ -92,6 +108,16 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, t
     if cached is not None:
         check_settings(config, cached, pipeline)
     return pipeline
+
+
+def _check_unchanged(known: Sequence[Version], versions: Sequence[Version], accept_changed: bool) -> None:
+    """Raises UserError, with what changed, if sources are not as the run knows them; warns if that is accepted."""
+    changes = [change for before, now in zip(known, versions, strict=False) if (change := before.changes(now))]
+    if changes:
+        listed = "the data has changed since the run began:\n  " + "\n  ".join(changes)
+        if not accept_changed:
+            raise UserError(f"{listed}\nRestore it, {_GO_ON}")
+        logger.warning(listed)
 
 
 def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, Path]]:
@@ -137,6 +163,7 @@ class Run:
     Args:
       folder: the directory, which is made if it is absent.
       timeout: seconds that processes wait for one another while the run starts.
+      accept_changed_data: whether the run continues on data that has changed. The position in it stays the step number.
 
     Attributes:
       step: number of steps done.
@@ -148,17 +175,19 @@ class Run:
       UserError: a config, data or directory that cannot be used; the directory holds a run of another config or data.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, timeout: int = 300):
+    def __init__(self, config: RunConfig, folder: Path, timeout: int = 300, accept_changed_data: bool = False):
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
         record = self._read_record()
         self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
         self.step = self._checkpoints.latest() or 0
-        self.data = open_data(self._with_shared_cache(), self.mesh, record.get("rows_per_step"), timeout)
-        if record.get("data", self.data.hash) != self.data.hash:
+        known = [from_dict(Version, each, f"{folder / RECORD}: sources") for each in record.get("sources", ())]
+        rows = record.get("rows_per_step")
+        self.data = open_data(self._with_shared_cache(), self.mesh, rows, timeout, known, accept_changed_data)
+        if record.get("data", self.data.hash) != self.data.hash and not accept_changed_data:
             raise UserError(
                 f"{folder}: was trained on other data or another packing plan; a run continues only with its own. "
-                "Restore the data, or start a new run in another directory"
+                f"Restore the data, {_GO_ON}"
             )
         self.steps = self.data.steps
         built = build_step(config, self.mesh, self.steps)
@@ -167,6 +196,8 @@ class Run:
         if self.step:
             self.state = self._checkpoints.restore(self.step, built.state)
             check_parameters(config, self.data.precomputed, self.state.frozen)
+            if jax.process_index() == 0:
+                self._write_record(record)
         else:
             self.state = self._first_state(built.tree)
 
@@ -234,10 +265,17 @@ class Run:
             "reconstruction": to_dict(self.config.reconstruction),
         }
         checkpoints.write_manifest(self.folder, {"config": to_dict(self.config.model), "foreign": foreign, **settings})
-        record = {"config": to_dict(self.config), "rows_per_step": self.data.rows_per_step, "data": self.data.hash}
+        self._write_record({"config": to_dict(self.config), "rows_per_step": self.data.rows_per_step})
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        """Writes the record, with the data as it is now, unless the directory has it already."""
+        current = record | {"data": self.data.hash, "sources": [to_dict(version) for version in self.data.versions]}
+        if current == record:
+            return
         partial = self.folder / f"{RECORD}.partial"
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(self.folder / RECORD)
+        with checkpoints.writing(self.folder, partial):
+            partial.write_text(json.dumps(current, indent=1) + "\n")
+            partial.replace(self.folder / RECORD)
 
     def _make_reporter(self) -> Reporter:
         config = self.config

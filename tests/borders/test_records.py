@@ -33,12 +33,6 @@ def make_file(fields: dict, defect: dict) -> str:
     return json.dumps(records)
 
 
-no_place = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the error does not say which record of which file is meant"
-)
-
-
-@no_place
 @pytest.mark.parametrize("defect", DEFECTS.values(), ids=DEFECTS)
 @pytest.mark.parametrize("fields", IDS.values(), ids=IDS)
 def test_inspection_leads_to_a_bad_record(fields, defect, call, recipe, tmp_path):
@@ -65,7 +59,6 @@ def refused(recipe, tmp_path_factory) -> str:
 
 
 @pytest.mark.slow
-@no_place
 @pytest.mark.parametrize("name", IDS)
 def test_training_leads_to_bad_records(name, refused):
     """A user trains on several files, some of which have a bad record."""
@@ -87,25 +80,11 @@ NAMES = {
     "a lone surrogate": "\ud83d.png",
     "a zero byte": "a\0.png",
 }
-TOO_LONG = ("base64", "data URI", "300 letters")  # for a file system
-CRASH = "an image's name that is too long is a crash"
-
-
-def marks(place: str, name: str) -> list:
-    if place == "folder" and name in TOO_LONG:
-        return [pytest.mark.xfail(strict=True, raises=OSError, reason=CRASH)]
-    if place == "zip" and CONTENT in NAMES[name]:
-        return [pytest.mark.xfail(strict=True, raises=AssertionError, reason="the error holds the image in base64")]
-    return []
 
 
 @pytest.mark.parametrize(
     ("place", "name"),
-    [
-        pytest.param(place, name, marks=marks(place, name), id=f"{name}, {place}")
-        for place in ("folder", "zip")
-        for name in NAMES
-    ],
+    [pytest.param(place, name, id=f"{name}, {place}") for place in ("folder", "zip") for name in NAMES],
 )
 def test_image_names_that_are_none(place, name, tmp_path):
     """An export wrote the image itself, or a name that no file can have, where the image's name belongs."""
@@ -127,7 +106,6 @@ def test_image_names_that_are_none(place, name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=CRASH)
 def test_training_goes_on_without_such_images(recipe, tmp_path):
     """A few records of a large file hold such names, and the user lets a share of the data be broken."""
     records = [record | {"image": name} for record, name in zip(make_records(), NAMES.values(), strict=False)]

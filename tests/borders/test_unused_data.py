@@ -35,9 +35,6 @@ def run(recipe, tmp_path_factory) -> Callable[[list], tuple[int, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="conversations that fit no row are dropped without a reason"
-)
 def test_conversations_that_fit_no_row(run):
     """Of 24 conversations 12 have four images, for which a row has no place, and 8 are longer than a row."""
     records = [record | {"image": "0.png"} for record in make_records()[:4]]
@@ -49,34 +46,31 @@ def test_conversations_that_fit_no_row(run):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="images under an unknown key are not missed")
 def test_all_images_under_another_key(run):
     """Every record names its image under a key that is not read: training would be blind."""
-    status, said = run([make_record(image_path="0.png")] * 12)
+    status, said = run([make_record(photo="0.png")] * 12)
     assert status == 1 and "error: " in said, said
-    assert re.search(r"\bimage_path\b", said), said
+    assert re.search(r"\bphoto\b", said), said
 
 
 @pytest.fixture(scope="module")
 def mixed(run) -> str:
     """What a run says of a mix of sound records, of fields that it does not read, and of a text about SVG."""
     records = [make_record(image="0.png")] * 14 + [make_record("", "What does <image> mean in SVG?")]
-    records += [make_record(img="0.png")] * 4
+    records += [make_record(photo="0.png")] * 4
     records += [make_record(image="0.png", system="You are a vet.")] * 3
     records += [make_record("<video>", video="0.mp4")] * 2
     return run(records)[1]
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="fields that are not read are not named")
-@pytest.mark.parametrize("field", ["img", "system", "video"])
+@pytest.mark.parametrize("field", ["photo", "system", "video"])
 def test_fields_that_are_not_read(field, mixed):
     """A mix of several data sets: a few of its images are under another key, some records are videos."""
     assert re.search(rf"\b{field}\b", mixed), mixed
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="marks without an image are not counted")
 def test_marks_without_an_image_are_counted(mixed):
     """Four questions begin with a mark and have no image; a fifth only speaks of such marks."""
     assert re.search(r"\b4\b.*(<image>|\bmark)|(<image>|\bmark).*\b4\b", mixed), mixed

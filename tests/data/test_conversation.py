@@ -294,6 +294,18 @@ def test_a_system_turn_replaces_the_system_prompt():
     assert supervised_texts(tokenizer, encoded) == ["Yo<|im_end|>"]
 
 
+@pytest.mark.parametrize("field", ["system", "system_prompt"])
+@pytest.mark.parametrize("template", ["v1", "qwen_2", "llama3", "chatml"])
+def test_a_system_prompt_beside_the_turns_is_a_system_turn(template, field):
+    _, encode = tiny_encoder(template, "byte_level")
+    turn = encode(record(("system", "Be terse."), ("human", "Hi"), ("gpt", "Yo")))
+    beside = encode(record("Hi", "Yo") | {field: "Be terse."})
+    np.testing.assert_array_equal(beside.input_ids, turn.input_ids)
+    np.testing.assert_array_equal(beside.labels, turn.labels)
+    none = encode(record("Hi", "Yo") | {field: ""})
+    np.testing.assert_array_equal(none.input_ids, encode(record("Hi", "Yo")).input_ids)
+
+
 def test_a_leading_answer_is_supervised_too():
     tokenizer, encode = tiny_encoder("v1", "byte_level")
     encoded = encode(record(("gpt", "Hello"), ("human", "Hi"), ("gpt", "Yo")))
@@ -344,6 +356,7 @@ ANSWER = {"from": "gpt", "value": "Yo"}
     ("bad", "message"),
     [
         ({}, r"sample without an id: no 'conversations'"),
+        ({"id": None}, r"sample without an id: no 'conversations'"),
         ({"id": 7}, r"sample 7: no 'conversations'; it has \['id'\]"),
         ({"id": 7, "conversation": []}, r"no 'conversations' \(did you mean 'conversation'\?\)"),
         ({"id": 7, "conversations": []}, r"sample 7: 'conversations' must be a list of at least one turn, found \[\]"),
@@ -371,6 +384,15 @@ ANSWER = {"from": "gpt", "value": "Yo"}
             {"id": 7, "conversations": [{"from": "human", "value": "<image><image>"}, ANSWER], "image": ["a.jpg"]},
             r"names 1 image.*have 2 <image> marker",
         ),
+        ({"id": 7, "conversations": [GOOD, ANSWER], "system": ["x"]}, r"sample 7: the system prompt must be a string"),
+        ({"id": 7, "conversations": [GOOD, ANSWER], "system": "\ud83d"}, r"sample 7, system prompt: .*lone surrogate"),
+        (
+            {"id": 7, "conversations": [{"from": "system", "value": "x"}, GOOD, ANSWER], "system": "y"},
+            r"sample 7: has a system turn and a field for it",
+        ),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, r"rename 'messages' to 'conversations', 'role' to 'from'"),
+        ({"conversations": [{"role": "user", "content": "Hi"}]}, r"no 'from'.*rename 'role' to 'from' and 'content'"),
+        ({"instruction": "Hi", "output": "Yo"}, r"expected 'conversations': \[\{'from': 'human'"),
         ({"id": 7, "conversations": [GOOD]}, r"sample 7: no answer, so nothing to learn from"),
     ],
 )

@@ -190,7 +190,29 @@ def animation(kind: str) -> bytes:
     return encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
 
 
+def chunk(kind: bytes, content: bytes, damage: int = 0) -> bytes:
+    checksum = zlib.crc32(kind + content) ^ damage
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def with_chunk(*values) -> bytes:
+    """A green PNG with one more chunk after its header."""
+    data = plain("RGB", GREEN)
+    return data[:33] + chunk(*values) + data[33:]
+
+
+def with_segment(marker: int, content: bytes) -> bytes:
+    """A green JPEG with one more segment at its beginning."""
+    data = encode(Image.new("CMYK", (8, 6), (255, 0, 255, 0)), "JPEG", quality=100)
+    return data[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + data[2:]
+
+
 HANDLED = {
+    "png_damaged_exif": (with_chunk(b"eXIf", b"II*\0", 1), GREEN),
+    "png_much_text": (with_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(3_000_000))), GREEN),
+    "png_cut_resolution": (with_chunk(b"pHYs", b"1"), GREEN),
+    "jpeg_cut_profile": (with_segment(0xE2, b"ICC_PROFILE\0"), GREEN),
+    "jpeg_cut_header": (with_segment(0xE0, b"JFIF\0"), GREEN),
     "rgb": (plain("RGB", GREEN), GREEN),
     "rgba": (plain("RGBA", (*GREEN, 0)), GREEN),
     "grey": (plain("L", 77), (77, 77, 77)),
@@ -215,7 +237,7 @@ def test_handled(name):
     data, colour = HANDLED[name]
     image = decode(data, name)
     assert (image.mode, image.size) == ("RGB", (8, 6))
-    lossy = 2 if name == "cmyk" else 0
+    lossy = 2 if name == "cmyk" or "jpeg" in name else 0
     np.testing.assert_allclose(np.asarray(image), np.broadcast_to(colour, (6, 8, 3)), atol=lossy)
 
 
@@ -242,7 +264,9 @@ def bomb() -> bytes:
 NOISE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8))
 REFUSED = {
     "empty": (b"", "empty, or no image"),
-    "text": (b"<html>404</html>", "no image that Pillow can read"),
+    "text": (b"404", "no image that Pillow can read"),
+    "page": (b"<html>404</html>", "is a web page"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a git-lfs pointer.*git lfs pull"),
     "truncated_jpeg": (encode(NOISE, "JPEG")[:1500], "broken image"),
     "truncated_png": (encode(NOISE)[:5000], "broken image"),
     "bomb": (bomb(), "decompression bomb"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -236,7 +237,8 @@ def test_a_broken_image_empties_its_place(tmp_path, reference, caplog, content):
     _, expected = reference
     batches = list(open_(config_for(folder, epochs=2, max_broken=0.2)).batches())
     for index in broken:
-        assert caplog.text.count(f"broken sample skipped (index {index}): sample 's{index}'") == 1
+        named = rf"broken sample skipped \(index {index}\): .*data\.json\[{index}\]: sample 's{index}': "
+        assert len(re.findall(named, caplog.text)) == 1
     gone_samples = 0
     for batch, other in zip(batches, expected, strict=True):
         middle = other["images"][:, :, 4, 4]  # (sample, image, 99)
@@ -261,7 +263,7 @@ def test_too_many_broken_images_stop_the_run(tmp_path):
     for index in (1, 4, 7):
         break_image(folder, index, b"")
     pipeline = open_(config_for(folder))
-    with pytest.raises(UserError, match=r"are broken.*1\.0%.*\n  sample 's\d+': \d_0\.png"):
+    with pytest.raises(UserError, match=r"are broken.*1\.0%.*\n  .*\[\d+\]: sample 's\d+': \d_0\.png"):
         list(pipeline.batches())
     list(open_(config_for(folder, max_broken=0.05)).batches())
 
@@ -287,12 +289,75 @@ def test_a_broken_record_is_left_out(tmp_path, caplog, change, message):
         open_(config_for(folder))
 
 
+def test_a_wrong_template_is_one_error(folder, caplog):
+    """An encoder that takes no record: the error shows some of them, and no sample has a warning of its own."""
+
+    def refuse(record):
+        raise UserError("takes a question and a caption")
+
+    with pytest.raises(UserError, match=r"60 of 60 samples read are broken.*(\n.*takes a question.*){5}\n.*template"):
+        open_(config_for(folder), refuse)
+    assert "broken sample" not in caplog.text
+
+
+def test_many_broken_samples_are_counted(tmp_path, caplog):
+    folder = write_data(tmp_path / "set")
+    for index in range(15):
+        change_record(folder, index, image=5)
+    open_(config_for(folder, max_broken=0.5))
+    assert caplog.text.count("broken sample skipped") == 10
+    assert caplog.text.count("more broken samples are skipped and only counted") == 1
+    assert "15 of 60 samples cannot be used" in caplog.text
+
+
+# Fields
+
+
+def test_fields_and_marks_are_counted(tmp_path, caplog):
+    folder = write_data(tmp_path / "set")
+    question = [{"from": "human", "value": "<image>\nwhy"}, {"from": "gpt", "value": "because", "weight": 0}]
+    for index in (0, 3, 6):
+        change_record(folder, index, conversations=question, photo="0.png", model="x")
+    change_record(folder, 9, conversations=[{"from": "human", "value": "what is <image> in HTML"}, question[1]])
+    open_(config_for(folder, max_broken=0.1))  # the encoder of these tests takes marks without images for broken
+    assert "3 of 60 records have a mark in a question and no image (3 with <image>)" in caplog.text
+    assert "fields that are not read: 'conversations[].weight' (4 records), 'photo' (3 records)" in caplog.text
+    assert "'model'" not in caplog.text.partition("not read")[2]
+
+
+def test_marks_and_no_image_at_all_are_refused(tmp_path):
+    records = [{"photo": "0.png", "conversations": [{"from": "human", "value": "why?\n<image>"}]}] * 9
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    with pytest.raises(UserError, match=r"data\.json: 9 of 9 records have a mark.*\['conversations', 'photo'\]"):
+        open_(DataConfig((SourceConfig(str(tmp_path / "data.json")),)))
+
+
+@pytest.mark.parametrize("field", ["image_path", "img", "image_files"])
+def test_common_names_of_the_images_field_are_read(tmp_path, caplog, field, reference):
+    folder = write_data(tmp_path / "set")
+    records = json.loads((folder / "data.json").read_text())
+    records = [{field if name == "image" else name: value for name, value in record.items()} for record in records]
+    (folder / "data.json").write_text(json.dumps(records))
+    assert open_(config_for(folder, epochs=2)).hash == reference[0].hash
+    assert f"the field {field!r} of 40 records is read as 'image'" in caplog.text
+
+
 # Long conversations
+
+
+def test_conversations_that_exceed_a_row_are_explained(folder, caplog):
+    """Twenty samples have two images; the texts alone are at most 10 words."""
+    config = config_for(folder, packing=PackingConfig(30, 1))
+    with pytest.raises(UserError, match=r"20 of 60 .* 20 exceed packing\.images = 1 .*has 2\).*data\.max_dropped = 20"):
+        open_(config)
+    open_(config, rows_per_step=6)  # a run that has begun
+    assert open_(replace(config, max_dropped=0.5)).plans[0].dropped == 20
+    assert caplog.text.count("20 exceed packing.images = 1") == 2 and "packing.length =" not in caplog.text
 
 
 def test_truncation_keeps_what_fits(folder):
     limits = dict(length=9, images=1)
-    dropped = open_(config_for(folder, packing=PackingConfig(**limits)))
+    dropped = open_(config_for(folder, packing=PackingConfig(**limits), max_dropped=0.5))
     cut = open_(config_for(folder, packing=PackingConfig(**limits, too_long="truncate")))
     # 20 samples have two images.
     assert dropped.plans[0].dropped >= 20 and cut.plans[0].dropped == 0

@@ -3,14 +3,10 @@
 import io
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
-import tarfile
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorflow_datasets.core.features import image_feature
 
+from data.test_archives import FILES, NAMES, STORES, write
 from ross_jax.config import UserError, from_dict
-from ross_jax.data.archives import open_store
 from ross_jax.data.images import ImageError, decode
+from ross_jax.data.records import RecordFile
 from ross_jax.data.sources import (
     BrokenSamples,
     Concatenated,
     ImageSource,
     LlavaSource,
-    RecordFile,
     SampleError,
     SourceConfig,
     open_source,
@@ -41,105 +37,6 @@ RECORDS = [
     {"conversations": [{"from": "human", "value": "text only 你好"}]},
     {"id": "a", "image": "", "conversations": []},
 ]
-
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 3), (value, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-FILES = {"0.png": png(0), "1.png": png(1), "sub/0.png": png(2), "notes.txt": b"no image"}
-NAMES = ["0.png", "1.png", "sub/0.png"]
-
-
-def write(path: Path, files: dict[str, bytes] = FILES) -> str:
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for number, (name, data) in enumerate(files.items()):
-                archive.writestr(name, data, zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED)
-    elif ".tar" in path.name:
-        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
-            for name, data in files.items():
-                member = tarfile.TarInfo(f"./{name}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-    else:
-        for name, data in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(data)
-    return str(path)
-
-
-STORES = ["folder", "images.zip", "images.tar"]
-
-
-# Stores of images
-
-
-@pytest.mark.parametrize("name", STORES)
-def test_store_reads_at_random(tmp_path, name):
-    store = open_store(write(tmp_path / name))
-    assert store.names() == NAMES
-    for copy in (store, pickle.loads(pickle.dumps(store))):
-        assert [copy.read(name) for name in reversed(NAMES)] == [FILES[name] for name in reversed(NAMES)]
-        assert "sub/0.png" in copy and "absent.png" not in copy
-        if name != "folder":
-            assert "./sub/0.png" in copy and copy.read("./sub/0.png") == FILES["sub/0.png"]
-
-
-def _read_many(store, names):
-    return [store.read(name) for name in names]
-
-
-@pytest.mark.parametrize("name", STORES)
-def test_store_is_safe_under_threads_and_forks(tmp_path, name):
-    files = {f"{i}.png": os.urandom(5000) for i in range(50)}
-    store = open_store(write(tmp_path / name, files))
-    store.read("0.png")  # opens the store before the fork
-    names = list(files) * 4
-    with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(store.read, names)) == [files[name] for name in names]
-    descriptor = os.fork()  # parent and child share open files and read concurrently
-    if descriptor == 0:
-        ok = _read_many(store, names) == [files[name] for name in names]
-        os._exit(0 if ok else 1)
-    assert _read_many(store, names) == [files[name] for name in names]
-    assert os.waitpid(descriptor, 0)[1] == 0
-
-
-def test_store_in_a_spawned_process(tmp_path):
-    store = open_store(write(tmp_path / "images.zip"))
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_read_many, (store, NAMES)) == [FILES[name] for name in NAMES]
-
-
-def test_store_that_cannot_be_opened(tmp_path):
-    with pytest.raises(UserError, match=r"image folder '.*/nowhere' does not exist"):
-        open_store(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"decompress a \.tar\.gz"):
-        open_store(write(tmp_path / "images.tar.gz"))
-    (tmp_path / "fake.zip").write_bytes(b"no archive" * 100)
-    with pytest.raises(UserError, match="no folder, no zip"):
-        open_store(tmp_path / "fake.zip")
-
-
-def test_damaged_archive_members_name_the_file(tmp_path):
-    noise = os.urandom(4000)
-    path = Path(write(tmp_path / "images.zip", {"a.png": noise}))
-    data = bytearray(path.read_bytes())
-    data[2000] ^= 255
-    path.write_bytes(data)
-    with pytest.raises(ImageError, match=r"images.zip/a.png: cannot be read: Bad CRC-32"):
-        open_store(path).read("a.png")
-
-
-def test_a_changed_archive_is_noticed(tmp_path):
-    path = tmp_path / "images.tar"
-    store = open_store(write(path))
-    path.write_bytes(path.read_bytes() + b"\0" * 512)
-    with pytest.raises(UserError, match="was changed after it was opened"):
-        store.read("0.png")
 
 
 # Records
@@ -167,16 +64,23 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.li
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.dictionaries(st.text(), JSON), min_size=1), st.integers(0, 3), st.booleans())
-def test_any_records_are_found(tmp_path_factory, records, indent, escape):
+@given(
+    st.lists(st.dictionaries(st.text(), JSON), min_size=1),
+    st.integers(0, 3),
+    st.booleans(),
+    st.sampled_from([1, 7, 2**20]),
+)
+def test_any_records_are_found(tmp_path_factory, records, indent, escape, piece):
     folder = tmp_path_factory.mktemp("records")
     try:
         (folder / "a.json").write_text(json.dumps(records, indent=indent, ensure_ascii=escape))
     except UnicodeEncodeError:  # lone surrogates cannot be written
         return
     (folder / "a.jsonl").write_text("".join(json.dumps(r, ensure_ascii=escape) + "\n" for r in records), newline="")
-    assert list_records(folder / "a.json") == records
-    assert list_records(folder / "a.jsonl") == records
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ross_jax.data.records._PIECE", piece)
+        assert list_records(folder / "a.json") == records
+        assert list_records(folder / "a.jsonl") == records
 
 
 BAD_FILES = [
@@ -195,7 +99,14 @@ BAD_FILES = [
     ("a.jsonl", b'{"id": 1}\n{"id": 2\n', "line 2, column 9: Expecting"),
     ("a.jsonl", b'{"id": 1}\n\n{"id": 2} {"id": 3}\n', "line 3, column 11: Extra data"),
     ("a.jsonl", b'[{"id": 1}]\n', "line 1 is a JSON list"),
-    ("a.json", b'[{"id": "\xff"}]', "is not UTF-8 at byte 9"),
+    ("a.json", b'[{"id": "\xff"}]', "is not UTF-8 at byte 9, in line 1"),
+    ("a.json", '[{"id": "\u732b"},\n\n{"id": "'.encode() + b'\xe7\x8c"}]', "is not UTF-8 at byte 25, in line 3"),
+    ("a.jsonl", b'{"id": 1}\n{"id": "\xff"}', "is not UTF-8 at byte 18, in line 2"),
+    ("a.json", '[{"id": "\u732b\u732b"},\n{"id": "x" 7}]'.encode(), "line 2, column 12: Expecting ','"),
+    ("a.json", b'[{"id": ' + b"[" * 100_000, "line 1, column 2: .*recursion"),
+    ("a.jsonl", b'{"id": ' + b"1" * 5000 + b"}", "line 1, column 1: Exceeds the limit"),
+    ("a.jsonl", b'{\n"id": 1}', "line 1, column 2: .*each record in one line"),
+    ("a.jsonl", b' [\n{"id": 1}]', r"is a JSON list, or its beginning; .*\.json"),
 ]
 
 
@@ -204,6 +115,16 @@ def test_bad_files_give_the_position(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: .*{message}"):
         list_records(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"), [case for case in BAD_FILES if case[0] == "a.json" and case[1][:1] != b"{"]
+)
+def test_bad_files_in_small_pieces(tmp_path, monkeypatch, name, content, message):
+    """Places are right wherever a piece of the file ends."""
+    for size in (1, 2, 3, 5, 8):
+        monkeypatch.setattr("ross_jax.data.records._PIECE", size)
+        test_bad_files_give_the_position(tmp_path, name, content, message)
 
 
 def test_missing_file(tmp_path):
@@ -237,8 +158,11 @@ def test_llava_samples(llava):
     ("record", "message"),
     [
         ({"id": "x"}, r"sample 'x': no 'conversations'; it has \['id'\]"),
-        ({"image": 3, "conversations": []}, r"sample 'data.json\[0\]': an image must be a file name"),
-        ({"id": 1, "image": ["a.png", ""], "conversations": []}, "sample '1': an image must be a file name"),
+        ({"image": 3, "conversations": []}, r"/data\.json\[0\]: sample without an id: an image must be a file name"),
+        (
+            {"id": 1, "image": ["a.png", ""], "conversations": []},
+            r"data\.json\[0\]: sample 1: an image must be a file name",
+        ),
     ],
 )
 def test_bad_records_name_the_sample(tmp_path, record, message):
@@ -256,6 +180,23 @@ def test_missing_images(tmp_path, llava):
     with pytest.raises(UserError, match="no image folder is set") as error:
         LlavaSource(tmp_path / "data.json")[0].images[0].read()
     assert not isinstance(error.value, ImageError)  # the config is wrong, not the sample
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://example.org/a.png", "is an address.*download"),
+        ("data:image/png;base64,iVBORw0KGgo=", "is the image itself in base64"),
+        ("iVBORw0KGgo=" * 100, "is the image itself in base64"),
+        ("a" * 500 + ".png", "no such image"),
+        ("\ud83d.png", r"\\ud83d\.png: no such image"),
+    ],
+)
+def test_what_is_no_name_is_said_briefly(tmp_path, name, message):
+    (tmp_path / "data.json").write_text(json.dumps([{"image": name, "conversations": []}]))
+    with pytest.raises(ImageError, match=message) as raised:
+        LlavaSource(tmp_path / "data.json", [write(tmp_path / "images")])[0].images[0].read()
+    assert len(str(raised.value)) < 500 and str(raised.value).isprintable()
 
 
 def test_several_places_of_images(tmp_path):
@@ -278,6 +219,8 @@ def test_bare_images(tmp_path, name):
     assert source[2].images[0].read() == FILES["sub/0.png"]
     with pytest.raises(UserError, match="no image in it"):
         ImageSource(write(tmp_path / "texts", {"a.txt": b""}))
+    latin_1 = ImageSource(write(tmp_path / "latin_1", {os.fsdecode(b"\xe9.png"): b""}))
+    assert len(latin_1.fingerprint) == 64
 
 
 def test_concatenated(tmp_path, llava):

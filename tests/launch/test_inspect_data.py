@@ -121,7 +121,7 @@ def test_broken_samples_are_named_and_left_out(run):
     status, _, err, written = run([conversation("Hi", "Yo", id="good"), bad])
     assert status == 0
     assert [item["id"] for item in written] == ["good"]
-    assert "left out: sample 'bad', conversations[0]: 'hunam' is no role (did you mean 'human'?)" in err
+    assert "data.json[1]: sample 'bad', conversations[0]: 'hunam' is no role (did you mean 'human'?)" in err
     assert "1 conversations are broken" in err
     status, _, err, written = run([bad])
     assert (status, written) == (1, [])

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +191,64 @@ def test_continues_a_run_older_than_a_field(data, whole, tmp_path):
     file.write_text(json.dumps(recorded))
     with pytest.raises(ConfigError, match=r"model.autoencoder.layers_per_block: 2 there, 1 now"):
         Run(make_config(data), tmp_path / "run")
+
+
+@pytest.fixture
+def moved(data, whole, tmp_path) -> tuple[RunConfig, Path]:
+    """Config and directory of a copy of the run, and of its data."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    shutil.copytree(data, tmp_path / "data")
+    text = (tmp_path / "run" / "run.json").read_text()
+    (tmp_path / "run" / "run.json").write_text(text.replace(str(data), str(tmp_path / "data")))
+    return make_config(tmp_path / "data"), tmp_path / "run"
+
+
+def rewrite(config: RunConfig, old: str, new: str) -> None:
+    path = Path(config.data.sources[0].path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    os.utime(path, ns=(0, 0))  # another time, however coarse the file system's clock is
+
+
+def test_changed_data_is_refused_until_it_is_accepted(moved):
+    """As many tokens as before, then more of them; accepted data is the run's own from then on."""
+    config, folder = moved
+    for old, new, change in (
+        ('"aa"', '"bb"', "another text in 24 records as before"),
+        ('"bb"', '"bbbb"', r"\d+ bytes before, \d+ now"),
+    ):
+        before = (folder / "run.json").read_text()
+        rewrite(config, old, new)
+        with pytest.raises(UserError, match=rf"data has changed.*\n  .*data\.json: {change}\n.*--accept_changed_data"):
+            Run(config, folder)
+        assert (folder / "run.json").read_text() == before
+        Run(config, folder, accept_changed_data=True)
+    Run(config, folder)
+
+
+def test_text_is_hashed_again_only_where_size_or_time_differ(moved, monkeypatch):
+    config, folder = moved
+    os.utime(config.data.sources[0].path, ns=(0, 0))
+    Run(config, folder)  # another time and the same text
+    hashing = SimpleNamespace(sha256=lambda: pytest.fail("hashed again"))
+    monkeypatch.setattr("ross_jax.data.records.hashlib", hashing)
+    Run(config, folder)
+
+
+def test_a_run_without_fingerprints_continues_and_gets_them(moved):
+    """Runs of earlier versions know the lengths of their data only."""
+    config, folder = moved
+    record = json.loads((folder / "run.json").read_text())
+    sources = record.pop("sources")
+    (folder / "run.json").write_text(json.dumps(record))
+    rewrite(config, '"aa"', '"seven tokens"')
+    with pytest.raises(UserError, match=r"was trained on other data.*--accept_changed_data"):
+        Run(config, folder)
+    rewrite(config, '"seven tokens"', '"aa"')
+    Run(config, folder)
+    (found,) = json.loads((folder / "run.json").read_text())["sources"]
+    assert found == sources[0] | {"path": found["path"], "time": 0}
 
 
 def test_starts_from_a_model(data, whole, tmp_path):
