@@ -23,6 +23,7 @@ from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.settings import Settings
 from ross_jax.convert.sources import ROSS_FAMILIES, read_json
 from ross_jax.convert.tensors import TensorFiles, open_tensors
+from ross_jax.data.tokenizer import find_tokenizer, save_tokenizer
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.tree import flatten, unflatten
 
@@ -281,6 +282,7 @@ def export(
         if layout == "ross":
             _write_weights(model, folder, "model", {SCOPES[name]: opened[name] for name in names}, tag, progress)
             _copy_files([files / "ross", files / "language", files / "adapters"], folder)
+            _copy_tokenizer(files, folder)
             _write_config(folder, configs["ross"], dtype)
             return
         for name, component in opened.items():
@@ -295,6 +297,8 @@ def export(
                     _write_config(target, settings_without(read_json(target / "config.json"), without), None)
             else:
                 _copy_files([files / name, *([files / "ross"] if name == "language" else [])], target)
+                if name == "language":
+                    _copy_tokenizer(files, target)
                 _write_config(target, configs[name], dtype)
 
 
@@ -302,8 +306,15 @@ def _copy_files(folders: list[Path], target: Path, names: Collection[str] | None
     """Copies extra files: all, or only `names`. Where two folders have a file of the same name, the first one's."""
     for folder in reversed(folders):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if names is None or path.name in names:
+            if path.is_file() and (names is None or path.name in names):
                 shutil.copyfile(path, target / path.name)
+
+
+def _copy_tokenizer(files: Path, target: Path) -> None:
+    """Copies the model's tokenizer, in place of what other sources of the model had beside their weights."""
+    folder = find_tokenizer(files)
+    if folder is not None:
+        save_tokenizer(folder, target)
 
 
 def _write_config(folder: Path, settings: dict[str, Any], dtype: str | None) -> None:

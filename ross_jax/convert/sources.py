@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ross_jax.config import UserError, nearest
 from ross_jax.convert import language, vision
 from ross_jax.convert.tensors import TensorFiles, open_tensors
+from ross_jax.hub import is_hub_id, say_asked
 
 Kind = Literal["ross", "adapters", "vision", "language", "autoencoder", "teacher"]
 
@@ -52,7 +53,8 @@ class Source:
 
     def extra_files(self) -> list[Path]:
         """Files that import and export copy: tokenizer, processor, generation settings."""
-        return [path for path in sorted(self.folder.iterdir()) if _travels(path)]
+        templates = sorted(self.folder.glob("additional_chat_templates/*.jinja"))
+        return [path for path in sorted(self.folder.iterdir()) if _travels(path)] + templates
 
 
 def _is_file(path: Path) -> bool:
@@ -97,8 +99,9 @@ def open_source(origin: str) -> Source:
     folder = Path(origin)
     try:
         if not folder.exists():
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", origin) or origin.startswith("."):
+            if not is_hub_id("/".join(origin.split("/")[:2])) or origin.count("/") > 2:
                 raise SourceError(f"{origin}: no such folder")
+            say_asked(origin)
             folder = download(origin)
         return _open_folder(origin, folder)
     except OSError as error:

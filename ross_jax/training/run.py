@@ -1,11 +1,10 @@
 """A training run from its config: data, parameters, compiled step, checkpoints, loop. The same command continues it."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ross_jax.data.encoders import build_training_encoder
 from ross_jax.data.images import decode, decode_official
 from ross_jax.data.pipeline import Pipeline, Preprocessing, open_pipeline
 from ross_jax.data.precomputed import differences
-from ross_jax.data.tokenizer import load_tokenizer
+from ross_jax.data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, save_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
@@ -42,12 +41,19 @@ _FREE += ("data.precomputed",)
 """Beginnings of the fields that a run may change when it continues."""
 
 
-def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, timeout: int = 300) -> Pipeline:
+def open_data(
+    config: RunConfig,
+    mesh: Mesh,
+    rows_per_step: int | None = None,
+    timeout: int = 300,
+    recorded: Mapping[str, str] | None = None,
+) -> Pipeline:
     """The run's batches. Of several processes, process 0 measures and plans, and the others read what it cached.
 
     Args:
       rows_per_step: of the run that continues; None for a new run.
       timeout: seconds within which all processes must have opened their data.
+      recorded: fingerprint of the tokenizer of the run that continues; None for a new run.
 
     Raises:
       UserError: data, tokenizer or `config.data.precomputed` cannot be used. On all processes: their data or tokenizers
@@ -55,6 +61,7 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, t
     """
     model, text = config.model, config.text
     tokenizer = load_tokenizer(text.tokenizer)
+    check_fingerprint(tokenizer, recorded, f"config.text.tokenizer {text.tokenizer}")
     if len(tokenizer) > model.language.vocab_size:
         raise ConfigError(
             f"config.text.tokenizer: {len(tokenizer)} ids, but the language model embeds {model.language.vocab_size}"
@@ -64,9 +71,9 @@ def open_data(config: RunConfig, mesh: Mesh, rows_per_step: int | None = None, t
     key = json.dumps([to_dict(text), len(tokenizer)])
     cached = open_cached(config)
 
-    def opened(fingerprint: str) -> None:
-        vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-        agreement.agree({"data": fingerprint[:12], "tokenizer": vocabulary[:12]}, timeout)
+    def opened(data: str) -> None:
+        hashes = fingerprint(tokenizer)
+        agreement.agree({"data": data[:12], "tokenizer": hashes["vocabulary"][:6] + hashes["probe"][:6]}, timeout)
         if jax.process_index() > 0:
             agreement.barrier()  # process 0 arrives when lengths and plans are in the cache
 
@@ -154,7 +161,8 @@ class Run:
         record = self._read_record()
         self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
         self.step = self._checkpoints.latest() or 0
-        self.data = open_data(self._with_shared_cache(), self.mesh, record.get("rows_per_step"), timeout)
+        recorded = checkpoints.read_manifest(folder).get("tokenizer") if record else None
+        self.data = open_data(self._with_shared_cache(), self.mesh, record.get("rows_per_step"), timeout, recorded)
         if record.get("data", self.data.hash) != self.data.hash:
             raise UserError(
                 f"{folder}: was trained on other data or another packing plan; a run continues only with its own. "
@@ -226,9 +234,10 @@ class Run:
         for origin in dict.fromkeys(origins.values()):
             if (origin / "files").is_dir():
                 shutil.copytree(origin / "files", self.folder / "files", dirs_exist_ok=True)
-        tokenizer = load_tokenizer(self.config.text.tokenizer)
-        tokenizer.save_pretrained(self.folder / "files" / "language")
+        language = self.folder / "files" / "language"
+        save_tokenizer(self.config.text.tokenizer, language)
         settings = {
+            "tokenizer": fingerprint(load_tokenizer(language)),
             "template": self.config.text.template,
             "image_mode": self.config.image_mode,
             "reconstruction": to_dict(self.config.reconstruction),
