@@ -220,7 +220,8 @@ def resolve_settings(
     """
     candidates = [given] if given else []
     if not given and isinstance(value, str) and value:
-        candidates = [Path(value)] if Path(value).is_absolute() else [checkpoint.resolve().parent.parent / value]
+        # Export lays folders inside the checkpoint, which may have been moved since.
+        candidates = [checkpoint.resolve().parent.parent / value, checkpoint / Path(value).name]
     for folder in (place for candidate in candidates for place in (candidate, candidate / "vae")):
         if _is_file(folder / "config.json"):
             return read_json(folder / "config.json"), folder
