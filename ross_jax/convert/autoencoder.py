@@ -55,6 +55,30 @@ def autoencoder_config(settings: Mapping[str, Any], where: str) -> AutoencoderCo
     return read.build(AutoencoderConfig, **fields)
 
 
+def autoencoder_settings(config: AutoencoderConfig | TinyAutoencoderConfig) -> dict[str, Any]:
+    """config.json of an autoencoder. The inverse of `autoencoder_config`."""
+    if config.kind == "tiny":
+        return tiny_autoencoder.tiny_autoencoder_settings(config)
+    down, up = ({attends: name for name, attends in types.items()} for types in (_DOWN, _UP))
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_groups,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+        "down_block_types": [down[attends] for attends in config.down_attention],
+        "up_block_types": [up[attends] for attends in config.up_attention],
+        "mid_block_add_attention": config.mid_attention,
+        "use_quant_conv": config.quant_conv,
+        "use_post_quant_conv": config.post_quant_conv,
+    }
+
+
 def _resnet(hf_key: str, path: str, shortcut: bool) -> tuple[Row, ...]:
     rows = norm(f"{hf_key}.norm1", f"{path}/norm1") + conv(f"{hf_key}.conv1", f"{path}/conv1")
     rows += norm(f"{hf_key}.norm2", f"{path}/norm2") + conv(f"{hf_key}.conv2", f"{path}/conv2")

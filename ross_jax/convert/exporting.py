@@ -17,12 +17,21 @@ from ross_jax import checkpoints
 from ross_jax.config import UserError, from_dict, nearest
 from ross_jax.convert import vision
 from ross_jax.convert.dtypes import DTYPES, TAGS
+from ross_jax.convert.export_configs import (
+    Described,
+    adapters_settings,
+    component_settings,
+    processor_settings,
+    ross_settings,
+    settings_without,
+)
 from ross_jax.convert.importing import SCOPES, TABLES, is_finite
 from ross_jax.convert.mapping import Piece, expand, raise_all
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.settings import Settings
-from ross_jax.convert.sources import ROSS_FAMILIES, read_json
+from ross_jax.convert.sources import read_json
 from ross_jax.convert.tensors import TensorFiles, open_tensors
+from ross_jax.data.tokenizer import find_tokenizer, load_tokenizer, save_tokenizer
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.tree import flatten, unflatten
 
@@ -49,6 +58,7 @@ class Component:
       pieces: path -> [(piece, key below the scope, tag of the dtype)].
       unused: key below the scope -> key in `files`, for the tensors that import kept aside.
       files: the tensors that import kept aside, if there are any.
+      absent: key below the scope -> values, for tensors that transformers expects and the model never had.
     """
 
     name: str
@@ -56,6 +66,7 @@ class Component:
     pieces: dict[str, list[tuple[Piece, str, str]]]
     unused: dict[str, str]
     files: TensorFiles | None
+    absent: dict[str, np.ndarray]
 
     def declare(self, scope: str, dtype: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Lists the tensors to write: key -> (tag of the dtype, shape).
@@ -67,6 +78,8 @@ class Component:
         infos = {scope + key: (tag, piece.shape) for pieces in self.pieces.values() for piece, key, tag in pieces}
         for key, name in self.unused.items():
             infos[scope + key] = (self.files[name].tag, self.files[name].shape)
+        for key, values in self.absent.items():
+            infos[scope + key] = (next(tag for tag, _ in infos.values()), values.shape)
         if dtype is None:
             return infos
         return {key: (dtype if DTYPES[tag] in _FLOATS else tag, shape) for key, (tag, shape) in infos.items()}
@@ -117,6 +130,10 @@ def _open_component(
     files = open_tensors(unused) if unused.is_file() else None
     kept = {key: key for key in files or ()}
     prefix = imported = foreign.get("prefix") or ""
+    absent = {}
+    if name in ("vision", "teacher") and not foreign:
+        prefix = "" if config.kind == "dinov2" else vision.PREFIXES[0]
+        absent = {prefix + key: values for key, values in vision.absent_tensors(config).items()}
     keys = foreign.get("keys") or {}
     # A full checkpoint has the keys of the libraries that the reference was written for. Those of a component's folder
     # can be older or newer, and a full checkpoint has no place for the text model of SigLIP and CLIP.
@@ -135,7 +152,7 @@ def _open_component(
     for key, of in table.copies.items():
         if imported + key in keys:
             pieces[by_key[of].path].append((by_key[of], prefix + key, keys[imported + key]))
-    return Component(name, leaves, pieces, kept, files)
+    return Component(name, leaves, pieces, kept, files, absent)
 
 
 def _leaves(model: Path, component: Component) -> Iterator[tuple[str, np.ndarray]]:
@@ -185,6 +202,8 @@ def _write_weights(
                 del leaf, part  # frees the memory before the next is restored
             for key, name in component.unused.items():
                 put(scope + key, component.files.read(name))
+            for key, values in component.absent.items():
+                put(scope + key, values)
 
 
 def _cast(values: np.ndarray, tag: str, key: str) -> np.ndarray:
@@ -236,6 +255,21 @@ def _check_layout(model: Path, config: RossConfig, layout: str) -> None:
         )
     if layout == "ross" and config.language is None:
         problems.append("has no language model, so it is no full Ross checkpoint; use --format components")
+    elif layout == "ross":
+        language = config.language
+        if language.rope_scaling and language.qkv_bias and not language.out_bias:
+            problems.append("the reference's Qwen2 does not scale rotary frequencies; use --format components")
+        if language.head_dim * language.num_heads != language.hidden_size and not language.qk_norm:
+            problems.append(
+                f"its language model has {language.num_heads} heads of {language.head_dim} in width "
+                f"{language.hidden_size}, which the reference cannot have; use --format components"
+            )
+    siglip = layout == "ross" and config.vision is not None and config.vision.kind == "siglip"
+    if siglip and config.vision.layers_used != config.vision.num_layers - 1:
+        problems.append(
+            f"the reference always takes SigLIP's hidden state -2, this model {config.vision.select_layer}; use "
+            "--format components"
+        )
     raise_all(str(model), [UserError(f"{model}: {problem}") for problem in problems])
 
 
@@ -261,49 +295,126 @@ def export(
       UserError: nothing to export, components that the layout cannot hold, or an output that cannot be written.
     """
     foreign, config = _read_foreign(model), _leave_out(model, read_config(model), without)
-    files = model / "files"
     names = [name for name in COMPONENTS if getattr(config, name) is not None]
     _check_layout(model, config, layout)
-    if layout == "ross":
-        configs = {"ross": settings_without(ross_settings(files, config, foreign), without)}
-    else:
-        configs = {name: component_settings(files, name) for name in names if name not in _ADAPTERS}
     saved = _saved_leaves(model, config, names)
     opened = {
         name: _open_component(model, name, getattr(config, name), saved[name], foreign[name], layout) for name in names
     }
-    tag = DTYPE_NAMES[dtype] if dtype else None
     with contextlib.ExitStack() as stack:
         for component in opened.values():
             if component.files:
                 stack.enter_context(component.files)
-        folder = stack.enter_context(checkpoints.complete_directory(output))
+        described = _describe(model, config, foreign, saved)
+        folders = _folders_inside(described, output.resolve(), layout)
+        pointers = {name: str(path) for name, path in folders.items()}
+        parts = [name for name in (folders if layout == "ross" else names) if name not in _ADAPTERS]
+        configs = {name: component_settings(described, name) for name in parts}
         if layout == "ross":
-            _write_weights(model, folder, "model", {SCOPES[name]: opened[name] for name in names}, tag, progress)
-            _copy_files([files / "ross", files / "language", files / "adapters"], folder)
-            _write_config(folder, configs["ross"], dtype)
-            return
-        for name, component in opened.items():
-            adapter = name in _ADAPTERS
-            target = folder / ("adapters" if adapter else FOLDERS[name])
-            target.mkdir(exist_ok=True)
-            stem = _ADAPTERS.get(name) or _STEMS.get(name, "model")
-            _write_weights(model, target, stem, {SCOPES[name] if adapter else "": component}, tag, progress)
-            if adapter:
-                _copy_files([files / "adapters", files / "ross"], target, ["config.json"])
-                if without and (target / "config.json").is_file():
-                    _write_config(target, settings_without(read_json(target / "config.json"), without), None)
-            else:
-                _copy_files([files / name, *([files / "ross"] if name == "language" else [])], target)
-                _write_config(target, configs[name], dtype)
+            configs["ross"] = settings_without(ross_settings(described, pointers), without)
+        else:
+            configs["adapters"] = adapters_settings(described, pointers, without)
+        folder = stack.enter_context(checkpoints.complete_directory(output))
+        writer = _Writer(model, described, opened, configs, dtype, progress)
+        if layout == "ross":
+            writer.write_full(folder)
+        elif any(name in _ADAPTERS for name in names):
+            writer.write_adapters(folder / "adapters")
+        for name in parts:
+            writer.write_component(name, folder / (folders[name].name if layout == "ross" else FOLDERS[name]))
+
+
+def _describe(
+    model: Path, config: RossConfig, foreign: Mapping[str, Any], saved: Mapping[str, dict[str, Any]]
+) -> Described:
+    files, tokens = model / "files", {}
+    tokenizer = find_tokenizer(files)
+    if config.language is not None and not foreign["language"] and tokenizer is not None:
+        loaded = load_tokenizer(tokenizer)
+        tokens = {f"{name}_token_id": getattr(loaded, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    dtypes = {name: str(next(iter(leaves.values())).dtype) for name, leaves in saved.items() if leaves}
+    return Described(files, config, foreign, dtypes, checkpoints.read_manifest(model).get("image_mode"), tokens)
+
+
+def _folders_inside(model: Described, output: Path, layout: str) -> dict[str, Path]:
+    """Folders of the export that its config.json points to: component -> path, for what has no other place.
+
+    These are components that were never imported, and towers whose place the reference would not recognise: it takes a
+    path with `clip` for CLIP, and else needs `siglip` in it.
+    """
+    folders, vision_config = {}, model.config.vision
+    if vision_config is not None and not model.came_with("vision", "ross"):
+        kind, origin = vision_config.kind, str(model.foreign["vision"].get("origin", "")).lower()
+        if kind not in origin or (kind == "siglip" and "clip" in origin):
+            folders["vision"] = output / (FOLDERS["vision"] if layout == "components" else f"{kind}_vision_tower")
+            if kind == "siglip" and "clip" in str(output).lower():
+                folders["vision"] = Path(folders["vision"].name)  # for a reference that runs in the checkpoint's folder
+    if model.config.autoencoder is not None and not model.foreign["autoencoder"]:
+        folders["autoencoder"] = output / FOLDERS["autoencoder"]
+    return folders
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+    """Writes the folders of an export.
+
+    Attributes:
+      configs: component, `ross` or `adapters` -> config.json. None for adapters keeps what import found.
+    """
+
+    model: Path
+    described: Described
+    opened: Mapping[str, Component]
+    configs: Mapping[str, dict[str, Any] | None]
+    dtype: str | None
+    progress: Progress
+
+    def write_full(self, folder: Path) -> None:
+        files = self.described.files
+        self._write_weights(folder, "model", {SCOPES[name]: component for name, component in self.opened.items()})
+        _copy_files([files / "ross", files / "language", files / "adapters"], folder)
+        _copy_tokenizer(files, folder)
+        _write_config(folder, self.configs["ross"], self.dtype)
+
+    def write_adapters(self, folder: Path) -> None:
+        folder.mkdir()
+        for name, stem in _ADAPTERS.items():
+            if name in self.opened:
+                self._write_weights(folder, stem, {SCOPES[name]: self.opened[name]})
+        _copy_files([self.described.files / "adapters", self.described.files / "ross"], folder, ["config.json"])
+        if self.configs["adapters"] is not None:
+            _write_config(folder, self.configs["adapters"], None)
+
+    def write_component(self, name: str, folder: Path) -> None:
+        files = self.described.files
+        folder.mkdir()
+        self._write_weights(folder, _STEMS.get(name, "model"), {"": self.opened[name]})
+        _copy_files([files / name, *([files / "ross"] if name == "language" else [])], folder)
+        if name == "language":
+            _copy_tokenizer(files, folder)
+        processor = processor_settings(self.described, name)
+        if processor is not None:
+            (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        _write_config(folder, self.configs[name], self.dtype)
+
+    def _write_weights(self, folder: Path, stem: str, components: Mapping[str, Component]) -> None:
+        tag = DTYPE_NAMES[self.dtype] if self.dtype else None
+        _write_weights(self.model, folder, stem, components, tag, self.progress)
 
 
 def _copy_files(folders: list[Path], target: Path, names: Collection[str] | None = None) -> None:
     """Copies extra files: all, or only `names`. Where two folders have a file of the same name, the first one's."""
     for folder in reversed(folders):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if names is None or path.name in names:
+            if path.is_file() and (names is None or path.name in names):
                 shutil.copyfile(path, target / path.name)
+
+
+def _copy_tokenizer(files: Path, target: Path) -> None:
+    """Copies the model's tokenizer, in place of what other sources of the model had beside their weights."""
+    folder = find_tokenizer(files)
+    if folder is not None:
+        save_tokenizer(folder, target)
 
 
 def _write_config(folder: Path, settings: dict[str, Any], dtype: str | None) -> None:
@@ -314,105 +425,3 @@ def _write_config(folder: Path, settings: dict[str, Any], dtype: str | None) -> 
     path = folder / "config.json"
     if not path.is_file() or read_json(path) != settings:
         path.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def component_settings(files: Path, name: str) -> dict[str, Any]:
-    """config.json of a component. The language model's can come from a full checkpoint, without the fields of Ross.
-
-    Args:
-      files: folder `files` of the model directory.
-      name: name of the component.
-
-    Raises:
-      SourceError: there is none, because the component was not imported.
-    """
-    own, full = files / name / "config.json", files / "ross" / "config.json"
-    if own.is_file() or not full.is_file() or name != "language":
-        return read_json(own)
-    settings = read_json(full)
-    family = ROSS_FAMILIES.get(str(settings.get("model_type")))
-    if family is None:
-        raise UserError(f"{full}: model_type {settings.get('model_type')!r} is not that of a full checkpoint")
-    architecture = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[family]
-    kept = {name: value for name, value in settings.items() if not _is_ross_field(name)}
-    return {**kept, "model_type": family, "architectures": [architecture]}
-
-
-_ROSS_FIELDS = {
-    *("_name_or_path", "ross_enable", "use_mm_proj", "use_mm_inv_proj", "freeze_mm_mlp_adapter", "tune_mm_mlp_adapter"),
-    *("unfreeze_mm_vision_tower", "image_aspect_ratio", "image_grid_pinpoints", "image_embed_len", "image_mean"),
-    *("image_std", "decode_image_size", "tokenizer_model_max_length", "tokenizer_padding_side"),
-}
-
-
-def _is_ross_field(name: str) -> bool:
-    return name.startswith("mm_") or name in _ROSS_FIELDS
-
-
-def ross_settings(files: Path, config: RossConfig, foreign: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a full checkpoint: as imported, or composed of those of the components and the adapters."""
-    if foreign["language"].get("layout") == "ross":
-        return read_json(files / "ross" / "config.json")
-    language, adapters = component_settings(files, "language"), files / "adapters" / "config.json"
-    family = f"ross_{language.get('model_type')}"
-    if family not in ROSS_FAMILIES:
-        raise UserError(f"the reference has no {family}; use --format components")
-    settings = {**language, "model_type": family}
-    settings["architectures"] = [{"ross_qwen2": "RossQwen2ForCausalLM", "ross_llama": "RossLlamaForCausalLM"}[family]]
-    settings |= {"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat"}
-    settings |= {"image_aspect_ratio": "pad"} if config.vision else {}
-    trained = read_json(adapters) if adapters.is_file() else {}
-    settings |= {name: value for name, value in trained.items() if _is_ross_field(name) and name != "_name_or_path"}
-    if config.vision:
-        settings |= {
-            "mm_vision_tower": foreign["vision"].get("origin"),
-            "mm_vision_select_layer": config.vision.select_layer,
-            "mm_vision_select_feature": "patch",
-            "mm_hidden_size": config.vision.hidden_size,
-            "image_embed_len": config.vision.num_tokens,
-            "decode_image_size": config.target_size,
-            "image_mean": list(config.image_mean),
-            "image_std": list(config.image_std),
-        }
-    if config.projector:
-        settings |= {"use_mm_proj": True, "mm_projector_type": _projector_type(config, foreign)}
-    settings["ross_enable"] = bool(config.denoiser)
-    if config.denoiser:
-        settings |= {
-            "use_mm_inv_proj": True,
-            "mm_inv_projector_type": f"denoiser_vit{config.denoiser.depth}x",
-            "mm_inv_hidden_size": config.denoiser.latent_size,
-        }
-    if config.autoencoder:
-        settings["mm_pixel_decoder"] = foreign["autoencoder"].get("origin")
-    return settings
-
-
-_FIELDS = {
-    "vision": ("mm_vision_", "mm_hidden_size", "image_embed_len", "image_mean", "image_std", "decode_image_size"),
-    "projector": ("use_mm_proj", "mm_projector_"),
-    "denoiser": ("use_mm_inv_proj", "mm_inv_"),
-    "autoencoder": ("mm_pixel_decoder",),
-}
-"""Component -> beginnings of the names of its fields in a full checkpoint's config.json."""
-
-
-def settings_without(settings: dict[str, Any], without: Collection[str]) -> dict[str, Any]:
-    """Removes what a full checkpoint's config.json says about the components left out.
-
-    A regressor takes the denoiser's place. A run that trained one may have started from a checkpoint with a denoiser,
-    whose config.json still describes it. `ross_enable` makes the reference compute the reconstruction loss, which needs
-    denoiser and autoencoder.
-    """
-    names = {"denoiser" if name == "regressor" else name for name in without}
-    gone = tuple(begin for name in names for begin in _FIELDS.get(name, ()))
-    kept = {name: value for name, value in settings.items() if not name.startswith(gone)}
-    return kept | {"ross_enable": False} if names & {"denoiser", "autoencoder"} else kept
-
-
-def _projector_type(config: RossConfig, foreign: Mapping[str, Any]) -> str:
-    if config.projector.kind == "identity":
-        return "identity"
-    numbered = "0.weight" in (foreign["projector"].get("keys") or {})  # mlp1x_gelu of LLaVA is a list of one layer
-    depth = config.projector.depth
-    return "linear" if depth == 1 and not numbered else f"mlp{depth}x_gelu"

@@ -311,7 +311,9 @@ def _write_files(plan: Plan, folder: Path) -> None:
         target = folder / source.kind
         target.mkdir(parents=True, exist_ok=True)
         for path in source.extra_files():
-            shutil.copyfile(path, target / path.name)
+            copy = target / path.relative_to(source.folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
         if source.settings:
             shutil.copyfile(source.folder / "config.json", target / "config.json")
     for component, part in plan.parts.items():

@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ross_jax.config import ConfigError
 from ross_jax.convert.mapping import LINEAR, Row, Table, dense
 from ross_jax.convert.settings import MAX_LAYERS, Settings
 from ross_jax.models.language import LanguageConfig, RopeScaling
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 """Every `model_type` that `language_config` reads."""
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_POSITIONS = 32768
+"""`max_position_embeddings` of a model that was never imported. It limits servers, not what is computed."""
 _ROPE_FIELDS = {
     *("type", "rope_type", "rope_theta", "partial_rotary_factor"),
     *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -84,6 +88,78 @@ def _rotary(read: Settings) -> dict[str, Any]:
     if kind != "default":
         scaling.refuse(name, "default, linear or llama3")
     return {"rope_theta": base}
+
+
+def language_settings(config: LanguageConfig) -> dict[str, Any]:
+    """config.json of a language model, for transformers 4.43 and 5. The inverse of `language_config`.
+
+    Raises:
+      ConfigError: no family has the model's biases and norms.
+    """
+    family = _family(config)
+    settings = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": _POSITIONS,
+        "tie_word_embeddings": config.tied_head,
+    }
+    if config.head_dim * config.num_heads != config.hidden_size:
+        settings["head_dim"] = config.head_dim
+    if family == "llama":
+        settings |= {"attention_bias": config.out_bias, "mlp_bias": config.mlp_bias}
+    else:
+        settings |= {"use_sliding_window": False, "sliding_window": None}
+    if family == "qwen3":
+        settings |= {"attention_bias": config.out_bias, "head_dim": config.head_dim}
+    scaling = _scaling_settings(config.rope_scaling) if config.rope_scaling else None
+    if scaling and "original_max_position_embeddings" in scaling:
+        settings["max_position_embeddings"] = int(scaling["original_max_position_embeddings"] * scaling["factor"])
+    rope = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
+    return settings | {"rope_theta": config.rope_theta, "rope_scaling": scaling, "rope_parameters": rope}
+
+
+def _family(config: LanguageConfig) -> str:
+    biases = (config.qkv_bias, config.out_bias, config.mlp_bias)
+    if biases == (True, False, False) and not config.qk_norm:
+        return "qwen2"
+    if config.qkv_bias == config.out_bias and not (config.qk_norm and config.mlp_bias):
+        return "qwen3" if config.qk_norm else "llama"
+    raise ConfigError(
+        f"no language model of transformers has qkv_bias {biases[0]}, out_bias {biases[1]}, mlp_bias {biases[2]} and "
+        f"qk_norm {config.qk_norm}; leave it out with --without language"
+    )
+
+
+def _scaling_settings(scaling: RopeScaling) -> dict[str, Any]:
+    """`rope_scaling` of a config.json. transformers 4.43 refuses numbers that are written without a decimal point."""
+    settings = {"rope_type": scaling.kind, "factor": float(scaling.factor)}
+    if scaling.kind == "llama3":
+        settings |= {name: float(getattr(scaling, name)) for name in ("low_freq_factor", "high_freq_factor")}
+        settings["original_max_position_embeddings"] = scaling.original_max_positions
+    return settings
+
+
+def for_both(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the fields of transformers 4 beside those that only transformers 5 reads."""
+    both = {name: for_both(value) if name.endswith("_config") and value else value for name, value in settings.items()}
+    if settings.get("dtype") is not None:
+        both.setdefault("torch_dtype", settings["dtype"])
+    if rope := settings.get("rope_parameters"):
+        both["rope_theta"] = rope.get("rope_theta", settings.get("rope_theta", 10000.0))
+        scaling = {name: value for name, value in rope.items() if name in _ROPE_FIELDS - {"rope_theta", "type"}}
+        scaling |= {name: float(value) for name, value in scaling.items() if name.endswith("factor")}
+        kind = scaling.setdefault("rope_type", rope.get("type", "default"))
+        both["rope_scaling"] = settings.get("rope_scaling") or (None if kind == "default" else scaling)
+    return both
 
 
 def table(config: LanguageConfig) -> Table:

@@ -247,4 +247,5 @@ def _read_projector(part: Part, about: Settings) -> dict[str, Any]:
 
 def _read_denoiser(part: Part, about: Settings, num_heads: int) -> dict[str, Any]:
     kind = about.text("mm_inv_projector_type", "") or None
+    num_heads = about.size("mm_inv_num_heads", num_heads)
     return {"denoiser": denoiser.read_denoiser_config(part.shapes(), kind, num_heads)}

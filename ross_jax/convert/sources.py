@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ross_jax.config import UserError, nearest
 from ross_jax.convert import language, vision
 from ross_jax.convert.tensors import TensorFiles, open_tensors
+from ross_jax.hub import is_hub_id, say_asked
 
 Kind = Literal["ross", "adapters", "vision", "language", "autoencoder", "teacher"]
 
@@ -52,7 +53,8 @@ class Source:
 
     def extra_files(self) -> list[Path]:
         """Files that import and export copy: tokenizer, processor, generation settings."""
-        return [path for path in sorted(self.folder.iterdir()) if _travels(path)]
+        templates = sorted(self.folder.glob("additional_chat_templates/*.jinja"))
+        return [path for path in sorted(self.folder.iterdir()) if _travels(path)] + templates
 
 
 def _is_file(path: Path) -> bool:
@@ -97,8 +99,9 @@ def open_source(origin: str) -> Source:
     folder = Path(origin)
     try:
         if not folder.exists():
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", origin) or origin.startswith("."):
+            if not is_hub_id("/".join(origin.split("/")[:2])) or origin.count("/") > 2:
                 raise SourceError(f"{origin}: no such folder")
+            say_asked(origin)
             folder = download(origin)
         return _open_folder(origin, folder)
     except OSError as error:
@@ -217,7 +220,8 @@ def resolve_settings(
     """
     candidates = [given] if given else []
     if not given and isinstance(value, str) and value:
-        candidates = [Path(value)] if Path(value).is_absolute() else [checkpoint.resolve().parent.parent / value]
+        # Export lays folders inside the checkpoint, which may have been moved since.
+        candidates = [checkpoint.resolve().parent.parent / value, checkpoint / Path(value).name]
     for folder in (place for candidate in candidates for place in (candidate, candidate / "vae")):
         if _is_file(folder / "config.json"):
             return read_json(folder / "config.json"), folder

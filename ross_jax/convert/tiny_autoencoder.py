@@ -52,6 +52,23 @@ def tiny_autoencoder_config(settings: Mapping[str, Any], where: str) -> TinyAuto
     return read.build(TinyAutoencoderConfig, **fields)
 
 
+def tiny_autoencoder_settings(config: TinyAutoencoderConfig) -> dict[str, Any]:
+    """config.json of an AutoencoderTiny. The inverse of `tiny_autoencoder_config`."""
+    return {
+        "_class_name": "AutoencoderTiny",
+        **_FIXED,
+        "encoder_block_out_channels": [config.encoder_channels] * len(config.encoder_blocks),
+        "decoder_block_out_channels": [config.decoder_channels] * len(config.decoder_blocks),
+        "num_encoder_blocks": list(config.encoder_blocks),
+        "num_decoder_blocks": list(config.decoder_blocks),
+        "latent_channels": config.latent_channels,
+        "latent_magnitude": 3,
+        "latent_shift": 0.5,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+    }
+
+
 def _half(read: Settings, half: str, default: list[int]) -> tuple[int, tuple[int, ...]]:
     """Width of the encoder or decoder, the same at all levels, and number of blocks per level."""
     widths, numbers = f"{half}_block_out_channels", f"num_{half}_blocks"

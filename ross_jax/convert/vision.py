@@ -5,9 +5,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ross_jax.convert.mapping import BATCHED, CONV, Row, Table, Transform, conv, dense, norm
+import numpy as np
+
+from ross_jax.config import ConfigError
+from ross_jax.convert.mapping import BATCHED, CONV, Row, Table, Transform, conv, dense, expand, norm
 from ross_jax.convert.settings import MAX_LAYERS, Settings
+from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.models.vision import VisionConfig
+from ross_jax.tree import flatten
 
 PREFIXES = ("vision_model.", "")
 """Prefixes that the keys of a vision tower can have. transformers 5 writes none in vision-only checkpoints."""
@@ -95,6 +100,74 @@ def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
     else:
         fields["intermediate_size"] = read.size("intermediate_size", 3072)
     return read.build(VisionConfig, **fields)
+
+
+def vision_settings(config: VisionConfig) -> dict[str, Any]:
+    """config.json of a vision encoder. The inverse of `vision_config`, but for the selected layer.
+
+    Raises:
+      ConfigError: transformers has no such activation, or DINOv2 no such width of its MLPs.
+    """
+    activation = next((theirs for theirs, own in _ACTIVATIONS.items() if own == config.activation), None)
+    if activation is None:
+        raise ConfigError(f"activation {config.activation!r}: none of {', '.join(_ACTIVATIONS)}")
+    architectures = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel", "dinov2": "Dinov2Model"}
+    settings = {
+        "architectures": [architectures[config.kind]],
+        "model_type": "dinov2" if config.kind == "dinov2" else f"{config.kind}_vision_model",
+        "hidden_act": activation,
+        "layer_norm_eps": config.norm_eps,
+        "num_channels": 3,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+    }
+    if config.kind == "siglip":
+        settings["vision_use_head"] = False
+    if config.kind != "dinov2":
+        return settings | {"intermediate_size": config.intermediate_size, "attention_dropout": 0.0}
+    settings |= {"qkv_bias": True, "use_swiglu_ffn": config.swiglu, "layerscale_value": 1.0}
+    if config.registers:
+        settings |= {"architectures": ["Dinov2WithRegistersModel"], "model_type": "dinov2_with_registers"}
+        settings["num_register_tokens"] = config.registers
+    for ratio in range(1, 64):
+        if vision_config(settings | {"mlp_ratio": ratio}, "").intermediate_size == config.intermediate_size:
+            return settings | {"mlp_ratio": ratio}
+    raise ConfigError(f"DINOv2 of width {config.hidden_size} has no MLPs of width {config.intermediate_size}")
+
+
+def processor_settings(config: VisionConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+    """preprocessor_config.json of a vision encoder: CLIP's processor crops, SigLIP's squashes."""
+    square = {"height": config.image_size, "width": config.image_size}
+    settings = {"image_processor_type": "SiglipImageProcessor", "size": square}
+    if config.kind != "siglip":
+        kind = {"clip": "CLIPImageProcessor", "dinov2": "BitImageProcessor"}[config.kind]
+        settings = {"image_processor_type": kind, "size": {"shortest_edge": config.image_size}}
+        settings |= {"crop_size": square, "do_center_crop": True, "do_convert_rgb": True}
+    steps = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
+    return settings | steps | {"image_mean": list(mean), "image_std": list(std)}
+
+
+def absent_tensors(config: VisionConfig) -> dict[str, np.ndarray]:
+    """Tensors of transformers' model that an encoder lacks if it was never imported: key below the prefix -> values.
+
+    They belong to layers above the selected one and to the last norm, and are never used. Zeros turn such a layer into
+    the identity.
+    """
+    whole = dataclasses.replace(config, select_layer=-1, final_norm=config.kind != "clip")
+    pieces = {}
+    for each in (config, whole):
+        params = flatten(abstract_params(RossConfig(vision=each))["vision"])
+        found = expand(table(each), {path: leaf.shape for path, leaf in params.items()})
+        pieces = {piece.hf_key: piece.shape for piece in found if piece.hf_key not in pieces}
+    if config.kind == "clip":
+        pieces |= {f"post_layernorm.{name}": (config.hidden_size,) for name in ("weight", "bias")}
+    if config.kind == "dinov2":
+        pieces["embeddings.mask_token"] = (1, config.hidden_size)
+    scale = re.compile(r"(.*norm[12]?\.weight)")
+    return {key: np.full(shape, float(bool(scale.fullmatch(key))), np.float32) for key, shape in pieces.items()}
 
 
 def teacher_config(settings: Mapping[str, Any], where: str) -> VisionConfig:

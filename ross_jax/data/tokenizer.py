@@ -14,26 +14,37 @@ an image. The slow Llama 2 tokenizer puts its dummy prefix before that space, an
 `conversation_official` adds it.
 """
 
+import hashlib
 import json
+import logging
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ross_jax.config import UserError, nearest
+from ross_jax.hub import hub_answers, is_hub_id, say_asked
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "tekken.json", "*.tiktoken")
+_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_CLASSES = {"tokenizer.model": "LlamaTokenizer", "vocab.json": "Qwen2Tokenizer"}
+"""Vocabulary without `tokenizer.json` -> the class that reads it where `tokenizer_config.json` names none."""
+_PROBE = "The cat's  3,141 kittens:\n\n\t• naïve café 中文。😀 <image> </s><|im_end|> USER: A</s>"
 
 
 def load_tokenizer(name: str | Path, max_length: int | None = None) -> Any:
     """Loads a transformers tokenizer from a local folder, or by a hub id if no folder has that name.
 
-    A folder is read without network access. A tokenizer without a padding token gets the one that the reference
-    chooses: the unknown token, else Llama 3's `<|end_of_text|>`, else the end-of-sequence token.
+    A folder is read without network access, and only the tokenizer's own files are: a `config.json` beside them has no
+    say. A tokenizer without a padding token gets the one that the reference chooses: the unknown token, else Llama 3's
+    `<|end_of_text|>`, else the end-of-sequence token.
 
     Args:
-      name: a folder with `tokenizer.json` (or another vocabulary file) and `tokenizer_config.json`; or a hub id.
+      name: a folder with `tokenizer.json` (or another vocabulary file) and `tokenizer_config.json`; or a hub id,
+        `owner/name`.
       max_length: new `model_max_length`. Only `compat="official"` reads it, and cuts text-only conversations there.
 
     Raises:
@@ -44,15 +55,10 @@ def load_tokenizer(name: str | Path, max_length: int | None = None) -> Any:
         _check_vocabulary(folder)
     elif folder.exists():
         raise UserError(f"tokenizer {name}: this is a file; give the folder that holds it")
-    elif isinstance(name, Path) or not _HUB_ID.fullmatch(name):
+    elif isinstance(name, Path) or not is_hub_id(name):
         raise UserError(f"tokenizer {name}: there is no such folder")
-    from transformers import AutoTokenizer  # takes seconds to import
-
     try:
-        if folder.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(str(name))
+        tokenizer = _read_folder(folder) if folder.is_dir() else _from_hub(str(name))
     except Exception as error:  # transformers and its Rust backend raise many types, some of them plain Exception
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if folder.is_dir():
@@ -61,8 +67,6 @@ def load_tokenizer(name: str | Path, max_length: int | None = None) -> Any:
             f"tokenizer {name}: there is no such folder, and the hub does not give it either ({reason}); "
             "give the path of a downloaded tokenizer"
         ) from error
-    if folder.is_dir() and not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
-        _order_merges(tokenizer, folder / "tokenizer.model")
     if max_length is not None:
         tokenizer.model_max_length = max_length
     if tokenizer.pad_token is None:
@@ -72,12 +76,123 @@ def load_tokenizer(name: str | Path, max_length: int | None = None) -> Any:
     return tokenizer
 
 
+def _import_transformers() -> Any:
+    """The package, imported without its advice to install PyTorch: tokenizers do not need it."""
+    log = logging.getLogger("transformers")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "PyTorch was not found" not in record.getMessage()
+
+    log.addFilter(keep)
+    try:
+        import transformers  # takes seconds
+    finally:
+        log.removeFilter(keep)
+    return transformers
+
+
+def _read_folder(folder: Path) -> Any:
+    transformers = _import_transformers()
+    # With the config.json of a model, transformers would choose a class that reads the same files differently.
+    config = transformers.PreTrainedConfig()
+    if not (folder / "tokenizer.json").exists():
+        config.tokenizer_class = next((cls for file, cls in _CLASSES.items() if (folder / file).exists()), None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, config=config, trust_remote_code=False
+    )
+    if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
+        _order_merges(tokenizer, folder / "tokenizer.model")
+    return tokenizer
+
+
+def _from_hub(name: str) -> Any:
+    say_asked(name)
+    offline = not hub_answers(name)
+    auto = _import_transformers().AutoTokenizer
+    return auto.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
+
+
+def tokenizer_files(folder: Path, patterns: Sequence[str] = _FILES) -> dict[str, Path]:
+    """The files of the tokenizer in a folder: name below the folder -> path. Empty if there is no folder."""
+    found = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+
+
+def find_tokenizer(files: Path) -> Path | None:
+    """The folder that holds the tokenizer of a model directory, if it has one.
+
+    A run lays its tokenizer under `language`. Import lays it where it was: with the language model, in a full
+    checkpoint (`ross`), or with the adapters of stage 1.
+
+    Args:
+      files: folder `files` of the model directory.
+    """
+    folders = [files / name for name in ("language", "ross", "adapters")]
+    return next((folder for folder in folders if folder.is_dir() and _has_vocabulary(folder)), None)
+
+
+def save_tokenizer(name: str | Path, folder: Path) -> None:
+    """Lays the files of a tokenizer, and of a processor beside it, into a folder. Another tokenizer's files there go.
+
+    They are copied byte for byte, so that every reader of the originals reads the copies. Only a tokenizer of the hub
+    is saved anew, by today's transformers.
+
+    Args:
+      name: as of `load_tokenizer`.
+      folder: where the files go; made if it is absent.
+    """
+    source = Path(name).expanduser()
+    if source.is_dir() and folder.is_dir() and source.samefile(folder):
+        return
+    for path in tokenizer_files(folder).values():
+        path.unlink()
+    if not source.is_dir():
+        tokenizer = load_tokenizer(name)
+        tokenizer.save_pretrained(folder)
+        check_fingerprint(load_tokenizer(folder), fingerprint(tokenizer), f"tokenizer {name}, saved as {folder}")
+    for file, path in tokenizer_files(source, _FILES + _PROCESSOR_FILES).items():
+        target = folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def fingerprint(tokenizer: Any) -> dict[str, str]:
+    """Hashes of what a tokenizer does: of its vocabulary, and of the ids of a text. Equal ones give equal ids."""
+    encoder = TextEncoder(tokenizer)
+    ids = [encoder.start, encoder.encode(_PROBE), encoder.encode(_PROBE, continues=True)]
+    contents = {"vocabulary": [*sorted(tokenizer.get_vocab().items()), *sorted(encoder.special)], "probe": ids}
+    return {name: hashlib.sha256(repr(content).encode()).hexdigest() for name, content in contents.items()}
+
+
+def check_fingerprint(tokenizer: Any, recorded: Mapping[str, str] | None, where: str) -> None:
+    """Compares a tokenizer with the one that a model was trained with.
+
+    Args:
+      recorded: from `fingerprint`. None, or a hash that is missing, fits every tokenizer: older runs recorded none.
+      where: the tokenizer, for messages.
+
+    Raises:
+      UserError: the tokenizer gives other ids.
+    """
+    found = fingerprint(tokenizer) if recorded else {}
+    differing = [name for name in found if recorded.get(name, found[name]) != found[name]]
+    if differing:
+        what = {"vocabulary": "its vocabulary", "probe": "the ids of a text"}
+        raise UserError(
+            f"{where}: this is not the tokenizer that the model was trained with (what differs: "
+            f"{', '.join(what[name] for name in differing)}); put its files back"
+        )
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in VOCABULARY_FILES) or any(folder.glob("*.tiktoken"))
+
+
 def _check_vocabulary(folder: Path) -> None:
     # Without this check, transformers builds an empty tokenizer from a folder that has only a tokenizer_config.json.
-    names = {path.name for path in folder.iterdir()}
-    if names.intersection(VOCABULARY_FILES) or any(name.endswith(".tiktoken") for name in names):
+    if _has_vocabulary(folder):
         return
-    packed = sorted(name for name in names if Path(name).stem in VOCABULARY_FILES)
+    packed = sorted(path.name for path in folder.iterdir() if path.stem in VOCABULARY_FILES)
     if packed:
         raise UserError(f"tokenizer {folder}: {', '.join(packed)} must be decompressed first")
     raise UserError(f"tokenizer {folder}: the folder holds no vocabulary (none of {', '.join(VOCABULARY_FILES)})")

@@ -69,17 +69,17 @@ def build_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json` to an existing folder."""
-    from transformers import PreTrainedTokenizerFast  # takes seconds to import
-
+    """Writes `tokenizer.json` and `tokenizer_config.json` to an existing folder. transformers 4 and 5 read them."""
     pad, start, end = SPECIAL
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=start,
-        eos_token=end,
-        pad_token=pad,
-        additional_special_tokens=list(SPECIAL),
-        clean_up_tokenization_spaces=False,
-        model_max_length=2048,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": start,
+        "eos_token": end,
+        "pad_token": pad,
+        "additional_special_tokens": list(SPECIAL),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

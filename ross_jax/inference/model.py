@@ -23,7 +23,7 @@ from ross_jax.data.batches import expand
 from ross_jax.data.conversation import IGNORE, EncodedConversation
 from ross_jax.data.encoders import build_image_encoder, build_prompt_encoder, stop_id
 from ross_jax.data.images import ImageConfig, ImageError, encoder_image_config
-from ross_jax.data.tokenizer import load_tokenizer
+from ross_jax.data.tokenizer import check_fingerprint, find_tokenizer, load_tokenizer
 from ross_jax.evaluation.images import to_uint8
 from ross_jax.inference.generate import generate
 from ross_jax.inference.prompts import AnyImages, Request, prompt_batches, read_images
@@ -159,9 +159,17 @@ class Model:
         """The directory's tokenizer.
 
         Raises:
-          UserError: the directory has none, or it cannot be read.
+          UserError: the directory has none, it cannot be read, or it is not the one that the model was trained with.
         """
-        return load_tokenizer(self.folder / "files" / "language")
+        folder = find_tokenizer(self.folder / "files")
+        if folder is None:
+            raise UserError(
+                f"{self.folder}: has no tokenizer; import it with the tokenizer's files beside the language model's, "
+                f"or copy them into {self.folder / 'files' / 'language'}"
+            )
+        tokenizer = load_tokenizer(folder)
+        check_fingerprint(tokenizer, checkpoints.read_manifest(self.folder).get("tokenizer"), f"tokenizer {folder}")
+        return tokenizer
 
     @property
     def _template(self) -> str:

@@ -28,7 +28,7 @@ class TextConfig:
 
     Attributes:
       template: `plain`, `v1`, `qwen_2`, `llama3` or `chatml`.
-      tokenizer: folder (or hub id) of the tokenizer.
+      tokenizer: folder of the tokenizer, or its hub id `owner/name`.
       compat: `official` for the reference's ids and labels, labels that it loses included.
       weight: factor of the text loss in the sum. 0: there is no text loss, and a sample is its images alone, each
         behind an empty question.

@@ -1,12 +1,11 @@
 """A training run from its config: data, parameters, compiled step, checkpoints, loop. The same command continues it."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ross_jax.data.images import decode, decode_official
 from ross_jax.data.pipeline import Pipeline, Preprocessing, open_pipeline
 from ross_jax.data.precomputed import differences
 from ross_jax.data.records import Version
-from ross_jax.data.tokenizer import load_tokenizer
+from ross_jax.data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, save_tokenizer
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
@@ -47,21 +46,29 @@ _FREE += ("data.precomputed", "data.max_dropped")
 _GO_ON = "continue on it as it is now with --accept_changed_data, or start a new run in another directory"
 
 
-def open_data(
-    config: RunConfig,
-    mesh: Mesh,
-    rows_per_step: int | None = None,
-    timeout: int = 300,
-    known: Sequence[Version] = (),
-    accept_changed: bool = False,
-) -> Pipeline:
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What a run that continues knows of its data. The defaults are those of a new run.
+
+    Attributes:
+      rows_per_step: rows of a step, of all processes.
+      sources: the sources as they were; empty for runs that did not record them.
+      tokenizer: the tokenizer's `fingerprint`; None for runs that did not record it.
+      accept_changed: whether the sources may have changed since.
+    """
+
+    rows_per_step: int | None = None
+    sources: tuple[Version, ...] = ()
+    tokenizer: Mapping[str, str] | None = None
+    accept_changed: bool = False
+
+
+def open_data(config: RunConfig, mesh: Mesh, known: Known = Known(), timeout: int = 300) -> Pipeline:  # noqa: B008
     """The run's batches. Of several processes, process 0 measures and plans, and the others read what it cached.
 
     Args:
-      rows_per_step: of the run that continues; None for a new run.
+      known: what the run that continues knows of its data.
       timeout: seconds within which all processes must have opened their data.
-      known: the sources as the run knows them; empty for a new run.
-      accept_changed: whether they may have changed since.
 
     Raises:
       UserError: data, tokenizer or `config.data.precomputed` cannot be used, or the data has changed. On all processes:
@@ -69,6 +76,7 @@ def open_data(
     """
     model, text = config.model, config.text
     tokenizer = load_tokenizer(text.tokenizer)
+    check_fingerprint(tokenizer, known.tokenizer, f"config.text.tokenizer {text.tokenizer}")
     if len(tokenizer) > model.language.vocab_size:
         raise ConfigError(
             f"config.text.tokenizer: {len(tokenizer)} ids, but the language model embeds {model.language.vocab_size}"
@@ -78,10 +86,10 @@ def open_data(
     key = json.dumps([to_dict(text), len(tokenizer)])
     cached = open_cached(config)
 
-    def opened(fingerprint: str, versions: Sequence[Version]) -> None:
-        vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-        agreement.agree({"data": fingerprint[:12], "tokenizer": vocabulary[:12]}, timeout)
-        _check_unchanged(known, versions, accept_changed)
+    def opened(data: str, versions: Sequence[Version]) -> None:
+        hashes = fingerprint(tokenizer)
+        agreement.agree({"data": data[:12], "tokenizer": hashes["vocabulary"][:6] + hashes["probe"][:6]}, timeout)
+        _check_unchanged(known, versions)
         if jax.process_index() > 0:
             agreement.barrier()  # process 0 arrives when lengths and plans are in the cache
 
@@ -98,9 +106,9 @@ def open_data(
         config.data,
         preprocessing,
         multiple=replicas * config.step.accumulate,
-        rows_per_step=rows_per_step,
+        rows_per_step=known.rows_per_step,
         writer=jax.process_index() == 0,
-        known=known,
+        known=known.sources,
         opened=opened,
     )
     if jax.process_index() == 0:
@@ -110,12 +118,12 @@ def open_data(
     return pipeline
 
 
-def _check_unchanged(known: Sequence[Version], versions: Sequence[Version], accept_changed: bool) -> None:
+def _check_unchanged(known: Known, versions: Sequence[Version]) -> None:
     """Raises UserError, with what changed, if sources are not as the run knows them; warns if that is accepted."""
-    changes = [change for before, now in zip(known, versions, strict=False) if (change := before.changes(now))]
+    changes = [change for before, now in zip(known.sources, versions, strict=False) if (change := before.changes(now))]
     if changes:
         listed = "the data has changed since the run began:\n  " + "\n  ".join(changes)
-        if not accept_changed:
+        if not known.accept_changed:
             raise UserError(f"{listed}\nRestore it, {_GO_ON}")
         logger.warning(listed)
 
@@ -181,9 +189,8 @@ class Run:
         record = self._read_record()
         self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
         self.step = self._checkpoints.latest() or 0
-        known = [from_dict(Version, each, f"{folder / RECORD}: sources") for each in record.get("sources", ())]
-        rows = record.get("rows_per_step")
-        self.data = open_data(self._with_shared_cache(), self.mesh, rows, timeout, known, accept_changed_data)
+        known = self._known(record, accept_changed_data)
+        self.data = open_data(self._with_shared_cache(), self.mesh, known, timeout)
         if record.get("data", self.data.hash) != self.data.hash and not accept_changed_data:
             raise UserError(
                 f"{folder}: was trained on other data or another packing plan; a run continues only with its own. "
@@ -200,6 +207,15 @@ class Run:
                 self._write_record(record)
         else:
             self.state = self._first_state(built.tree)
+
+    def _known(self, record: Mapping[str, Any], accept_changed: bool) -> Known:
+        """What the record and the manifest of the run's directory say of its data."""
+        if not record:
+            return Known()
+        where = f"{self.folder / RECORD}: sources"
+        sources = tuple(from_dict(Version, each, where) for each in record.get("sources", ()))
+        tokenizer = checkpoints.read_manifest(self.folder).get("tokenizer")
+        return Known(record["rows_per_step"], sources, tokenizer, accept_changed)
 
     def _with_shared_cache(self) -> RunConfig:
         """The config of several processes, which must share lengths and plans; by default in the run's directory."""
@@ -257,9 +273,10 @@ class Run:
         for origin in dict.fromkeys(origins.values()):
             if (origin / "files").is_dir():
                 shutil.copytree(origin / "files", self.folder / "files", dirs_exist_ok=True)
-        tokenizer = load_tokenizer(self.config.text.tokenizer)
-        tokenizer.save_pretrained(self.folder / "files" / "language")
+        language = self.folder / "files" / "language"
+        save_tokenizer(self.config.text.tokenizer, language)
         settings = {
+            "tokenizer": fingerprint(load_tokenizer(language)),
             "template": self.config.text.template,
             "image_mode": self.config.image_mode,
             "reconstruction": to_dict(self.config.reconstruction),

@@ -3,13 +3,16 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ross_jax.config import UserError
-from ross_jax.data.tokenizer import TextEncoder, load_tokenizer
+from ross_jax.data import tokenizer as module
+from ross_jax.data.tokenizer import TextEncoder, check_fingerprint, fingerprint, load_tokenizer, save_tokenizer
 from tokenizer_fixtures import TINY, byte_level_tokenizer, sentencepiece_tokenizer, tokenizer_folder  # noqa: F401
 
 # Ids of the reference's slow tokenizers (transformers 4.43). Texts hold special tokens and words inside a sentence.
@@ -76,6 +79,23 @@ def test_folders_that_hold_no_tokenizer(tmp_path):
         load_tokenizer(saved)
 
 
+@pytest.mark.parametrize("name", ["tokenizer", "runs/absent", "./a/b", "a/b/c", "owner/name/", "a b/c", "../name"])
+def test_paths_are_not_asked_of_the_hub(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(module, "hub_answers", lambda _: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match=r"there is no such folder$"):
+        load_tokenizer(name)
+
+
+def test_a_hub_id_is_saved_anew(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(module, "hub_answers", lambda _: True)
+    monkeypatch.setattr(module, "_from_hub", lambda name: module.say_asked(name) or byte_level_tokenizer())
+    save_tokenizer("someone/some-7b", tmp_path)
+    assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(byte_level_tokenizer())
+    assert "someone/some-7b: there is no such folder; asking the Hugging Face hub for it" in caplog.messages
+
+
 def test_a_hub_id_that_cannot_be_had(monkeypatch):
     def refuse(name, **kwargs):
         raise OSError(f"We couldn't connect\nto load {name}")
@@ -93,7 +113,58 @@ def test_a_folder_is_read_without_the_network(tmp_path, monkeypatch):
     original = AutoTokenizer.from_pretrained
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: seen.append(k) or original(*a, **k))
     load_tokenizer(tmp_path)
-    assert seen == [{"local_files_only": True}]
+    assert [each["local_files_only"] for each in seen] == [True]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "ross_qwen2", "llava"])
+@pytest.mark.parametrize("tiny", TINY)
+def test_a_config_beside_it_has_no_say(tiny, model_type, tmp_path):
+    """transformers 5 would take the class of the model, which keeps the vocabulary and splits text differently."""
+    TINY[tiny]().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for name in (settings["tokenizer_class"], "PreTrainedTokenizerFast", None):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": name}))
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(TINY[tiny]())
+
+
+def test_a_saved_tokenizer_has_the_given_bytes_and_no_other_files(tmp_path):
+    given, folder = tmp_path / "given", tmp_path / "folder"
+    (given / "additional_chat_templates").mkdir(parents=True)
+    byte_level_tokenizer().save_pretrained(given)
+    (given / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    (given / "preprocessor_config.json").write_text("{}")
+    expected = {path.relative_to(given): path.read_bytes() for path in given.rglob("*") if path.is_file()}
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        (given / name).write_text("{}")  # belongs to the model
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for name in ("added_tokens.json", "vocab.json", "tokenizer.model"):
+        (folder / name).write_text("of another tokenizer")
+    for _ in range(2):
+        save_tokenizer(given, folder)
+        found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert found.pop(folder.joinpath("config.json").relative_to(folder)) == b"{}" and found == expected
+        given = folder  # onto itself
+
+
+def test_another_tokenizer_is_told(tmp_path):
+    given = byte_level_tokenizer()
+    check_fingerprint(given, None, "it")
+    check_fingerprint(given, fingerprint(byte_level_tokenizer()), "it")
+    given.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(UserError, match=r"^it: this is not the tokenizer .*: the ids of a text.; put its files back"):
+        check_fingerprint(given, fingerprint(byte_level_tokenizer()), "it")
+    with pytest.raises(UserError, match="differs: its vocabulary, the ids of a text"):
+        check_fingerprint(given, fingerprint(sentencepiece_tokenizer()), "it")
+
+
+def test_no_word_of_pytorch_at_the_start(tmp_path):
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    code = "import sys; sys.modules['torch'] = None; from ross_jax.data.tokenizer import load_tokenizer"
+    command = [sys.executable, "-c", f"{code}; print(len(load_tokenizer(sys.argv[1])))", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (int(done.stdout), done.stderr) == (len(byte_level_tokenizer()), "")
 
 
 @pytest.mark.parametrize("tiny", TINY)

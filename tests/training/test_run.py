@@ -27,6 +27,7 @@ from ross_jax.convert.tensors import open_tensors
 from ross_jax.data.packing import PackingConfig
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
+from ross_jax.inference.model import load as load_model
 from ross_jax.models.ross import abstract_params
 from ross_jax.models.tiny_autoencoder import TinyAutoencoderConfig
 from ross_jax.sharding import MeshConfig
@@ -177,6 +178,25 @@ def test_another_config_is_refused_with_what_differs(data, whole):
     folder, *_ = whole
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.001 there, 0.5 now"):
         Run(make_config(data, optimizer=OptimizerConfig(0.5, ((r"denoiser/.*", 1e-4),))), folder)
+
+
+def test_another_tokenizer_is_refused(data, whole, tmp_path):
+    """To continue the run, and to ask its model. The tokenizer of the run has the bytes that it was given."""
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    model = load_model(folder, ("language",))
+    given, used = data / "tokenizer", folder / "files" / "language"
+    assert {p.name: p.read_bytes() for p in used.iterdir()} == {p.name: p.read_bytes() for p in given.iterdir()}
+    assert model.tokenizer("a b").input_ids == byte_level_tokenizer()("a b").input_ids
+    changed = json.loads((used / "tokenizer.json").read_text())
+    changed["pre_tokenizer"]["add_prefix_space"] = True
+    (used / "tokenizer.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=f"^tokenizer {used}: this is not the tokenizer .*: the ids of a text"):
+        assert load_model(folder, ("language",)).tokenizer
+    manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
+    manifest["tokenizer"]["vocabulary"] = "another"
+    (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"^config.text.tokenizer {given}: this is not .*: its vocabulary.; put"):
+        Run(make_config(data), folder)
 
 
 def test_continues_a_run_older_than_a_field(data, whole, tmp_path):

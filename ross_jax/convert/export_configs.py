@@ -1,0 +1,197 @@
+"""config.json of exports: as imported, else written from the sizes in `RossConfig`. For transformers 4.43 and 5."""
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ross_jax.config import UserError
+from ross_jax.convert import autoencoder, language, vision
+from ross_jax.convert.sources import ROSS_FAMILIES, read_json
+from ross_jax.models.denoiser import NUM_HEADS
+from ross_jax.models.ross import RossConfig
+
+_ROSS_FIELDS = {
+    *("_name_or_path", "ross_enable", "use_mm_proj", "use_mm_inv_proj", "freeze_mm_mlp_adapter", "tune_mm_mlp_adapter"),
+    *("unfreeze_mm_vision_tower", "image_aspect_ratio", "image_grid_pinpoints", "image_embed_len", "image_mean"),
+    *("image_std", "decode_image_size", "tokenizer_model_max_length", "tokenizer_padding_side"),
+}
+
+
+def _is_ross_field(name: str) -> bool:
+    return name.startswith("mm_") or name in _ROSS_FIELDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What a model directory says about itself, apart from its parameters.
+
+    Attributes:
+      files: folder `files` of the model directory.
+      config: config of the model, without the components that are left out.
+      foreign: component -> origin, layout, prefix and keys of its import. Empty for a component made by training.
+      dtypes: component -> dtype of its parameters, such as `float32`.
+      image_mode: how the run made images square. None if the model is no run's.
+      tokens: `bos_token_id`, `eos_token_id` and `pad_token_id` of the tokenizer, as far as it has them.
+    """
+
+    files: Path
+    config: RossConfig
+    foreign: Mapping[str, Any]
+    dtypes: Mapping[str, str]
+    image_mode: str | None
+    tokens: Mapping[str, int]
+
+    def came_with(self, component: str, layout: str) -> bool:
+        """Whether import read the component from a checkpoint of the layout: `ross`, `adapters`, `vision`, ..."""
+        return self.foreign[component].get("layout") == layout
+
+
+def component_settings(model: Described, name: str) -> dict[str, Any]:
+    """config.json of a component. The language model's can come from a full checkpoint, without the fields of Ross.
+
+    Raises:
+      UserError: the imported file cannot be read, or no config.json can describe the component.
+    """
+    own, full = model.files / name / "config.json", model.files / "ross" / "config.json"
+    if model.foreign[name] and own.is_file():
+        return language.for_both(read_json(own))
+    if name == "language" and model.came_with(name, "ross"):
+        settings = read_json(full)
+        family = ROSS_FAMILIES.get(str(settings.get("model_type")))
+        if family is None:
+            raise UserError(f"{full}: model_type {settings.get('model_type')!r} is not that of a full checkpoint")
+        kept = {name: value for name, value in settings.items() if not _is_ross_field(name)}
+        described = {"model_type": family, "architectures": [language.ARCHITECTURES[family]]}
+        return language.for_both({**kept, **described})
+    dtype = {"torch_dtype": model.dtypes[name], "dtype": model.dtypes[name]}
+    config = getattr(model.config, name)
+    if name == "language":
+        return {**language.language_settings(config), **model.tokens, **dtype}
+    if name == "autoencoder":
+        return autoencoder.autoencoder_settings(config)
+    return {**vision.vision_settings(config), **dtype}
+
+
+def processor_settings(model: Described, name: str) -> dict[str, Any] | None:
+    """preprocessor_config.json of a vision encoder that was never imported. None for other components."""
+    if name not in ("vision", "teacher") or model.foreign[name]:
+        return None
+    config, prefix = model.config, "image" if name == "vision" else "teacher"
+    mean, std = getattr(config, f"{prefix}_mean"), getattr(config, f"{prefix}_std")
+    return vision.processor_settings(getattr(config, name), mean, std)
+
+
+def ross_settings(model: Described, folders: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """config.json of a full checkpoint: as imported, with the fields of all components that came from elsewhere.
+
+    Args:
+      folders: component -> folder that the config points to for it, if it is another than the origin of the import.
+
+    Raises:
+      UserError: the reference has no such language model.
+    """
+    config, folders = model.config, folders or {}
+    if model.came_with("language", "ross"):
+        settings = language.for_both(read_json(model.files / "ross" / "config.json"))
+        family = ROSS_FAMILIES[settings["model_type"]]
+    else:
+        settings, adapters = component_settings(model, "language"), model.files / "adapters" / "config.json"
+        family = settings["model_type"]
+        settings |= {"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat"}
+        settings |= {"image_aspect_ratio": "pad"} if config.vision else {}
+        trained = read_json(adapters) if adapters.is_file() else {}
+        settings |= {name: value for name, value in trained.items() if _is_ross_field(name) and name != "_name_or_path"}
+        settings["ross_enable"] = bool(config.denoiser)
+    added = {name for name in _FIELDS if getattr(config, name) is not None and not model.came_with(name, "ross")}
+    if "projector" in added and settings.get("mm_projector_type") == _projector_type(model):
+        added.remove("projector")  # an identity, which no import has tensors of
+    for name in sorted(added):
+        settings |= _component_fields(model, name)
+    settings |= {_POINTERS[name]: folder for name, folder in folders.items()}
+    if config.vision and model.image_mode:
+        settings["image_aspect_ratio"] = model.image_mode
+    if "denoiser" in added:
+        seen = _component_fields(model, "vision") if config.vision else {}
+        settings = {**seen, **settings, "ross_enable": True}  # LLaVA's config.json lacks some of what Ross reads
+    if "denoiser" in added or not model.came_with("language", "ross"):
+        if f"ross_{family}" not in _ARCHITECTURES:
+            raise UserError(f"the reference has no ross_{family}; use --format components")
+        settings |= {"model_type": f"ross_{family}", "architectures": [_ARCHITECTURES[f"ross_{family}"]]}
+    return settings
+
+
+def adapters_settings(model: Described, folders: Mapping[str, str], without: Collection[str]) -> dict[str, Any] | None:
+    """config.json of a folder of adapters. None: the imported file holds, or there is none.
+
+    The reference writes that of the full checkpoint, which tells the selected layer, for one.
+    """
+    found = [model.files / name / "config.json" for name in ("adapters", "ross")]
+    imported = next((path for path in found if path.is_file()), None)
+    made = [n for n in ("vision", "projector", "denoiser") if getattr(model.config, n) and not model.foreign[n]]
+    if made and model.config.language is not None:
+        with contextlib.suppress(UserError):  # the reference has no such language model
+            return settings_without(ross_settings(model, folders), without)
+    return settings_without(read_json(imported), without) if imported and without else None
+
+
+_ARCHITECTURES = {"ross_qwen2": "RossQwen2ForCausalLM", "ross_llama": "RossLlamaForCausalLM"}
+_POINTERS = {"vision": "mm_vision_tower", "autoencoder": "mm_pixel_decoder"}
+"""Component -> field of a full checkpoint's config.json that names a folder or hub id with its settings."""
+
+
+def _component_fields(model: Described, name: str) -> dict[str, Any]:
+    """Fields of a full checkpoint's config.json that describe a component."""
+    config, origin = model.config, model.foreign[name].get("origin")
+    if name == "vision":
+        return {
+            "mm_vision_tower": origin,
+            "mm_vision_select_layer": config.vision.select_layer,
+            "mm_vision_select_feature": "patch",
+            "mm_hidden_size": config.vision.hidden_size,
+            "image_embed_len": config.vision.num_tokens,
+            "decode_image_size": config.target_size,
+            "image_mean": list(config.image_mean),
+            "image_std": list(config.image_std),
+        }
+    if name == "projector":
+        return {"use_mm_proj": True, "mm_projector_type": _projector_type(model)}
+    if name == "denoiser":
+        heads = {"mm_inv_num_heads": config.denoiser.num_heads} if config.denoiser.num_heads != NUM_HEADS else {}
+        return heads | {
+            "use_mm_inv_proj": True,
+            "mm_inv_projector_type": f"denoiser_vit{config.denoiser.depth}x",
+            "mm_inv_hidden_size": config.denoiser.latent_size,
+        }
+    return {"mm_pixel_decoder": origin}
+
+
+_FIELDS = {
+    "vision": ("mm_vision_", "mm_hidden_size", "image_embed_len", "image_mean", "image_std", "decode_image_size"),
+    "projector": ("use_mm_proj", "mm_projector_"),
+    "denoiser": ("use_mm_inv_proj", "mm_inv_"),
+    "autoencoder": ("mm_pixel_decoder",),
+}
+"""Component -> beginnings of the names of its fields in a full checkpoint's config.json."""
+
+
+def settings_without(settings: dict[str, Any], without: Collection[str]) -> dict[str, Any]:
+    """Removes what a full checkpoint's config.json says about the components left out.
+
+    A regressor takes the denoiser's place. A run that trained one may have started from a checkpoint with a denoiser,
+    whose config.json still describes it. `ross_enable` makes the reference compute the reconstruction loss, which needs
+    denoiser and autoencoder.
+    """
+    names = {"denoiser" if name == "regressor" else name for name in without}
+    gone = tuple(begin for name in names for begin in _FIELDS.get(name, ()))
+    kept = {name: value for name, value in settings.items() if not name.startswith(gone)}
+    return kept | {"ross_enable": False} if names & {"denoiser", "autoencoder"} else kept
+
+
+def _projector_type(model: Described) -> str:
+    projector = model.config.projector
+    if projector.kind == "identity":
+        return "identity"
+    numbered = "0.weight" in (model.foreign["projector"].get("keys") or {})  # LLaVA's mlp1x_gelu: a list of one layer
+    return "linear" if projector.depth == 1 and not numbered else f"mlp{projector.depth}x_gelu"
