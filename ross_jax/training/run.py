@@ -63,7 +63,7 @@ class Known:
     accept_changed: bool = False
 
 
-def open_data(config: RunConfig, mesh: Mesh, known: Known = Known(), timeout: int = 300) -> Pipeline:  # noqa: B008
+def open_data(config: RunConfig, mesh: Mesh, known: Known = Known(), timeout: int = 300) -> Pipeline:
     """The run's batches. Of several processes, process 0 measures and plans, and the others read what it cached.
 
     Args:
@@ -215,7 +215,7 @@ class Run:
         where = f"{self.folder / RECORD}: sources"
         sources = tuple(from_dict(Version, each, where) for each in record.get("sources", ()))
         tokenizer = checkpoints.read_manifest(self.folder).get("tokenizer")
-        return Known(record["rows_per_step"], sources, tokenizer, accept_changed)
+        return Known(record.get("rows_per_step"), sources, tokenizer, accept_changed)
 
     def _with_shared_cache(self) -> RunConfig:
         """The config of several processes, which must share lengths and plans; by default in the run's directory."""
