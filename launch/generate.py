@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args(argv)
     try:
-        model = load(args.checkpoint, TEXT_COMPONENTS, args.template, args.dtype)
+        components = TEXT_COMPONENTS if args.image else ("language",)
+        model = load(args.checkpoint, components, args.template, args.dtype)
         print(model.ask(args.image, args.prompt, max_new_tokens=args.max_new_tokens))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,6 +27,15 @@ class ConfigError(UserError):
     """A config that cannot be used."""
 
 
+def check_range(name: str, value: Any, least: int | float, most: int | float) -> None:
+    """Raises UserError if a value is no number from `least` to `most`, or no whole number, where `least` is one."""
+    whole = isinstance(least, int)
+    if not isinstance(value, int if whole else int | float) or isinstance(value, bool) or value != value:
+        raise UserError(f"{name} {value!r}: must be {'a whole number' if whole else 'a number'}")
+    if not least <= value <= most:
+        raise UserError(f"{name} {value!r}: must be at {f'least {least}' if value < least else f'most {most}'}")
+
+
 def required(value: T | None) -> T:
     """The value of an optional field that is known to be set. Narrows its type."""
     assert value is not None
