@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from ross_jax.config import UserError, check_range
+from ross_jax.config import Range, UserError
 from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, place
 from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.data.images import ImageConfig, ImageError, decode, preprocess
@@ -68,7 +68,7 @@ class Request:
     on_text: Callable[[str], None] | None = None
 
     def __post_init__(self):
-        check_range("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS)
+        Range(1, MAX_NEW_TOKENS).check("max_new_tokens", self.max_new_tokens)
         for i, turn in enumerate(self.history):
             if isinstance(turn, str) or len(turn) != 2:
                 raise UserError(f"history[{i}]: expected (question, answer), found {turn!r:.80}")
