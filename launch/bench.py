@@ -14,13 +14,15 @@ Each subcommand prints its figures, and with --json FILE writes them as JSON.
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ross_jax.arguments import SIZE, Parser
 from ross_jax.bench import data, step
 from ross_jax.command_line import load_recipe
-from ross_jax.config import UserError
+from ross_jax.config import Range, UserError
 from ross_jax.data.images import ImageConfig
 from ross_jax.data.packing import PackingConfig
 
@@ -29,23 +31,23 @@ Figures = dict[str, float | int | str]
 MEASURES = {None: step.measure, "torch": step.against_torch, "padding": step.against_padding}
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: Parser) -> None:
     parser.description = "Reads batches as training does: samples/s, and how full the rows are."
     parser.add_argument("--data", help="LLaVA conversations, JSON or JSONL; default: a synthetic data set")
     parser.add_argument("--images", nargs="*", default=[], help="folders, .zip or .tar files with its images")
     parser.add_argument("--tokenizer", help="folder of a tokenizer; default: one token per word")
     parser.add_argument("--template", default="v1", help="conversation template, with --tokenizer")
-    parser.add_argument("--samples", type=int, default=2000, help="size of the synthetic data set")
+    parser.add_argument("--samples", type=int, within=Range(1, 2**24), default=2000, help="size of the synthetic set")
     parser.add_argument("--layout", choices=("pack", "pad"), default="pack")
-    parser.add_argument("--length", type=int, default=2048, help="S, tokens per row")
-    parser.add_argument("--image-slots", type=int, default=2, help="I, images per row")
-    parser.add_argument("--image-tokens", type=int, default=729, help="N, tokens per image")
-    parser.add_argument("--image-size", type=int, default=384, help="side of an image in pixels")
+    parser.add_argument("--length", type=int, within=SIZE, default=2048, help="S, tokens per row")
+    parser.add_argument("--image-slots", type=int, within=Range(0, 4096), default=2, help="I, images per row")
+    parser.add_argument("--image-tokens", type=int, within=SIZE, default=729, help="N, tokens per image")
+    parser.add_argument("--image-size", type=int, within=Range(1, 2**14), default=384, help="pixels of an image's side")
     parser.add_argument("--image-mode", choices=("pad", "square", "crop"), default="pad")
-    parser.add_argument("--batch", type=int, default=32, help="conversations per step")
-    parser.add_argument("--steps", type=int, default=20, help="steps to read")
-    parser.add_argument("--workers", type=int, default=0, help="worker processes; 0: threads")
-    parser.add_argument("--threads", type=int, default=4, help="reading threads, without workers")
+    parser.add_argument("--batch", type=int, within=SIZE, default=32, help="conversations per step")
+    parser.add_argument("--steps", type=int, within=SIZE, default=20, help="steps to read")
+    parser.add_argument("--workers", type=int, within=Range(0, 1024), default=0, help="worker processes; 0: threads")
+    parser.add_argument("--threads", type=int, within=Range(0, 1024), default=4, help="reader threads, without workers")
 
 
 def run_data(arguments: argparse.Namespace, others: list[str]) -> Figures:
@@ -69,7 +71,7 @@ def run_data(arguments: argparse.Namespace, others: list[str]) -> Figures:
     )
 
 
-def add_step(parser: argparse.ArgumentParser) -> None:
+def add_step(parser: Parser) -> None:
     parser.description = (
         "Runs a recipe's train step on the devices of this machine, with random parameters and packed rows of made-up "
         "conversations whose lengths resemble LLaVA-1.5's stage 2."
@@ -78,22 +80,18 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default=str(RECIPE), metavar="RECIPE", help="default: configs/bench.py")
     comparisons = [name for name in MEASURES if name]
     parser.add_argument("--compare", choices=comparisons, help="what to measure beside the step")
-    parser.add_argument("--repeats", type=int, default=5, help="steps to time; their median counts")
-    parser.add_argument("--rows", type=int, help="rows of a step; default: from config.data.batch")
+    parser.add_argument("--repeats", type=int, within=SIZE, default=5, help="steps to time; their median counts")
+    parser.add_argument("--rows", type=int, within=SIZE, help="rows of a step; default: from config.data.batch")
 
 
 def run_step(arguments: argparse.Namespace, others: list[str]) -> Figures:
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats {arguments.repeats}: must be at least 1")
-    if arguments.rows is not None and arguments.rows < 1:
-        raise UserError(f"--rows {arguments.rows}: must be at least 1")
     if arguments.compare == "torch":
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch shares the GPU's memory
     return MEASURES[arguments.compare](load_recipe(arguments.config, others), arguments.repeats, arguments.rows)
 
 
 Run = Callable[[argparse.Namespace, list[str]], Figures]
-COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Run]] = {
+COMMANDS: dict[str, tuple[Callable[[Parser], None], Run]] = {
     "data": (add_data, run_data),
     "step": (add_step, run_step),
 }
@@ -101,14 +99,20 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Run]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (add_flags, _) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, allow_abbrev=False)
+        subparser = subparsers.add_parser(name, formatter_class=argparse.HelpFormatter)
         subparser.add_argument("--json", metavar="FILE", help="write the figures there too")
         add_flags(subparser)
-    parsed, others = parser.parse_known_args(arguments)
     try:
+        parsed, others = parser.parse_known_args(arguments)
+        for name in others:
+            if name.startswith("--") and not re.match(r"--(no)?config\.", name):
+                flag = name[2:].partition("=")[0]
+                raise UserError(
+                    f"unexpected arguments {others}: Unknown command line flag {flag!r}{parser.nearest(name)}"
+                )
         figures = COMMANDS[parsed.command][1](parsed, others)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

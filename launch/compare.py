@@ -6,12 +6,12 @@ configs/comparison.py has the recipe. Writes table.md, table.png and scores.json
 continues.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
 from pathlib import Path
 
+from ross_jax.arguments import SEED, Parser
 from ross_jax.command_line import import_recipe, load_recipe
 from ross_jax.config import UserError
 from ross_jax.demo.autoencoder import FitConfig
@@ -31,18 +31,18 @@ def train_arm(root: Path, stage: str, kind: str, seed: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     recipe = import_recipe(RECIPE)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--kinds", nargs="+", choices=recipe.KINDS, default=recipe.KINDS, metavar="KIND")
-    parser.add_argument("--seeds", type=int, nargs="+", default=recipe.SEEDS, metavar="SEED")
+    parser.add_argument("--seeds", type=int, within=SEED, nargs="+", default=recipe.SEEDS, metavar="SEED")
     parser.add_argument("--quick", action="store_true", help="very little data, to check that everything runs")
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder to write to (default runs/comparison)")
-    args = parser.parse_args(argv)
-    root = args.root or Path("runs/comparison-quick" if args.quick else "runs/comparison")
-    dataset, fit = recipe.DATASET, FitConfig()
-    if args.quick:
-        little = {"pretrain": 64, "heldout_per_type": 12, "labels_per_type": 1, "unlabelled": 64}
-        dataset, fit = dataclasses.replace(dataset, **little), FitConfig(images=64, steps=20)
     try:
+        args = parser.parse_args(argv)
+        root = args.root or Path("runs/comparison-quick" if args.quick else "runs/comparison")
+        dataset, fit = recipe.DATASET, FitConfig()
+        if args.quick:
+            little = {"pretrain": 64, "heldout_per_type": 12, "labels_per_type": 1, "unlabelled": 64}
+            dataset, fit = dataclasses.replace(dataset, **little), FitConfig(images=64, steps=20)
         prepare(root, dataset, fit, say)
         for seed in args.seeds:
             train_arm(root, "base", "none", seed)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion is host work; accelerators stay free
 
+from ross_jax.arguments import Parser
 from ross_jax.config import UserError
 from ross_jax.convert.exporting import COMPONENTS, DTYPE_NAMES, export
 from ross_jax.convert.importing import plan_import, write
@@ -37,7 +38,7 @@ def export_command(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     importer = commands.add_parser("import", help="foreign checkpoint(s) to a model directory")
     importer.add_argument(

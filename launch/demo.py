@@ -5,12 +5,12 @@
 `bash launch/demo.sh` does the same and installs everything first. After an interruption the same command continues.
 """
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
+from ross_jax.arguments import SEED, Parser
 from ross_jax.command_line import import_recipe, load_recipe
 from ross_jax.config import UserError
 from ross_jax.demo.autoencoder import FitConfig
@@ -39,22 +39,22 @@ def train_stage(root: Path, kind: str, seed: int, stage: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     choices = import_recipe(RECIPE).CHOICES["kind"]
     help_text = f"objectives: {', '.join(choices)} (default denoise)"
     parser.add_argument("--kind", nargs="+", choices=choices, default=["denoise"], metavar="KIND", help=help_text)
     parser.add_argument("--baseline", action="store_true", help="also train without reconstruction, and compare")
     parser.add_argument("--denoiser", action="store_true", help="then train the denoiser alone, without text")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="default 0")
+    parser.add_argument("--seeds", type=int, within=SEED, nargs="+", default=[0], metavar="SEED", help="default 0")
     parser.add_argument("--quick", action="store_true", help="very little data, to check that everything runs")
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder to write to (default runs/demo)")
-    args = parser.parse_args(argv)
-    root = args.root or Path("runs/demo-quick" if args.quick else "runs/demo")
-    kinds: list[str] = list(dict.fromkeys([*args.kind, *(["none"] if args.baseline else [])]))
-    if args.denoiser and "denoise" not in kinds:
-        parser.error(f"--denoiser: --kind {' '.join(kinds)} has no denoiser; add the kind denoise")
-    started = time.perf_counter()
     try:
+        args = parser.parse_args(argv)
+        root = args.root or Path("runs/demo-quick" if args.quick else "runs/demo")
+        kinds: list[str] = list(dict.fromkeys([*args.kind, *(["none"] if args.baseline else [])]))
+        if args.denoiser and "denoise" not in kinds:
+            parser.error(f"--denoiser: --kind {' '.join(kinds)} has no denoiser; add the kind denoise")
+        started = time.perf_counter()
         dataset = DatasetConfig(pretrain=64, finetune=64, heldout_per_type=12) if args.quick else DatasetConfig()
         fit = FitConfig(images=64, steps=20) if args.quick else FitConfig()
         prepare(root, dataset, fit, say)

@@ -20,7 +20,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from ross_jax.config import UserError
+from ross_jax.arguments import SIZE, Parser
+from ross_jax.config import Range, UserError, from_dict
 from ross_jax.data.conversation import (
     IGNORE,
     IMAGE_ID,
@@ -39,15 +40,8 @@ BARS = 12  # most bars of the histogram
 GREEN, CYAN, BOLD, RESET = "\033[32m", "\033[36m", "\033[1m", "\033[0m"
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--template", required=True, choices=get_args(Template), help="conversation template")
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer (or a hub id)")
     parser.add_argument("--data", required=True, help="LLaVA conversations, JSON or JSONL")
@@ -57,15 +51,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--json", metavar="OUT", help="write a list of {id, input_ids, labels}; -200 stands for an image"
     )
-    parser.add_argument("--limit", type=_positive, help="only the first LIMIT conversations")
+    parser.add_argument("--limit", type=int, within=Range(1, 2**31 - 1), help="only the first LIMIT conversations")
     parser.add_argument(
         "--length",
-        type=_positive,
+        type=int,
+        within=SIZE,
         default=PackingConfig.length,
         help="S, tokens per packed row; also the tokenizer's maximum length, at which --compat=official cuts texts "
         "(default %(default)s)",
     )
-    parser.add_argument("--image-tokens", type=_positive, default=729, help="N, tokens per image (default %(default)s)")
+    parser.add_argument(
+        "--image-tokens",
+        type=int,
+        within=SIZE,
+        default=729,
+        help="N, tokens per image (default %(default)s)",
+    )
     parser.add_argument(
         "--image-slots", type=int, default=PackingConfig.images, help="I, image slots per row (default %(default)s)"
     )
@@ -151,10 +152,8 @@ def summarise(encoded: Sequence[EncodedConversation], config: PackingConfig, ima
 
 
 def run(arguments: argparse.Namespace) -> None:
-    try:
-        config = PackingConfig(length=arguments.length, images=arguments.image_slots)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    limits = {"length": arguments.length, "images": arguments.image_slots}
+    config = from_dict(PackingConfig, limits, "--length and --image-slots")
     survey = Survey()
     records = RecordFile(arguments.data, visit=survey.add)
     for found in survey.findings(arguments.data):
@@ -192,11 +191,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parsed = parse_arguments(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show every character
     try:
-        run(parsed)
+        run(parse_arguments(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -57,18 +57,19 @@ def main() -> int:
     try:
         config = from_dict(RunConfig, _CONFIG.value.to_dict())
         target = open_target(_TOPOLOGY.value)
-        options = Options(
-            recipe=config_flags.get_config_filename(flags.FLAGS["config"]),
-            objective=_OBJECTIVE.value,  # pyright: ignore[reportArgumentType] absl checks the flag's choices
-            rows=_ROWS.value,
-            tokens=_TOKENS.value,
-            images=_IMAGES.value,
-            epoch=_EPOCH.value,
-            cached=tuple(_CACHED.value),
-            prompt=_PROMPT.value,
-            new_tokens=_NEW_TOKENS.value,
-            dump=Path(_DUMP.value) if _DUMP.value else None,
-        )
+        given = {
+            "recipe": config_flags.get_config_filename(flags.FLAGS["config"]),
+            "objective": _OBJECTIVE.value,
+            "rows": _ROWS.value,
+            "tokens": _TOKENS.value,
+            "images": _IMAGES.value,
+            "epoch": _EPOCH.value,
+            "cached": _CACHED.value,
+            "prompt": _PROMPT.value,
+            "new_tokens": _NEW_TOKENS.value,
+            "dump": Path(_DUMP.value) if _DUMP.value else None,
+        }
+        options = from_dict(Options, given, "flags")
         if _SEARCH.value:
             reports = search.search(config, target, options, lambda line: print(line, file=sys.stderr, flush=True))
             print(search.table(reports))

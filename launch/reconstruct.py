@@ -7,7 +7,6 @@ Prints PSNR, SSIM and the mean squared error of the latents, also of two bounds:
 and a reconstruction from visual outputs of zero ("nothing"). A model that regresses pixels has no latents.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -18,7 +17,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ross_jax.config import UserError
+from ross_jax.arguments import SEED, Parser
+from ross_jax.config import Range, UserError
 from ross_jax.data.images import ImageError
 from ross_jax.evaluation.images import draw_grid, psnr, ssim, to_uint8
 from ross_jax.inference.model import Model, load
@@ -26,6 +26,7 @@ from ross_jax.inference.prompts import read_images
 from ross_jax.inference.reconstruct import autoencode, encode_latents, reconstruct, target_images
 from ross_jax.objectives.objective import Reconstruction, Sampling
 
+MAX_ROWS = 4096
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -102,19 +103,32 @@ def format_scores(originals: np.ndarray, columns: dict[str, Column]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a model or a run's directory")
     parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets the PNGs")
     parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), default="ddpm")
-    parser.add_argument("--steps", type=int, default=50, help="steps of the sampler (default 50; dpm needs fewer)")
-    parser.add_argument("--cfg", type=float, default=1.0, metavar="W", help="classifier-free guidance; 1 is none")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        within=Range(1, 1000),
+        default=50,
+        help="steps of the sampler (default 50; dpm needs fewer)",
+    )
+    parser.add_argument(
+        "--cfg",
+        type=float,
+        within=Range(-100.0, 100.0),
+        default=1.0,
+        metavar="W",
+        help="classifier-free guidance; 1 is none",
+    )
+    parser.add_argument("--seed", type=int, within=SEED, default=0, help="seed of the noise")
     parser.add_argument("--rows", type=int, default=8, help="images that are computed at once (default 8)")
-    args = parser.parse_args(argv)
     try:
-        if args.rows < 1:
-            raise UserError(f"--rows {args.rows}: at least 1")
+        args = parser.parse_args(argv)
+        if not 1 <= args.rows <= MAX_ROWS:
+            raise UserError(f"--rows {args.rows}: at least 1, at most {MAX_ROWS}")
         paths = find_images(args.images)
         model, sampling = load(args.checkpoint), Sampling(args.sampler, args.steps, guidance=args.cfg)
         model.check_reconstruction(sampling)

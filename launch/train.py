@@ -27,11 +27,19 @@ _CONFIG = command_line.define_recipe()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, shared by all hosts.", required=True)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Train together with the other processes of a cluster.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX does not find it.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "Processes of the cluster, where JAX does not count them.")
-_PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0, where JAX does not know it.")
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "Processes of the cluster, where JAX does not count them.", 1, 2**20
+)
+_PROCESS = flags.DEFINE_integer(
+    "process", None, "Number of this process, from 0, where JAX does not know it.", 0, 2**20
+)
 
-_START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds that processes wait for one another to start.", 1)
-_STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "Exit status of a run that a signal ended before its end.")
+_START_TIMEOUT = flags.DEFINE_integer(
+    "start_timeout", 300, "Seconds that processes wait for one another to start.", 1, 10**6
+)
+_STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status", 0, "Exit status of a run that a signal ended before its end.", 0, 255
+)
 _ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "Continue although the text of the data has changed.")
 _PROFILE = flags.DEFINE_string("profile", None, "START:COUNT: writes an xprof trace of these steps to WORKDIR/profile.")
 _CACHE = flags.DEFINE_string(

@@ -5,30 +5,30 @@
 Prints a row for each recorded tensor. Exit status 1: a tensor differs or is not covered.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the goldens were recorded in float32; accelerators round more
 
-from ross_jax.config import UserError
+from ross_jax.arguments import Parser
+from ross_jax.config import Range, UserError
 from ross_jax.parity.golden import read_golden
 from ross_jax.parity.verify import Verifier, format_table, load_reference
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a Ross checkpoint")
     parser.add_argument(
         "--golden", type=Path, required=True, metavar="FILE", help="safetensors file of recorded numbers"
     )
     tolerance = "tolerance, relative to the largest value of each tensor (default 1e-4)"
-    parser.add_argument("--rtol", type=float, default=1e-4, help=tolerance)
+    parser.add_argument("--rtol", type=float, within=Range(0.0, 1.0), default=1e-4, help=tolerance)
     parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="as in convert.py import")
     parser.add_argument("--autoencoder", type=Path, metavar="DIR", help="as in convert.py import")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         golden = read_golden(args.golden)
         flags = {"vision_tower": args.vision_tower, "autoencoder_folder": args.autoencoder}
         reference, params = load_reference(args.checkpoint, golden.facts, **flags)

@@ -80,11 +80,18 @@ class _RecipeParser(flags.ArgumentParser):
 def _check_fields(config: ConfigDict, argv: Sequence[str]) -> None:
     """Raises ConfigError for an override of a field that does not exist. ml_collections does not name the section."""
     for argument in argv:
-        match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)", argument)
         node, path = config, "config"
-        for name in match[1].split(".") if match else ():
-            if not isinstance(node, ConfigDict):
-                break
+        for name in re.findall(r"\[\d+\]|[^.\[]+|(?<=\.)$", match[1]) if match else ():
+            if name.startswith("[") and isinstance(node, (tuple, list)):
+                if int(name[1:-1]) >= len(node):
+                    raise ConfigError(f"{path}{name}: {path} has {len(node)} value(s), counted from 0")
+                node, path = node[int(name[1:-1])], path + name
+                continue
+            if not isinstance(node, (ConfigDict, dict)):
+                several = isinstance(node, (tuple, list))
+                hint = f"set all of {path}, or name one: {path}[0]" if several else f"set {path} itself"
+                raise ConfigError(f"{path}.{name}: no such field; {hint}")
             if name not in node:
                 raise ConfigError(f"{path}.{name}: no such field{nearest(name, node)}")
             node, path = node[name], f"{path}.{name}"

@@ -8,10 +8,12 @@ values, a stored manifest or any other nested mapping; `to_dict` is its inverse.
 
 import dataclasses
 import difflib
+import itertools
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -25,6 +27,49 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A config that cannot be used."""
+
+
+class Range(NamedTuple):
+    """Bounds of a number: `batch: Annotated[int, Range(1, 4096)]`. A field of a config and a flag have one."""
+
+    least: int | float
+    most: int | float
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a number, such as "must be at least 1"; None if it is within the bounds."""
+        whole = isinstance(self.least, int)
+        if not isinstance(value, int if whole else int | float) or isinstance(value, bool) or value != value:
+            return f"must be a {'whole ' if whole else ''}number from {self.least} to {self.most}"
+        if value < self.least:
+            return f"must be at least {self.least}"
+        return f"must be at most {self.most}" if value > self.most else None
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises UserError, with the name, if a number is out of bounds."""
+        problem = self.problem(value)
+        if problem:
+            raise UserError(f"{name} {value!r}: {problem}")
+
+
+def check_patterns(name: str, patterns: Iterable[str]) -> None:
+    """Raises ValueError, with the field's name, if a regular expression is none."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name}: {pattern!r} is no pattern ({error})") from error
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Size = Annotated[int, Range(1, 2**20)]
+Layers = Annotated[int, Range(1, 1000)]
+Count = Annotated[int, Range(1, 2**31 - 1)]
+Whole = Annotated[int, Range(0, 2**31 - 1)]
+Share = Annotated[float, Range(0.0, 1.0)]
+Decay = Annotated[float, Range(0.0, 0.9999999)]
+Factor = Annotated[float, Range(0.0, 1e6)]
+Positive = Annotated[float, Range(1e-12, 1e12)]
+Finite = Annotated[float, Range(-1e6, 1e6)]
 
 
 def required(value: T | None) -> T:
@@ -61,17 +106,40 @@ def from_dict(cls: type[T], values: Any, path: str = "config") -> T:
             raise ConfigError(
                 f"{path}.{name}: no such field{nearest(name, fields)}; {cls.__name__} has {sorted(fields)}"
             )
-    hints = typing.get_type_hints(cls)
-    kwargs = {}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    kwargs, outside = {}, {}
     for name, field in fields.items():
         if name in values:
             kwargs[name] = _convert(hints[name], values[name], f"{path}.{name}")
+            outside[name] = _out_of_range(hints[name], kwargs[name], name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{path}.{name}: missing, and it has no default")
+    problems = {name: problem for name, problem in outside.items() if problem}
     try:
-        return cls(**kwargs)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        config = cls(**kwargs)
+    except (ValueError, ArithmeticError) as error:  # a division by a field that is 0, too
+        named = any(name in str(error) for name in problems)
+        raise ConfigError(f"{path}: {error if named or not problems else '; '.join(problems.values())}") from error
+    if problems:
+        raise ConfigError(f"{path}: {'; '.join(problems.values())}")
+    return config
+
+
+def _out_of_range(hint: Any, value: Any, name: str) -> str | None:
+    """What is wrong with the first number in a field's value that is out of its `Range`; None if nothing is."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if value is None:
+        return None
+    if origin is Annotated:
+        found = inner[1].problem(value)
+        return found and f"{name} is {value!r}; it {found}"
+    if origin is tuple:
+        hints = itertools.repeat(inner[0]) if inner[1:] == (Ellipsis,) else inner
+        found = (_out_of_range(h, v, f"{name}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=False)))
+        return next(filter(None, found), None)
+    if origin in (typing.Union, types.UnionType):
+        return next(filter(None, (_out_of_range(h, value, name) for h in inner if h is not type(None))), None)
+    return None
 
 
 def variant(options: Sequence[type], values: Any, path: str) -> type:
@@ -90,6 +158,8 @@ def variant(options: Sequence[type], values: Any, path: str) -> type:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _convert(typing.get_args(hint)[0], value, path)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
         if value is None and type(None) in options:

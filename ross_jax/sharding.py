@@ -17,14 +17,14 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ross_jax.config import ConfigError, nearest
+from ross_jax.config import ConfigError, Range, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,9 @@ class MeshConfig:
       rules: (logical axis, mesh axes) pairs that override rows of `RULES`: `(("vocab", ()), ("mlp", ("tensor",)))`.
     """
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: Annotated[int, Range(-1, 2**20)] = 1
+    fsdp: Annotated[int, Range(-1, 2**20)] = -1
+    tensor: Annotated[int, Range(-1, 2**20)] = 1
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __post_init__(self):
@@ -102,7 +102,8 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         both = self.data == self.fsdp == -1 != self.tensor
         if any(size < 1 and size != -1 for size in sizes) or (sizes.count(-1) > 1 and not both):
-            raise ValueError(f"mesh sizes {sizes} must be positive; -1 (what is left): one, or data and fsdp")
+            named = f"data={self.data} fsdp={self.fsdp} tensor={self.tensor}"
+            raise ValueError(f"mesh sizes {named} must be positive; -1 (what is left): one, or data and fsdp")
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

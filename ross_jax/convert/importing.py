@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Plan:
       unused: component -> keys to keep aside, without the scope.
       copies: (component, full key, full key of the tensor that it must equal).
       problems: everything found so far that does not fit.
+      notes: what the user should know although it fits. `write` reports it.
     """
 
     config: RossConfig
@@ -59,6 +60,7 @@ class Plan:
     unused: dict[str, list[str]]
     copies: list[tuple[str, str, str]]
     problems: list[str]
+    notes: list[str]
 
     def close(self) -> None:
         """Closes the weights of all sources."""
@@ -100,7 +102,7 @@ def plan_import(
     raise_all(where, errors)
     parts = split(sources, errors)
     folders = {"vision": vision_tower, "autoencoder": autoencoder_folder}
-    configs, found = read_configs(sources, parts, folders, num_heads)
+    configs, found, notes = read_configs(sources, parts, folders, num_heads)
     raise_all(where, errors + found)
     if whole_tower and "vision" in configs:
         configs["vision"] = dataclasses.replace(configs["vision"], select_layer=-1)
@@ -108,12 +110,12 @@ def plan_import(
         config = RossConfig(**configs)
     except ValueError as error:
         raise ConfigError(f"{where}: components do not fit together: {error}") from error
-    return match_parts(config, sources, parts)
+    return match_parts(config, sources, parts, notes)
 
 
-def match_parts(config: RossConfig, sources: list[Source], parts: dict[str, Part]) -> Plan:
+def match_parts(config: RossConfig, sources: list[Source], parts: dict[str, Part], notes: Sequence[str] = ()) -> Plan:
     """Compares the keys of all components with the tables of `config`."""
-    plan = Plan(config, sources, parts, {}, {}, [], [])
+    plan = Plan(config, sources, parts, {}, {}, [], [], list(notes))
     trees = abstract_params(config)
     for component, part in parts.items():
         shapes = {path: leaf.shape for path, leaf in flatten(trees.get(component, {})).items()}
@@ -234,7 +236,7 @@ def write(plan: Plan, output: Path, progress: Progress = lambda _: None) -> None
     Args:
       plan: the import.
       output: the directory. It must not exist.
-      progress: called with a line of text after each parameter.
+      progress: called with a line of text for each note, and after each parameter.
 
     Raises:
       ConversionError: names everything that does not fit.
@@ -244,6 +246,8 @@ def write(plan: Plan, output: Path, progress: Progress = lambda _: None) -> None
         plan = _run(plan)
         _check_copies(plan)
         _raise_problems(plan)
+        for note in plan.notes:
+            progress(f"warning: {note}")
         leaves = {c: {path: _streamed(plan, c, path) for path in paths} for c, paths in plan.leaves.items()}
         total = sum(leaf.nbytes for flat in leaves.values() for leaf in flat.values())
         _Reporter(total, progress).watch(leaves)

@@ -34,6 +34,9 @@ A full checkpoint has no settings for these components: the field of its config.
 """
 
 
+_NAMES = {"vision": "vision tower", "autoencoder": "autoencoder"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """One component in one source.
@@ -117,7 +120,7 @@ def _tower_prefix(keys: Sequence[str] | TensorFiles) -> str:
 
 def read_configs(
     sources: Sequence[Source], parts: dict[str, Part], folders: Mapping[str, Path | None], num_heads: int
-) -> tuple[dict[str, Any], list[UserError]]:
+) -> tuple[dict[str, Any], list[UserError], list[str]]:
     """Reads the configs of all components.
 
     Args:
@@ -127,7 +130,7 @@ def read_configs(
       num_heads: attention heads of the denoiser.
 
     Returns:
-      Fields of `RossConfig`, and everything that is wrong.
+      Fields of `RossConfig`, everything that is wrong, and notes for the user.
     """
     readers = {
         "vision": _read_tower,
@@ -155,7 +158,22 @@ def read_configs(
         about.only("decode_image_size", grid * TARGET_PIXELS)
     with collecting(errors):
         about.check()
-    return configs, errors
+    return configs, errors, _absent(parts, about)
+
+
+def _absent(parts: Mapping[str, Part], about: Settings) -> list[str]:
+    """Notes on components that a full checkpoint names and no source holds."""
+    needed = {"vision": "language", "autoencoder": "denoiser"}
+    notes = []
+    for component, user in needed.items():
+        named = about.values.get(_POINTERS[component][0])
+        if user in parts and component not in parts and isinstance(named, str) and named:
+            effect = "the model will not see images" if component == "vision" else "it will not reconstruct images"
+            notes.append(
+                f"{about.where}: names the {_NAMES[component]} {named}, whose weights are not in the checkpoint, so "
+                f"{effect}. Add --from {named}, or --from with the folder of these weights"
+            )
+    return notes
 
 
 def _about(sources: Sequence[Source]) -> Settings:

@@ -69,6 +69,15 @@ class Settings:
         fits = _list_of(_is_size, 1, most)
         return tuple(self._read(name, default, default, f"a list of 1 to {most} whole numbers above 0", fits))
 
+    def ids(self, name: str) -> tuple[int, ...]:
+        """Reads a token's id or a list of ids; empty if absent."""
+
+        def fits(value: Any) -> bool:
+            return all(type(each) is int and 0 <= each < 2**31 for each in (value if type(value) is list else [value]))
+
+        read = self._read(name, (), (), "a token's id or a list of ids", fits)
+        return (read,) if type(read) is int else tuple(read)
+
     def inner(self, name: str) -> "Settings":
         """Reads an object. It is empty if absent, and its problems are noted in the same list."""
         values = self._read(name, {}, {}, "an object", lambda v: isinstance(v, dict))

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from ross_jax import checkpoints
 from ross_jax.config import UserError, nearest
-from ross_jax.convert import language, vision
+from ross_jax.convert import language, recognise, vision
 from ross_jax.convert.tensors import TensorFiles, open_tensors
 from ross_jax.hub import is_hub_id, say_asked
 
@@ -27,6 +28,9 @@ ROSS_FAMILIES = {
 """`model_type` of full checkpoints -> family of the language model."""
 _PASSED_THROUGH = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _NOT_PASSED = {"config.json", "model_index.json", "trainer_state.json"}
+
+
+_LORA = re.compile(r"\blora_(A|B|E|embedding_[AB])\b")
 
 
 class SourceError(UserError):
@@ -77,6 +81,8 @@ def read_json(path: Path) -> dict[str, Any]:
       SourceError: no such file, or not a JSON object. Names the file and the position.
     """
     try:
+        if recognise.pointers([path]):
+            raise SourceError(f"{path}: not valid JSON but a git-lfs pointer; {recognise.FETCH}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file") from None
@@ -110,17 +116,37 @@ def open_source(origin: str) -> Source:
 
 def _open_folder(origin: str, folder: Path) -> Source:
     if folder.is_file():
-        raise SourceError(f"{origin}: is a file; name the folder that holds it and its config.json")
+        raise SourceError(f"{origin}: {recognise.of_file(folder)}")
+    if (folder / checkpoints.MANIFEST).is_file():
+        raise SourceError(
+            f"{origin}: is a model directory of this package already; load it, or train from it with config.init"
+        )
     if (folder / "model_index.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"  # the autoencoder of a diffusion pipeline
     has_config = (folder / "config.json").is_file()
+    wrong = recognise.deltas(folder)
+    if wrong:
+        raise SourceError(f"{origin}: {wrong}")
     settings = read_json(folder / "config.json") if has_config else {}
     adapters = [path for stem in ADAPTERS for path in _adapter(folder, stem)]
+    if not adapters and not _has_weights(folder):
+        wrong = recognise.something_else(folder)
+        if wrong:
+            raise SourceError(f"{origin}: {wrong}")
     kind = _kind(settings, folder) if has_config or not adapters else "adapters"
     if kind == "ross" and adapters and not _has_weights(folder):
         kind = "adapters"
     files = [open_tensors(path) for path in adapters] if kind == "adapters" else [open_tensors(folder)]
-    return Source(origin, folder, kind, settings, files)
+    source = Source(origin, folder, kind, settings, files)
+    pointers = recognise.pointers(source.extra_files())
+    if pointers:
+        raise SourceError(f"{folder}: git-lfs pointers, not the files: {', '.join(pointers)}; {recognise.FETCH}")
+    unmerged = [key for each in files for key in each if _LORA.search(key)]
+    if unmerged:
+        raise SourceError(
+            f"{origin}: holds unmerged LoRA deltas, such as {unmerged[0]}; merge them into the model first"
+        )
+    return source
 
 
 def open_teacher(origin: str) -> Source:
@@ -142,7 +168,7 @@ def _adapter(folder: Path, stem: str) -> list[Path]:
 
 def _has_weights(folder: Path) -> bool:
     names = [path.name for path in folder.iterdir()]
-    return any(re.match(r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?$", name) for name in names)
+    return any(re.match(r"(diffusion_)?(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?$", name) for name in names)
 
 
 def _kind(settings: Mapping[str, Any], folder: Path) -> Kind:

@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from ross_jax.config import UserError
 from ross_jax.convert import torch_pickle
 from ross_jax.convert.dtypes import DTYPES
+from ross_jax.convert.recognise import FETCH, LFS_POINTER
 
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
 """Names of weight files without their suffix, in order of preference."""
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-_LFS_POINTER = b"version https://git-lfs"
 
 
 class TensorError(UserError):
@@ -97,10 +97,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
         """Name -> (header entry, function that reads the tensor)."""
         try:
             with file.open("rb") as start:
-                if start.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                    raise TensorError(
-                        f"{file}: a git-lfs pointer, not the weights; run `git lfs pull` in its repository"
-                    )
+                if start.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise TensorError(f"{file}: a git-lfs pointer, not the weights; {FETCH}")
             if file.suffix == ".safetensors":
                 # Memory-mapped pages would count as the process's memory, so the file is read instead.
                 opened = self._opened.enter_context(safe_open(file, "numpy", backend="pread"))
@@ -226,8 +224,8 @@ def _read_index(index: Path) -> dict[str, Path]:
         text = index.read_bytes()
     except OSError as error:
         raise TensorError(f"{index}: {error.strerror or error}") from error
-    if text.startswith(_LFS_POINTER):
-        raise TensorError(f"{index}: a git-lfs pointer, not the index; run `git lfs pull` in its repository")
+    if text.startswith(LFS_POINTER):
+        raise TensorError(f"{index}: a git-lfs pointer, not the index; {FETCH}")
     try:
         content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:

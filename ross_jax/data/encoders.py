@@ -139,12 +139,26 @@ def build_training_encoder(
 
 
 def stop_id(template: str, tokenizer: Any) -> int:
-    """The id of the token that ends an answer. Errors are those of `build_renderer`."""
-    encoder = TextEncoder(tokenizer)
-    renderer = build_renderer(template, encoder)
-    if isinstance(renderer, (Dialogue, Llama3)):
-        return renderer.stop
-    return encoder.special_id(tokenizer.eos_token, f"template {template!r}")
+    """The id with which training ends an answer. Errors are those of `build_encoder`."""
+    turns = [{"from": "human", "value": IMAGE_MARKER}, {"from": "gpt", "value": "a"}]
+    labels = build_encoder(template, tokenizer)({"id": "a probe", "image": "image", "conversations": turns}).labels
+    return int(labels[labels != IGNORE][-1])
+
+
+def stop_ids(template: str, tokenizer: Any) -> tuple[int, ...]:
+    r"""Ids that end an answer, `stop_id` first. Errors are those of `build_encoder`.
+
+    `plain` ends an answer with a newline, which may be the end of a longer token, such as `.\n`.
+    """
+    stop = stop_id(template, tokenizer)
+    if template != "plain":
+        return (stop,)
+    newline = TextEncoder(tokenizer).encode("\n", continues=True)
+    if not newline:
+        return ()  # a tokenizer that drops newlines
+    end = tokenizer.convert_ids_to_tokens(newline[-1])
+    longer = sorted(index for token, index in tokenizer.get_vocab().items() if token.endswith(end))
+    return tuple(dict.fromkeys((newline[-1], *longer)))
 
 
 def _is_official(compat: str) -> bool:

@@ -21,13 +21,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import grain
 import numpy as np
 from grain.experimental import BestFitPackIterDataset
 
-from ross_jax.config import UserError, to_dict
+from ross_jax.config import Range, Size, UserError, to_dict
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
 
 logger = logging.getLogger(__name__)
@@ -51,15 +51,16 @@ class PackingConfig:
         left out whole, with everything after it.
     """
 
-    length: int = 2048
-    images: int = 2
-    supervised: int | None = None
+    length: Size = 2048
+    images: Annotated[int, Range(0, 4096)] = 2
+    supervised: Size | None = None
     layout: Literal["pack", "pad"] = "pack"
     too_long: Literal["drop", "truncate"] = "drop"
 
     def __post_init__(self):
         if self.length < 1 or self.images < 0:
-            raise ValueError(f"a row of {self.length} tokens and {self.images} image slots holds nothing")
+            row = f"a row of {self.length} tokens and {self.images} image slots"
+            raise ValueError(f"length and images: {row} holds nothing")
         if self.supervised is not None and self.supervised < 1:
             raise ValueError(f"supervised is {self.supervised}; a row must have room for at least one target")
 

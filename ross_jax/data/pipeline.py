@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import grain
 import numpy as np
@@ -21,7 +21,7 @@ from absl import flags
 from grain.experimental import DatasetOptions, WithOptionsIterDataset
 from grain.sources import RandomAccessDataSource
 
-from ross_jax.config import UserError, to_dict
+from ross_jax.config import Range, Share, Size, UserError, Whole, to_dict
 from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, expand, place
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
 from ross_jax.data.conversation import IMAGE_ID, Encoder
@@ -60,14 +60,14 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...]
     packing: PackingConfig = field(default_factory=PackingConfig)
-    batch: int = 128
-    epochs: int = 1
-    seed: int = 0
-    max_broken: float = 0.01
-    max_dropped: float = 0.2
-    workers: int = 0
-    threads: int = 4
-    prefetch: int = 2
+    batch: Size = 128
+    epochs: Size = 1
+    seed: Whole = 0
+    max_broken: Share = 0.01
+    max_dropped: Share = 0.2
+    workers: Annotated[int, Range(0, 1024)] = 0
+    threads: Annotated[int, Range(0, 1024)] = 4
+    prefetch: Annotated[int, Range(1, 1024)] = 2
     cache: str | None = None
     precomputed: str | None = None
 

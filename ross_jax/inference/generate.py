@@ -1,9 +1,11 @@
 """Greedy generation with a static key-value cache."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -17,7 +19,7 @@ class Generation(NamedTuple):
     """Generated ids.
 
     Attributes:
-      tokens: new ids. After a row's stop token the stop token is repeated.
+      tokens: new ids. After a row's end the first stop token is repeated.
       lengths: number of new ids in each row, with the stop token.
       logits: scores from which each id was chosen, on request.
     """
@@ -35,37 +37,44 @@ def generate(
     images: Float[Array, "batch images height width 3"],
     image_start: Int[Array, "batch images"],
     max_new_tokens: int,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     dtype: DTypeLike = jnp.float32,
     return_logits: bool = False,
+    limits: Int[Array, " batch"] | None = None,
 ) -> Generation:
     """Extends prompts by the most likely ids. When it is compiled, arguments that are not arrays must be static.
 
     Args:
       config: sizes of the components.
-      params: parameters with `vision`, `projector` and `language`.
+      params: parameters with `language`, and `vision` and `projector` if there are images.
       tokens: prompts, padded on the left to one length; anything at image positions.
       segments: 1 at a prompt's tokens, 0 at its padding.
       images: normalised images; `[batch, 0, height, width, 3]` for prompts without images.
       image_start: index in the padded row where each image's tokens begin; `seq` where the slot is empty.
       max_new_tokens: number of new ids per row; generation ends earlier when every row has stopped.
-      stop_token: id that ends a row. None: rows end only at `max_new_tokens`.
+      stop_token: id that ends a row, or several. None: rows end only at `max_new_tokens`.
       dtype: dtype of activations.
       return_logits: also return the scores.
+      limits: number of new ids of each row, at most `max_new_tokens`; 0 for padding. None: `max_new_tokens`.
     """
     batch, length = tokens.shape
     ross, sizes = Ross(config, dtype), required(config.language)
     language, text_params = LanguageModel(sizes, dtype), params["language"]
 
-    projected = apply(ross, params, images, method="encode_images")
-    embeddings = apply(ross, params, tokens, projected, image_start, method="embed")
+    if images.shape[1]:
+        projected = apply(ross, params, images, method="encode_images")
+        embeddings = apply(ross, params, tokens, projected, image_start, method="embed")
+    else:
+        embeddings = apply(language, text_params, tokens, method="embed")
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     cache = empty_cache(sizes, batch, length + max_new_tokens, dtype)
     output = apply(language, text_params, embeddings, positions, segments, cache)
     scores = apply(language, text_params, output.hidden[:, -1], method="logits")
 
-    stop = -1 if stop_token is None else stop_token
-    new_tokens = jnp.full((batch, max_new_tokens), max(stop, 0), jnp.int32)
+    stops = np.array([] if stop_token is None else stop_token, np.int32).reshape(-1)
+    filler = stops[0] if stops.size else 0
+    limits = jnp.full(batch, max_new_tokens) if limits is None else limits
+    new_tokens = jnp.full((batch, max_new_tokens), filler, jnp.int32)
     kept = jnp.zeros((batch, max_new_tokens, sizes.vocab_size), jnp.float32) if return_logits else None
 
     def unfinished(state):
@@ -74,11 +83,11 @@ def generate(
 
     def extend(state):
         step, scores, cache, stopped, lengths, new_tokens, kept = state
-        chosen = jnp.where(stopped, stop, jnp.argmax(scores, axis=-1)).astype(jnp.int32)
+        chosen = jnp.where(stopped, filler, jnp.argmax(scores, axis=-1)).astype(jnp.int32)
         new_tokens = new_tokens.at[:, step].set(chosen)
         lengths = lengths + ~stopped
         kept = kept.at[:, step].set(scores) if return_logits else None
-        stopped = stopped | (chosen == stop)
+        stopped = stopped | jnp.isin(chosen, stops) | (lengths >= limits)
         embedded = apply(language, text_params, chosen[:, None], method="embed")
         where = (positions[:, -1] + 1 + step)[:, None]
         output = apply(language, text_params, embedded, where, jnp.ones((batch, 1), jnp.int32), cache)
@@ -89,7 +98,7 @@ def generate(
         jnp.zeros((), jnp.int32),
         scores,
         output.cache,
-        jnp.zeros(batch, bool),
+        limits <= 0,
         jnp.zeros(batch, jnp.int32),
         new_tokens,
         kept,

@@ -14,19 +14,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from ross_jax import checkpoints
 from ross_jax.config import UserError, from_dict
-from ross_jax.data.batches import expand
+from ross_jax.convert.generation import GENERATION_CONFIG, end_ids
+from ross_jax.data.batches import Batch, expand
 from ross_jax.data.conversation import IGNORE, EncodedConversation
-from ross_jax.data.encoders import build_image_encoder, build_prompt_encoder, stop_id
+from ross_jax.data.encoders import build_image_encoder, build_prompt_encoder, stop_ids
 from ross_jax.data.images import ImageConfig, ImageError, encoder_image_config
 from ross_jax.data.tokenizer import check_fingerprint, find_tokenizer, load_tokenizer
 from ross_jax.evaluation.images import to_uint8
 from ross_jax.inference.generate import generate
-from ross_jax.inference.prompts import AnyImages, Request, prompt_batches, read_images
+from ross_jax.inference.prompts import AnyImage, AnyImages, Request, Resized, prompt_batches, read_images
 from ross_jax.inference.reconstruct import reconstruct, visual_outputs
 from ross_jax.models.ross import RossConfig, abstract_params, normalise
 from ross_jax.objectives.objective import DEFAULT_SAMPLING, Sampling
@@ -36,8 +37,8 @@ from ross_jax.tree import flatten, unflatten
 TEXT_COMPONENTS = ("vision", "projector", "language")
 RECONSTRUCTION_COMPONENTS = ("denoiser", "regressor", "autoencoder")
 """What reconstruction needs besides; which of them a model has depends on its kind of reconstruction."""
-_PROMPT_MULTIPLE = 32
-"""Prompts are padded to a multiple of this length, so that questions of similar length share a compiled program."""
+_MULTIPLE = 32
+"""Prompts are padded to a multiple of this length, and so is the room for answers: questions share programs."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class Model:
       folder: the model directory.
       config: sizes of the components.
       params: parameters of the components that were loaded.
-      image_config: how images are resized.
+      image_config: how images are resized; None for a model without a vision encoder.
       template: conversation template; None if the directory does not name one.
       dtype: dtype of activations.
       condition_dropout: share of draws for which the denoiser was trained without visual outputs.
@@ -57,7 +58,7 @@ class Model:
     folder: Path
     config: RossConfig
     params: dict[str, Any]
-    image_config: ImageConfig
+    image_config: ImageConfig | None
     template: str | None
     dtype: Literal["float32", "bfloat16"] = "float32"
     condition_dropout: float = 0.0
@@ -90,17 +91,21 @@ class Model:
         """Answers several requests, `rows` at once. Errors are those of `ask`."""
         if not requests:
             return []
-        encode, stop = build_prompt_encoder(self._template, self.tokenizer), stop_id(self._template, self.tokenizer)
-        images = [read_images(request.images, self.image_config) for request in requests]
+        encode = build_prompt_encoder(self._template, self.tokenizer)
+        images = [self._read(request.images) for request in requests]
         ids = [encode(request.record(len(own))) for request, own in zip(requests, images, strict=True)]
-        tokens = self.config.vision.num_tokens
+        tokens, size = (self.config.vision.num_tokens, self.image_config.size) if any(images) else (0, 1)
         prompts = [expand(EncodedConversation(each, np.full_like(each, IGNORE)), tokens) for each in ids]
-        longest, answers = max(request.max_new_tokens for request in requests), []
+        limits = [request.max_new_tokens for request in requests]
+        room, answers = _rounded(max(limits)), []
         rows = min(rows, len(requests))
-        for batch in prompt_batches(prompts, images, rows, tokens, self.image_config.size, _PROMPT_MULTIPLE):
-            generated = _answer(self.config, self.params, batch, longest, stop, self.dtype)
-            answers += [ids[:length] for ids, length in zip(*map(np.asarray, generated), strict=True)]
-        return [self._decode(ids[: each.max_new_tokens], stop) for ids, each in zip(answers, requests, strict=False)]
+        for batch in prompt_batches(prompts, images, rows, tokens, size, _MULTIPLE):
+            batch["limits"] = np.zeros(rows, np.int32)
+            own = limits[len(answers) : len(answers) + rows]
+            batch["limits"][: len(own)] = own
+            generated = _generated(self.config, self.params, batch, room, self._stops, self.dtype)
+            answers += [self._decode(ids[:length]) for ids, length in zip(*generated, strict=True)][: len(own)]
+        return answers
 
     def visual_outputs(self, images: AnyImages, rows: int = 8) -> Float[np.ndarray, "images tokens embed"]:
         """Hidden states of the language model at the positions of each image's tokens, after its final norm.
@@ -116,9 +121,10 @@ class Model:
           UserError: an image that cannot be used, no template, or a tokenizer that does not fit it.
         """
         encode = build_image_encoder(self._template, self.tokenizer)
-        tokens, resized = self.config.vision.num_tokens, read_images(images, self.image_config)
+        resized = self._read(images)
         if not resized:
             raise ImageError("images: there is none")
+        tokens = self.config.vision.num_tokens
         prompts = [expand(encode({"id": "image", "image": "image"}), tokens)] * len(resized)
         own = [[image] for image in resized]
         batches = prompt_batches(prompts, own, min(rows, len(own)), tokens, self.image_config.size)
@@ -177,17 +183,63 @@ class Model:
             raise UserError(f"{self.folder}: does not say its conversation template; name one with template=")
         return self.template
 
-    def _decode(self, ids: np.ndarray, stop: int) -> str:
-        return self.tokenizer.decode([int(i) for i in ids if i != stop], skip_special_tokens=False).strip()
+    @cached_property
+    def _stops(self) -> tuple[int, ...]:
+        """Ids that end an answer: those with which training ended answers, and those of the imported model."""
+        folders = [self.folder / "files" / name for name in ("language", "ross")]
+        imported = [each for folder in folders for each in end_ids(folder / GENERATION_CONFIG)]
+        return tuple(dict.fromkeys([*stop_ids(self._template, self.tokenizer), *imported]))
+
+    def _read(self, images: AnyImages) -> list[Resized]:
+        """Images as the vision encoder takes them, if there are any."""
+        if not isinstance(images, AnyImage) and not len(images):
+            return []
+        missing = [name for name in TEXT_COMPONENTS if name not in self.params]
+        if missing or self.image_config is None:
+            raise UserError(
+                f"{self.folder}: no {', '.join(missing)} in the loaded model, so it cannot see images; ask without "
+                "images, or import or load these components, too"
+            )
+        return read_images(images, self.image_config)
+
+    def _decode(self, ids: np.ndarray) -> str:
+        ends = bool(ids.size) and ids[-1] in self._stops
+        if ends and not self.tokenizer.decode(ids[-1:]).endswith("\n"):  # the end of `plain` can hold text: `.\n`
+            ids = ids[:-1]
+        return self.tokenizer.decode(ids, skip_special_tokens=False).strip()
 
 
-@partial(jax.jit, static_argnames=("config", "max_new_tokens", "stop", "dtype"))
-def _answer(config: RossConfig, params: Any, batch: dict[str, Array], max_new_tokens: int, stop: int, dtype: str):
-    """Ids int32[B, max_new_tokens] and their number int32[B]."""
+@partial(jax.jit, static_argnames=("config", "max_new_tokens", "stops", "dtype"))
+def _answer(
+    config: RossConfig, params: Any, batch: dict[str, Array], max_new_tokens: int, stops: tuple[int, ...], dtype: str
+) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
+    """Ids and their number. `batch["limits"]` has each row's own limit."""
     images = normalise(config, batch["images"])
     prompts = (batch["tokens"], batch["segments"], images, batch["image_start"])
-    result = generate(config, params, *prompts, max_new_tokens=max_new_tokens, stop_token=stop, dtype=dtype)
+    result = generate(config, params, *prompts, max_new_tokens, stops, dtype, limits=batch["limits"])
     return result.tokens, result.lengths
+
+
+def _generated(config: RossConfig, params: Any, batch: Batch, room: int, *settings: Any) -> list[np.ndarray]:
+    """The results of `_answer`.
+
+    Raises:
+      UserError: the devices' memory cannot hold the keys and values of prompts and answers.
+    """
+    try:
+        return [np.asarray(each) for each in _answer(config, params, batch, room, *settings)]
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        rows, length = batch["tokens"].shape
+        raise UserError(
+            f"not enough memory for {rows} prompt(s) of {length} tokens and answers of up to {room}; lower "
+            "max_new_tokens or rows, or take dtype bfloat16"
+        ) from error
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _MULTIPLE) * _MULTIPLE
 
 
 _visual_outputs = jax.jit(visual_outputs, static_argnames=("config", "dtype"))
@@ -214,9 +266,13 @@ def load(
     folder = Path(folder)
     manifest = checkpoints.read_manifest(folder)
     config = from_dict(RossConfig, manifest["config"], f"{folder}: config")
-    missing = [name for name in components or TEXT_COMPONENTS if getattr(config, name) is None]
+    missing = [name for name in components or ("language",) if getattr(config, name) is None]
     if missing:
-        raise UserError(f"{folder}: this model has no {', '.join(missing)}")
+        names = ", ".join(missing)
+        raise UserError(
+            f"{folder}: this model has no {names}; import it together with a checkpoint that holds {names}: "
+            "launch/convert.py import --from ... --from ..."
+        )
     loaded = TEXT_COMPONENTS + RECONSTRUCTION_COMPONENTS if components is None else components
     stored = flatten(checkpoints.model_abstract(folder))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -226,9 +282,12 @@ def load(
         if path.split("/")[0] in loaded
     }
     params = checkpoints.restore_model(folder, unflatten(leaves))
-    mode = manifest.get("image_mode", "pad")
-    images = encoder_image_config(
-        config.vision.kind, config.vision.image_size, config.image_mean, config.image_std, mode
+    images = config.vision and encoder_image_config(
+        config.vision.kind,
+        config.vision.image_size,
+        config.image_mean,
+        config.image_std,
+        manifest.get("image_mode", "pad"),
     )
     dropout = manifest.get("reconstruction", {}).get("condition_dropout", 0.0)
     return Model(folder, config, params, images, template or manifest.get("template"), dtype or "float32", dropout)

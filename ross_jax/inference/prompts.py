@@ -16,12 +16,14 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from ross_jax.config import UserError
+from ross_jax.config import Range, UserError
 from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, place
 from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.data.images import ImageConfig, ImageError, decode, preprocess
 from ross_jax.data.packing import Location
 
+MAX_NEW_TOKENS = 2**15
+"""Longest answer that can be asked for. Room for all of it is made before the first token."""
 AnyImage = str | Path | Image.Image | np.ndarray
 """Path of an image file, a PIL image, or an array uint8[height, width, 3]."""
 AnyImages = AnyImage | Sequence[AnyImage]
@@ -66,8 +68,7 @@ class Request:
     on_text: Callable[[str], None] | None = None
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
+        Range(1, MAX_NEW_TOKENS).check("max_new_tokens", self.max_new_tokens)
         for i, turn in enumerate(self.history):
             if isinstance(turn, str) or len(turn) != 2:
                 raise UserError(f"history[{i}]: expected (question, answer), found {turn!r:.80}")
@@ -77,9 +78,19 @@ class Request:
                 raise UserError(f"{name} {value!r}: not supported yet; answers are greedy, with {name} {default!r}")
 
     def record(self, images: int) -> dict[str, Any]:
-        """The conversation as a record in LLaVA's format, with a mark for each of so many images."""
+        """The conversation as a record in LLaVA's format, with a mark for each of so many images.
+
+        Raises:
+          UserError: the questions have marks, and there is no image.
+        """
         questions = [question for question, _ in self.history] + [self.prompt]
-        if not any(IMAGE_MARKER in question for question in questions):
+        marks = sum(question.count(IMAGE_MARKER) for question in questions)
+        if marks and not images:  # without images, marks would be text
+            raise UserError(
+                f"the prompt has {marks} {IMAGE_MARKER} mark(s), and there are 0 images; name an image for each mark, "
+                "or leave the marks out"
+            )
+        if not marks:
             questions[0] = f"{IMAGE_MARKER}\n" * images + questions[0]
         turns = [{"from": "human", "value": questions[0]}]
         for (_, answer), question in zip(self.history, questions[1:], strict=True):

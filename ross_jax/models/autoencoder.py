@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ross_jax.config import Finite, Layers, Positive, Size
 from ross_jax.models.attention import attention
 
 NORM_EPS = 1e-6
@@ -34,12 +35,12 @@ class AutoencoderConfig:
       quant_conv, post_quant_conv: whether a 1 x 1 convolution follows the encoder, or precedes the decoder.
     """
 
-    channels: tuple[int, ...]
-    layers_per_block: int
-    latent_channels: int
-    norm_groups: int
-    scaling_factor: float
-    shift_factor: float
+    channels: tuple[Size, ...]
+    layers_per_block: Layers
+    latent_channels: Size
+    norm_groups: Size
+    scaling_factor: Positive
+    shift_factor: Finite
     down_attention: tuple[bool, ...]
     up_attention: tuple[bool, ...]
     mid_attention: bool = True
@@ -50,7 +51,7 @@ class AutoencoderConfig:
     def __post_init__(self):
         for name in ("down_attention", "up_attention"):
             if len(getattr(self, name)) != len(self.channels):
-                raise ValueError(f"{name} must have one value per level ({len(self.channels)})")
+                raise ValueError(f"{name} must have one value per level ({len(self.channels)}) of channels")
         for channels in self.channels:
             if channels % self.norm_groups:
                 raise ValueError(f"{channels} channels do not divide into {self.norm_groups} groups")

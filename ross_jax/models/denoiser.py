@@ -5,7 +5,7 @@ scale and gate differ from token to token.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ross_jax.config import Layers, Range, Size
 from ross_jax.models.attention import attention
 from ross_jax.models.layers import SAVED_ATTENTION, Dense, Mlp, RematPolicy, fusion_barrier, layer_norm, stack
 from ross_jax.sharding import constrain
@@ -57,13 +58,13 @@ class DenoiserConfig:
         vit    plain transformer blocks, with the condition added to the first block's input (the paper's ablation)
     """
 
-    condition_size: int
-    latent_size: int
-    grid: int
-    width: int
-    depth: int = 3
-    num_heads: int = NUM_HEADS
-    mlp_ratio: float = 4.0
+    condition_size: Size
+    latent_size: Size
+    grid: Size
+    width: Size
+    depth: Layers = 3
+    num_heads: Size = NUM_HEADS
+    mlp_ratio: Annotated[float, Range(1e-6, 1e6)] = 4.0
     prediction: Prediction = "epsilon"
     schedule: Schedule = "cosine"
     block: Block = "adaln"

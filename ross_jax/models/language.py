@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ross_jax.config import Count, Layers, Positive, Size
 from ross_jax.models.attention import attention, causal_attention, needs_mask, segment_mask
 from ross_jax.models.image_tokens import gather_images
 from ross_jax.models.layers import (
@@ -37,10 +38,10 @@ class RopeScaling:
     """Stretching of rotary frequencies for long contexts: `linear` (Vicuna 16k) or `llama3` (Llama 3.1)."""
 
     kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    factor: Positive
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_positions: Count = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +53,15 @@ class LanguageConfig:
       qk_norm: RMSNorm on each head's queries and keys (Qwen3).
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
-    norm_eps: float
+    vocab_size: Count
+    hidden_size: Size
+    intermediate_size: Size
+    num_layers: Layers
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    rope_theta: Positive
+    norm_eps: Positive
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     out_bias: bool = False

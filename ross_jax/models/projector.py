@@ -1,7 +1,7 @@
 """The projector from vision features to language embeddings: LLaVA's `linear`, `mlpNx_gelu` and `identity`."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ross_jax.config import Range, Size
 from ross_jax.models.layers import Dense, activate
 
 
@@ -22,9 +23,9 @@ class ProjectorConfig:
     """
 
     kind: Literal["mlp", "identity"]
-    in_size: int
-    out_size: int
-    depth: int = 2
+    in_size: Size
+    out_size: Size
+    depth: Annotated[int, Range(0, 1000)] = 2
 
     def __post_init__(self):
         if self.kind == "mlp" and self.depth < 1:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ross_jax.config import Layers, Size
 from ross_jax.models.layers import Dense, activate
 
 
@@ -25,10 +26,10 @@ class RegressorConfig:
     """
 
     target: str
-    condition_size: int
-    out_size: int
-    width: int
-    depth: int = 2
+    condition_size: Size
+    out_size: Size
+    width: Size
+    depth: Layers = 2
 
     def __post_init__(self):
         if self.depth < 1:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
+from ross_jax.config import Finite, Positive
 from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from ross_jax.models.denoiser import Denoiser, DenoiserConfig
 from ross_jax.models.image_tokens import scatter_images
@@ -50,10 +51,10 @@ class RossConfig:
     autoencoder: AutoencoderConfig | TinyAutoencoderConfig | None = None
     regressor: RegressorConfig | None = None
     teacher: VisionConfig | None = None
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    teacher_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    teacher_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_mean: tuple[Finite, Finite, Finite] = (0.5, 0.5, 0.5)
+    image_std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+    teacher_mean: tuple[Finite, Finite, Finite] = (0.5, 0.5, 0.5)
+    teacher_std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
         sizes = {

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ross_jax.config import Finite, Layers, Positive, Size
 from ross_jax.models.autoencoder import Autoencoder, Posterior
 
 CLAMP = 3.0
@@ -35,13 +36,13 @@ class TinyAutoencoderConfig:
         tiny autoencoders encode to that scale already.
     """
 
-    encoder_channels: int
-    decoder_channels: int
-    encoder_blocks: tuple[int, ...]
-    decoder_blocks: tuple[int, ...]
-    latent_channels: int
-    scaling_factor: float = 1.0
-    shift_factor: float = 0.0
+    encoder_channels: Size
+    decoder_channels: Size
+    encoder_blocks: tuple[Layers, ...]
+    decoder_blocks: tuple[Layers, ...]
+    latent_channels: Size
+    scaling_factor: Positive = 1.0
+    shift_factor: Finite = 0.0
     kind: Literal["tiny"] = "tiny"
 
     def __post_init__(self):

@@ -7,7 +7,7 @@ position tables are never interpolated.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ross_jax.config import Layers, Positive, Range, Size
 from ross_jax.models.attention import attention
 from ross_jax.models.layers import SAVED_ATTENTION, SAVED_GATE, Activation, Dense, Mlp, RematPolicy, layer_norm, stack
 from ross_jax.sharding import constrain
@@ -38,17 +39,17 @@ class VisionConfig:
     """
 
     kind: Literal["siglip", "clip", "dinov2"]
-    image_size: int
-    patch_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
+    image_size: Size
+    patch_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_layers: Layers
+    num_heads: Size
     activation: Activation
-    norm_eps: float
-    select_layer: int = -2
+    norm_eps: Positive
+    select_layer: Annotated[int, Range(-1000, 1000)] = -2
     final_norm: bool = False
-    registers: int = 0
+    registers: Annotated[int, Range(0, 1024)] = 0
     swiglu: bool = False
 
     def __post_init__(self):

@@ -7,13 +7,14 @@ An objective is one class in one file, listed in `reconstruction.OBJECTIVES` or 
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
+from ross_jax.config import Range
 from ross_jax.models.language import FINAL
 from ross_jax.models.ross import RossConfig, normalise
 
@@ -50,9 +51,9 @@ class Sampling:
     """
 
     sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"
-    steps: int = 50
-    temperature: float = 1.0
-    guidance: float = 1.0
+    steps: Annotated[int, Range(1, 1000)] = 50
+    temperature: Annotated[float, Range(0.0, 100.0)] = 1.0
+    guidance: Annotated[float, Range(-100.0, 100.0)] = 1.0
 
 
 DEFAULT_SAMPLING = Sampling()

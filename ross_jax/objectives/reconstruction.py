@@ -9,11 +9,11 @@ none            -               -                                        - (LLaV
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from jax.typing import DTypeLike
 
-from ross_jax.config import nearest, required
+from ross_jax.config import Factor, Range, Share, nearest, required
 from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import tap_number
 from ross_jax.models.layers import RematPolicy
@@ -79,10 +79,10 @@ class ReconstructionConfig:
     """
 
     kind: str = DenoiseObjective.kind
-    weight: float = 1.0
-    draws: int = 4
+    weight: Factor = 1.0
+    draws: Annotated[int, Range(1, 1024)] = 4
     distance: Distance = "mse"
-    condition_dropout: float = 0.0
+    condition_dropout: Share = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: RematPolicy = "full"
     compat: Literal["default", "official"] = "default"

@@ -3,11 +3,11 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 
-from ross_jax.config import ConfigError
+from ross_jax.config import ConfigError, Count, Range, Size
 from ross_jax.data.batches import RowShape, empty_batch
 from ross_jax.sharding import batch_sharding
 from ross_jax.training.cached import compute, needs_pixels, spared_components
@@ -47,13 +47,13 @@ class Options:
 
     recipe: str
     objective: Literal["train", "generate"] = "train"
-    rows: int | None = None
-    tokens: float | None = None
-    images: float | None = None
-    epoch: int | None = None
+    rows: Size | None = None
+    tokens: Annotated[float, Range(1.0, 2.0**20)] | None = None
+    images: Annotated[float, Range(0.0, 4096.0)] | None = None
+    epoch: Count | None = None
     cached: tuple[str, ...] = ()
-    prompt: int = 1024
-    new_tokens: int = 256
+    prompt: Size = 1024
+    new_tokens: Size = 256
     dump: Path | None = None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ross_jax.checkpoints import RunCheckpoints
-from ross_jax.config import UserError
+from ross_jax.config import Count, Factor, UserError, Whole
 from ross_jax.training.callback import Callback
 from ross_jax.training.metrics import Meter, Reporter
 from ross_jax.training.state import TrainState
@@ -34,12 +34,12 @@ class LoopConfig:
         a warning is printed. None: no warning.
     """
 
-    log: int = 10
-    save: int = 500
-    keep: int = 2
-    images: int = 0
-    evaluate: int = 0
-    expected_reconstruction: tuple[float, float] | None = None
+    log: Count = 10
+    save: Count = 500
+    keep: Count = 2
+    images: Whole = 0
+    evaluate: Whole = 0
+    expected_reconstruction: tuple[Factor, Factor] | None = None
 
     def __post_init__(self):
         if min(self.log, self.save, self.keep) < 1 or min(self.images, self.evaluate) < 0:

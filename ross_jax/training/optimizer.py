@@ -10,6 +10,7 @@ import jax
 import optax
 import optax.contrib
 
+from ross_jax.config import Decay, Factor, Positive, Share, check_patterns
 from ross_jax.tree import flatten, unflatten
 
 _ADAM_RMS = 0.2
@@ -30,17 +31,18 @@ class OptimizerConfig:
         Muon are scaled to the size of AdamW's, so that learning rates keep their meaning.
     """
 
-    learning_rate: float
-    groups: tuple[tuple[str, float], ...] = ()
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    max_gradient_norm: float = 1.0
+    learning_rate: Factor
+    groups: tuple[tuple[str, Factor], ...] = ()
+    warmup_ratio: Share = 0.03
+    weight_decay: Factor = 0.0
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Share = 1e-8
+    max_gradient_norm: Positive = 1.0
     algorithm: Literal["adamw", "muon"] = "adamw"
 
     def __post_init__(self):
+        check_patterns("groups", [pattern for pattern, _ in self.groups])
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio {self.warmup_ratio} must be in [0, 1)")
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ross_jax import checkpoints
-from ross_jax.config import UserError
+from ross_jax.config import Count, Size, UserError, Whole
 from ross_jax.data.pipeline import Pipeline
 from ross_jax.data.precomputed import (
     FORMAT,
@@ -57,11 +57,11 @@ class CacheConfig:
     """
 
     what: tuple[PartName, ...] = ("targets",)
-    rows: int = 64
+    rows: Size = 64
     dtype: Literal["float32", "bfloat16"] = "float32"
-    processes: int = 1
-    process: int = 0
-    shard_bytes: int = SHARD_BYTES
+    processes: Size = 1
+    process: Whole = 0
+    shard_bytes: Count = SHARD_BYTES
 
     def __post_init__(self):
         if not self.what or len(set(self.what)) < len(self.what):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from ross_jax.config import ConfigError, from_dict, nearest, to_dict, variant
+from ross_jax.config import ConfigError, Count, Factor, Size, Whole, from_dict, nearest, to_dict, variant
 from ross_jax.data.images import ImageConfig, encoder_image_config
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
@@ -37,7 +37,7 @@ class TextConfig:
     template: str
     tokenizer: str
     compat: Literal["default", "official"] = "default"
-    weight: float = 1.0
+    weight: Factor = 1.0
 
     def __post_init__(self):
         if self.weight < 0:
@@ -57,9 +57,9 @@ class EvaluationConfig:
     """
 
     sources: tuple[SourceConfig, ...] = ()
-    count: int = 64
-    rows: int = 16
-    shown: int = 8
+    count: Count = 64
+    rows: Size = 16
+    shown: Size = 8
     sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling("dpm", 20))
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    seed: int = 0
+    seed: Whole = 0
 
     def __post_init__(self):
         missing = [name for name in ("vision", "projector", "language") if getattr(self.model, name) is None]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from ross_jax.config import ConfigError
+from ross_jax.config import ConfigError, Dtype, check_patterns
 from ross_jax.models.ross import HEADS, TARGET_ENCODERS, RossConfig, abstract_params, components
 from ross_jax.sharding import MeshConfig, parameter_shardings
 from ross_jax.tree import flatten, unflatten
@@ -47,8 +47,12 @@ class FreezeConfig:
 
     trainable: tuple[str, ...]
     fixed: tuple[str, ...] = (r"denoiser/position_embedding",)
-    dtype: str = "bfloat16"
-    autoencoder_dtype: str = "bfloat16"
+    dtype: Dtype = "bfloat16"
+    autoencoder_dtype: Dtype = "bfloat16"
+
+    def __post_init__(self):
+        check_patterns("trainable", self.trainable)
+        check_patterns("fixed", self.fixed)
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` trains."""

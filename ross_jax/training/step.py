@@ -13,6 +13,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from ross_jax.config import Count, Dtype, Size
 from ross_jax.models.layers import RematPolicy
 from ross_jax.objectives.loss import Counts, Loss, Losses
 from ross_jax.sharding import compiler_options, constrain
@@ -35,10 +36,10 @@ class StepConfig:
         backward pass.
     """
 
-    accumulate: int = 1
-    dtype: str = "bfloat16"
+    accumulate: Size = 1
+    dtype: Dtype = "bfloat16"
     remat: RematPolicy = "full"
-    text_chunk: int = 1024
+    text_chunk: Count = 1024
 
 
 def gradients(

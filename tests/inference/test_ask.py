@@ -1,6 +1,7 @@
 """`Model.ask` and `ask_many`: answers equal full forward passes of one prompt at a time; kinds of images; errors."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ross_jax import checkpoints
 from ross_jax.config import UserError
 from ross_jax.data.conversation import IMAGE_ID
 from ross_jax.data.encoders import build_prompt_encoder, stop_id
@@ -111,14 +113,38 @@ def test_kinds_of_images(model, tmp_path):
     assert len(set(answers[:-1])) == 1 and answers[-1] != answers[0]
 
 
-def test_programs_are_shared(model):
-    """Successive questions of similar length share one compiled program."""
-    from ross_jax.inference.model import _answer
+def test_programs_are_shared(model, model_folder):
+    """Questions and answers of similar length, asked one after another, compile once; so does the same model again."""
+    compiled = []
+
+    def count(event: str, _: float, **__) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
 
     model.ask(make_image(0), "What?", max_new_tokens=NEW)
-    compiled = _answer._cache_size()
-    model.ask(make_image(1), "Whatever?", max_new_tokens=NEW)
-    assert _answer._cache_size() == compiled
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        jax.jit(lambda x: x - 17)(1.5)
+        assert len(compiled) == 1  # the counter counts
+        model.ask(make_image(1), "Whatever?", max_new_tokens=NEW - 3)
+        load(model_folder).ask(make_image(2), "Who?", max_new_tokens=NEW + 1)
+        assert len(compiled) == 1
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_a_model_without_vision_encoder(model, model_folder, tmp_path):
+    """It answers as the whole model does to a question without images, and says that it cannot see."""
+    shutil.copytree(model_folder, tmp_path / "text")
+    manifest = checkpoints.read_manifest(model_folder)
+    only = dict.fromkeys(("vision", "projector", "denoiser", "autoencoder"))
+    checkpoints.write_manifest(tmp_path / "text", {**manifest, "config": manifest["config"] | only})
+    text = load(tmp_path / "text")
+    assert text.image_config is None and set(text.params) == {"language"}
+    assert text.ask((), "What?", max_new_tokens=NEW) == model.ask([], "What?", max_new_tokens=NEW) != ""
+    for see in (lambda: text.ask(make_image(0), "What?"), lambda: text.visual_outputs(make_image(0))):
+        with pytest.raises(UserError, match="no vision, projector in the loaded model, so it cannot see images"):
+            see()
 
 
 @pytest.mark.parametrize(
@@ -132,6 +158,7 @@ def test_programs_are_shared(model):
         ({"stop": ["."]}, r"^stop \['\.'\]: not supported yet"),
         ({"on_text": print}, "^on_text <built-in function print>: not supported yet"),
         ({"max_new_tokens": 0}, "^max_new_tokens 0: must be at least 1$"),
+        ({"max_new_tokens": 10**9}, "^max_new_tokens 1000000000: must be at most 32768$"),
         ({"history": [("What?",)]}, r"^history\[0\]: expected \(question, answer\), found \('What\?',\)$"),
         ({"images": "absent.png"}, r"^absent\.png: cannot be read \(No such file or directory\)$"),
         ({"images": [np.zeros((2, 2, 3))]}, r"^images\[0\]: float64\[2, 2, 3\]; expected uint8\[height, width, 3\]$"),

@@ -91,6 +91,17 @@ def test_stop_token_ends_a_row(params):
     result = compiled(CONFIG, params, tokens, segments, image, start, 6, stop)
     assert result.tokens[0].tolist() == free[: first + 1] + [stop] * (5 - first)
     assert result.lengths.tolist() == [first + 1]
+    several = compiled(CONFIG, params, tokens, segments, image, start, 6, (49, stop), jnp.float32)
+    assert several.tokens[0, : first + 1].tolist() == free[: first + 1] and several.lengths.tolist() == [first + 1]
+
+
+def test_each_row_has_its_own_limit(params):
+    tokens = np.tile(np.array([[3, 4, 5]], np.int32), (3, 1))
+    none, empty = np.zeros((3, 0, 28, 28, 3), np.float32), np.zeros((3, 0), np.int32)
+    limit = jax.jit(generate, static_argnums=(0, 6))
+    result = limit(CONFIG, params, tokens, np.ones_like(tokens), none, empty, 4, limits=np.array([4, 0, 2]))
+    assert result.lengths.tolist() == [4, 0, 2]
+    assert result.tokens[2, :2].tolist() == result.tokens[0, :2].tolist()
 
 
 def test_text_without_images(params):
