@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from ross_jax import checkpoints
-from ross_jax.config import UserError, from_dict
+from ross_jax.config import UserError, from_dict, required
 from ross_jax.convert.generation import GENERATION_CONFIG, end_ids
 from ross_jax.data.batches import Batch, expand
 from ross_jax.data.conversation import IGNORE, EncodedConversation
@@ -152,6 +152,7 @@ class Model:
 
     def check_reconstruction(self, sampling: Sampling = DEFAULT_SAMPLING) -> None:
         """Raises UserError if the model cannot reconstruct images in this way."""
+        self._check_sees()
         if reconstructor(self.config) is None:
             raise UserError(
                 f"{self.folder}: this model makes no images; that takes a denoiser with its autoencoder, or a "
@@ -190,17 +191,20 @@ class Model:
         imported = [each for folder in folders for each in end_ids(folder / GENERATION_CONFIG)]
         return tuple(dict.fromkeys([*stop_ids(self._template, self.tokenizer), *imported]))
 
-    def _read(self, images: AnyImages) -> list[Resized]:
-        """Images as the vision encoder takes them, if there are any."""
-        if not isinstance(images, AnyImage) and not len(images):
-            return []
+    def _check_sees(self) -> None:
         missing = [name for name in TEXT_COMPONENTS if name not in self.params]
         if missing or self.image_config is None:
             raise UserError(
                 f"{self.folder}: no {', '.join(missing)} in the loaded model, so it cannot see images; ask without "
                 "images, or import or load these components, too"
             )
-        return read_images(images, self.image_config)
+
+    def _read(self, images: AnyImages) -> list[Resized]:
+        """Images as the vision encoder takes them, if there are any."""
+        if not isinstance(images, AnyImage) and not len(images):
+            return []
+        self._check_sees()
+        return read_images(images, required(self.image_config))
 
     def _decode(self, ids: np.ndarray) -> str:
         ends = bool(ids.size) and ids[-1] in self._stops
