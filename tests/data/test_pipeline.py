@@ -237,7 +237,7 @@ def test_a_broken_image_empties_its_place(tmp_path, reference, caplog, content):
     _, expected = reference
     batches = list(open_(config_for(folder, epochs=2, max_broken=0.2)).batches())
     for index in broken:
-        named = rf"broken sample skipped \(index {index}\): .*data\.json\[{index}\]: sample 's{index}': "
+        named = rf"broken sample skipped \(index {index}\): .*data\.json, record {index}: sample 's{index}': "
         assert len(re.findall(named, caplog.text)) == 1
     gone_samples = 0
     for batch, other in zip(batches, expected, strict=True):
@@ -263,7 +263,7 @@ def test_too_many_broken_images_stop_the_run(tmp_path):
     for index in (1, 4, 7):
         break_image(folder, index, b"")
     pipeline = open_(config_for(folder))
-    with pytest.raises(UserError, match=r"are broken.*1\.0%.*\n  .*\[\d+\]: sample 's\d+': \d_0\.png"):
+    with pytest.raises(UserError, match=r"are broken.*1\.0%.*\n  .*data\.json, record \d+: sample 's\d+': \d_0\.png"):
         list(pipeline.batches())
     list(open_(config_for(folder, max_broken=0.05)).batches())
 

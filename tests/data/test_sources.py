@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,29 @@ def test_missing_file(tmp_path):
         list_records(tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_opening_takes_little_memory(tmp_path, monkeypatch, suffix):
+    """A tenth of the file at most, whatever its characters. Pieces are small here, as the file is."""
+    monkeypatch.setattr("ross_jax.data.records._PIECE", 2**12)
+    record = json.dumps({"id": 1, "conversations": ["\u732b\U0001f600" * 150]}, ensure_ascii=False)
+    lines = [record] * 1000
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("\n".join(lines) if suffix == "jsonl" else "[" + ",".join(lines) + "]")
+    tracemalloc.start()
+    try:
+        assert len(RecordFile(path)) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 0.1 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def test_lines_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
+    (tmp_path / "blank.jsonl").write_text('{"id": 1}\n\n{"id": 2}\n')
+    assert RecordFile(tmp_path / "a.jsonl").place(1).endswith("/a.jsonl, record 1 (line 2)")
+    assert RecordFile(tmp_path / "blank.jsonl").place(1).endswith("/blank.jsonl, record 1")
+
+
 # LLaVA samples
 
 
@@ -158,10 +182,13 @@ def test_llava_samples(llava):
     ("record", "message"),
     [
         ({"id": "x"}, r"sample 'x': no 'conversations'; it has \['id'\]"),
-        ({"image": 3, "conversations": []}, r"/data\.json\[0\]: sample without an id: an image must be a file name"),
+        (
+            {"image": 3, "conversations": []},
+            r"/data\.json, record 0: sample without an id: an image must be a file name",
+        ),
         (
             {"id": 1, "image": ["a.png", ""], "conversations": []},
-            r"data\.json\[0\]: sample 1: an image must be a file name",
+            r"data\.json, record 0: sample 1: an image must be a file name",
         ),
     ],
 )
