@@ -65,10 +65,13 @@ def open_store(path: str | Path) -> ImageStore:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     # Python's readers of archives raise several more for damaged ones, ValueError and EOFError among them.
     except Exception as error:
-        if not found or "archive" in found:
-            found = f"is no folder, no zip and no tar that can be read ({error or type(error).__name__})"
+        reason = str(error) or type(error).__name__
+        if not found:
+            found = f"is no folder, no zip and no tar ({reason})"
+        elif "archive" in found:
+            found = f"{found.partition(';')[0]} that cannot be read ({reason}); is it complete?"
         raise UserError(
-            f"{path}: {found}; images come from a folder, a .zip or a .tar (decompress a .tar.gz to read it at random)"
+            f"{path}: {found}. Images come from a folder, a .zip or a .tar; decompress a .tar.gz to read it at random"
         ) from error
 
 

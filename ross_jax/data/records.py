@@ -275,7 +275,11 @@ class _Text:
                 or pos < len(self._text) - _LONGEST_ATOM
                 or len(self._text) < _PIECE // 4
             ):
-                return self.corrupt(getattr(error, "msg", str(error)), pos)
+                begins = self._text[self.position : self.position + 20]
+                message = (
+                    f"{getattr(error, 'msg', error)}; expected a list of conversations, and it begins with {begins!r}"
+                )
+                return self.corrupt(message, pos)
         hint = "it looks like JSONL: name it .jsonl" if rest else "expected a list of conversations"
         return UserError(f"{self._path}: holds a JSON {kind}, not a list; {hint}")
 

@@ -326,9 +326,12 @@ def test_fields_and_marks_are_counted(tmp_path, caplog):
 
 
 def test_marks_and_no_image_at_all_are_refused(tmp_path):
-    records = [{"photo": "0.png", "conversations": [{"from": "human", "value": "why?\n<image>"}]}] * 9
+    question = {"from": "human", "value": "why?\n<image>", "picture": "0.png"}
+    records = [{"photo": "0.png", "conversations": [question, {"from": "gpt", "value": "so"}]}] * 9
     (tmp_path / "data.json").write_text(json.dumps(records))
-    with pytest.raises(UserError, match=r"data\.json: 9 of 9 records have a mark.*\['conversations', 'photo'\]"):
+    with pytest.raises(
+        UserError, match=r"data\.json: 9 of 9 records have a mark.*conversations\[\]\.picture', 'photo'"
+    ):
         open_(DataConfig((SourceConfig(str(tmp_path / "data.json")),)))
 
 

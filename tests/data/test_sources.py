@@ -96,6 +96,8 @@ BAD_FILES = [
     ("a.json", '[{"é": 1},\n\n"x'.encode(), "line 3, column 1: Unterminated string"),
     ("a.json", b'{"id": 1}', "holds a JSON dict, not a list; expected a list"),
     ("a.json", b'{"id": 1}\n{"id": 2}', r"looks like JSONL: name it \.jsonl"),
+    ("a.json", b"id,image\n1,a.png", r"line 1, column 1: Expecting value; .* begins with 'id,image"),
+    ("a.json", b'{"id": 1,\n "x" 2}', "line 2, column 6: Expecting ':'"),
     ("a.json", b'[{"id": 1}, 7]', "item 1 is a JSON int"),
     ("a.jsonl", b'{"id": 1}\n{"id": 2\n', "line 2, column 9: Expecting"),
     ("a.jsonl", b'{"id": 1}\n\n{"id": 2} {"id": 3}\n', "line 3, column 11: Extra data"),
@@ -119,7 +121,8 @@ def test_bad_files_give_the_position(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"), [case for case in BAD_FILES if case[0] == "a.json" and case[1][:1] != b"{"]
+    ("name", "content", "message"),
+    [case for case in BAD_FILES if case[0] == "a.json" and case[1][:1] not in (b"{", b"i")],
 )
 def test_bad_files_in_small_pieces(tmp_path, monkeypatch, name, content, message):
     """Places are right wherever a piece of the file ends."""
