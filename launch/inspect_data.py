@@ -32,7 +32,7 @@ from ross_jax.data.conversation import (
 )
 from ross_jax.data.encoders import build_encoder
 from ross_jax.data.fields import Survey
-from ross_jax.data.packing import Lengths, PackingConfig, PlanSettings, make_plan
+from ross_jax.data.packing import Lengths, PackingConfig, PlanSettings, explain_dropped, make_plan
 from ross_jax.data.records import RecordFile
 from ross_jax.data.tokenizer import load_tokenizer
 
@@ -148,6 +148,7 @@ def summarise(encoded: Sequence[EncodedConversation], config: PackingConfig, ima
         f"packing into {row}: {statistics['rows']} rows, efficiency {statistics['efficiency']:.1%}; "
         f"{statistics['dropped']} conversations exceed a row"
     )
+    lines += filter(None, [explain_dropped(plan, lengths, config)])
     return "\n".join(lines)
 
 

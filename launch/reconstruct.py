@@ -39,7 +39,7 @@ def find_images(paths: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
             if not inside:
                 raise ImageError(f"{path}: no image in this folder; looked for {', '.join(sorted(SUFFIXES))}")
             found += inside

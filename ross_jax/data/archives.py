@@ -11,12 +11,14 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from ross_jax.config import UserError
 from ross_jax.data.formats import foreign_format
 from ross_jax.data.images import ImageError
 from ross_jax.data.spelling import briefly, spellings
+
+T = TypeVar("T")
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
 _MAX_LINKS = 40  # links on the way to one file, as in Linux
@@ -63,10 +65,13 @@ def open_store(path: str | Path) -> ImageStore:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     # Python's readers of archives raise several more for damaged ones, ValueError and EOFError among them.
     except Exception as error:
-        if not found or "archive" in found:
-            found = f"is no folder, no zip and no tar that can be read ({error or type(error).__name__})"
+        reason = str(error) or type(error).__name__
+        if not found:
+            found = f"is no folder, no zip and no tar ({reason})"
+        elif "archive" in found:
+            found = f"{found.partition(';')[0]} that cannot be read ({reason}); is it complete?"
         raise UserError(
-            f"{path}: {found}; images come from a folder, a .zip or a .tar (decompress a .tar.gz to read it at random)"
+            f"{path}: {found}. Images come from a folder, a .zip or a .tar; decompress a .tar.gz to read it at random"
         ) from error
 
 
@@ -130,7 +135,7 @@ class Folder:
         return self._find(name) is not None
 
     def read(self, name: str) -> bytes:
-        return _reading(f"{self.path}/{name}", lambda: (self._find(name) or Path(self.path, name)).read_bytes())
+        return reading(f"{self.path}/{name}", lambda: (self._find(name) or Path(self.path, name)).read_bytes())
 
     def _find(self, name: str) -> Path | None:
         for spelling in spellings(name):
@@ -211,7 +216,7 @@ class Tar:
         return self._index.find(name) is not None
 
     def read(self, name: str) -> bytes:
-        return _reading(f"{self.path}/{name}", lambda: self._file.read(*self._members[self._index.target(name)]))
+        return reading(f"{self.path}/{name}", lambda: self._file.read(*self._members[self._index.target(name)]))
 
 
 class Zip:
@@ -247,7 +252,7 @@ class Zip:
         return self._index.find(name) is not None
 
     def read(self, name: str) -> bytes:
-        return _reading(f"{self.path}/{name}", lambda: self._open().read(self._members[self._index.target(name)]))
+        return reading(f"{self.path}/{name}", lambda: self._open().read(self._members[self._index.target(name)]))
 
 
 class _Index:
@@ -322,7 +327,12 @@ def _images(names: Iterable[str]) -> list[str]:
     return sorted(name for name in found if not any(map(_is_hidden, name.split("/"))))
 
 
-def _reading(name: str, read: Callable[[], bytes]) -> bytes:
+def reading(name: str, read: Callable[[], T]) -> T:
+    """The result of `read`.
+
+    Raises:
+      ImageError: it fails in any way. Names what was read.
+    """
     try:
         return read()
     except ImageError as error:

@@ -88,7 +88,7 @@ class Survey:
         if marks:
             self._blind += 1
             self._marks.update(marks)
-            self._fields.update(map(str, record))
+            self._fields.update(record, (f"conversations[].{name}" for name in inner))
 
     def is_blind(self, max_share: float) -> bool:
         """Whether no record has an image, and more than this share of the records have a mark in a question."""

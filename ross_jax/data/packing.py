@@ -239,8 +239,26 @@ def make_plan(lengths: Lengths, settings: PlanSettings) -> PackingPlan:
     return PackingPlan(offsets, samples, rows_per_step, int(np.sum(usable & ~fits)), int(np.sum(~usable)))
 
 
+def explain_dropped(plan: PackingPlan, lengths: Lengths, packing: PackingConfig) -> str | None:
+    """How many conversations exceed a row, why, and which settings would take them. None: none does."""
+    if not plan.dropped:
+        return None
+    reasons = []
+    for setting, limit, counts in (
+        ("images", packing.images, lengths.images),
+        ("length", packing.length, lengths.tokens),
+        ("supervised", packing.supervised, lengths.supervised),
+    ):
+        if limit is not None and (over := int(np.sum(counts > limit))):
+            reasons.append(f"{over} exceed packing.{setting} = {limit} (the largest has {counts.max()})")
+    return (
+        f"{plan.dropped} of {len(lengths)} conversations do not fit a row and are left out: {'; '.join(reasons)}. "
+        "Raise these settings, or set packing.too_long to 'truncate'"
+    )
+
+
 def report_plan(plan: PackingPlan, lengths: Lengths, packing: PackingConfig, max_dropped: float = 1.0) -> None:
-    """Logs how full rows are, and warns of conversations that exceed a row, with the settings that would take them.
+    """Logs how full rows are, and warns of conversations that exceed a row.
 
     Args:
       max_dropped: largest share of the samples that may exceed a row.
@@ -250,23 +268,11 @@ def report_plan(plan: PackingPlan, lengths: Lengths, packing: PackingConfig, max
     """
     for name, value in plan.statistics(lengths, packing).items():
         logger.info("packing plan: %s %s", name, f"{value:.3f}" if isinstance(value, float) else value)
-    if not plan.dropped:
-        return
-    reasons = []
-    for setting, limit, counts in (
-        ("images", packing.images, lengths.images),
-        ("length", packing.length, lengths.tokens),
-        ("supervised", packing.supervised, lengths.supervised),
-    ):
-        if limit is not None and (over := int(np.sum(counts > limit))):
-            reasons.append(f"{over} exceed packing.{setting} = {limit} (the largest has {counts.max()})")
-    dropped = (
-        f"{plan.dropped} of {len(lengths)} conversations do not fit a row and are left out: {'; '.join(reasons)}. "
-        "Raise these settings, or set packing.too_long to 'truncate'"
-    )
+    dropped = explain_dropped(plan, lengths, packing)
     if plan.dropped > max_dropped * len(lengths):
         raise UserError(f"{dropped}; or allow a larger share than data.max_dropped = {max_dropped:.1%}")
-    logger.warning(dropped)
+    if dropped:
+        logger.warning(dropped)
 
 
 def _nearest_multiple(rows: int | float, multiple: int) -> int:

@@ -113,6 +113,7 @@ class RecordFile(Sequence[Record]):
                 )
             visit(record)
             spans.extend(span)
+            self._one_per_line = lines and number == len(spans) // 2
         if not spans:
             raise UserError(f"{self.path}: is empty: no record in it")
         return np.frombuffer(spans, np.int64).reshape(-1, 2)
@@ -128,8 +129,8 @@ class RecordFile(Sequence[Record]):
             raise UserError(f"{self.path}: was changed while it was read; start again") from error
 
     def place(self, index: int) -> str:
-        """How errors name a record."""
-        return f"{self.path}[{index}]"
+        """How errors name a record: `data.jsonl, record 7 (line 8)`. Records are counted from 0."""
+        return f"{self.path}, record {index}" + (f" (line {index + 1})" if self._one_per_line else "")
 
 
 def _lines(file: BinaryIO, path: str, hashed: Hashed) -> Iterator[tuple[int, Any, int, int]]:
@@ -274,7 +275,11 @@ class _Text:
                 or pos < len(self._text) - _LONGEST_ATOM
                 or len(self._text) < _PIECE // 4
             ):
-                return self.corrupt(getattr(error, "msg", str(error)), pos)
+                begins = self._text[self.position : self.position + 20]
+                message = (
+                    f"{getattr(error, 'msg', error)}; expected a list of conversations, and it begins with {begins!r}"
+                )
+                return self.corrupt(message, pos)
         hint = "it looks like JSONL: name it .jsonl" if rest else "expected a list of conversations"
         return UserError(f"{self._path}: holds a JSON {kind}, not a list; {hint}")
 

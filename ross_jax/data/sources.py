@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from ross_jax.config import UserError
-from ross_jax.data.archives import ImageStore, file_mode, open_store
+from ross_jax.data.archives import ImageStore, file_mode, open_store, reading
 from ross_jax.data.conversation import no_conversations, sample_name
 from ross_jax.data.fields import Survey, record_images
 from ross_jax.data.images import ImageError
@@ -87,7 +87,8 @@ class Sample:
 
     def __str__(self) -> str:
         """How errors name the sample."""
-        return f"{self.place}: sample {self.id!r}" if self.place else f"sample {self.id!r}"
+        name = f"sample {briefly(self.id)!r}"
+        return f"{self.place}: {name}" if self.place else name
 
 
 @runtime_checkable
@@ -274,10 +275,13 @@ class TfdsSource:
         name = f"{self._prefix}/{index}"
         sample = {"id": name, "image": name}
         if not self._caption:  # nothing is read here, so measuring lengths takes no pass over the data
-            return Sample(name, sample, (LazyImage(name, lambda: self._data[index]["image"]),))
-        record = self._data[index]
-        caption = record[self._caption]
-        caption = caption.decode() if isinstance(caption, bytes) else str(caption)
+            return Sample(name, sample, (LazyImage(name, lambda: reading(name, lambda: self._data[index]["image"])),))
+        try:
+            record = reading(name, lambda: self._data[index])
+            caption = record[self._caption]
+            caption = caption.decode() if isinstance(caption, bytes) else str(caption)
+        except (ImageError, UnicodeDecodeError) as error:
+            raise SampleError(f"sample {name!r}: {error}") from error
         sample["conversations"] = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
         return Sample(name, sample, (LazyImage(name, lambda: record["image"]),))
 

@@ -96,6 +96,10 @@ def test_store_that_cannot_be_opened(tmp_path):
     (tmp_path / "pointer.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(UserError, match=r"is a git-lfs pointer.*git lfs pull"):
         open_store(tmp_path / "pointer.tar")
+    whole = Path(write(tmp_path / "whole.zip")).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[:200])
+    with pytest.raises(UserError, match=r"cut\.zip: is a zip archive that cannot be read .*complete"):
+        open_store(tmp_path / "cut.zip")
     with pytest.raises(UserError, match="does not exist"):
         open_store("x" * 5000)
 

@@ -237,7 +237,7 @@ def test_a_broken_image_empties_its_place(tmp_path, reference, caplog, content):
     _, expected = reference
     batches = list(open_(config_for(folder, epochs=2, max_broken=0.2)).batches())
     for index in broken:
-        named = rf"broken sample skipped \(index {index}\): .*data\.json\[{index}\]: sample 's{index}': "
+        named = rf"broken sample skipped \(index {index}\): .*data\.json, record {index}: sample 's{index}': "
         assert len(re.findall(named, caplog.text)) == 1
     gone_samples = 0
     for batch, other in zip(batches, expected, strict=True):
@@ -263,7 +263,7 @@ def test_too_many_broken_images_stop_the_run(tmp_path):
     for index in (1, 4, 7):
         break_image(folder, index, b"")
     pipeline = open_(config_for(folder))
-    with pytest.raises(UserError, match=r"are broken.*1\.0%.*\n  .*\[\d+\]: sample 's\d+': \d_0\.png"):
+    with pytest.raises(UserError, match=r"are broken.*1\.0%.*\n  .*data\.json, record \d+: sample 's\d+': \d_0\.png"):
         list(pipeline.batches())
     list(open_(config_for(folder, max_broken=0.05)).batches())
 
@@ -326,9 +326,12 @@ def test_fields_and_marks_are_counted(tmp_path, caplog):
 
 
 def test_marks_and_no_image_at_all_are_refused(tmp_path):
-    records = [{"photo": "0.png", "conversations": [{"from": "human", "value": "why?\n<image>"}]}] * 9
+    question = {"from": "human", "value": "why?\n<image>", "picture": "0.png"}
+    records = [{"photo": "0.png", "conversations": [question, {"from": "gpt", "value": "so"}]}] * 9
     (tmp_path / "data.json").write_text(json.dumps(records))
-    with pytest.raises(UserError, match=r"data\.json: 9 of 9 records have a mark.*\['conversations', 'photo'\]"):
+    with pytest.raises(
+        UserError, match=r"data\.json: 9 of 9 records have a mark.*conversations\[\]\.picture', 'photo'"
+    ):
         open_(DataConfig((SourceConfig(str(tmp_path / "data.json")),)))
 
 

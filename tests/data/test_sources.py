@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,8 @@ BAD_FILES = [
     ("a.json", '[{"é": 1},\n\n"x'.encode(), "line 3, column 1: Unterminated string"),
     ("a.json", b'{"id": 1}', "holds a JSON dict, not a list; expected a list"),
     ("a.json", b'{"id": 1}\n{"id": 2}', r"looks like JSONL: name it \.jsonl"),
+    ("a.json", b"id,image\n1,a.png", r"line 1, column 1: Expecting value; .* begins with 'id,image"),
+    ("a.json", b'{"id": 1,\n "x" 2}', "line 2, column 6: Expecting ':'"),
     ("a.json", b'[{"id": 1}, 7]', "item 1 is a JSON int"),
     ("a.jsonl", b'{"id": 1}\n{"id": 2\n', "line 2, column 9: Expecting"),
     ("a.jsonl", b'{"id": 1}\n\n{"id": 2} {"id": 3}\n', "line 3, column 11: Extra data"),
@@ -118,7 +121,8 @@ def test_bad_files_give_the_position(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"), [case for case in BAD_FILES if case[0] == "a.json" and case[1][:1] != b"{"]
+    ("name", "content", "message"),
+    [case for case in BAD_FILES if case[0] == "a.json" and case[1][:1] not in (b"{", b"i")],
 )
 def test_bad_files_in_small_pieces(tmp_path, monkeypatch, name, content, message):
     """Places are right wherever a piece of the file ends."""
@@ -130,6 +134,29 @@ def test_bad_files_in_small_pieces(tmp_path, monkeypatch, name, content, message
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"absent\.json: cannot be read \(No such file"):
         list_records(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_opening_takes_little_memory(tmp_path, monkeypatch, suffix):
+    """A tenth of the file at most, whatever its characters. Pieces are small here, as the file is."""
+    monkeypatch.setattr("ross_jax.data.records._PIECE", 2**12)
+    record = json.dumps({"id": 1, "conversations": ["\u732b\U0001f600" * 150]}, ensure_ascii=False)
+    lines = [record] * 1000
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("\n".join(lines) if suffix == "jsonl" else "[" + ",".join(lines) + "]")
+    tracemalloc.start()
+    try:
+        assert len(RecordFile(path)) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 0.1 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def test_lines_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
+    (tmp_path / "blank.jsonl").write_text('{"id": 1}\n\n{"id": 2}\n')
+    assert RecordFile(tmp_path / "a.jsonl").place(1).endswith("/a.jsonl, record 1 (line 2)")
+    assert RecordFile(tmp_path / "blank.jsonl").place(1).endswith("/blank.jsonl, record 1")
 
 
 # LLaVA samples
@@ -158,10 +185,13 @@ def test_llava_samples(llava):
     ("record", "message"),
     [
         ({"id": "x"}, r"sample 'x': no 'conversations'; it has \['id'\]"),
-        ({"image": 3, "conversations": []}, r"/data\.json\[0\]: sample without an id: an image must be a file name"),
+        (
+            {"image": 3, "conversations": []},
+            r"/data\.json, record 0: sample without an id: an image must be a file name",
+        ),
         (
             {"id": 1, "image": ["a.png", ""], "conversations": []},
-            r"data\.json\[0\]: sample 1: an image must be a file name",
+            r"data\.json, record 0: sample 1: an image must be a file name",
         ),
     ],
 )

@@ -107,6 +107,20 @@ def test_packing_efficiency(run):
     assert "1 images: 4 rows" in run(images, "--image-tokens", "4", "--image-slots", "1")[1]
 
 
+def test_what_is_not_used_is_said(run):
+    """Fields, marks without images, and conversations that exceed a row; the conversations are still shown."""
+    records = [conversation("<image>\nWhat?", "Yo", photo="a.png"), conversation("Hi", "Yo", system="Be terse.")]
+    status, out, err, written = run(
+        [*records, conversation("<image><image>", "Yo", img=["a", "b"])], "--image-slots", "1"
+    )
+    assert status == 0 and len(written) == 3
+    assert "warning: " in err and "1 of 3 records have a mark in a question and no image (1 with <image>)" in err
+    assert "the field 'img' of 1 records is read as 'image'" in err
+    assert "fields that are not read: 'photo' (1 records)" in err
+    assert "1 of 3 conversations do not fit a row and are left out: 1 exceed packing.images = 1" in out
+    assert "Be terse." in out
+
+
 def test_histogram(inspect_data):
     lines = inspect_data.histogram([10, 10, 10, 130]).splitlines()
     assert 1 < len(lines) <= 12
@@ -121,7 +135,7 @@ def test_broken_samples_are_named_and_left_out(run):
     status, _, err, written = run([conversation("Hi", "Yo", id="good"), bad])
     assert status == 0
     assert [item["id"] for item in written] == ["good"]
-    assert "data.json[1]: sample 'bad', conversations[0]: 'hunam' is no role (did you mean 'human'?)" in err
+    assert "data.json, record 1: sample 'bad', conversations[0]: 'hunam' is no role (did you mean 'human'?)" in err
     assert "1 conversations are broken" in err
     status, _, err, written = run([bad])
     assert (status, written) == (1, [])
