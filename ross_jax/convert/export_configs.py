@@ -112,6 +112,8 @@ def ross_settings(model: Described, folders: Mapping[str, str] | None = None) ->
     settings |= {_POINTERS[name]: folder for name, folder in folders.items()}
     if config.vision and model.image_mode:
         settings["image_aspect_ratio"] = model.image_mode
+    if model.image_mode and config.denoiser is None and settings.get("ross_enable"):
+        settings = settings_without(settings, ["denoiser"])  # the run left the denoiser of its first model behind
     if "denoiser" in added:
         seen = _component_fields(model, "vision") if config.vision else {}
         settings = {**seen, **settings, "ross_enable": True}  # LLaVA's config.json lacks some of what Ross reads
