@@ -48,23 +48,29 @@ class Described:
         return self.foreign[component].get("layout") == layout
 
 
+def _read_full(model: Described) -> tuple[dict[str, Any], str]:
+    """config.json of the full checkpoint that was imported, and the family of its language model."""
+    path = model.files / "ross" / "config.json"
+    settings = read_json(path)
+    family = ROSS_FAMILIES.get(str(settings.get("model_type")))
+    if family is None:
+        raise UserError(f"{path}: model_type {settings.get('model_type')!r} is not that of a full checkpoint")
+    return settings, family
+
+
 def component_settings(model: Described, name: str) -> dict[str, Any]:
     """config.json of a component. The language model's can come from a full checkpoint, without the fields of Ross.
 
     Raises:
       UserError: the imported file cannot be read, or no config.json can describe the component.
     """
-    own, full = model.files / name / "config.json", model.files / "ross" / "config.json"
-    if model.foreign[name] and own.is_file():
-        return language.for_both(read_json(own))
     if name == "language" and model.came_with(name, "ross"):
-        settings = read_json(full)
-        family = ROSS_FAMILIES.get(str(settings.get("model_type")))
-        if family is None:
-            raise UserError(f"{full}: model_type {settings.get('model_type')!r} is not that of a full checkpoint")
-        kept = {name: value for name, value in settings.items() if not _is_ross_field(name)}
+        settings, family = _read_full(model)
+        kept = {field: value for field, value in settings.items() if not _is_ross_field(field)}
         described = {"model_type": family, "architectures": [language.ARCHITECTURES[family]]}
         return language.for_both({**kept, **described})
+    if model.foreign[name]:
+        return language.for_both(read_json(model.files / name / "config.json"))
     dtype = {"torch_dtype": model.dtypes[name], "dtype": model.dtypes[name]}
     config = getattr(model.config, name)
     if name == "language":
@@ -94,8 +100,8 @@ def ross_settings(model: Described, folders: Mapping[str, str] | None = None) ->
     """
     config, folders = model.config, folders or {}
     if model.came_with("language", "ross"):
-        settings = language.for_both(read_json(model.files / "ross" / "config.json"))
-        family = ROSS_FAMILIES[settings["model_type"]]
+        settings, family = _read_full(model)
+        settings = language.for_both(settings)
     else:
         settings, adapters = component_settings(model, "language"), model.files / "adapters" / "config.json"
         family = settings["model_type"]
@@ -112,6 +118,8 @@ def ross_settings(model: Described, folders: Mapping[str, str] | None = None) ->
     settings |= {_POINTERS[name]: folder for name, folder in folders.items()}
     if config.vision and model.image_mode:
         settings["image_aspect_ratio"] = model.image_mode
+    if model.image_mode and config.denoiser is None and settings.get("ross_enable"):
+        settings = settings_without(settings, ["denoiser"])  # the run left the denoiser of its first model behind
     if "denoiser" in added:
         seen = _component_fields(model, "vision") if config.vision else {}
         settings = {**seen, **settings, "ross_enable": True}  # LLaVA's config.json lacks some of what Ross reads

@@ -116,6 +116,26 @@ def test_tokenizer_and_processor_files_pass_through(kind, tmp_path):
     assert files_of(exported / folder) == expected
 
 
+def test_a_run_s_tokenizer_replaces_that_of_its_first_model(tmp_path):
+    """No file of the other is left, which a reader would mix with it. Other files stay."""
+    checkpoint = full(tmp_path)
+    for name in ("tokenizer.json", "tokenizer.model", "added_tokens.json", "generation_config.json"):
+        (checkpoint / name).write_text(f'{{"of": "the first", "name": "{name}"}}')
+    model = import_model(tmp_path / "model_dir", checkpoint)
+    (model / "files" / "language").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / "files" / "language" / name).write_text(f'{{"of": "the run", "name": "{name}"}}')
+    for layout, folder in {"ross": "ross", "components": "components/llm"}.items():
+        export(model, tmp_path / layout, layout)
+        found = {path.name: path.read_text() for path in (tmp_path / folder).glob("*.json")}
+        of_run = {name for name, text in found.items() if "the run" in text}
+        assert (of_run, found.keys() - of_run) == (
+            {"tokenizer.json", "tokenizer_config.json"},
+            {"config.json", "generation_config.json"},
+        )
+        assert not (tmp_path / folder / "tokenizer.model").exists()
+
+
 def test_the_tower_s_processor_travels_with_a_full_checkpoint(tmp_path):
     checkpoint = full(tmp_path)
     (tmp_path / "towers/clip/preprocessor_config.json").write_text('{"image_mean": [1, 2, 3], "image_std": [4, 5, 6]}')
