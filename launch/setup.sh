@@ -51,7 +51,7 @@ if [ "${1:-}" = --env ]; then
     echo "error: --env takes one of: $(basename -s .txt launch/environments/*.txt | paste -sd' ')" >&2
     exit 1
   fi
-  make_venv ".venv-$name" 12 python3.12 python3.11 python3 # old packages have no wheels for newer Pythons
+  make_venv ".venv-$name" 12 python3.11 python3.12 python3 # old packages have no wheels for newer Pythons
   install ".venv-$name" "$(cksum "$list")" -r "$list"
   exit
 fi
