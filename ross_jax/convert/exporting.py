@@ -266,6 +266,11 @@ def export(
     _check_layout(model, config, layout)
     if layout == "ross":
         configs = {"ross": settings_without(ross_settings(files, config, foreign), without)}
+        mode = checkpoints.read_manifest(model).get("image_mode")
+        written = configs["ross"].get("image_aspect_ratio") or "square"  # the reference's default
+        configs["ross"] |= {"image_aspect_ratio": mode} if mode not in (None, written) and config.vision else {}
+        if mode == "crop" and config.vision and config.vision.kind != "clip":
+            progress("warning: images are cropped here (image_mode 'crop'); the reference squashes them to a square")
     else:
         configs = {name: component_settings(files, name) for name in names if name not in _ADAPTERS}
     saved = _saved_leaves(model, config, names)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ross_jax.convert import fields
 from ross_jax.convert.mapping import BATCHED, CONV, Row, Table, Transform, conv, dense, norm
 from ross_jax.convert.settings import MAX_LAYERS, Settings
 from ross_jax.models.vision import VisionConfig
@@ -73,7 +74,8 @@ def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
     if activation not in _ACTIVATIONS:
         read.refuse("hidden_act", f"one of {', '.join(_ACTIVATIONS)}")
     read.only("num_channels", 3)
-    fields = {
+    fields.VISION.check(read)
+    sizes = {
         "kind": kind,
         "image_size": read.size("image_size", 224, most=2**14),
         "patch_size": read.size("patch_size", default_patch),
@@ -86,15 +88,15 @@ def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
     }
     if kind == "dinov2":
         read.only("qkv_bias", True)
-        swiglu = fields["swiglu"] = read.flag("use_swiglu_ffn")
+        swiglu = sizes["swiglu"] = read.flag("use_swiglu_ffn")
         wide = hidden * read.size("mlp_ratio", 4, most=64)
         # A gated MLP has two thirds of the width, rounded up to a multiple of 8.
-        fields["intermediate_size"] = (int(wide * 2 / 3) + 7) // 8 * 8 if swiglu else wide
+        sizes["intermediate_size"] = (int(wide * 2 / 3) + 7) // 8 * 8 if swiglu else wide
         registered = model_type == "dinov2_with_registers"
-        fields["registers"] = read.size("num_register_tokens", 4, most=2**10) if registered else 0
+        sizes["registers"] = read.size("num_register_tokens", 4, most=2**10) if registered else 0
     else:
-        fields["intermediate_size"] = read.size("intermediate_size", 3072)
-    return read.build(VisionConfig, **fields)
+        sizes["intermediate_size"] = read.size("intermediate_size", 3072)
+    return read.build(VisionConfig, **sizes)
 
 
 def teacher_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
