@@ -26,6 +26,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -310,8 +311,9 @@ def _silence() -> Iterator[None]:
     sys.unraisablehook = hook
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         heard.append(time.monotonic())
+        _release(error)
         raise
     finally:
         while heard and time.monotonic() - heard[-1] < _SETTLE:
@@ -320,6 +322,13 @@ def _silence() -> Iterator[None]:
         sys.unraisablehook = previous
         for logger in loggers:
             logger.removeFilter(keep)
+
+
+def _release(error: BaseException | None) -> None:
+    """Frees what an error's frames hold: the tasks of the failed call, which asyncio reports when they are collected."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager
@@ -426,7 +435,7 @@ class RunCheckpoints:
 
     def wait(self) -> None:
         """Returns when everything is on disk; errors as `save`."""
-        with self._background.pop_all(), self._saving():
+        with self._background.pop_all(), _silence(), self._saving():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager

@@ -86,7 +86,8 @@ def processor_settings(model: Described, name: str) -> dict[str, Any] | None:
         return None
     config, prefix = model.config, "image" if name == "vision" else "teacher"
     mean, std = getattr(config, f"{prefix}_mean"), getattr(config, f"{prefix}_std")
-    return vision.processor_settings(getattr(config, name), mean, std)
+    resample = config.image_resample if name == "vision" else 3
+    return vision.processor_settings(getattr(config, name), mean, std, resample)
 
 
 def ross_settings(model: Described, folders: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -116,7 +117,8 @@ def ross_settings(model: Described, folders: Mapping[str, str] | None = None) ->
     for name in sorted(added):
         settings |= _component_fields(model, name)
     settings |= {_POINTERS[name]: folder for name, folder in folders.items()}
-    if config.vision and model.image_mode:
+    written = settings.get("image_aspect_ratio") or "square"  # the reference's default
+    if config.vision and model.image_mode not in (None, written):
         settings["image_aspect_ratio"] = model.image_mode
     if model.image_mode and config.denoiser is None and settings.get("ross_enable"):
         settings = settings_without(settings, ["denoiser"])  # the run left the denoiser of its first model behind

@@ -312,6 +312,10 @@ def export(
         configs = {name: component_settings(described, name) for name in parts}
         if layout == "ross":
             configs["ross"] = settings_without(ross_settings(described, pointers), without)
+            if described.image_mode == "crop" and config.vision and config.vision.kind != "clip":
+                progress(
+                    "warning: images are cropped here (image_mode 'crop'); the reference squashes them to a square"
+                )
         else:
             configs["adapters"] = adapters_settings(described, pointers, without)
         folder = stack.enter_context(checkpoints.complete_directory(output))

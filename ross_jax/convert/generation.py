@@ -1,4 +1,4 @@
-"""generation_config.json: which ids end an answer."""
+"""The end of answers in the files of a language model: generation_config.json, else config.json."""
 
 from pathlib import Path
 
@@ -8,15 +8,16 @@ from ross_jax.convert.sources import read_json
 GENERATION_CONFIG = "generation_config.json"
 
 
-def end_ids(path: Path) -> tuple[int, ...]:
-    """`eos_token_id` of a generation_config.json, one id or several; empty if there is no such file.
+def end_ids(folder: Path) -> tuple[int, ...]:
+    """`eos_token_id`, one id or several; empty if the folder does not say it.
 
     Raises:
-      UserError: the file is no JSON object, or the field holds something else.
+      UserError: a file is no JSON object, or the field holds something else.
     """
-    if not path.is_file():
-        return ()
-    settings = Settings(read_json(path), str(path))
-    found = settings.ids("eos_token_id")
-    settings.check()
-    return found
+    for name in (GENERATION_CONFIG, "config.json"):
+        if (folder / name).is_file():
+            settings = Settings(read_json(folder / name), str(folder / name))
+            found = settings.ids("eos_token_id")
+            settings.check()
+            return found
+    return ()

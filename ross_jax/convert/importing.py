@@ -257,7 +257,17 @@ def write(plan: Plan, output: Path, progress: Progress = lambda _: None) -> None
         if plan.problems:
             raise ConversionError(_origins(plan), plan.problems)
         _write_files(plan, folder / "files")
-        checkpoints.write_manifest(folder, {"config": to_dict(plan.config), "foreign": _foreign(plan)})
+        manifest = {"config": to_dict(plan.config), "foreign": _foreign(plan)}
+        mode = _image_mode(plan)
+        checkpoints.write_manifest(folder, manifest | ({"image_mode": mode} if mode else {}))
+
+
+def _image_mode(plan: Plan) -> str | None:
+    """How the checkpoint's images became square; None if no source says it. The reference's default is `square`."""
+    modes = [source.settings.get("image_aspect_ratio") for source in plan.sources]
+    found = next((mode for mode in modes if mode), None)
+    whole = plan.config.vision is not None and any(source.kind == "ross" for source in plan.sources)
+    return found or ("square" if whole else None)
 
 
 class _Reporter:

@@ -132,6 +132,12 @@ VISION_TOWERS: dict[str, dict[str, Any]] = {
 }
 """Hub id -> config.json of the vision encoder, without the text model that SigLIP and CLIP come with."""
 
+
+def published_resample(hub_id: Any) -> int:
+    """The resampling filter of a published tower's processor: SigLIP 2's is bilinear (2), the others' bicubic (3)."""
+    return 2 if isinstance(hub_id, str) and hub_id.startswith("google/siglip2-") else 3
+
+
 _FLUX = _autoencoder(16, False, 0.3611, 0.1159)
 AUTOENCODERS: dict[str, dict[str, Any]] = {
     "black-forest-labs/FLUX.1-dev": _FLUX,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ross_jax.config import ConfigError
+from ross_jax.convert import fields
 from ross_jax.convert.mapping import LINEAR, Row, Table, dense
 from ross_jax.convert.settings import MAX_LAYERS, Settings
 from ross_jax.models.language import LanguageConfig, RopeScaling
@@ -38,8 +39,9 @@ def language_config(family: str, settings: Mapping[str, Any], where: str) -> Lan
     read.only("partial_rotary_factor", 1)
     if settings.get("quantization_config"):
         read.refuse("quantization_config", "unquantized weights")
+    fields.LANGUAGE.check(read)
     _refuse_windows(read, family, layers)
-    fields = {
+    sizes = {
         "vocab_size": read.size("vocab_size", most=2**24),
         "hidden_size": hidden,
         "intermediate_size": read.size("intermediate_size"),
@@ -54,7 +56,7 @@ def language_config(family: str, settings: Mapping[str, Any], where: str) -> Lan
         "qk_norm": family == "qwen3",
         "tied_head": read.flag("tie_word_embeddings"),
     }
-    return read.build(LanguageConfig, **fields, **_rotary(read))
+    return read.build(LanguageConfig, **sizes, **_rotary(read))
 
 
 def _refuse_windows(read: Settings, family: str, layers: int) -> None:

@@ -1,18 +1,20 @@
 """Splits the sources of an import into components, and reads the config of each."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ross_jax.config import ConfigError, UserError
-from ross_jax.convert import autoencoder, denoiser, known, language, projector, vision
+from ross_jax.convert import autoencoder, denoiser, fields, generation, known, language, projector, vision
 from ross_jax.convert.mapping import collecting
 from ross_jax.convert.settings import Settings
 from ross_jax.convert.sources import ROSS_FAMILIES, Source, read_json, resolve_settings
 from ross_jax.convert.tensors import TensorFiles
 from ross_jax.models.ross import TARGET_PIXELS
+from ross_jax.models.vision import VisionConfig
 
 SCOPES = {
     "vision": "model.vision_tower.vision_tower.",
@@ -158,7 +160,43 @@ def read_configs(
         about.only("decode_image_size", grid * TARGET_PIXELS)
     with collecting(errors):
         about.check()
-    return configs, errors, _absent(parts, about)
+    for one in _beside(sources):
+        with collecting(errors):
+            name = Path(one.where).name
+            fields.FILES[name].check(one)
+            if name == generation.GENERATION_CONFIG:
+                one.ids("eos_token_id")
+            one.check()
+    return configs, errors, [] if errors else _absent(parts, about) + _ignored(sources, parts)
+
+
+def _ignored(sources: Sequence[Source], parts: Mapping[str, Part]) -> list[str]:
+    """Notes on the fields of all configs that have no effect, one for each file."""
+    kinds = {"language": fields.LANGUAGE, "vision": fields.VISION, "teacher": fields.VISION}
+    notes = []
+    for component, part in parts.items():
+        if component in kinds and part.settings is not None and part.folder is not None:
+            notes += kinds[component].ignored(part.settings, str(part.folder / "config.json"))
+            if "vision_config" in part.settings:
+                inner = part.settings["vision_config"]
+                notes += fields.VISION.ignored(inner, f"{part.folder / 'config.json'}: vision_config")
+        processor = _processor(part) if component in ("vision", "teacher") else None
+        if processor:
+            notes += fields.PROCESSOR.ignored(processor.values, processor.where)
+    for source in sources:
+        if source.kind in ("ross", "adapters") and source.settings:
+            left = {name: value for name, value in source.settings.items() if not fields.LANGUAGE.knows(name)}
+            notes += fields.FULL.ignored(left, str(source.folder / "config.json"))
+    for one in _beside(sources):
+        notes += fields.FILES[Path(one.where).name].ignored(one.values, one.where)
+    return notes
+
+
+def _beside(sources: Sequence[Source]) -> Iterator[Settings]:
+    """Files beside config.json whose fields are known. One that is no JSON is copied, and refused when it is needed."""
+    for path in (path for source in sources for path in source.extra_files() if path.name in fields.FILES):
+        with contextlib.suppress(UserError):
+            yield Settings(read_json(path), str(path))
 
 
 def _absent(parts: Mapping[str, Part], about: Settings) -> list[str]:
@@ -183,10 +221,7 @@ def _about(sources: Sequence[Source]) -> Settings:
     about = Settings(values, " + ".join(str(source.folder / "config.json") for source in found))
     for source in found:
         one = Settings(source.settings, about.where, problems=about.problems)
-        one.only("mm_use_im_start_end", False)
-        one.only("mm_patch_merge_type", "flat")
-        one.only("mm_vision_select_feature", "patch")
-        one.only("image_aspect_ratio", "pad", "square", "crop")
+        fields.FULL.check(one)
         kind = one.text("mm_inv_projector_type", "denoiser")
         other = any(key.startswith(_INVERSE) for files in source.files for key in files)
         if other and not kind.startswith("denoiser"):
@@ -217,7 +252,8 @@ def _read_tower(part: Part, about: Settings) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"{about.where}: mm_vision_{error}") from error
     mean, std = _normalisation(part, config.kind, about)
-    return {"vision": config, "image_mean": mean, "image_std": std}
+    resample = _resample(part, config, about)
+    return {"vision": config, "image_mean": mean, "image_std": std, "image_resample": resample}
 
 
 def _read_teacher(part: Part, about: Settings) -> dict[str, Any]:
@@ -230,18 +266,41 @@ def _read_teacher(part: Part, about: Settings) -> dict[str, Any]:
 
 def _normalisation(part: Part, kind: str, about: Settings) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of images: from the checkpoint, else the tower's processor, else as published."""
-    processor = part.folder / "preprocessor_config.json" if part.folder else None
-    read = about
-    if "image_mean" not in about.values and processor and processor.is_file():
-        read = Settings(read_json(processor), str(processor))
-        read.only("do_rescale", True)
-        read.only("rescale_factor", 1 / 255)
-        read.only("do_normalize", True)
+    processor = _processor(part)
+    read = about if "image_mean" in about.values or processor is None else processor
+    if read is processor:
+        fields.PROCESSOR.check(read)
     mean, std = vision.NORMALISATION[kind]
     found = read.numbers("image_mean", mean), read.numbers("image_std", std)
     if read is not about:
         read.check()
     return found
+
+
+def _processor(part: Part) -> Settings | None:
+    """The preprocessor_config.json of a vision encoder, if it has one."""
+    path = part.folder / "preprocessor_config.json" if part.folder else None
+    return Settings(read_json(path), str(path)) if path and path.is_file() else None
+
+
+def _resample(part: Part, config: VisionConfig, about: Settings) -> int:
+    """Number of Pillow's filter with which images are resized. Refuses a processor that makes other images."""
+    read = _processor(part)
+    if read is None:
+        return known.published_resample(about.values.get("mm_vision_tower"))
+    fields.PROCESSOR.check(read)
+    resample = read.integer("resample", 3)
+    if resample not in range(6):
+        read.refuse("resample", "the number of one of Pillow's filters, 0 to 5")
+    crops = config.kind == "clip"
+    if config.kind != "dinov2":  # DINOv2 is trained at more sizes than its processor has
+        size = {name: config.image_size for name in (("shortest_edge",) if crops else ("height", "width"))}
+        read.only("size", size, *([config.image_size] if crops or not read.values.get("do_center_crop") else []))
+        read.only("do_center_crop", crops)
+        if crops:
+            read.only("crop_size", config.image_size, {"height": config.image_size, "width": config.image_size})
+    read.check()
+    return resample
 
 
 def _read_language(part: Part, about: Settings) -> dict[str, Any]:

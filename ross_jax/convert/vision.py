@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ross_jax.config import ConfigError
+from ross_jax.convert import fields
 from ross_jax.convert.mapping import BATCHED, CONV, Row, Table, Transform, conv, dense, expand, norm
 from ross_jax.convert.settings import MAX_LAYERS, Settings
 from ross_jax.models.ross import RossConfig, abstract_params
@@ -78,7 +79,8 @@ def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
     if activation not in _ACTIVATIONS:
         read.refuse("hidden_act", f"one of {', '.join(_ACTIVATIONS)}")
     read.only("num_channels", 3)
-    fields = {
+    fields.VISION.check(read)
+    sizes = {
         "kind": kind,
         "image_size": read.size("image_size", 224, most=2**14),
         "patch_size": read.size("patch_size", default_patch),
@@ -91,15 +93,15 @@ def vision_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
     }
     if kind == "dinov2":
         read.only("qkv_bias", True)
-        swiglu = fields["swiglu"] = read.flag("use_swiglu_ffn")
+        swiglu = sizes["swiglu"] = read.flag("use_swiglu_ffn")
         wide = hidden * read.size("mlp_ratio", 4, most=64)
         # A gated MLP has two thirds of the width, rounded up to a multiple of 8.
-        fields["intermediate_size"] = (int(wide * 2 / 3) + 7) // 8 * 8 if swiglu else wide
+        sizes["intermediate_size"] = (int(wide * 2 / 3) + 7) // 8 * 8 if swiglu else wide
         registered = model_type == "dinov2_with_registers"
-        fields["registers"] = read.size("num_register_tokens", 4, most=2**10) if registered else 0
+        sizes["registers"] = read.size("num_register_tokens", 4, most=2**10) if registered else 0
     else:
-        fields["intermediate_size"] = read.size("intermediate_size", 3072)
-    return read.build(VisionConfig, **fields)
+        sizes["intermediate_size"] = read.size("intermediate_size", 3072)
+    return read.build(VisionConfig, **sizes)
 
 
 def vision_settings(config: VisionConfig) -> dict[str, Any]:
@@ -138,7 +140,9 @@ def vision_settings(config: VisionConfig) -> dict[str, Any]:
     raise ConfigError(f"DINOv2 of width {config.hidden_size} has no MLPs of width {config.intermediate_size}")
 
 
-def processor_settings(config: VisionConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+def processor_settings(
+    config: VisionConfig, mean: tuple[float, ...], std: tuple[float, ...], resample: int
+) -> dict[str, Any]:
     """preprocessor_config.json of a vision encoder: CLIP's processor crops, SigLIP's squashes."""
     square = {"height": config.image_size, "width": config.image_size}
     settings = {"image_processor_type": "SiglipImageProcessor", "size": square}
@@ -146,7 +150,13 @@ def processor_settings(config: VisionConfig, mean: tuple[float, ...], std: tuple
         kind = {"clip": "CLIPImageProcessor", "dinov2": "BitImageProcessor"}[config.kind]
         settings = {"image_processor_type": kind, "size": {"shortest_edge": config.image_size}}
         settings |= {"crop_size": square, "do_center_crop": True, "do_convert_rgb": True}
-    steps = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
+    steps = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": resample,
+        "rescale_factor": 1 / 255,
+    }
     return settings | steps | {"image_mean": list(mean), "image_std": list(std)}
 
 

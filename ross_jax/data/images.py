@@ -79,9 +79,9 @@ class ImageConfig:
             raise ValueError(f"resample {self.resample} is none of Pillow's filters {[*map(int, Image.Resampling)]}")
 
 
-def encoder_image_config(kind: str, size: int, mean: Colour, std: Colour, mode: Mode) -> ImageConfig:
+def encoder_image_config(kind: str, size: int, mean: Colour, std: Colour, mode: Mode, resample: int = 3) -> ImageConfig:
     """`ImageConfig` for a vision encoder of `models.vision`: CLIP's processor crops, the others' squash."""
-    return ImageConfig(size, mean, std, mode, size if kind == "clip" else None)
+    return ImageConfig(size, mean, std, mode, size if kind == "clip" else None, resample)
 
 
 def decode(data: bytes | np.ndarray | Image.Image, name: str) -> Image.Image:

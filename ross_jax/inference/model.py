@@ -19,7 +19,7 @@ from PIL import Image
 
 from ross_jax import checkpoints
 from ross_jax.config import UserError, from_dict, required
-from ross_jax.convert.generation import GENERATION_CONFIG, end_ids
+from ross_jax.convert.generation import end_ids
 from ross_jax.data.batches import Batch, expand
 from ross_jax.data.conversation import IGNORE, EncodedConversation
 from ross_jax.data.encoders import build_image_encoder, build_prompt_encoder, stop_ids
@@ -188,7 +188,7 @@ class Model:
     def _stops(self) -> tuple[int, ...]:
         """Ids that end an answer: those with which training ended answers, and those of the imported model."""
         folders = [self.folder / "files" / name for name in ("language", "ross")]
-        imported = [each for folder in folders for each in end_ids(folder / GENERATION_CONFIG)]
+        imported = [each for folder in folders for each in end_ids(folder)]
         return tuple(dict.fromkeys([*stop_ids(self._template, self.tokenizer), *imported]))
 
     def _check_sees(self) -> None:
@@ -286,12 +286,7 @@ def load(
         if path.split("/")[0] in loaded
     }
     params = checkpoints.restore_model(folder, unflatten(leaves))
-    images = config.vision and encoder_image_config(
-        config.vision.kind,
-        config.vision.image_size,
-        config.image_mean,
-        config.image_std,
-        manifest.get("image_mode", "pad"),
-    )
+    how = (config.image_mean, config.image_std, manifest.get("image_mode", "pad"), config.image_resample)
+    images = config.vision and encoder_image_config(config.vision.kind, config.vision.image_size, *how)
     dropout = manifest.get("reconstruction", {}).get("condition_dropout", 0.0)
     return Model(folder, config, params, images, template or manifest.get("template"), dtype or "float32", dropout)

@@ -6,7 +6,7 @@ configs and parameters live beside the model's, and `ross_jax.objectives` runs t
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -42,6 +42,7 @@ class RossConfig:
       autoencoder, teacher: frozen target encoders.
       image_mean, image_std: normalisation of the vision encoder's input, in [0, 1] units.
       teacher_mean, teacher_std: normalisation of the teacher's input.
+      image_resample: number of Pillow's filter with which images are resized; 2 is bilinear, 3 bicubic.
     """
 
     vision: VisionConfig | None = None
@@ -55,6 +56,7 @@ class RossConfig:
     image_std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
     teacher_mean: tuple[Finite, Finite, Finite] = (0.5, 0.5, 0.5)
     teacher_std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+    image_resample: Literal[0, 1, 2, 3, 4, 5] = 3
 
     def __post_init__(self):
         sizes = {

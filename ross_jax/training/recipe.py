@@ -115,8 +115,9 @@ class RunConfig:
     @property
     def images(self) -> ImageConfig:
         """How images are resized for the vision encoder."""
-        vision, mean, std = self.model.vision, self.model.image_mean, self.model.image_std
-        return encoder_image_config(vision.kind, vision.image_size, mean, std, self.image_mode)
+        model = self.model
+        how = (model.image_mean, model.image_std, self.image_mode, model.image_resample)
+        return encoder_image_config(model.vision.kind, model.vision.image_size, *how)
 
 
 def parse_parts(

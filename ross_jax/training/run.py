@@ -144,6 +144,9 @@ def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, P
         for name in tree:
             if getattr(model, name) is not None:
                 _check_component(folder, name, getattr(model, name), getattr(config.model, name))
+                _check_component(
+                    folder, name, *({f: getattr(m, f) for f in _IMAGES.get(name, ())} for m in (model, config.model))
+                )
                 origins[name] = folder
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     params = init_components(config.model, tree, [name for name in tree if name not in origins], key)
@@ -151,6 +154,10 @@ def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, P
         names = [name for name, origin in origins.items() if origin == folder and tree[name]]
         params |= checkpoints.restore_model(folder, {name: tree[name] for name in names})
     return {name: params.get(name, {}) for name in tree}, origins
+
+
+_IMAGES = {"vision": ("image_mean", "image_std", "image_resample"), "teacher": ("teacher_mean", "teacher_std")}
+"""Component -> fields of the model's config that say how its images are made."""
 
 
 def _check_component(folder: Path, name: str, stored: Any, expected: Any) -> None:
