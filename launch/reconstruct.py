@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ross_jax.arguments import SEED, Parser
-from ross_jax.config import Range, UserError
+from ross_jax.config import Range, UserError, required
 from ross_jax.data.images import ImageError
 from ross_jax.evaluation.images import draw_grid, psnr, ssim, to_uint8
 from ross_jax.inference.model import Model, load
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.cfg != 1.0 and not model.condition_dropout:
             warning = f"{args.checkpoint} does not say that it was trained with condition dropout"
             print(f"warning: --cfg {args.cfg:g}: {warning}", file=sys.stderr)
-        images = read_images(paths, model.image_config)
+        images = read_images(paths, required(model.image_config))
         originals, columns = reconstruct_all(model, images, sampling, args.seed, args.rows)
         print(format_scores(originals, columns))
         write(args.output, paths, {"picture": originals, **{name: each.images for name, each in columns.items()}})

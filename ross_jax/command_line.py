@@ -81,7 +81,8 @@ def _check_fields(config: ConfigDict, argv: Sequence[str]) -> None:
     """Raises ConfigError for an override of a field that does not exist. ml_collections does not name the section."""
     for argument in argv:
         match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)", argument)
-        node, path = config, "config"
+        node: Any = config
+        path = "config"
         for name in re.findall(r"\[\d+\]|[^.\[]+|(?<=\.)$", match[1]) if match else ():
             if name.startswith("[") and isinstance(node, (tuple, list)):
                 if int(name[1:-1]) >= len(node):
