@@ -325,7 +325,7 @@ def _silence() -> Iterator[None]:
 
 
 def _release(error: BaseException | None) -> None:
-    """Frees what an error's frames hold: the tasks of the failed call, which asyncio reports when they are collected."""
+    """Frees what an error's frames hold: tasks of the failed call, which asyncio reports when they are collected."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
