@@ -281,6 +281,9 @@ def test_starts_from_a_model(data, whole, tmp_path):
     model = dataclasses.replace(run.config.model, denoiser=smaller)
     with pytest.raises(ConfigError, match=r"its denoiser differs: depth: 2 there, 1 in config.model"):
         Run(make_config(data, init=(str(folder),), model=model), tmp_path / "third")
+    model = dataclasses.replace(run.config.model, image_resample=2)
+    with pytest.raises(ConfigError, match=r"its vision differs: image_resample: 3 there, 2 in config.model"):
+        Run(make_config(data, init=(str(folder),), model=model), tmp_path / "third")
     tiny = TinyAutoencoderConfig(8, 8, (1, 1, 1), (1, 1, 1), 4)
     model = dataclasses.replace(run.config.model, autoencoder=tiny)
     with pytest.raises(ConfigError, match=r"its autoencoder differs: .*; kind: kl there, tiny in config.model"):
