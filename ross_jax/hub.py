@@ -7,7 +7,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
-_SECONDS = 10
+SECONDS = 10
+"""Seconds in which the hub must begin to answer."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -26,7 +27,7 @@ def hub_answers(name: str) -> bool:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=_SECONDS)
+        huggingface_hub.HfApi().model_info(name, timeout=SECONDS)
     except HfHubHTTPError:
         return True
     except Exception:  # no connection: the hub's HTTP library raises errors of many kinds

@@ -11,7 +11,7 @@ from ross_jax import checkpoints
 from ross_jax.config import UserError, nearest
 from ross_jax.convert import language, recognise, vision
 from ross_jax.convert.tensors import TensorFiles, open_tensors
-from ross_jax.hub import is_hub_id, say_asked
+from ross_jax.hub import SECONDS, is_hub_id, say_asked
 
 Kind = Literal["ross", "adapters", "vision", "language", "autoencoder", "teacher"]
 
@@ -205,7 +205,9 @@ def download(origin: str) -> Path:
     owner, name, *subfolder = origin.split("/")
     prefix = f"{subfolder[0]}/" if subfolder else ""
     try:
-        files = huggingface_hub.HfApi().list_repo_files(f"{owner}/{name}")
+        # `list_repo_files` would retry for half a minute where there is no connection.
+        found = huggingface_hub.HfApi().model_info(f"{owner}/{name}", timeout=SECONDS).siblings or ()
+        files = [file.rfilename for file in found]
         here = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
         if "model_index.json" in here and not prefix:
             prefix = "vae/"

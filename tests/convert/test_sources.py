@@ -2,6 +2,7 @@
 
 import json
 import time
+import types
 from pathlib import Path
 
 import huggingface_hub
@@ -191,17 +192,19 @@ def hub(tmp_path, monkeypatch):
     class Hub:
         folder, downloaded = tmp_path / "hub", None
 
-    def list_repo_files(self, repo):
+    def model_info(self, repo, timeout):
         if not (Hub.folder / repo).is_dir():
             response = type("Response", (), {"headers": {}, "request": None, "status_code": 404})()
             raise RepositoryNotFoundError(f"404: {repo}\nmore\nlines", response=response)
-        return [str(p.relative_to(Hub.folder / repo)) for p in sorted((Hub.folder / repo).rglob("*")) if p.is_file()]
+        files = [path for path in sorted((Hub.folder / repo).rglob("*")) if path.is_file()]
+        siblings = [types.SimpleNamespace(rfilename=str(path.relative_to(Hub.folder / repo))) for path in files]
+        return types.SimpleNamespace(siblings=siblings)
 
     def snapshot_download(repo, allow_patterns):
         Hub.downloaded = sorted(allow_patterns)
         return str(Hub.folder / repo)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return Hub
 
