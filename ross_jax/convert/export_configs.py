@@ -32,7 +32,8 @@ class Described:
       config: config of the model, without the components that are left out.
       foreign: component -> origin, layout, prefix and keys of its import. Empty for a component made by training.
       dtypes: component -> dtype of its parameters, such as `float32`.
-      image_mode: how the run made images square. None if the model is no run's.
+      image_mode: how images become square, by the run or by the imported checkpoint. None if neither says it.
+      trained: whether the model is a run's.
       tokens: `bos_token_id`, `eos_token_id` and `pad_token_id` of the tokenizer, as far as it has them.
     """
 
@@ -41,6 +42,7 @@ class Described:
     foreign: Mapping[str, Any]
     dtypes: Mapping[str, str]
     image_mode: str | None
+    trained: bool
     tokens: Mapping[str, int]
 
     def came_with(self, component: str, layout: str) -> bool:
@@ -120,7 +122,7 @@ def ross_settings(model: Described, folders: Mapping[str, str] | None = None) ->
     written = settings.get("image_aspect_ratio") or "square"  # the reference's default
     if config.vision and model.image_mode not in (None, written):
         settings["image_aspect_ratio"] = model.image_mode
-    if model.image_mode and config.denoiser is None and settings.get("ross_enable"):
+    if model.trained and config.denoiser is None and settings.get("ross_enable"):
         settings = settings_without(settings, ["denoiser"])  # the run left the denoiser of its first model behind
     if "denoiser" in added:
         seen = _component_fields(model, "vision") if config.vision else {}

@@ -337,7 +337,9 @@ def _describe(
         loaded = load_tokenizer(tokenizer)
         tokens = {f"{name}_token_id": getattr(loaded, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     dtypes = {name: str(next(iter(leaves.values())).dtype) for name, leaves in saved.items() if leaves}
-    return Described(files, config, foreign, dtypes, checkpoints.read_manifest(model).get("image_mode"), tokens)
+    manifest = checkpoints.read_manifest(model)
+    trained = "reconstruction" in manifest
+    return Described(files, config, foreign, dtypes, manifest.get("image_mode"), trained, tokens)
 
 
 def _folders_inside(model: Described, output: Path, layout: str) -> dict[str, Path]:
