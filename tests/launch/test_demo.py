@@ -1,7 +1,6 @@
 """launch/demo.py on little data: an interrupted demo continues and writes its files."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,19 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launcher import REPOSITORY, environment
 from ross_jax.demo.questions import ANSWERS
 from ross_jax.inference.model import load
 
 pytest.importorskip("skimage", reason="the `demo` extra is not installed")
 pytest.importorskip("sklearn", reason="the `demo` extra is not installed")
-REPOSITORY = Path(__file__).parents[2]
 
 
 def start(root: Path, *flags: str) -> subprocess.Popen:
-    flags_of_xla = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_of_xla}
     command = [sys.executable, str(REPOSITORY / "launch" / "demo.py"), "--quick", "--root", str(root), *flags]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment(devices=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.slow
