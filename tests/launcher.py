@@ -48,6 +48,12 @@ def get_config():
 """
 
 
+SHORT = ("--config.data.epochs=2",)
+"""12 steps."""
+SPREAD = (*SHORT, "--config.mesh.data=2", "--config.mesh.fsdp=2")
+"""A mesh of which two processes hold different rows, for 12 steps."""
+
+
 def load_script(name: str) -> ModuleType:
     """Loads `launch/NAME.py` as a module, for its `main`."""
     spec = importlib.util.spec_from_file_location(f"launch_{name}", REPOSITORY / "launch" / f"{name}.py")

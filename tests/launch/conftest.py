@@ -21,5 +21,20 @@ def whole(recipe, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def alone(recipe, tmp_path_factory):
+    """Function: mesh -> directory of a run of one process with four devices."""
+    runs = {}
+
+    def run(mesh):
+        if mesh not in runs:
+            runs[mesh] = tmp_path_factory.mktemp("alone") / "run"
+            done = train(recipe, runs[mesh], *mesh, devices=4)
+            assert done.returncode == 0, done.stderr
+        return runs[mesh]
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))

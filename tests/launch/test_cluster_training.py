@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher import REPOSITORY, command, environment, losses, step_lines, train
+from launcher import REPOSITORY, SPREAD, command, environment, losses, step_lines, train
 from ross_jax.checkpoints import latest_step
 
 pytestmark = pytest.mark.slow
 
-SPREAD = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
 # Stand-in for srun: one node with two tasks, with Slurm's variables. A task that fails ends the other.
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys, time
@@ -83,7 +82,7 @@ def cleared(process: subprocess.Popen):
 
 
 @pytest.mark.parametrize("kind", ["slurm", "ssh"])
-def test_a_signal_saves_and_the_same_command_goes_on(kind, stand_ins, recipe, tmp_path):
+def test_a_signal_saves_and_the_same_command_goes_on(kind, stand_ins, recipe, alone, tmp_path):
     """A run that a signal stopped continues to the losses of an uninterrupted run of one process."""
     workdir = tmp_path / "run"
     with cleared(launch(kind, stand_ins, recipe, workdir, "--stopped_status=75")) as process:
@@ -91,12 +90,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(kind, stand_ins, recipe, tm
             time.sleep(0.05)
         process.terminate()
         assert process.wait(200) == 75, workdir.with_suffix(".log").read_text()
-    assert 0 < latest_step(workdir) < 24
+    assert 0 < latest_step(workdir) < 12
     with cleared(launch(kind, stand_ins, recipe, workdir, "--stopped_status=75")) as process:
         assert process.wait(400) == 0, workdir.with_suffix(".log").read_text()
-    alone = train(recipe, tmp_path / "alone", *SPREAD, devices=4)
-    assert alone.returncode == 0, alone.stderr
-    np.testing.assert_allclose(losses(workdir), losses(tmp_path / "alone"), rtol=1e-5)
+    np.testing.assert_allclose(losses(workdir), losses(alone(SPREAD)), rtol=1e-5)
 
 
 def two(recipe, workdirs, flags, prefixes=((), ()), host="localhost", started=2):
@@ -189,13 +186,11 @@ def namespaces(tmp_path):
             subprocess.run([ip, "netns", "del", name], capture_output=True, check=False)
 
 
-def test_two_hosts_train_as_one(namespaces, recipe, tmp_path):
+def test_two_hosts_train_as_one(namespaces, recipe, alone, tmp_path):
     inside, host, _ = namespaces
     codes, said = two(recipe, [tmp_path / "run"] * 2, [[]] * 2, inside, host)
     assert codes == [0, 0], said
-    alone = train(recipe, tmp_path / "alone", *SPREAD, devices=4)
-    assert alone.returncode == 0, alone.stderr
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone(SPREAD)), rtol=1e-5)
 
 
 def test_a_host_that_cannot_be_reached(namespaces, recipe, tmp_path):

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launcher import command, environment, losses, parameters, step_lines, train
+from launcher import SHORT, SPREAD, command, environment, losses, parameters, step_lines, train
 from ross_jax.checkpoints import latest_step
 
 pytestmark = pytest.mark.slow
 
-SPREAD = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
-ACROSS = ("--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # both processes hold the same rows
+ACROSS = (*SHORT, "--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # both processes hold the same rows
 
 
 @contextlib.contextmanager
@@ -54,21 +53,6 @@ def ends(processes, files) -> list[str]:
     return texts
 
 
-@pytest.fixture(scope="module")
-def alone(recipe, tmp_path_factory):
-    """Function: mesh -> directory of a run of one process with four devices."""
-    runs = {}
-
-    def run(mesh):
-        if mesh not in runs:
-            runs[mesh] = tmp_path_factory.mktemp("alone") / "run"
-            done = train(recipe, runs[mesh], *mesh, devices=4)
-            assert done.returncode == 0, done.stderr
-        return runs[mesh]
-
-    return run
-
-
 def agree(one, other):
     np.testing.assert_allclose(losses(one), losses(other), rtol=1e-5)
     expected = parameters(other)
@@ -80,7 +64,7 @@ def agree(one, other):
 def test_two_processes_are_as_one(mesh, recipe, alone, tmp_path):
     with two_processes(recipe, tmp_path / "run", *mesh) as started:
         ends(*started)
-    assert len(losses(tmp_path / "run")) == 24
+    assert len(losses(tmp_path / "run")) == 12
     agree(tmp_path / "run", alone(mesh))
 
 
@@ -106,7 +90,7 @@ def test_two_processes_evaluate_as_one(mesh, recipe, tmp_path):
     with two_processes(recipe, tmp_path / "two", *flags) as started:
         ends(*started)
     one, two = ([line for line in step_lines(tmp_path / name) if "evaluation/psnr" in line] for name in ("one", "two"))
-    assert [line["step"] for line in one] == [0, 2, 4]
+    assert [line["step"] for line in one] == [0, 2]
     for expected, found in zip(one, two, strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
 
@@ -119,8 +103,8 @@ def test_a_signal_to_one_ends_both(recipe, alone, tmp_path):
             time.sleep(0.05)
         processes[1].send_signal(signal.SIGTERM)
         texts = ends(processes, files)
-    done = [int(re.search(r": (\d+) of 24 steps", text)[1]) for text in texts]
-    assert done[0] == done[1] == latest_step(workdir) < 24
+    done = [int(re.search(r": (\d+) of 12 steps", text)[1]) for text in texts]
+    assert done[0] == done[1] == latest_step(workdir) < 12
     finished = train(recipe, workdir, *SPREAD, devices=4)
     assert finished.returncode == 0, finished.stderr
     agree(workdir, alone(SPREAD))

@@ -14,7 +14,6 @@ from ross_jax.plan.figure import draw
 from ross_jax.plan.planner import plan
 from ross_jax.plan.program import answering_for, make_job, needed_bytes, train_program
 from ross_jax.plan.report import describe
-from ross_jax.plan.search import rank, search, table
 from ross_jax.plan.targets import KERNEL_UTILISATION, open_target
 from ross_jax.plan.text import text
 from ross_jax.plan.workload import Options, abstract_batch, assume_batch
@@ -269,18 +268,6 @@ def test_what_does_not_fit():
     found = plan(recipe(model=to_dict(model)), open_target("v5e:1x1"), OPTIONS)
     assert not found.fits and "does not fit" in text(found)
     assert found.needed is None or found.needed > found.capacity
-
-
-@pytest.mark.slow
-def test_search(target):
-    """A search compiles a plan for each mesh and ranks them."""
-    lines = []
-    options = dataclasses.replace(OPTIONS, objective="generate", prompt=32, new_tokens=8)
-    found = search(recipe(), target, options, lines.append)
-    assert len(found) == len(lines) - 1 == 3
-    assert found == rank(found)
-    assert {report.mesh["tensor"] for report in found} == {1, 2, 4}
-    assert table(found).count("fits") == 3
 
 
 def test_a_mesh_that_does_not_divide(target):

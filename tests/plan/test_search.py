@@ -31,6 +31,7 @@ def test_the_fastest_of_meshes_policies_and_batches(monkeypatch):
     assert (best.mesh["tensor"], best.remat, best.rows) == (2, "gate", 16)
     assert [report.remat for report in found if not report.fits] == ["none"]
     assert found[-1].remat == "none"
+    assert search.table(found).splitlines()[2:13] == [search.row(report) for report in found]
 
 
 @pytest.mark.parametrize("bend", [0.0, 0.1, -0.1])
