@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import dataclasses
 import fcntl
-import gc
 import json
 import logging
 import math
@@ -26,7 +25,6 @@ import re
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -287,8 +285,7 @@ def _silence() -> Iterator[None]:
 
     Each of its threads logs an error on its own, asyncio logs errors that nobody awaited, and reads and writes that are
     still in flight call back into a closed event loop, which Python hands to `sys.unraisablehook`. All of that may come
-    after the error was raised, and some of it only when garbage is collected, so a failed call ends when garbage has
-    been collected and nothing has come for a while.
+    after the error was raised, so a failed call ends when nothing has come for a while.
     """
     heard: list[float] = []  # when something was kept from being printed
     previous = sys.unraisablehook
@@ -311,24 +308,22 @@ def _silence() -> Iterator[None]:
     sys.unraisablehook = hook
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         heard.append(time.monotonic())
-        _release(error)
+        logging.getLogger("asyncio").addFilter(_was_raised)  # stays: some tasks are collected when the process ends
         raise
     finally:
         while heard and time.monotonic() - heard[-1] < _SETTLE:
             time.sleep(_SETTLE / 5)
-            gc.collect()
         sys.unraisablehook = previous
         for logger in loggers:
             logger.removeFilter(keep)
 
 
-def _release(error: BaseException | None) -> None:
-    """Frees what an error's frames hold: tasks of the failed call, which asyncio reports when they are collected."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+def _was_raised(record: logging.LogRecord) -> bool:
+    """Filter of asyncio's log: drops the errors of Orbax's tasks, which are logged when the tasks are collected."""
+    message = record.getMessage()
+    return not ("exception was never retrieved" in message and "orbax" in message)
 
 
 @contextlib.contextmanager
