@@ -16,4 +16,4 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 .venv/bin/basedpyright --pythonpath .venv/bin/python
 # Two workers, each with whole files, because the tests of a file share what they compile. A crashed worker ends the
 # run: a replacement would repeat the test that crashed it.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 "${select[@]}" "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 "${select[@]}" "$@"

@@ -42,6 +42,7 @@ def training_images(data):
     return load_images(sorted((data / "images").glob("pretrain_*.png")))
 
 
+@pytest.mark.slow
 def test_latents_are_normalised(folders):
     architecture, params = load_autoencoder(folders[1])
     assert architecture.downsampling == 2 and BRIEF.architecture == dataclasses.replace(

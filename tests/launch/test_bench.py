@@ -66,6 +66,7 @@ def figures(tmp_path, *arguments: str) -> dict:
     return json.loads((tmp_path / "out.json").read_text())
 
 
+@pytest.mark.slow
 def test_step(tmp_path, capsys):
     """The step runs on all devices, which are eight virtual ones here."""
     found = figures(tmp_path, "--rows", "16")

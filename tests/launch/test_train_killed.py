@@ -12,8 +12,8 @@ from launcher import command, environment, losses, parameters, step_lines, train
 from ross_jax.checkpoints import latest_step
 
 pytestmark = pytest.mark.slow
-LONG = ("--config.loop.save=1", "--config.data.epochs=10")
-STEPS = 60  # enough for all kills: two or three steps run between kills
+LONG = ("--config.loop.save=1", "--config.data.epochs=7")
+STEPS = 42  # enough for all kills: two or three steps run between kills
 KILLS = 6
 
 

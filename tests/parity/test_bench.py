@@ -45,6 +45,7 @@ def tiny(**changes) -> RunConfig:
     return dataclasses.replace(config, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "dtype"), [("none", "float32"), ("full", "float32"), ("full", "bfloat16")])
 def test_losses_agree_step_after_step(remat, dtype):
     config = tiny()

@@ -35,7 +35,7 @@ class Fixture:
         self.verifier = Verifier(self.reference, self.golden)
 
 
-@pytest.fixture(scope="module", params=["siglip_qwen2", "clip_vicuna"])
+@pytest.fixture(scope="module", params=["siglip_qwen2", pytest.param("clip_vicuna", marks=pytest.mark.slow)])
 def fixture(request) -> Fixture:
     return Fixture(request.param)
 

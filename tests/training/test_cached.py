@@ -143,6 +143,7 @@ def test_losses_are_those_of_the_pixels(data, tmp_path, changes, what, pixels, l
     np.testing.assert_allclose(losses(tmp_path / "cached"), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stored_dtypes(data, tmp_path):
     """bfloat16 halves the bytes of targets; features keep the dtype that the step computes."""
     config = make_config(data, step=StepConfig(dtype="bfloat16", remat="none", text_chunk=128))

@@ -165,6 +165,7 @@ def test_conversations_are_left_out(data, whole, tmp_path):
             np.testing.assert_array_equal(found[name], rows, err_msg=name)
 
 
+@pytest.mark.slow
 def test_mock_imagenet(data, tmp_path, monkeypatch):
     """A run trains on TFDS's mock ImageNet, whose images Pillow encodes instead of TensorFlow."""
 
@@ -185,6 +186,7 @@ def test_mock_imagenet(data, tmp_path, monkeypatch):
     assert {line["images"] for line in found if "images" in line} == {4.0}
 
 
+@pytest.mark.slow
 def test_nothing_supervised_still_stops_a_run_with_a_text_loss(data, tmp_path):
     config = make_config(data, freeze=STAGE2, loop=LoopConfig(log=1))
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, weight=1.0))

@@ -19,8 +19,8 @@ def slow(*values):
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-MESHES = [(1, 8, 1), (2, 2, 2)]
-MESHES += slow((8, 1, 1), (1, 2, 4), (2, 4, 1), (4, 2, 1), (1, 4, 2), (4, 1, 2), (2, 1, 4), (1, 1, 8))
+MESHES = [(2, 2, 2)]
+MESHES += slow((1, 8, 1), (8, 1, 1), (1, 2, 4), (2, 4, 1), (4, 2, 1), (1, 4, 2), (4, 1, 2), (2, 1, 4), (1, 1, 8))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_every_kind_learns_on_a_mesh_as_on_one_device(name):
     assert again < before
 
 
-@pytest.mark.parametrize("parts", [4, *slow(2)])
+@pytest.mark.parametrize("parts", [2, *slow(4)])
 def test_accumulation_changes_nothing(parts, single):
     agrees(Run(accumulate=parts), single)
     agrees(Run(MeshConfig(1, 2, 1), devices=2, accumulate=parts), single)
@@ -96,7 +96,7 @@ def test_rematerialisation_changes_nothing(remat, single):
     agrees(Run(remat=remat), single)
 
 
-@pytest.mark.parametrize("places", [14, *slow(24)])
+@pytest.mark.parametrize("places", [24, *slow(14)])
 def test_logits_of_supervised_positions_alone_change_nothing(places, single):
     """Capacity for the fullest row, or for all positions, gives the same step as computing all logits."""
     assert max((make_batch(seed=seed)["targets"] != -100).sum(1).max() for seed in (0, 1)) <= places
@@ -193,6 +193,7 @@ def test_losses_fall():
     assert last["text_loss"] < 0.9 * first["text_loss"]
 
 
+@pytest.mark.slow
 def test_text_loss_counts_by_its_weight():
     """The weight scales the text loss in the sum; weight 0 removes it and keeps the reconstruction loss."""
     whole, half, none = (Run(text_weight=weight).run(make_batch()) for weight in (1.0, 0.5, 0.0))
