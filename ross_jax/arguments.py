@@ -25,20 +25,20 @@ class Parser(argparse.ArgumentParser):
         self._ranges: dict[str, tuple[str, Range]] = {}
 
     def add_argument(self, *names: str, within: Range | None = None, **settings: Any) -> argparse.Action:
-        """As argparse's, and `within`: bounds of a number."""
+        """Adds a flag, with argparse's settings. `within` bounds a number."""
         action = super().add_argument(*names, **settings)
         if within is not None:
             self._ranges[action.dest] = (names[0], within)
         return action
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse's. Says the nearest name of a flag that does not exist, and raises UserError for ranges."""
+        """Reads flags. A mistyped flag gets the nearest name; a number out of its range raises UserError."""
         parsed, unknown = self.parse_known_args(args, namespace)
         self.refuse(unknown)
         return parsed
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As argparse's, and raises UserError for ranges."""
+        """Reads flags, and returns arguments that no flag takes. A number out of its range raises UserError."""
         parsed, unknown = super().parse_known_args(args, namespace)
         for dest, (name, within) in self._ranges.items():
             found = getattr(parsed, dest, None)

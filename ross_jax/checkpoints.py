@@ -310,7 +310,7 @@ def _silence() -> Iterator[None]:
         yield
     except BaseException:
         heard.append(time.monotonic())
-        logging.getLogger("asyncio").addFilter(_was_raised)  # stays: some tasks are collected when the process ends
+        logging.getLogger("asyncio").addFilter(_is_not_orbax)  # stays: some tasks are collected when the process ends
         raise
     finally:
         while heard and time.monotonic() - heard[-1] < _SETTLE:
@@ -320,8 +320,8 @@ def _silence() -> Iterator[None]:
             logger.removeFilter(keep)
 
 
-def _was_raised(record: logging.LogRecord) -> bool:
-    """Filter of asyncio's log: drops the errors of Orbax's tasks, which are logged when the tasks are collected."""
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's log is kept: False for errors of Orbax's tasks, which nobody awaited."""
     message = record.getMessage()
     return not ("exception was never retrieved" in message and "orbax" in message)
 

@@ -322,7 +322,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _images(names: Iterable[str]) -> list[str]:
-    """Those of the names that look like an image's and are not hidden, sorted."""
+    """Sorted names with the suffix of an image format. Hidden files and folders are left out."""
     found = (name for name in names if posixpath.splitext(name)[1].lower() in _SUFFIXES)
     return sorted(name for name in found if not any(map(_is_hidden, name.split("/"))))
 
@@ -339,7 +339,5 @@ def reading(name: str, read: Callable[[], T]) -> T:
         raise ImageError(f"{briefly(name)}: {error}") from error
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # of the system and of every compression: zlib.error, LZMAError, RuntimeError (encrypted)
+    except Exception as error:  # the system and each compression raise their own: OSError, zlib.error, LZMAError ...
         raise ImageError(f"{briefly(name)}: cannot be read: {error or type(error).__name__}") from error

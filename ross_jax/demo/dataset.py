@@ -165,4 +165,4 @@ def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def _record(name: str, image: str, scene: Scene, turns: list[dict[str, str]]) -> Record:
-    return {"id": name, "image": image, "photo": scene.photo, "conversations": turns}
+    return {"id": name, "image": image, "source": scene.photo, "conversations": turns}

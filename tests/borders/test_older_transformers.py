@@ -94,7 +94,7 @@ def make_llava(folder: Path) -> Path:
 
 
 def save_sentencepiece(folder: Path) -> None:
-    """As transformers 4 writes it."""
+    """Writes a sentencepiece tokenizer in the format of transformers 4."""
     tokenizer = sentencepiece_tokenizer()
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -134,7 +134,7 @@ def load_model_tokenizer(model: Path):
 
 @pytest.mark.slow
 def test_exports_are_read_by_transformers_4(old_python, tmp_path, monkeypatch):
-    """By the classes that the reference's are made of: equal ids, logits and features, and no key missing."""
+    """transformers 4.43 finds all keys, and gives the model's ids, logits and features."""
     models = [make_demo(tmp_path), make_golden(tmp_path, "siglip_qwen2"), make_golden(tmp_path, "clip_vicuna")]
     models.append(make_llava(tmp_path))
     with pytest.raises(UserError, match=r"has prediction 'v', .* leave it out with --without denoiser"):
@@ -171,10 +171,10 @@ def check_again(model: Path, again: Path) -> None:
     trees = [flatten(checkpoints.restore_model(each, abstract_params(config))) for each in (model, again)]
     for path, leaf in trees[0].items():
         np.testing.assert_array_equal(trees[1][path], leaf, err_msg=path)
-    pictures, answers = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8), []
+    pixels, answers = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8), []
     for each in (model, again):
         loaded = load(each, template="qwen_2")
-        answers.append(loaded.ask([pictures], "How many?", max_new_tokens=4))
+        answers.append(loaded.ask([pixels], "How many?", max_new_tokens=4))
         assert fingerprint(loaded.tokenizer) == fingerprint(load_model_tokenizer(model))
     assert answers[0] == answers[1]
     found = [contents(find) for find in (model / "files" / "language", model / "files" / "ross") if find.is_dir()]

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from convert.foreign import LLAMA, assert_same, component, full, import_model, import_tree, state_of
+from convert.foreign import LLAMA, ROSS, assert_same, component, full, import_model, import_tree, state_of
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError, to_dict
 from ross_jax.convert import autoencoder, language, vision
@@ -184,6 +184,21 @@ def test_llava_with_a_denoiser(tmp_path):
     flags = {"vision_tower": tmp_path / "towers" / "clip"}
     check_again(tmp_path / "run", import_model(tmp_path / "again", tmp_path / "out", **flags))
     assert plan_import([str(tmp_path / "out")], **flags).config.denoiser.num_heads == 4
+
+
+def test_a_run_without_its_first_models_denoiser(tmp_path):
+    """The config.json of a run says nothing of a denoiser that only the model it started from had."""
+    checkpoint = full(tmp_path, ROSS | {"ross_enable": True, "use_mm_inv_proj": True})
+    model = import_model(tmp_path / "start", checkpoint)
+    config = dataclasses.replace(read_config(model), denoiser=None)
+    manifest = checkpoints.read_manifest(model) | {"config": to_dict(config)}
+    for name, settings in (("imported", {}), ("run", {"reconstruction": {"kind": "none"}})):
+        shutil.copytree(model, tmp_path / name)
+        checkpoints.write_manifest(tmp_path / name, manifest | settings)
+        export(tmp_path / name, tmp_path / f"{name} exported", "ross")
+    imported, run = (settings_of(tmp_path / f"{name} exported") for name in ("imported", "run"))
+    assert imported["ross_enable"] and not run["ross_enable"]
+    assert "use_mm_inv_proj" in imported and "use_mm_inv_proj" not in run
 
 
 def test_a_tower_in_a_folder_of_another_name(tmp_path):

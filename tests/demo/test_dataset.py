@@ -178,7 +178,7 @@ def test_photographs_are_in_one_part(dataset):
     assert train.isdisjoint(heldout) and train | heldout == set(PHOTOGRAPHS)
     assert PHOTOGRAPHS["motorcycle_left"].split == PHOTOGRAPHS["motorcycle_right"].split
     for name, allowed in (("pretrain", train), ("finetune", train), ("heldout", heldout)):
-        assert {record["photo"] for record in read(dataset, name)} == allowed
+        assert {record["source"] for record in read(dataset, name)} == allowed
     images = [{record["image"] for record in read(dataset, name)} for name in ("pretrain", "finetune", "heldout")]
     assert sum(map(len, images)) == len(set.union(*images)) == len(open_store(dataset / "images").names())
 
@@ -237,7 +237,7 @@ def test_labels_and_images_without_a_word(dataset, tmp_path):
     for kind, answers in ANSWERS.items():
         counts = Counter(record["answer"] for record in labels if record["type"] == kind)
         assert set(counts) == set(answers[:8]) and max(counts.values()) - min(counts.values()) <= 1
-    photographs = {name: {record["photo"] for record in read(folder, name)} for name in ("labels", "heldout")}
+    photographs = {name: {record["source"] for record in read(folder, name)} for name in ("labels", "heldout")}
     assert not photographs["labels"] & photographs["heldout"]
     assert len(list((folder / "unlabelled").iterdir())) == 3
     for name in ("pretrain", "finetune", "heldout"):

@@ -232,7 +232,7 @@ def rewrite(config: RunConfig, old: str, new: str) -> None:
 
 
 def test_changed_data_is_refused_until_it_is_accepted(moved):
-    """As many tokens as before, then more of them; accepted data is the run's own from then on."""
+    """Changed texts of equal or other length are refused; accepted data is the run's own from then on."""
     config, folder = moved
     for old, new, change in (
         ('"aa"', '"bb"', "another text in 24 records as before"),
