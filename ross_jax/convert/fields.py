@@ -204,19 +204,22 @@ TOKENIZER = Fields(  # transformers reads tokenizer_config.json; data.tokenizer 
         """
         tokenizer_class added_tokens_decoder bos_token eos_token unk_token pad_token chat_template
         additional_special_tokens extra_special_tokens model_specific_special_tokens legacy add_bos_token
-        add_prefix_space sp_model_kwargs use_default_system_prompt model_max_length
-        clean_up_tokenization_spaces spaces_between_special_tokens errors tokenizer_file backend sep_token
-        cls_token mask_token bos_token_id fix_mistral_regex
+        add_prefix_space model_max_length sep_token cls_token mask_token
         """
     ),
-    fixed={"add_eos_token": (False,)},  # training puts an end behind answers only
-    # Text is encoded as text whatever split_special_tokens says; batches are padded and cut elsewhere.
+    fixed={
+        "add_eos_token": (False,),  # training puts an end behind answers only
+        "sp_model_kwargs": ({},),  # sampled pieces, and others that change ids
+    },
+    # Text is encoded as text whatever split_special_tokens says; batches are padded and cut elsewhere; transformers
+    # cleans up no spaces of byte-pair encodings.
     irrelevant=_names(
         """
         split_special_tokens padding_side truncation_side model_input_names name_or_path is_local padding
         truncation max_length stride pad_to_multiple_of pad_token_type_id use_fast truncation_strategy
         special_tokens_map_file processor_class from_slow transformers_version auto_map init_inputs device_map
-        local_files_only
+        local_files_only clean_up_tokenization_spaces spaces_between_special_tokens errors tokenizer_file backend
+        bos_token_id fix_mistral_regex use_default_system_prompt
         """
     ),
 )

@@ -59,6 +59,7 @@ def load_tokenizer(name: str | Path, max_length: int | None = None) -> Any:
         raise UserError(f"tokenizer {name}: there is no such folder")
     try:
         tokenizer = _read_folder(folder) if folder.is_dir() else _from_hub(str(name))
+        TextEncoder(tokenizer).encode(_PROBE)  # a wrong class may load, and fail at the first text
     except Exception as error:  # transformers and its Rust backend raise many types, some of them plain Exception
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if folder.is_dir():
@@ -102,7 +103,15 @@ def _read_folder(folder: Path) -> Any:
     )
     if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
         _order_merges(tokenizer, folder / "tokenizer.model")
+    add_start = _config(folder).get("add_bos_token")
+    if isinstance(tokenizer, transformers.LlamaTokenizer) and isinstance(add_start, bool):
+        tokenizer.add_bos_token = add_start  # transformers 5 follows tokenizer.json, the reference this field
     return tokenizer
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _from_hub(name: str) -> Any:

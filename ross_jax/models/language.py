@@ -168,20 +168,22 @@ class Decoder(nn.Module):
     dtype: DTypeLike
     collect: bool = False
     taps: tuple[int, ...] = ()
-    image_tokens: int = 0
 
     @nn.compact
-    def __call__(self, carry, layer, cos, sin, segments, mask, length, image_start):
+    def __call__(self, carry, layer, cos, sin, segments, mask, length):
         """Runs layer number `layer`.
 
         The carry is a tuple of
           hidden states `[batch, seq, embed]`;
           the cached keys and values of all layers, updated in place, or None without a cache;
-          a `[batch, images, tokens, embed]` array for each of `taps`, which the tapped layer fills.
+          hidden states `[batch, seq, embed]` for each of `taps`: the input of layer number `tap`, once it has run.
         """
         cfg = self.config
         x, keys, values, tapped = carry
         x = constrain(x, "batch")
+        # A select in every layer, because splitting the scan at the taps would copy slices of the stacked parameters.
+        # It reads the layer's input: beside the output it would slow the product down.
+        tapped = tuple(jnp.where(layer == tap, x, held) for tap, held in zip(self.taps, tapped, strict=True))
         y = gradient_fusion_barrier(nn.RMSNorm(cfg.norm_eps, dtype=self.dtype, name="attention_norm")(x))
         query = self._heads(y, cfg.num_heads, "query")
         key = self._heads(y, cfg.num_kv_heads, "key")
@@ -209,12 +211,6 @@ class Decoder(nn.Module):
         up = gradient_fusion_barrier(checkpoint_name(up, SAVED_UP))
         y = nn.silu(gate) * up
         x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down")(y)
-        # A select in every layer, because splitting the scan at the taps would copy slices of the stacked parameters.
-        # The carried taps are not kept for the backward pass.
-        tapped = tuple(
-            jnp.where(layer + 1 == tap, gather_images(x, image_start, self.image_tokens), held)
-            for tap, held in zip(self.taps, tapped, strict=True)
-        )
         return (x, keys, values, tapped), (x if self.collect else None)
 
     def _dense(self, features: int, bias: bool, name: str) -> Dense:
@@ -300,23 +296,21 @@ class LanguageModel(nn.Module):
         x = embeddings.astype(self.dtype)
         numbers = {tap: tap_number(cfg, tap) for tap in taps}
         inner = tuple(sorted({number for number in numbers.values() if 0 < number < cfg.num_layers}))
-        start, count = places or (None, 0)
-        tapped = tuple(jnp.zeros((*start.shape, count, cfg.hidden_size), self.dtype) for _ in inner)
-        constants = (jnp.cos(angles), jnp.sin(angles), segments, mask, length, start if inner else None)
+        constants = (jnp.cos(angles), jnp.sin(angles), segments, mask, length)
         layers = stack(Decoder, cfg.num_layers, self.remat, scanned=1, constant=len(constants))
-        (x, keys, values, tapped), states = layers(cfg, self.dtype, hidden_states, inner, count, name="layers")(
+        tapped = tuple(jnp.zeros_like(x) for _ in inner)
+        (x, keys, values, tapped), states = layers(cfg, self.dtype, hidden_states, inner, name="layers")(
             (x, keys, values, tapped), jnp.arange(cfg.num_layers), *constants
         )
         hidden = self.final_norm(x)
-        found = dict(zip(inner, tapped, strict=True))
-        for number, states_read in ((0, embeddings.astype(self.dtype)), (cfg.num_layers, hidden)):
-            if number in numbers.values():
-                found[number] = gather_images(states_read, start, count)
+        found = dict(zip(inner, tapped, strict=True)) | {0: embeddings.astype(self.dtype), cfg.num_layers: hidden}
         if cache is not None:
             cache = Cache(keys, values, all_segments, length + segments.shape[1])
         if hidden_states:
             states = jnp.concatenate([embeddings.astype(self.dtype)[None], states[:-1], hidden[None]])
-        return LanguageOutput(hidden, cache, states, {tap: found[number] for tap, number in numbers.items()})
+        start, count = places or (None, 0)
+        tapped_images = {tap: gather_images(found[number], start, count) for tap, number in numbers.items()}
+        return LanguageOutput(hidden, cache, states, tapped_images)
 
 
 def tap_number(config: LanguageConfig, tap: int) -> int:

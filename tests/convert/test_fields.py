@@ -12,7 +12,8 @@ from ross_jax.config import UserError
 from ross_jax.convert import fields
 from ross_jax.convert.generation import end_ids
 from ross_jax.convert.importing import plan_import
-from tokenizer_fixtures import byte_level_tokenizer
+from ross_jax.data.tokenizer import fingerprint, load_tokenizer
+from tokenizer_fixtures import CHATML, byte_level_tokenizer, sentencepiece_tokenizer
 
 # Fields that transformers 4.43.1 writes and 5 does not, from its PretrainedConfig, GenerationConfig and processors.
 OLD = {
@@ -154,7 +155,7 @@ def test_another_value_of_each_field_of_a_processor(name, tmp_path):
     assert "max_num_patches 256 is not supported" in read(tmp_path)
 
 
-def test_settings_of_generation_and_tokenizer(tmp_path):
+def test_settings_of_generation(tmp_path):
     """What would change greedy answers and is not followed is named. Settings of sampling say nothing."""
     component(tmp_path, LLAMA)
     path = tmp_path / "generation_config.json"
@@ -164,9 +165,64 @@ def test_settings_of_generation_and_tokenizer(tmp_path):
     assert read(tmp_path)[2] == (f"{path}: these fields have no effect here: repetition_penalty 1.05",)
     path.write_text(json.dumps({"eos_token_id": "</s>"}))
     assert f"{path}: eos_token_id is '</s>'" in read(tmp_path)
-    path.unlink()
-    (tmp_path / "tokenizer_config.json").write_text('{"add_eos_token": true}')
-    assert "add_eos_token True is not supported" in read(tmp_path)
+
+
+def tokenizer_state(folder: Path) -> Any:
+    """What training and inference use of a tokenizer, or the error."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except UserError as error:
+        return str(error)
+    text = "A</s>an <zz> cat's"
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "an"}], tokenize=False)
+    named = tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token
+    return fingerprint(tokenizer), tokenizer(text).input_ids, chat, named, tokenizer.model_max_length
+
+
+@pytest.mark.parametrize("cls", ["Qwen2Tokenizer", "LlamaTokenizer"])
+def test_another_value_of_each_field_of_a_tokenizer(cls, tmp_path):
+    """Changes ids, special tokens, template or length in the family that has the field."""
+    (sentencepiece_tokenizer if cls == "LlamaTokenizer" else byte_level_tokenizer)().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    (tmp_path / "chat_template.jinja").unlink()
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+    values = dict.fromkeys(names, "<zz>") | {
+        "additional_special_tokens": ["<zz>"],
+        "extra_special_tokens": ["<zz>"],
+        "model_specific_special_tokens": {"zz": "<zz>"},
+        "added_tokens_decoder": {"5": {"content": "<zz>", "special": True}},
+        "chat_template": "{{ messages }}",
+        "model_max_length": 77,
+        "tokenizer_class": "BertTokenizer",
+        "legacy": True,
+        "add_bos_token": False,
+        "add_prefix_space": cls == "Qwen2Tokenizer",
+    }
+    assert values.keys() == fields.TOKENIZER.read
+    base = json.loads(path.read_text()) | {"tokenizer_class": cls, "chat_template": CHATML, "legacy": False}
+    base |= {"add_bos_token": True, "add_prefix_space": cls == "LlamaTokenizer"}
+    del base["extra_special_tokens"]
+    path.write_text(json.dumps(base))
+    first = tokenizer_state(tmp_path)
+    assert not isinstance(first, str)
+    others = {"legacy", "add_bos_token"} if cls == "Qwen2Tokenizer" else set()
+    for field, value in values.items():
+        path.write_text(json.dumps(base | {field: value}))
+        assert (tokenizer_state(tmp_path) != first) == (field not in others), field
+    shaped = {
+        "padding_side": "left",
+        "truncation_side": "left",
+        "model_input_names": ["input_ids"],
+        "auto_map": {},
+        "init_inputs": [],
+    }
+    for field in fields.TOKENIZER.irrelevant:
+        path.write_text(json.dumps(base | {field: shaped.get(field, other(base.get(field, True)))}))
+        assert tokenizer_state(tmp_path) == first, field
+    for field, value in (("add_eos_token", True), ("sp_model_kwargs", {"enable_sampling": True})):
+        component(tmp_path / field, LLAMA)
+        (tmp_path / field / "tokenizer_config.json").write_text(json.dumps({field: value}))
+        assert f"{field} {value} is not supported" in read(tmp_path / field)
 
 
 @pytest.mark.parametrize("mode", ["pad", "square", "crop"])

@@ -322,11 +322,12 @@ def test_taps_are_hidden_states_at_the_images(deep, remat):
     (_, states), expected = jax.jit(jax.value_and_grad(lambda p: total(p, collected), has_aux=True))(weights)
     for tap in TAPS:
         np.testing.assert_allclose(found[tap], states[tap], rtol=1e-5, atol=1e-6, err_msg=str(tap))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5), gradient, expected)
+    for found, wanted in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=max(1e-5, 1e-6 * np.abs(wanted).max()))
 
 
 def test_the_final_tap_costs_nothing(deep):
-    """The final tap adds nothing to what the scan over layers carries; a middle tap adds one array."""
+    """The final tap adds nothing to the hidden states that layers carry; a middle tap adds one array like them."""
     config, weights, arrays = deep
 
     def carried(*taps):
@@ -336,4 +337,4 @@ def test_the_final_tap_costs_nothing(deep):
         return [var.aval.shape for var in scan.outvars[: scan.params["num_carry"]]]
 
     assert carried(FINAL, 0) == carried()
-    assert carried(1) == [*carried(), (*STARTS.shape, TOKENS, WIDTH)]
+    assert carried(1) == 2 * carried()
