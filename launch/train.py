@@ -18,10 +18,11 @@ from absl import flags
 from ross_jax import command_line
 from ross_jax.config import UserError, from_dict
 from ross_jax.evaluation.reconstruction import make_callbacks
+from ross_jax.process import say
 from ross_jax.training import agreement
 from ross_jax.training.profile import Tracer, parse_steps
 from ross_jax.training.recipe import RunConfig
-from ross_jax.training.run import Run, flatten_config
+from ross_jax.training.run import Run, flatten_config, only_writer
 
 _CONFIG = command_line.define_recipe()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, shared by all hosts.", required=True)
@@ -41,6 +42,9 @@ _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status", 0, "Exit status of a run that a signal ended before its end.", 0, 255
 )
 _ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "Continue although the text of the data has changed.")
+_ADOPT = flags.DEFINE_bool(
+    "adopt", False, "Continue steps whose run.json is missing or damaged: it is rebuilt from this config."
+)
 _PROFILE = flags.DEFINE_string("profile", None, "START:COUNT: writes an xprof trace of these steps to WORKDIR/profile.")
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -70,9 +74,10 @@ def main() -> int:
         agreement.agree(facts | agreement.code_version(), _START_TIMEOUT.value)
         agreement.check_shared(folder, _START_TIMEOUT.value)
         use_cache(folder)
-        run = Run(config, folder, _START_TIMEOUT.value, _ACCEPT.value)
-        callbacks = make_callbacks(config, run.mesh)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(only_writer(folder))
+            run = Run(config, folder, _START_TIMEOUT.value, _ACCEPT.value, _ADOPT.value)
+            callbacks = make_callbacks(config, run.mesh)
             if traced:
                 callbacks.append(stack.enter_context(Tracer(folder / "profile", *traced, run.step, run.steps)))
             done = run.train(callbacks)
@@ -82,7 +87,7 @@ def main() -> int:
             agreement.leave(error)
         return 1
     skipped = f", {run.data.broken} broken samples skipped" if run.data.broken else ""
-    print(f"{_WORKDIR.value}: {done} of {run.steps} steps{skipped}")
+    say(f"{_WORKDIR.value}: {done} of {run.steps} steps{skipped}", sys.stdout)
     return 0 if done == run.steps else _STOPPED_STATUS.value
 
 

@@ -8,13 +8,13 @@ from ross_jax.convert.exporting import DTYPE_NAMES, export
 from ross_jax.convert.importing import plan_import, write
 from ross_jax.evaluation.reconstruction import make_callbacks
 from ross_jax.training.recipe import RunConfig
-from ross_jax.training.run import Run
+from ross_jax.training.run import Run, only_writer
 
 LAYOUTS = ("ross", "components")
 
 
 def train(config: RunConfig, workdir: str | Path, *, accept_changed_data: bool = False) -> Run:
-    """Trains a run to its end, or continues it; SIGTERM and SIGINT save a checkpoint and end it early.
+    """Trains a run to its end, or continues it; SIGTERM, SIGINT and SIGHUP save a checkpoint and end it early.
 
     Example:
       config = load_recipe("configs/demo.py:stage=pretrain", ["--config.data.epochs=1"])
@@ -32,8 +32,9 @@ def train(config: RunConfig, workdir: str | Path, *, accept_changed_data: bool =
     Raises:
       UserError: a config, data or directory that cannot be used.
     """
-    run = Run(config, Path(workdir), accept_changed_data=accept_changed_data)
-    run.train(make_callbacks(config, run.mesh))
+    with only_writer(Path(workdir)):
+        run = Run(config, Path(workdir), accept_changed_data=accept_changed_data)
+        run.train(make_callbacks(config, run.mesh))
     return run
 
 

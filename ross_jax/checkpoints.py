@@ -10,19 +10,23 @@ A model directory appears under its name complete or not at all:
 A run's directory is a model directory with two checkpoints in place of `params/`:
 
     frozen/         parameters that do not train, written once
-    steps/N/        params/ and optimizer/ after step N
+    steps/N/        params/ and optimizer/ after step N; DAMAGED, with the reason, if it could not be read
+
+Every chunk of an array carries a CRC-32C, and `SHA256SUMS` has digests of all other files. Both are compared with what
+is read. Directories that were written before have neither: they are read, with a warning.
 """
 
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
+import functools
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,22 +37,29 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from ross_jax.config import UserError
+from ross_jax.directories import SUMS, CheckpointError, DamagedError, check_sums, write_sums
 from ross_jax.tree import flatten, unflatten
 from ross_jax.upgrade import upgrade
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "ross_jax.json"
-FORMAT = 1
-"""Version of the directory's layout."""
+FORMAT = 2
+"""Version of the directory's layout. Version 1 had no digests."""
+DAMAGED = "DAMAGED"
+"""File that marks a step that is skipped."""
 _CHUNK_BYTES = 64 * 2**20
 """Largest piece of an array that is stored, and so must be read, as one."""
+_UNREADABLE = set("[]\\")
+"""Characters of a path that Orbax takes for a pattern."""
+_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""Files that Orbax writes when a checkpoint has got its name. They say nothing about its content."""
 _SETTLE = 0.25
 """Seconds of silence after which nothing of a failed call is taken to be in flight any more."""
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read or written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +83,36 @@ class StreamedLeaf:
     def nbytes(self) -> int:
         """Bytes of the whole array. Orbax asks for it."""
         return self.size * self.dtype.itemsize
+
+
+@functools.cache
+def _checksum_chunks() -> None:
+    """From now on, Orbax stores a CRC-32C with each chunk, which every reader compares. It has no option for that."""
+    build = tensorstore_utils._build_zarr3_metadata
+
+    def build_with_checksums(*args: Any) -> dict[str, Any]:
+        metadata = build(*args)
+        metadata["codecs"][0]["configuration"]["codecs"].append({"name": "crc32c"})
+        return metadata
+
+    tensorstore_utils._build_zarr3_metadata = build_with_checksums
+
+
+def _tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
+    """Writes trees of arrays, with a CRC-32C in each chunk and digests of all other files."""
+    _checksum_chunks()
+    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, **options)
+    finish = handler.finalize
+
+    def finalize(directory: epath.Path) -> None:
+        finish(directory)
+        folder = Path(directory)
+        chunks = set(folder.glob("ocdbt.process_*/d/*"))
+        files = (path for path in folder.rglob("*") if path.is_file() and path not in chunks)
+        write_sums(folder, (path for path in files if path.name not in _LATER))
+
+    handler.finalize = finalize  # a subclass would need classes of arguments of its own
+    return handler
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
@@ -109,12 +150,13 @@ def save_streamed(folder: Path, leaves: Mapping[str, Any]) -> None:
     Raises:
       CheckpointError: it cannot be written: a full disk, no permission.
     """
+    _check_path(folder)
     handler = _StreamedHandler()
     registry = ocp.type_handlers.create_type_handler_registry((StreamedLeaf, handler))
     request = ocp.args.PyTreeSave(leaves, save_args=jax.tree.map(_path_options, leaves))
     with _orbax(folder, "cannot be written"):
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+            with ocp.Checkpointer(_tree_handler(type_handler_registry=registry)) as checkpointer:
                 checkpointer.save(folder.resolve(), args=request)
         finally:
             if handler.failure:
@@ -127,16 +169,33 @@ def abstract(folder: Path) -> dict[str, Any]:
     """Shapes and dtypes of a saved tree.
 
     Raises:
-      CheckpointError: there is no complete checkpoint at `folder`.
+      CheckpointError: there is no complete checkpoint at `folder`; a DamagedError if it is not as it was written.
     """
+    _check_path(folder)
     with (
-        _orbax(folder, "no complete checkpoint there"),
+        _orbax(folder, "no complete checkpoint there", DamagedError),
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
     ):
+        has_digests = check_sums(folder, "_METADATA")
         metadata = checkpointer.metadata(folder.resolve()).item_metadata
         if metadata is None:
             raise ValueError("its metadata is missing or damaged")
+        if not has_digests:
+            if metadata.use_zarr3:
+                raise ValueError(f"{SUMS} is missing")
+            _say_unverified(folder)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
+
+
+@functools.cache
+def _say_unverified(folder: Path) -> None:
+    logger.warning("%s: was written without checksums: it is read, but damage would go unnoticed", folder)
+
+
+def _check_path(folder: Path) -> None:
+    found = sorted(_UNREADABLE & set(str(folder.resolve())))
+    if found:
+        raise CheckpointError(f"{folder}: checkpoints cannot lie in a path with {' or '.join(found)}; choose another")
 
 
 def restore(folder: Path, tree: Any) -> Any:
@@ -147,8 +206,8 @@ def restore(folder: Path, tree: Any) -> Any:
         without one a NumPy array. Values are cast to the leaf's dtype.
 
     Raises:
-      CheckpointError: nothing complete at `folder`; files that cannot be read; leaves that are missing or have another
-        shape, each by name.
+      CheckpointError: nothing complete at `folder`; leaves that are missing or have another shape, each by name.
+      DamagedError: files that cannot be read, or are not as they were written.
     """
     saved = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(folder))}
     problems = []
@@ -166,24 +225,40 @@ def restore(folder: Path, tree: Any) -> Any:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
         return ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=leaf.dtype, sharding=leaf.sharding)
 
-    request = ocp.args.PyTreeRestore(tree, restore_args=jax.tree.map(options, tree), partial_restore=True)
-    with _orbax(folder, "cannot be read"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder.resolve(), args=request)
+    return _read(folder, ocp.args.PyTreeRestore(tree, restore_args=jax.tree.map(options, tree), partial_restore=True))
+
+
+def _read(folder: Path, request: ocp.args.PyTreeRestore) -> Any:
+    """What Orbax restores. No process waits for another one, so that an error on one leaves no other hanging."""
+    with _orbax(folder, "cannot be read", DamagedError):
+        handler = ocp.PyTreeCheckpointHandler()
+        try:
+            return handler.restore(epath.Path(folder.resolve()), args=request)
+        finally:
+            handler.close()
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest, with `format` added."""
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
+    """Writes the manifest, with `format` added, and the digests of `files/` and `unused/`, which are complete."""
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "format": FORMAT}, indent=1) + "\n")
+    kept = (path for name in ("files", "unused") for path in (folder / name).rglob("*") if path.is_file())
+    write_sums(folder, [folder / MANIFEST, *kept])
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads a model directory's manifest, in today's names.
+def read_manifest(folder: Path, unused: bool = False) -> dict[str, Any]:
+    """Reads a model directory's manifest, in today's names, and compares the digests of manifest and `files/`.
+
+    Args:
+      unused: whether digests of `unused/` are compared, too.
 
     Raises:
       CheckpointError: no such directory, no model directory, or one of another version.
+      DamagedError: files are not as they were written.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory")
+    beginnings = (MANIFEST, "files/", *(["unused/"] if unused else []))
+    has_digests = (folder / MANIFEST).exists() and check_sums(folder, MANIFEST, beginnings)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -196,76 +271,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not valid JSON ({error})") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{folder / MANIFEST}: format {found}, this version reads {FORMAT}")
+    if found not in (1, FORMAT):
+        raise CheckpointError(f"{folder / MANIFEST}: format {found}, this version reads 1 and {FORMAT}")
+    if not has_digests:
+        if found == FORMAT:
+            raise DamagedError(f"{folder / SUMS}: is missing; restore it from a copy")
+        _say_unverified(folder)
     return upgrade(MANIFEST, manifest)
 
 
 @contextlib.contextmanager
-def complete_directory(target: Path) -> Iterator[Path]:
-    """Yields a directory to fill, which becomes `target` at the end, or disappears if anything fails.
-
-    It is `.NAME.incomplete` beside the target. What a killed process left there is removed.
-
-    Raises:
-      CheckpointError: the target exists and is not empty, or another process is writing it.
-    """
-    try:
-        target = target.resolve()
-        _check_free(target)
-        partial = target.with_name(f".{target.name}.incomplete")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with lock(target):
-            _check_free(target)  # another may just have finished
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
-                partial.mkdir()
-                yield partial
-                partial.replace(target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error})") from error
-
-
-def _check_free(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: exists already; choose another output or remove it first")
-
-
-@contextlib.contextmanager
-def lock(target: Path) -> Iterator[None]:
-    """Held by one process at a time. The lock of a killed process is free.
-
-    Raises:
-      CheckpointError: another process holds it.
-    """
-    path = target.with_name(f".{target.name}.lock")
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its holder may have removed the file between opening and locking: then the lock guards nothing.
-            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        if not held:
-            raise CheckpointError(f"{target}: another process is writing it")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _orbax(folder: Path, fault: str) -> Iterator[None]:
-    """A call of Orbax: whatever it raises becomes a CheckpointError, and it prints nothing."""
-    with _silence(), _checkpoint_error(folder, fault):
+def _orbax(folder: Path, fault: str, kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
+    """A call of Orbax: whatever it raises becomes an error of this kind, and it prints nothing."""
+    with _silence(), _checkpoint_error(folder, fault, kind):
         yield
 
 
 @contextlib.contextmanager
-def _checkpoint_error(folder: Path, fault: str) -> Iterator[None]:
-    """Turns whatever Orbax raises into a CheckpointError.
+def _checkpoint_error(folder: Path, fault: str, kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
+    """Turns whatever Orbax raises into an error of this kind.
 
     Orbax and tensorstore raise ValueError, OSError, RuntimeError and more for a damaged file or a full disk.
     """
@@ -276,7 +300,10 @@ def _checkpoint_error(folder: Path, fault: str) -> Iterator[None]:
     except Exception as error:
         system_error = re.search(r": ([\w ]+) \[", str(error)) if "os_error_code" in str(error) else None
         reason = system_error[1] if system_error else getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{folder}: {fault} ({reason})") from error
+        array = re.search(r'in "(\S+?)/c/', str(error))
+        if array:
+            fault = f"{fault}: array {array[1]} is damaged"
+        raise kind(f"{folder}: {fault} ({reason})") from error
 
 
 @contextlib.contextmanager
@@ -345,8 +372,13 @@ def _kept(run: Path) -> str:
 
 
 def latest_step(run: Path) -> int | None:
-    """The newest step of a run's directory that is complete on disk."""
-    return max((int(path.name) for path in (run / "steps").glob("*") if path.name.isdigit()), default=None)
+    """The newest step of a run's directory that is complete on disk and not marked as damaged."""
+    return max(_steps(run), default=None)
+
+
+def _steps(run: Path) -> list[int]:
+    folders = (path for path in (run / "steps").glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in folders if not (path / DAMAGED).exists())
 
 
 def parameter_folders(model: Path) -> list[Path]:
@@ -396,21 +428,39 @@ class RunCheckpoints:
         self._folder = folder.resolve()
         self._background = contextlib.ExitStack()  # holds `_silence` while a step is being written
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        _check_path(folder)
         with _orbax(folder, "cannot be written"):
             self._folder.mkdir(parents=True, exist_ok=True)
-            names = ("params", "optimizer")
-            self._manager = ocp.CheckpointManager(self._folder / "steps", options=options, item_names=names)
+            handlers = {name: _tree_handler() for name in ("params", "optimizer")}
+            self._manager = ocp.CheckpointManager(self._folder / "steps", options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
-        """The newest complete step."""
-        return self._manager.latest_step()
+        """The newest step that is complete and not marked as damaged."""
+        return latest_step(self._folder)
+
+    def probe(self) -> None:
+        """Writes a small array and reads it back, as a step will be. Called by all processes.
+
+        Raises:
+          CheckpointError: it does not come back.
+        """
+        folder, tree = self._folder / ".probe", {"array": np.arange(1000)}
+        with _orbax(folder, "cannot be written"), ocp.Checkpointer(_tree_handler()) as checkpointer:
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(tree), force=True)
+        found = restore(folder, abstract(folder))
+        if not np.array_equal(found["array"], tree["array"]):
+            raise CheckpointError(f"{folder}: what was written there cannot be read back; choose another directory")
+        with _orbax(folder, "cannot be written"):
+            ocp.multihost.sync_global_processes("ross_jax probe")
+        if jax.process_index() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def save_frozen(self, frozen: Any) -> None:
         """Writes the parameters that never change. Returns when they are on disk."""
         if not jax.tree.leaves(frozen):
             return
         folder = self._folder / "frozen"
-        with _orbax(folder, "cannot be written"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _orbax(folder, "cannot be written"), ocp.Checkpointer(_tree_handler()) as checkpointer:
             checkpointer.save(folder, args=ocp.args.PyTreeSave(frozen), force=True)
 
     def save(self, step: int, state: Any) -> None:
@@ -419,13 +469,15 @@ class RunCheckpoints:
         Raises:
           CheckpointError: this step, or the one before it, cannot be written; names the step to continue from.
         """
-        if step == self._manager.latest_step():
+        if step == self.latest():
             return
         optimizer = {"opt_state": state.opt_state, "step": state.step}
         items = ocp.args.Composite(params=ocp.args.PyTreeSave(state.params), optimizer=ocp.args.PyTreeSave(optimizer))
         self.wait()
         self._background.enter_context(_silence())
         with self._saving():
+            if step in self._manager.all_steps():
+                self._manager.delete(step)  # damaged
             self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
@@ -442,19 +494,52 @@ class RunCheckpoints:
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {_kept(self._folder)}") from error
 
-    def restore(self, step: int, state: Any) -> Any:
-        """The state after `step` steps, with the shapes, dtypes and shardings of `state`."""
+    def restore(self, state: Any, agree: Callable[[str], str] = str) -> tuple[int, Any]:
+        """The newest step that can be read, and the state after it.
+
+        Newer steps, which cannot be read, are marked as damaged.
+
+        Args:
+          state: shapes, dtypes and shardings.
+          agree: function: this process's error, or nothing -> an error of any process, or nothing. All processes call
+            it together.
+
+        Raises:
+          CheckpointError: `frozen/` or all steps are damaged.
+        """
+        frozen = restore(self._folder / "frozen", state.frozen) if jax.tree.leaves(state.frozen) else {}
+        damaged: dict[int, str] = {}
+        for step in reversed(_steps(self._folder)):
+            found, error = {}, ""
+            try:
+                found = self._restore_step(step, state)
+            except DamagedError as caught:
+                error = str(caught)
+            error = agree(error)
+            if not error:
+                self._mark(damaged, step)
+                return step, type(state)(**found, frozen=frozen)
+            damaged[step] = error
+        listed = "\n  ".join(damaged.values())
+        raise CheckpointError(f"{self._folder}: no step can be read:\n  {listed}\nRestore one of them from a copy")
+
+    def _restore_step(self, step: int, state: Any) -> dict[str, Any]:
+        folder = self._folder / "steps" / str(step)
         optimizer = {"opt_state": state.opt_state, "step": state.step}
+        found = {}
+        for name, tree in (("params", state.params), ("optimizer", optimizer)):
+            abstract(folder / name)  # compares digests
+            options = ocp.checkpoint_utils.construct_restore_args(tree)
+            found[name] = _read(folder / name, ocp.args.PyTreeRestore(tree, restore_args=options))
+        return {"params": found["params"], **found["optimizer"]}
 
-        def request(tree: Any) -> ocp.args.PyTreeRestore:
-            return ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-
-        with _orbax(self._folder, "cannot be read"):
-            items = ocp.args.Composite(params=request(state.params), optimizer=request(optimizer))
-            restored = self._manager.restore(step, args=items)
-            frozen = restore(self._folder / "frozen", state.frozen) if jax.tree.leaves(state.frozen) else {}
-        values = {"params": restored.params, **restored.optimizer, "frozen": frozen}
-        return type(state)(**values)
+    def _mark(self, damaged: Mapping[int, str], step: int) -> None:
+        for number, error in damaged.items():
+            logger.warning("step %d is damaged, the run continues from step %d: %s", number, step, error)
+            if jax.process_index() == 0:
+                mark = self._folder / "steps" / str(number) / DAMAGED
+                with writing(mark, self._folder):
+                    mark.write_text(error + "\n")
 
     def stop_at(self, requested: Callable[[], bool]) -> Callable[[int], bool]:
         """Function: step -> whether to end after it, the same on all processes.
@@ -465,4 +550,13 @@ class RunCheckpoints:
         """
         if jax.process_count() == 1:
             return lambda step: requested()
-        return self._manager.reached_preemption
+        sent = False
+
+        def stop(step: int) -> bool:
+            nonlocal sent
+            if requested() and not sent:
+                sent = True
+                os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells to the other processes
+            return self._manager.reached_preemption(step)
+
+        return stop

@@ -7,6 +7,7 @@ function's argument. `--config.FIELD=VALUE` overrides a field, on the command li
 """
 
 import contextlib
+import os
 import re
 import sys
 import traceback
@@ -142,7 +143,18 @@ def _running(path: Path) -> Iterator[None]:
 
 def run(main: Callable[[], int]) -> None:
     """Reads the flags, loads the recipe, and exits with the status that `main` returns."""
-    app.run(lambda _: main(), flags_parser=_parse)
+    app.run(lambda _: _until_nobody_reads(main), flags_parser=_parse)
+
+
+def _until_nobody_reads(main: Callable[[], int]) -> int:
+    """The status of `main`, or 1 if its output goes nowhere, as behind `| head`."""
+    try:
+        status = main()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered
+        return 1
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -1,8 +1,18 @@
 """Facts about this process that the operating system knows."""
 
+import os
 import resource
 import sys
 from pathlib import Path
+from typing import TextIO
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Prints a line. Where nobody reads any more, as behind `| head`, this line and all later ones go nowhere."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def peak_memory() -> int:

@@ -3,8 +3,8 @@
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -16,143 +16,18 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ross_jax import checkpoints
-from ross_jax.checkpoints import CheckpointError, StreamedLeaf, complete_directory
+from ross_jax.checkpoints import StreamedLeaf
 from ross_jax.config import UserError
-
-# Directories that appear complete or not at all.
+from ross_jax.directories import CheckpointError, DamagedError
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.mark.parametrize("before", ["absent", "empty", "parents absent", "link to an empty one"])
-def test_a_directory_appears_when_it_is_complete(before, tmp_path):
-    target = tmp_path / "a" / "b" / "model" if before == "parents absent" else tmp_path / "model"
-    if before == "empty":
-        target.mkdir()
-    if before.startswith("link"):
-        (tmp_path / "real").mkdir()
-        target.symlink_to(tmp_path / "real")
-    with complete_directory(target) as folder:
-        (folder / "x").write_text("1")
-        assert not (target / "x").exists()
-    assert (target / "x").read_text() == "1"
-    assert names(target.parent) == (["model", "real"] if before.startswith("link") else ["model"])
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, UserError])
-def test_a_directory_disappears_after_an_error(error, tmp_path):
-    with pytest.raises(error), complete_directory(tmp_path / "model") as folder:
-        (folder / "x").mkdir()
-        raise error("x")
-    assert names(tmp_path) == []
-
-
-def test_errors_of_the_disk_are_said(tmp_path):
-    with (
-        pytest.raises(CheckpointError, match=rf"^{tmp_path}/model: cannot be written \(.*No space left"),
-        complete_directory(tmp_path / "model"),
-    ):
-        raise OSError(28, "No space left on device")
-    assert names(tmp_path) == []
-
-
-def test_what_a_killed_process_left_is_cleared(tmp_path):
-    (tmp_path / ".model.incomplete" / "params").mkdir(parents=True)
-    (tmp_path / ".model.incomplete" / "old").touch()
-    (tmp_path / ".model.lock").touch()
-    with complete_directory(tmp_path / "model") as folder:
-        assert names(folder) == []
-    assert names(tmp_path) == ["model"]
-
-
-def test_an_existing_output_is_kept(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "x").write_text("mine")
-    (tmp_path / "file").touch()
-    for name in ("model", "file"):
-        with (
-            pytest.raises(CheckpointError, match=f"{name}: exists already; choose another output or remove it first"),
-            complete_directory(tmp_path / name),
-        ):
-            pytest.fail("entered")
-    with pytest.raises(CheckpointError, match=r"^/: exists already"), complete_directory(Path("/")):
-        pytest.fail("entered")
-    assert (tmp_path / "model" / "x").read_text() == "mine" and names(tmp_path) == ["file", "model"]
-
-
-@pytest.mark.parametrize("parent", ["file", "/proc/self", "file/a/b", "x" * 300])
-def test_a_parent_that_cannot_hold_it(parent, tmp_path):
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(CheckpointError, match=r"/model: cannot be written \(\[Errno \d+\]"),
-        complete_directory(tmp_path / parent / "model"),
-    ):
-        pytest.fail("entered")
-    assert names(tmp_path) == ["file"]
-
-
-def hold(target: Path, entered, leave) -> None:
-    with complete_directory(target) as folder:
-        (folder / "x").write_text("first")
-        entered.set()
-        leave.wait(30)
-
-
-def test_two_processes_at_once(tmp_path):
-    """A second process is refused and changes nothing. Once the first is killed, the next one may write."""
-    context = multiprocessing.get_context("fork")
-    for killed in (True, False):
-        entered, leave = context.Event(), context.Event()
-        process = context.Process(target=hold, args=(tmp_path / "model", entered, leave))
-        process.start()
-        assert entered.wait(30)
-        with (
-            pytest.raises(CheckpointError, match="model: another process is writing it"),
-            complete_directory(tmp_path / "model"),
-        ):
-            pytest.fail("entered")
-        assert (tmp_path / ".model.incomplete" / "x").read_text() == "first"
-        if killed:
-            process.kill()
-            process.join()
-            assert names(tmp_path) == [".model.incomplete", ".model.lock"]
-        else:
-            leave.set()
-            process.join()
-    assert names(tmp_path) == ["model"]
-
-
-def test_a_lock_that_its_holder_has_removed_is_none(tmp_path, monkeypatch):
-    """A lock file that its holder removes between opening and locking is refused, because it guards nothing."""
-    flock = checkpoints.fcntl.flock
-
-    def late(handle, operation):
-        (tmp_path / ".model.lock").unlink()
-        flock(handle, operation)
-
-    monkeypatch.setattr(checkpoints.fcntl, "flock", late)
-    with pytest.raises(CheckpointError, match="another process"), complete_directory(tmp_path / "model"):
-        pytest.fail("entered")
-
-
-def test_another_may_have_finished_meanwhile(tmp_path, monkeypatch):
-    flock = checkpoints.fcntl.flock
-
-    def late(handle, operation):
-        (tmp_path / "model").mkdir()
-        (tmp_path / "model" / "x").touch()
-        flock(handle, operation)
-
-    monkeypatch.setattr(checkpoints.fcntl, "flock", late)
-    with pytest.raises(CheckpointError, match="exists already"), complete_directory(tmp_path / "model"):
-        pytest.fail("entered")
-    assert names(tmp_path) == ["model"]
 
 
 # Saving and restoring.
@@ -238,7 +113,7 @@ def test_no_checkpoint_there(what, saved, tmp_path):
     elif what != "absent":
         shutil.copytree(saved, folder)
         (folder / "_METADATA").unlink() if what == "no metadata" else (folder / "_METADATA").write_text("{]")
-    with pytest.raises(CheckpointError, match=rf"^{folder}: no complete checkpoint there"):
+    with pytest.raises(CheckpointError, match=rf"^{folder}(: no complete|/_METADATA: (cannot be read|damaged))"):
         checkpoints.abstract(folder)
 
 
@@ -249,8 +124,51 @@ def test_damaged_files(damage, saved, tmp_path):
     for file in (tmp_path / "params").rglob("d/*"):
         file.unlink() if damage == "removed" else os.truncate(file, file.stat().st_size // 2)
     tree = checkpoints.abstract(saved)
-    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/params: "):
+    with pytest.raises(DamagedError, match=rf"^{tmp_path}/params"):
         checkpoints.restore(tmp_path / "params", tree)
+
+
+def test_every_flip_is_seen(tmp_path):
+    """Of all files that say anything about the arrays. Errors name the folder, and for chunks the array."""
+    rng, folder = np.random.default_rng(0), tmp_path / "params"
+    values = {"a": {"kernel": rng.normal(size=(4, 600))}, "b": rng.normal(size=2000).astype(np.float32)}
+    checkpoints.save_streamed(folder, jax.tree.map(streamed, values))
+    tree = checkpoints.abstract(folder)
+    root = set(folder.glob("*")) | set(folder.glob("d/*")) | set(folder.glob("array_metadatas/*"))
+    later = ("_CHECKPOINT_METADATA", "commit_success.txt")
+    arrays = set()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in later):
+        content = path.read_bytes()
+        for bit in rng.integers(0, len(content) * 8, 10):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            try:
+                restored = checkpoints.restore(folder, tree)
+            except CheckpointError as error:
+                assert isinstance(error, DamagedError) and str(error).startswith(str(folder))
+                arrays.update(re.findall("array (\\S+) is damaged", str(error)))
+            else:  # bytes that no array lies in
+                assert path not in root
+                jax.tree.map(np.testing.assert_array_equal, restored, values)
+        path.write_bytes(content)
+    assert arrays == {"a.kernel", "b"}
+
+
+def test_stock_orbax_reads_it(saved):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(saved.resolve())
+    jax.tree.map(np.testing.assert_array_equal, restored, TREE)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a\\\\b", "[x"])
+def test_paths_that_orbax_cannot_read(name, saved, tmp_path):
+    """They are refused before anything is written."""
+    with pytest.raises(CheckpointError, match="checkpoints cannot lie in a path with"):
+        checkpoints.save_streamed(tmp_path / name / "params", jax.tree.map(streamed, TREE))
+    with pytest.raises(CheckpointError, match="checkpoints cannot lie in a path with"):
+        checkpoints.RunCheckpoints(tmp_path / name, 1)
+    assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize(
@@ -355,7 +273,17 @@ def test_memory_is_bounded_by_the_parts(tmp_path):
 
 def test_manifest(tmp_path):
     checkpoints.write_manifest(tmp_path, {"config": {"a": [1, None]}})
-    assert checkpoints.read_manifest(tmp_path) == {"format": 1, "config": {"a": [1, None]}}
+    assert checkpoints.read_manifest(tmp_path) == {"format": 2, "config": {"a": [1, None]}}
+    (tmp_path / "SHA256SUMS").unlink()
+    with pytest.raises(DamagedError, match="SHA256SUMS: is missing"):
+        checkpoints.read_manifest(tmp_path)
+
+
+def test_manifest_without_digests(tmp_path, caplog):
+    """Older ones are read, with a warning."""
+    (tmp_path / checkpoints.MANIFEST).write_text('{"format": 1, "config": {}}')
+    assert checkpoints.read_manifest(tmp_path) == {"format": 1, "config": {}}
+    assert "written without checksums" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -367,7 +295,7 @@ def test_manifest(tmp_path):
         (b"[" * 100_000, r"ross_jax\.json: not valid JSON"),
         (b"[]", "ross_jax.json: format None, this version reads 1"),
         (b"{}", "ross_jax.json: format None, this version reads 1"),
-        (json.dumps({"format": 2}).encode(), "ross_jax.json: format 2, this version reads 1"),
+        (json.dumps({"format": 3}).encode(), "ross_jax.json: format 3, this version reads 1 and 2"),
     ],
 )
 def test_manifests_that_are_none(content, message, tmp_path):

@@ -32,6 +32,7 @@ from ross_jax.convert.settings import Settings
 from ross_jax.convert.sources import read_json
 from ross_jax.convert.tensors import TensorFiles, open_tensors
 from ross_jax.data.tokenizer import find_tokenizer, load_tokenizer, save_tokenizer
+from ross_jax.directories import complete_directory, write_sums
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.tree import flatten, unflatten
 
@@ -94,7 +95,7 @@ def read_config(model: Path) -> RossConfig:
 
 def _read_foreign(model: Path) -> dict[str, Any]:
     """Reads what import recorded: component -> origin, layout, prefix and keys. Empty for one made by training."""
-    read = Settings(checkpoints.read_manifest(model), str(model / checkpoints.MANIFEST))
+    read = Settings(checkpoints.read_manifest(model, unused=True), str(model / checkpoints.MANIFEST))
     foreign = read.inner("foreign")
     parts = {name: foreign.inner(name) for name in COMPONENTS}
     for part in parts.values():
@@ -318,7 +319,7 @@ def export(
                 )
         else:
             configs["adapters"] = adapters_settings(described, pointers, without)
-        folder = stack.enter_context(checkpoints.complete_directory(output))
+        folder = stack.enter_context(complete_directory(output))
         writer = _Writer(model, described, opened, configs, dtype, progress)
         if layout == "ross":
             writer.write_full(folder)
@@ -326,6 +327,7 @@ def export(
             writer.write_adapters(folder / "adapters")
         for name in parts:
             writer.write_component(name, folder / (folders[name].name if layout == "ross" else FOLDERS[name]))
+        write_sums(folder, (path for path in folder.rglob("*") if path.is_file()))
 
 
 def _describe(

@@ -20,6 +20,7 @@ from ross_jax.convert.parts import Part, read_configs, split
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.sources import Source, open_source, open_teacher
 from ross_jax.convert.tensors import TensorFiles
+from ross_jax.directories import complete_directory
 from ross_jax.models.denoiser import NUM_HEADS
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.tree import flatten, unflatten
@@ -242,7 +243,7 @@ def write(plan: Plan, output: Path, progress: Progress = lambda _: None) -> None
       ConversionError: names everything that does not fit.
       CheckpointError: the output exists or cannot be written.
     """
-    with checkpoints.complete_directory(output) as folder:
+    with complete_directory(output) as folder:
         plan = _run(plan)
         _check_copies(plan)
         _raise_problems(plan)

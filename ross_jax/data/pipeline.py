@@ -425,6 +425,11 @@ def open_pipeline(
     Raises:
       UserError: a source is missing, empty or corrupt; too many samples are broken or exceed a row.
     """
+    if rows_per_step and rows_per_step % multiple:
+        raise UserError(
+            f"the run has {rows_per_step} rows per step, which {multiple} (devices along data and fsdp, times "
+            "step.accumulate) does not divide; continue it on another number of devices"
+        )
     source, versions = open_sources(config.sources, known)
     opened(source.fingerprint, versions)
     report_fields(source, config.max_broken)

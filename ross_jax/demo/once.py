@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ross_jax.checkpoints import complete_directory
+from ross_jax.directories import complete_directory
 
 STAMP = "stamp.json"
 

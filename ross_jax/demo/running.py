@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ross_jax.evaluation.reconstruction import make_callbacks
 from ross_jax.training.recipe import RunConfig
-from ross_jax.training.run import Run
+from ross_jax.training.run import Run, only_writer
 
 
 class Interrupted(Exception):
@@ -25,6 +25,7 @@ def train(config: RunConfig, folder: Path) -> None:
       UserError: whatever `Run` raises.
     """
     say(f"{folder}: training")
-    run = Run(config, folder)
-    if run.train(make_callbacks(config, run.mesh)) < run.steps:
-        raise Interrupted
+    with only_writer(folder):
+        run = Run(config, folder)
+        if run.train(make_callbacks(config, run.mesh)) < run.steps:
+            raise Interrupted

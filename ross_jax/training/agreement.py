@@ -118,6 +118,22 @@ def agree(facts: Mapping[str, Any], timeout: int) -> None:
         _refuse(_differences(_exchange({name: str(value) for name, value in facts.items()}, timeout)))
 
 
+def first_error(error: str, timeout: int) -> str:
+    """An error of any process, with its host; empty if no process has one. All processes call it together.
+
+    Args:
+      error: this process's error; empty if it has none.
+
+    Raises:
+      MissingError: on all that came: a process did not come within `timeout` seconds.
+    """
+    if alone():
+        return error
+    said = _exchange({"error": error}, timeout)
+    found = [(process, facts) for process, facts in sorted(said.items()) if facts["error"]]
+    return f"process {found[0][0]} ({found[0][1]['host']}): {found[0][1]['error']}" if found else ""
+
+
 def check_shared(folder: Path, timeout: int) -> None:
     """Returns once all processes have seen a file that process 0 made in `folder`, which is made if it is absent.
 

@@ -258,7 +258,7 @@ class Writer:
 
     def warn(self, text: str) -> None:
         """Prints a warning."""
-        print(f"warning: {text}", file=self._stream, flush=True)
+        process.say(f"warning: {text}", self._stream)
 
     def progress(self, step: int, steps: int, values: dict[str, Any]) -> None:
         """Prints one line of progress."""
@@ -269,7 +269,7 @@ class Writer:
             f"gradient {values['gradient_norm']:.2f}  {values['seconds_per_step']:.2f} s/step  "
             f"{_duration(rest)} left"
         )
-        print(text, file=self._stream, flush=True)
+        process.say(text, self._stream)
 
     def close(self) -> None:
         """Flushes and closes. A full disk was reported when a line was written."""

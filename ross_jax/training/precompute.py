@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ross_jax import checkpoints
 from ross_jax.config import Count, Size, UserError, Whole
 from ross_jax.data.pipeline import Pipeline
 from ross_jax.data.precomputed import (
@@ -31,6 +30,7 @@ from ross_jax.data.precomputed import (
     write_shards,
 )
 from ross_jax.data.sources import BrokenSamples
+from ross_jax.directories import lock
 from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from ross_jax.training.cached import PartName, compute, describe, find_part, parameters_hash, refuse_differences
 from ross_jax.training.recipe import RunConfig
@@ -135,7 +135,7 @@ def precompute(config: RunConfig, folder: Path, settings: CacheConfig, report: R
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
-    with checkpoints.lock(folder / f"process-{settings.process}"), jax.set_mesh(mesh):
+    with lock(folder / f"process-{settings.process}"), jax.set_mesh(mesh):
         _begin(folder, manifest)
         maker = _Maker(pipeline, layout, lambda images: compiled(params, images), rows, progress)
         share = [s for s in _unwritten(folder, layout) if s % settings.processes == settings.process]

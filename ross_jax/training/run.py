@@ -1,11 +1,14 @@
 """A training run from its config: data, parameters, compiled step, checkpoints, loop. The same command continues it."""
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import logging
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from ross_jax.data.pipeline import Pipeline, Preprocessing, open_pipeline
 from ross_jax.data.precomputed import differences
 from ross_jax.data.records import Version
 from ross_jax.data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, save_tokenizer
+from ross_jax.directories import DamagedError, lock
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
@@ -43,6 +47,8 @@ RECORD = "run.json"
 _FREE = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
 _FREE += ("data.precomputed", "data.max_dropped")
 """Beginnings of the fields that a run may change when it continues."""
+_FORMAT = 2
+"""Version of the record. Version 1 had no checksum."""
 _GO_ON = "continue on it as it is now with --accept_changed_data, or start a new run in another directory"
 
 
@@ -179,6 +185,7 @@ class Run:
       folder: the directory, which is made if it is absent.
       timeout: seconds that processes wait for one another while the run starts.
       accept_changed_data: whether the run continues on data that has changed. The position in it stays the step number.
+      adopt: whether steps without a record are continued as a run of this config, which the record then says.
 
     Attributes:
       step: number of steps done.
@@ -187,15 +194,26 @@ class Run:
       data: the batches.
 
     Raises:
-      UserError: a config, data or directory that cannot be used; the directory holds a run of another config or data.
+      UserError: a config, data or directory that cannot be used; the directory holds a run of another config or data,
+        or is damaged.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, timeout: int = 300, accept_changed_data: bool = False):
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        timeout: int = 300,
+        accept_changed_data: bool = False,
+        adopt: bool = False,
+    ):
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
-        record = self._read_record()
+        record = self._read_record(adopt)
         self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
+        self._checkpoints.probe()
         self.step = self._checkpoints.latest() or 0
+        if self.step:
+            checkpoints.read_manifest(folder)  # compares digests
         known = self._known(record, accept_changed_data)
         self.data = open_data(self._with_shared_cache(), self.mesh, known, timeout)
         if record.get("data", self.data.hash) != self.data.hash and not accept_changed_data:
@@ -208,10 +226,11 @@ class Run:
         self._optimizer, self.train_step = built.optimizer, built.train_step
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
         if self.step:
-            self.state = self._checkpoints.restore(self.step, built.state)
+            agree = functools.partial(agreement.first_error, timeout=timeout)
+            self.step, self.state = self._checkpoints.restore(built.state, agree)
             check_parameters(config, self.data.precomputed, self.state.frozen)
             if jax.process_index() == 0:
-                self._write_record(record)
+                self._write_record(record or self._new_record())
         else:
             self.state = self._first_state(built.tree)
 
@@ -245,16 +264,27 @@ class Run:
         self._checkpoints.save_frozen(frozen)
         return state
 
-    def _read_record(self) -> dict[str, Any]:
-        """The record of the run that the directory holds; empty for a new one.
+    def _read_record(self, adopt: bool) -> dict[str, Any]:
+        """The record of the run that the directory holds; empty for a new one, and for one that is adopted.
 
         Raises:
           ConfigError: it is a run of another config; lists what differs.
+          DamagedError: the record is missing or not as it was written.
         """
         path = self.folder / RECORD
-        if not path.is_file():
+        try:
+            record = _parse_record(path)
+        except DamagedError as error:
+            if adopt:
+                return {}
+            raise DamagedError(f"{error}; restore it from a copy, or let launch/train.py --adopt rebuild it") from error
+        if record is None:
+            if checkpoints.latest_step(self.folder) is not None and not adopt:
+                raise DamagedError(
+                    f"{self.folder}: has steps, but no {RECORD}, which says what run they are of; restore it from a "
+                    "copy, or let launch/train.py --adopt rebuild it from this config"
+                )
             return {}
-        record = upgrade(RECORD, json.loads(path.read_text()))
         # A field that is younger than the run has its default.
         recorded = from_dict(RunConfig, record["config"], f"{path}: config")
         listed = [line for line in differences(to_dict(recorded), to_dict(self.config)) if not line.startswith(_FREE)]
@@ -289,11 +319,16 @@ class Run:
             "reconstruction": to_dict(self.config.reconstruction),
         }
         checkpoints.write_manifest(self.folder, {"config": to_dict(self.config.model), "foreign": foreign, **settings})
-        self._write_record({"config": to_dict(self.config), "rows_per_step": self.data.rows_per_step})
+        self._write_record(self._new_record())
+
+    def _new_record(self) -> dict[str, Any]:
+        return {"config": to_dict(self.config), "rows_per_step": self.data.rows_per_step}
 
     def _write_record(self, record: dict[str, Any]) -> None:
         """Writes the record, with the data as it is now, unless the directory has it already."""
         current = record | {"data": self.data.hash, "sources": [to_dict(version) for version in self.data.versions]}
+        current["format"] = _FORMAT
+        current["checksum"] = _checksum(current)
         if current == record:
             return
         partial = self.folder / f"{RECORD}.partial"
@@ -316,7 +351,9 @@ class Run:
         return Reporter(meter, Writer(self.folder, self.step), monitor)
 
     def train(self, callbacks: Sequence[Callback] = (), stop_at: Callable[[int], bool] | None = None) -> int:
-        """Trains to the end, or until SIGTERM or SIGINT comes, which saves a checkpoint.
+        """Trains to the end, or until SIGTERM, SIGINT or SIGHUP comes, which saves a checkpoint.
+
+        SIGHUP is left alone where it is ignored, as under nohup.
 
         Args:
           stop_at: asked after every step, in place of the signals: whether to save and end here.
@@ -329,7 +366,8 @@ class Run:
         batches = self.data.batches(self.step, share, shares)
         batches = global_batches(batches, batch_sharding(self.mesh), shares, reporter.meter)
         # With several processes, JAX's own handler makes all end after the same step.
-        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+        numbers = [signal.SIGTERM, signal.SIGINT, *hangup] if jax.process_count() == 1 else hangup
         with stop_signals(*numbers) as requested:
             stop_at = stop_at or self._checkpoints.stop_at(requested)
             settings = LoopSettings(self.step, self.steps, self.config.loop, stop_at)
@@ -343,6 +381,50 @@ class Run:
                 if reporter.writer is not None:
                     reporter.writer.close()
         return self.step
+
+
+def _parse_record(path: Path) -> dict[str, Any] | None:
+    """The record in a file, in today's names; None if there is no file.
+
+    Raises:
+      DamagedError: it cannot be read, or is not as it was written.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+            raise ValueError("it has no config")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DamagedError(f"{path}: cannot be read ({reason})") from error
+    if record.get("format", 1) != 1 and record.get("checksum") != _checksum(record):
+        raise DamagedError(f"{path}: damaged: its content does not fit its checksum")
+    return upgrade(RECORD, record)
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    """SHA-256 of all other fields."""
+    content = json.dumps({name: value for name, value in record.items() if name != "checksum"}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Held while a run is opened and trained, so that no second run of the same directory begins.
+
+    Raises:
+      CheckpointError: another process trains in this directory.
+    """
+    folder = folder.resolve()
+    if jax.process_index():  # process 0 holds it for all
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with checkpoints.writing(folder, folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(folder))
+        yield
 
 
 def flatten_config(config: RunConfig) -> dict[str, Any]:
