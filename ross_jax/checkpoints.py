@@ -298,9 +298,12 @@ def _checkpoint_error(folder: Path, fault: str, kind: type[CheckpointError] = Ch
     except UserError:
         raise
     except Exception as error:
-        system_error = re.search(r": ([\w ]+) \[", str(error)) if "os_error_code" in str(error) else None
-        reason = system_error[1] if system_error else getattr(error, "strerror", None) or error
-        array = re.search(r'in "(\S+?)/c/', str(error))
+        root: BaseException = error
+        while root.__cause__:
+            root = root.__cause__
+        system_error = re.search(r": ([\w ]+) \[", str(root)) if "os_error_code" in str(root) else None
+        reason = system_error[1] if system_error else getattr(root, "strerror", None) or root
+        array = re.search(r'in "(\S+?)/c/', str(root))
         if array:
             fault = f"{fault}: array {array[1]} is damaged"
         raise kind(f"{folder}: {fault} ({reason})") from error

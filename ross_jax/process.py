@@ -4,11 +4,14 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 
-def say(text: str, stream: TextIO) -> None:
-    """Prints a line. Where nobody reads any more, as behind `| head`, this line and all later ones go nowhere."""
+def say(text: str, stream: Any) -> None:
+    """Prints a line to an open file, such as `sys.stderr`.
+
+    Where nobody reads any more, as behind `| head`, this line and all later ones go nowhere.
+    """
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:

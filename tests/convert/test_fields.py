@@ -228,6 +228,7 @@ def test_another_value_of_each_field_of_a_tokenizer(cls, tmp_path):
 @pytest.mark.parametrize("mode", ["pad", "square", "crop"])
 def test_aspect_ratio_both_ways(mode, tmp_path):
     from convert.foreign import import_model
+    from ross_jax.checkpoints import write_manifest
     from ross_jax.convert.exporting import export
     from ross_jax.inference.model import load
 
@@ -237,6 +238,6 @@ def test_aspect_ratio_both_ways(mode, tmp_path):
     model = import_model(tmp_path / "imported", checkpoint)
     assert load(model, ("vision",)).image_config.mode == mode
     manifest = json.loads((model / "ross_jax.json").read_text())
-    (model / "ross_jax.json").write_text(json.dumps(manifest | {"image_mode": "pad"}))  # as training with pad writes it
+    write_manifest(model, manifest | {"image_mode": "pad"})  # as training with pad writes it
     export(model, tmp_path / "out", "ross")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["image_aspect_ratio"] == "pad"

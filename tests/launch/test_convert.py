@@ -27,6 +27,7 @@ from convert.foreign import (
     state_of,
 )
 from launcher import load_script
+from older import without_digests
 from ross_jax.checkpoints import MANIFEST
 from ross_jax.config import UserError
 from ross_jax.convert.exporting import export
@@ -158,6 +159,10 @@ def test_models_that_cannot_be_exported(main, tmp_path):
     original = component(tmp_path / "llm", LLAMA)
     assert f"{original}: no ross_jax.json in it, so it is no ross_jax model" in main(*command, original)[2]
     model = import_model(tmp_path / "model", original)
+    (model / MANIFEST).write_text("{}")
+    assert f"{model}/ross_jax.json: damaged: its SHA-256 is not the one in" in main(*command, model)[2]
+    without_digests(import_model(tmp_path / "older", original)).rename(tmp_path / "changed")
+    model = tmp_path / "changed"
     manifest = json.loads((model / MANIFEST).read_text())
     for change, message in [
         ({"format": 7}, "format 7, this version reads 1"),

@@ -19,6 +19,7 @@ from tensorboardX.proto import event_pb2
 
 from configs import ross
 from convert.foreign import TINY, component, import_model
+from older import without_digests
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError
 from ross_jax.convert.exporting import export, read_config
@@ -190,6 +191,9 @@ def test_another_tokenizer_is_refused(data, whole, tmp_path):
     changed = json.loads((used / "tokenizer.json").read_text())
     changed["pre_tokenizer"]["add_prefix_space"] = True
     (used / "tokenizer.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=rf"^{used}/tokenizer\.json: damaged"):
+        Run(make_config(data), folder)
+    without_digests(folder)
     with pytest.raises(UserError, match=f"^tokenizer {used}: this is not the tokenizer .*: the ids of a text"):
         assert load_model(folder, ("language",)).tokenizer
     manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
@@ -201,8 +205,7 @@ def test_another_tokenizer_is_refused(data, whole, tmp_path):
 
 def test_continues_a_run_older_than_a_field(data, whole, tmp_path):
     """A run whose record lacks `model.autoencoder.kind` continues; another difference is refused."""
-    shutil.copytree(whole[0], tmp_path / "run")
-    file = tmp_path / "run" / "run.json"
+    file = without_digests(shutil.copytree(whole[0], tmp_path / "run")) / "run.json"
     recorded = json.loads(file.read_text())
     assert recorded["config"]["model"]["autoencoder"].pop("kind") == "kl"
     file.write_text(json.dumps(recorded))
@@ -213,10 +216,88 @@ def test_continues_a_run_older_than_a_field(data, whole, tmp_path):
         Run(make_config(data), tmp_path / "run")
 
 
+def flip(path: Path) -> None:
+    """Flips bits all over a file. Some bytes of Orbax's files belong to nothing."""
+    content = bytearray(path.read_bytes())
+    for place in range(len(content) // 40, len(content), len(content) // 20):
+        content[place] ^= 4
+    path.write_bytes(content)
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("d/*")), key=lambda path: path.stat().st_size)
+
+
+def test_falls_back_to_a_sound_step(data, whole, tmp_path, caplog):
+    """A damaged step is named and marked, and the run continues from the one before, to the same parameters."""
+    folder, params, steps = tmp_path / "run", *whole[1:]
+    shutil.copytree(whole[0], folder)
+    config = make_config(data)
+    newest, before = steps, steps - config.loop.save
+    assert sorted(path.name for path in (folder / "steps").iterdir()) == sorted([str(before), str(newest)])
+    flip(largest(folder / "steps" / str(newest) / "params"))
+    run = Run(config, folder)
+    assert run.step == before
+    said = rf"step {newest} is damaged.* {before}: .*/steps/{newest}/params.*array \S+ is damaged"
+    assert re.search(said, caplog.text)
+    mark = folder / "steps" / str(newest) / "DAMAGED"
+    assert "is damaged" in mark.read_text()
+    assert checkpoints.parameter_folders(folder)[-1] == folder / "steps" / str(before) / "params"
+    assert run.train() == newest and not mark.exists()
+    for path, leaf in parameters(Run(config, folder)).items():
+        np.testing.assert_array_equal(leaf, params[path], err_msg=path)
+
+
+def test_no_sound_step(data, whole, tmp_path):
+    """All that is damaged is named, nothing is marked. Neither is a model with damaged parameters asked."""
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    for step in (folder / "steps").iterdir():
+        (step / "optimizer" / "_METADATA").unlink()
+    with pytest.raises(UserError, match=r"no step can be read:\n.*_METADATA.*\n.*_METADATA.*\nRestore one of them"):
+        Run(make_config(data), folder)
+    assert not list(folder.rglob("DAMAGED"))
+    flip(largest(folder / "frozen"))
+    with pytest.raises(UserError, match=r"/frozen: cannot be read: array \S+ is damaged"):
+        Run(make_config(data), folder)
+    with pytest.raises(UserError, match=r"/frozen: cannot be read: array \S+ is damaged"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("damage", ["removed", "truncated", "flipped"])
+def test_a_run_without_its_record(data, whole, tmp_path, damage):
+    """Is refused, and adopted on request, with the config that is given then."""
+    folder, config = shutil.copytree(whole[0], tmp_path / "run"), make_config(data)
+    path = folder / "run.json"
+    record = json.loads(path.read_text())
+    path.unlink() if damage == "removed" else flip(path) if damage == "flipped" else os.truncate(path, 100)
+    with pytest.raises(UserError, match=r"run\.json.*--adopt rebuild it"):
+        Run(config, folder)
+    assert Run(config, folder, adopt=True).step == whole[2]
+    assert json.loads(path.read_text()) == record
+    (folder / "ross_jax.json").unlink()
+    with pytest.raises(UserError, match=r"no ross_jax\.json in it"):
+        Run(config, folder, adopt=True)
+
+
+def test_a_directory_that_does_not_give_back(data, tmp_path, monkeypatch):
+    """A run that could not be restored is refused before its first step."""
+    monkeypatch.setattr(checkpoints, "restore", lambda folder, tree: {"array": np.zeros(1000)})
+    with pytest.raises(UserError, match="what was written there cannot be read back"):
+        Run(make_config(data), tmp_path / "run")
+
+
+def test_rows_that_the_devices_do_not_divide(moved):
+    config, folder = moved
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"rows_per_step": 7}))
+    with pytest.raises(UserError, match="the run has 7 rows per step, which 2 .* does not divide"):
+        Run(config, folder)
+
+
 @pytest.fixture
 def moved(data, whole, tmp_path) -> tuple[RunConfig, Path]:
     """Config and directory of a copy of the run, and of its data."""
-    shutil.copytree(whole[0], tmp_path / "run")
+    without_digests(shutil.copytree(whole[0], tmp_path / "run"))
     shutil.copytree(data, tmp_path / "data")
     text = (tmp_path / "run" / "run.json").read_text()
     (tmp_path / "run" / "run.json").write_text(text.replace(str(data), str(tmp_path / "data")))
