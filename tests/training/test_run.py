@@ -290,7 +290,7 @@ def test_rows_that_the_devices_do_not_divide(moved):
     config, folder = moved
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"rows_per_step": 7}))
-    with pytest.raises(UserError, match="the run has 7 rows per step, which 2 .* does not divide"):
+    with pytest.raises(UserError, match=r"the run has 7 rows per step, which 2 .* does not divide"):
         Run(config, folder)
 
 
