@@ -306,6 +306,7 @@ def _checkpoint_error(folder: Path, fault: str, kind: type[CheckpointError] = Ch
         array = re.search(r'in "(\S+?)/c/', str(root))
         if array:
             fault = f"{fault}: array {array[1]} is damaged"
+        reason = str(reason).partition("\n")[0].partition(". See full TensorStore")[0][:1000]  # without specs of arrays
         raise kind(f"{folder}: {fault} ({reason})") from error
 
 

@@ -25,9 +25,9 @@ def write_model(folder: Path, config: RossConfig = SIZED) -> Path:
         params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
         leaves[name] = jax.tree.map(lambda leaf: _leaf(_values(rng, leaf.shape)), params)
     checkpoints.save_streamed(folder / "params", leaves)
+    byte_level_tokenizer().save_pretrained(folder / "files" / "language")
     settings = {"foreign": {}, "template": "qwen_2", "image_mode": "square"}
     checkpoints.write_manifest(folder, {"config": to_dict(config), **settings})
-    byte_level_tokenizer().save_pretrained(folder / "files" / "language")
     return folder
 
 

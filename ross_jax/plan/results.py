@@ -45,12 +45,14 @@ class Table:
       head: names of the columns. One more, `commit`, follows.
       keys: the rows, by their first cells. A row with another key goes with the next change.
       row: makes the other cells of a row from its key.
+      command: the command that makes it, if it is not launch/tables.py.
     """
 
     name: str
     head: tuple[str, ...]
     keys: Sequence[Key]
     row: Callable[..., tuple[str, ...]]
+    command: str = ""
 
 
 def origin(repository: Path) -> Origin:
@@ -92,7 +94,7 @@ def update(text: str, table: Table, key: Key, cells: Sequence[str], origin: Orig
     kept = [rows[key] for key in table.keys if key in rows]
     commits = dict.fromkeys(row[-1] for row in kept)
     lines = [
-        f"`python launch/tables.py --tables={name}`; rows by commit:",
+        f"`{table.command or f'python launch/tables.py --tables={name}'}`; rows by commit:",
         ", ".join(f"`{commit}` ({versions.get(commit, 'unknown versions')})" for commit in commits),
         "",
         *(_line(cells) for cells in ([*head, "commit"], ["---"] * (len(head) + 1), *kept)),

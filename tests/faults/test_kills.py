@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -38,13 +39,24 @@ def wait_for_a_save(process, workdir) -> None:
         time.sleep(0.001)
 
 
-def test_killed_at_random_moments(recipe, tmp_path):
+def test_killed_at_random_moments(recipe, tmp_path, request, reliability):
     """Kills during start, training and saving, which follows each step, do not change the result."""
-    whole, cut, rng = tmp_path / "whole", tmp_path / "cut", random.Random(0)
+    minutes = request.config.getoption("minutes", default=None)
+    rng = random.Random(0 if minutes is None else time.time())
+    whole, until, rounds = tmp_path / "whole", time.monotonic() + 60 * (minutes or 0), 0
     assert train(recipe, whole, *LONG).returncode == 0  # fills the compilation cache for the runs below
     first = start(recipe, tmp_path / "first")
-    startup, kept, unfinished = wait_for_a_step(first, tmp_path / "first"), [], 0
+    startup = wait_for_a_step(first, tmp_path / "first")
     first.kill()
+    while not rounds or time.monotonic() < until:
+        killed_and_restarted(recipe, whole, tmp_path / f"cut{rounds}", startup, rng)
+        rounds += 1
+    reliability("training and its restarts: SIGKILL", Counter(recovered=KILLS * rounds))
+
+
+def killed_and_restarted(recipe, whole, cut, startup, rng) -> None:
+    """Kills a run some times, lets it end, and compares it with one that was never killed."""
+    kept, unfinished = [], 0
     for number in range(KILLS):
         process = start(recipe, cut)
         if number % 3 == 0:  # while it starts, also before there is any checkpoint
