@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -42,15 +43,15 @@ def write_sums(folder: Path, files: Iterable[Path]) -> None:
     partial.replace(folder / SUMS)
 
 
-def check_sums(folder: Path, required: str, beginnings: tuple[str, ...] = ("",)) -> bool:
+def check_sums(folder: Path, required: str = "", beginnings: tuple[str, ...] = ("",)) -> bool:
     """Compares files with the digests in the folder's `SHA256SUMS`.
 
     Args:
-      required: name of a file whose digest must be there.
+      required: name of a file whose digest must be there; empty if none must.
       beginnings: only files whose names begin with one of these are compared.
 
     Returns:
-      False if the folder has no digests.
+      False if the folder has no digests, or nothing is required and they are of another form.
 
     Raises:
       DamagedError: a file is missing or has another content; names it.
@@ -62,8 +63,10 @@ def check_sums(folder: Path, required: str, beginnings: tuple[str, ...] = ("",))
         return False
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path}: cannot be read ({error})") from error
+    if not required and not all(re.fullmatch(r"[0-9a-f]{64}  .+", line) for line in lines):
+        return False  # somebody else's
     recorded = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if required not in recorded:
+    if required and required not in recorded:
         raise DamagedError(f"{path}: damaged: it has no digest of {required}")
     for name, digest in recorded.items():
         if name.startswith(beginnings):

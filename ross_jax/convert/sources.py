@@ -11,6 +11,7 @@ from ross_jax import checkpoints
 from ross_jax.config import UserError, nearest
 from ross_jax.convert import language, recognise, vision
 from ross_jax.convert.tensors import TensorFiles, open_tensors
+from ross_jax.directories import check_sums
 from ross_jax.hub import SECONDS, is_hub_id, say_asked
 
 Kind = Literal["ross", "adapters", "vision", "language", "autoencoder", "teacher"]
@@ -101,6 +102,7 @@ def open_source(origin: str) -> Source:
     Raises:
       SourceError: no such path, no checkpoint, or a kind that is not supported.
       TensorError: weights that cannot be read.
+      DamagedError: a file is not the one that the folder's `SHA256SUMS` lists.
     """
     folder = Path(origin)
     try:
@@ -123,6 +125,7 @@ def _open_folder(origin: str, folder: Path) -> Source:
         )
     if (folder / "model_index.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"  # the autoencoder of a diffusion pipeline
+    check_sums(folder)
     has_config = (folder / "config.json").is_file()
     wrong = recognise.deltas(folder)
     if wrong:

@@ -181,7 +181,9 @@ def state_of(path: Path) -> dict[str, np.ndarray]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Name -> content of all files but the digests, which exports have and most checkpoints do not."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:

@@ -318,3 +318,19 @@ def test_a_tower_completes_a_full_checkpoint_that_lacks_it(tmp_path):
     assert composed.config == plan.config and plan.config.vision.select_layer == -3
     assert composed.config.image_mean == (0.1, 0.2, 0.3)
     assert_same(flatten(load(composed)), flatten(load(plan)))
+
+
+def test_digests_of_exports(tmp_path):
+    """An export lists the digests of its files, and import compares them; those of another form are left alone."""
+    out = tmp_path / "out"
+    export(import_model(tmp_path / "imported", full(tmp_path)), out, "ross")
+    listed = {line.split("  ")[1] for line in (out / "SHA256SUMS").read_text().splitlines()}
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert listed == present - {"SHA256SUMS"}
+    path = max(out.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"^{path}: damaged: its SHA-256 is not the one in {out}/SHA256SUMS"):
+        plan_import([str(out)])
+    (out / "SHA256SUMS").write_text("of somebody else")
+    plan_import([str(out)]).close()

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from launcher import REPOSITORY
+from launcher import REPOSITORY, write_recipe
 from ross_jax.plan.results import Table, origin, update
 
 RESULTS = REPOSITORY / "launch" / "RESULTS.md"
@@ -22,6 +22,11 @@ KEYS = [
 
 def pytest_addoption(parser):
     parser.addoption("--minutes", type=float, default=None, help="inject faults for this many minutes")
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -119,3 +120,18 @@ def test_an_error_of_one_ends_both(recipe, tmp_path):
         said = files[0].seek(0) or files[0].read()
     assert codes[0] == 1 and codes[1] != 0
     assert f"error: {tmp_path}/empty.json: is empty" in said and "Traceback" not in said
+
+
+def test_a_damaged_step(recipe, alone, tmp_path):
+    """Both processes continue from the step before, though a single chunk is damaged, which one of them reads."""
+    workdir = tmp_path / "run"
+    shutil.copytree(alone(ACROSS), workdir)
+    chunks = (path for path in (workdir / "steps" / "12" / "params").rglob("d/*"))
+    largest = max(chunks, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with two_processes(recipe, workdir, *ACROSS) as (processes, files):
+        for text in ends(processes, files):
+            assert re.search(r"step 12 is damaged, the run continues from step 10: .*array \S+ is damaged", text), text
+    agree(workdir, alone(ACROSS))
