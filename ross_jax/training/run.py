@@ -77,9 +77,10 @@ def open_data(config: RunConfig, mesh: Mesh, known: Known = Known(), timeout: in
     model, text = config.model, config.text
     tokenizer = load_tokenizer(text.tokenizer)
     check_fingerprint(tokenizer, known.tokenizer, f"config.text.tokenizer {text.tokenizer}")
-    if len(tokenizer) > model.language.vocab_size:
+    size = max(tokenizer.get_vocab().values()) + 1
+    if size > model.language.vocab_size:
         raise ConfigError(
-            f"config.text.tokenizer: {len(tokenizer)} ids, but the language model embeds {model.language.vocab_size}"
+            f"config.text.tokenizer: {size} ids, but the language model embeds {model.language.vocab_size}"
         )
     encode = build_training_encoder(text.template, tokenizer, text.compat, text_loss=bool(text.weight))
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
