@@ -35,12 +35,16 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from ross_jax.config import UserError
+from ross_jax.json_text import load_json
 from ross_jax.tree import flatten, unflatten
 from ross_jax.upgrade import upgrade
 
 MANIFEST = "ross_jax.json"
 FORMAT = 1
 """Version of the directory's layout."""
+_FIELDS = dict.fromkeys(("config", "foreign", "reconstruction", "tokenizer"), dict)
+_FIELDS |= {"template": str, "image_mode": str}
+"""Field of a manifest -> its type. All but `config` may be absent."""
 _CHUNK_BYTES = 64 * 2**20
 """Largest piece of an array that is stored, and so must be read, as one."""
 _SETTLE = 0.25
@@ -185,7 +189,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = load_json(folder / MANIFEST)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: no {MANIFEST} in it, so it is no ross_jax model; `launch/convert.py import` makes one from a "
@@ -193,11 +197,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder / MANIFEST}: not valid JSON ({error})") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"{folder / MANIFEST}: format {found}, this version reads {FORMAT}")
+    for name, kind in _FIELDS.items():
+        value = manifest.get(name)
+        if not isinstance(value, kind) and (value is not None or name == "config"):
+            raise CheckpointError(f"{folder / MANIFEST}: damaged: {name} is {str(value)[:80]!r}, no {kind.__name__}")
     return upgrade(MANIFEST, manifest)
 
 
