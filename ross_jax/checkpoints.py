@@ -42,6 +42,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from ross_jax.config import UserError
 from ross_jax.directories import SUMS, CheckpointError, DamagedError, check_sums, write_sums
+from ross_jax.json_text import load_json
 from ross_jax.tree import flatten, unflatten
 from ross_jax.upgrade import upgrade
 
@@ -52,6 +53,9 @@ FORMAT = 2
 """Version of the directory's layout. Version 1 had no digests."""
 DAMAGED = "DAMAGED"
 """File that marks a step that is skipped."""
+_FIELDS = dict.fromkeys(("config", "foreign", "reconstruction", "tokenizer"), dict)
+_FIELDS |= {"template": str, "image_mode": str}
+"""Field of a manifest -> its type. All but `config` may be absent."""
 _CHUNK_BYTES = 64 * 2**20
 """Largest piece of an array that is stored, and so must be read, as one."""
 _UNREADABLE = set("[]\\")
@@ -260,7 +264,7 @@ def read_manifest(folder: Path, unused: bool = False) -> dict[str, Any]:
     beginnings = (MANIFEST, "files/", *(["unused/"] if unused else []))
     has_digests = (folder / MANIFEST).exists() and check_sums(folder, MANIFEST, beginnings)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = load_json(folder / MANIFEST)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: no {MANIFEST} in it, so it is no ross_jax model; `launch/convert.py import` makes one from a "
@@ -268,7 +272,7 @@ def read_manifest(folder: Path, unused: bool = False) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder / MANIFEST}: not valid JSON ({error})") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found not in (1, FORMAT):
@@ -277,6 +281,10 @@ def read_manifest(folder: Path, unused: bool = False) -> dict[str, Any]:
         if found == FORMAT:
             raise DamagedError(f"{folder / SUMS}: is missing; restore it from a copy")
         _say_unverified(folder)
+    for name, kind in _FIELDS.items():
+        value = manifest.get(name)
+        if not isinstance(value, kind) and (value is not None or name == "config"):
+            raise CheckpointError(f"{folder / MANIFEST}: damaged: {name} is {str(value)[:80]!r}, no {kind.__name__}")
     return upgrade(MANIFEST, manifest)
 
 

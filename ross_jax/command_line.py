@@ -20,11 +20,11 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from ross_jax.config import ConfigError, UserError, from_dict, nearest
+from ross_jax.config import ConfigError, UserError, from_dict, nearest, shortened
 from ross_jax.training.recipe import RunConfig
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[1]
-_FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError)
+_FLAG_ERRORS = (flags.Error, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What absl and ml_collections raise for flags that do not exist or do not fit."""
 
 
@@ -82,6 +82,8 @@ def _check_fields(config: ConfigDict, argv: Sequence[str]) -> None:
     """Raises ConfigError for an override of a field that does not exist. ml_collections does not name the section."""
     for argument in argv:
         match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)", argument)
+        if not match and argument.startswith(("--config.", "-config.")):
+            raise ConfigError(f"{argument[:100]}: names no field")
         node: Any = config
         path = "config"
         for name in re.findall(r"\[\d+\]|[^.\[]+|(?<=\.)$", match[1]) if match else ():
@@ -132,8 +134,9 @@ def _running(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
+        where = f"{error.filename}, line {error.lineno}" if error.lineno else str(path)
+        raise UserError(f"{where}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error
@@ -168,7 +171,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _message(error: BaseException) -> str:
-    return " ".join(map(str, error.args)) or str(error)
+    if isinstance(error, RecursionError):  # absl looks for a similar flag
+        return "a flag's name has hundreds of characters, which no flag has"
+    return shortened(" ".join(map(str, error.args)) or str(error))
 
 
 def _failure(text: Any) -> int:

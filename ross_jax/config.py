@@ -6,6 +6,7 @@ Every module declares its own config as a frozen dataclass next to its code. `fr
 values, a stored manifest or any other nested mapping; `to_dict` is its inverse.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -57,7 +58,7 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{name}: {pattern!r} is no pattern ({error})") from error
+            raise ValueError(f"{name}: {brief(pattern)} is no pattern ({error})") from error
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -70,6 +71,17 @@ Decay = Annotated[float, Range(0.0, 0.9999999)]
 Factor = Annotated[float, Range(0.0, 1e6)]
 Positive = Annotated[float, Range(1e-12, 1e12)]
 Finite = Annotated[float, Range(-1e6, 1e6)]
+
+
+def brief(value: Any, most: int = 120) -> str:
+    """`repr` of a value for a message; a long one without its end."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def shortened(text: str, most: int = 1000) -> str:
+    """A message; a long one without its middle."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def required(value: T | None) -> T:
@@ -119,7 +131,8 @@ def from_dict(cls: type[T], values: Any, path: str = "config") -> T:
         config = cls(**kwargs)
     except (ValueError, ArithmeticError) as error:  # a division by a field that is 0, too
         named = any(name in str(error) for name in problems)
-        raise ConfigError(f"{path}: {error if named or not problems else '; '.join(problems.values())}") from error
+        reason = shortened(str(error)) if named or not problems else "; ".join(problems.values())
+        raise ConfigError(f"{path}: {reason}") from error
     if problems:
         raise ConfigError(f"{path}: {'; '.join(problems.values())}")
     return config
@@ -132,7 +145,7 @@ def _out_of_range(hint: Any, value: Any, name: str) -> str | None:
         return None
     if origin is Annotated:
         found = inner[1].problem(value)
-        return found and f"{name} is {value!r}; it {found}"
+        return found and f"{name} is {brief(value)}; it {found}"
     if origin is tuple:
         hints = itertools.repeat(inner[0]) if inner[1:] == (Ellipsis,) else inner
         found = (_out_of_range(h, v, f"{name}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=False)))
@@ -175,7 +188,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         choices = typing.get_args(hint)
         if value in choices:
             return value
-        raise ConfigError(f"{path}: {value!r} is none of {list(choices)}{nearest(str(value), map(str, choices))}")
+        near = nearest(str(value)[:100], map(str, choices))
+        raise ConfigError(f"{path}: {brief(value)} is none of {list(choices)}{near}")
     elif origin is tuple:
         if isinstance(value, (list, tuple)):
             item, *rest = typing.get_args(hint)
@@ -189,12 +203,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, path)
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):  # a whole number of 400 digits is none that float knows
+            return float(value)
     elif hint is Any or (
         isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool)
     ):
         return value
-    raise ConfigError(f"{path}: expected {getattr(hint, '__name__', hint)}, found {value!r} ({type(value).__name__})")
+    expected, found = getattr(hint, "__name__", hint), type(value).__name__
+    raise ConfigError(f"{path}: expected {expected}, found {brief(value)} ({found})")
 
 
 def to_dict(config: Any) -> Any:

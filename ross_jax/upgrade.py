@@ -71,7 +71,7 @@ def upgrade(file: str, values: Mapping[str, Any]) -> dict[str, Any]:
       file: the file's name, as in `CHANGES`.
       values: what it holds, as JSON has it. The order of fields stays: arrays of a cache lie in it.
     """
-    leaves = list(_leaves(values))
+    leaves = list(_leaves(values)) if values else []
     for change in CHANGES:
         if change.file == file:
             kept = [leaf for leaf in leaves if not (change.gone and change.matches(leaf[0]))]

@@ -1,8 +1,9 @@
 """What a folder or file is that import cannot read as it is, and what to do with it."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from ross_jax.json_text import load_json
 
 LFS_POINTER = b"version https://git-lfs"
 """Beginning of the small text file that stands for a large one in a git repository."""
@@ -39,8 +40,8 @@ def deltas(folder: Path) -> str | None:
     if not found:
         return None
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        settings = load_json(folder / "adapter_config.json")
+    except (OSError, ValueError):
         settings = {}
     settings = settings if isinstance(settings, dict) else {}
     kind, base = settings.get("peft_type") or "LoRA", settings.get("base_model_name_or_path")

@@ -1,7 +1,6 @@
 """Opens foreign checkpoints: finds out what a folder or hub id holds, and reads its settings."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from ross_jax.convert import language, recognise, vision
 from ross_jax.convert.tensors import TensorFiles, open_tensors
 from ross_jax.directories import check_sums
 from ross_jax.hub import SECONDS, is_hub_id, say_asked
+from ross_jax.json_text import load_json
 
 Kind = Literal["ross", "adapters", "vision", "language", "autoencoder", "teacher"]
 
@@ -84,12 +84,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if recognise.pointers([path]):
             raise SourceError(f"{path}: not valid JSON but a git-lfs pointer; {recognise.FETCH}")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file") from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise SourceError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise SourceError(f"{path}: expected a JSON object, found {type(value).__name__}")

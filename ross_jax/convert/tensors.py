@@ -6,7 +6,6 @@ gigabytes. `safetensors_writer` writes them.
 
 import contextlib
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,13 @@ from ross_jax.config import UserError
 from ross_jax.convert import torch_pickle
 from ross_jax.convert.dtypes import DTYPES
 from ross_jax.convert.recognise import FETCH, LFS_POINTER
+from ross_jax.json_text import load_json
 
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
 """Names of weight files without their suffix, in order of preference."""
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+MAX_HEADER_BYTES = 2**24
+"""Most bytes of a safetensors header, enough for 100,000 tensors. Its reader can take thirty times as much memory."""
 
 
 class TensorError(UserError):
@@ -99,7 +101,11 @@ class TensorFiles(Mapping[str, TensorInfo]):
             with file.open("rb") as start:
                 if start.read(len(LFS_POINTER)) == LFS_POINTER:
                     raise TensorError(f"{file}: a git-lfs pointer, not the weights; {FETCH}")
+                start.seek(0)
+                header_bytes = int.from_bytes(start.read(8), "little")
             if file.suffix == ".safetensors":
+                if header_bytes > MAX_HEADER_BYTES:
+                    raise SafetensorError(f"a header of {header_bytes} bytes")
                 # Memory-mapped pages would count as the process's memory, so the file is read instead.
                 opened = self._opened.enter_context(safe_open(file, "numpy", backend="pread"))
                 headers = {key: opened.get_slice(key) for key in opened.offset_keys()}
@@ -221,14 +227,13 @@ def find_weights(path: Path | str) -> Path:
 def _read_index(index: Path) -> dict[str, Path]:
     """Tensor -> the shard that holds it."""
     try:
-        text = index.read_bytes()
+        with index.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise TensorError(f"{index}: a git-lfs pointer, not the index; {FETCH}")
+        content = load_json(index)
     except OSError as error:
         raise TensorError(f"{index}: {error.strerror or error}") from error
-    if text.startswith(LFS_POINTER):
-        raise TensorError(f"{index}: a git-lfs pointer, not the index; {FETCH}")
-    try:
-        content = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise TensorError(f"{index}: corrupt index: no valid JSON ({error})") from error
     weight_map: Any = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

@@ -24,8 +24,10 @@ import numpy as np
 
 from ross_jax.convert.dtypes import DTYPES
 
-MAX_PICKLE_BYTES = 2**24
-"""Enough for some 70,000 tensors. Objects in memory can take a hundred times as much as their pickle."""
+MAX_PICKLE_BYTES = 2**22
+"""Enough for some 17,000 tensors. Objects in memory can take a hundred times as much as their pickle."""
+MAX_DIRECTORY_BYTES = 2**23
+"""Most bytes of the archive's directory, which has an entry for each tensor."""
 MAX_EXPANDED_BYTES = 2**24
 """Most bytes of a tensor that is larger than its storage (stride 0), so that a small file cannot fill the memory."""
 MAX_RANK = 64
@@ -153,6 +155,10 @@ def _members(handle: BinaryIO) -> tuple[str, dict[str, tuple[int, int]]]:
     """Root folder of the archive, and name of each member -> (start, length) of its data in bytes."""
     size = os.fstat(handle.fileno()).st_size
     try:
+        # Python reads the whole directory at once, so its size is looked up first, as Python does.
+        end = zipfile._EndRecData(handle)
+        if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:
+            raise ValueError(f"a directory of {end[zipfile._ECD_SIZE]} bytes")
         entries = zipfile.ZipFile(handle).infolist()
     except (zipfile.BadZipFile, ValueError, OSError, RuntimeError, EOFError, struct.error) as error:
         raise TorchFileError(f"truncated or corrupt zip ({error}); download or copy it again") from error

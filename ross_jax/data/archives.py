@@ -4,6 +4,8 @@ Stores are safe in worker processes. No open file is pickled, and a forked proce
 `spelling.py` finds names that a record spells in another way than the store.
 """
 
+import bz2
+import io
 import os
 import posixpath
 import stat
@@ -22,6 +24,10 @@ T = TypeVar("T")
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
 _MAX_LINKS = 40  # links on the way to one file, as in Linux
+_MAX_TARGET = 4096  # bytes of a link's target, as in Linux
+MAX_IMAGE_BYTES = 64 * 2**20
+"""Most bytes of an image file, by default."""
+_PIECE = 4096  # compressed bytes of a zip's member that are decompressed at once, into up to 30 MB
 
 
 @runtime_checkable
@@ -45,8 +51,11 @@ class ImageStore(Protocol):
         ...
 
 
-def open_store(path: str | Path) -> ImageStore:
+def open_store(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> ImageStore:
     """Opens a folder, a .zip or an uncompressed .tar.
+
+    Args:
+      max_bytes: most bytes of an image file; larger ones are not read, whatever an archive says of their size.
 
     Raises:
       UserError: the path does not exist, or it is no folder and no archive that can be read at random.
@@ -54,13 +63,13 @@ def open_store(path: str | Path) -> ImageStore:
     path = Path(path)
     mode = file_mode(path)
     if stat.S_ISDIR(mode):
-        return Folder(path)
+        return Folder(path, max_bytes)
     if not mode:
         raise UserError(f"image folder {str(path)!r} does not exist; give a folder, a .zip or a .tar that does")
     try:
         with path.open("rb") as file:
             found = foreign_format(file.read(512))
-        return Zip(path) if zipfile.is_zipfile(path) else Tar(path)
+        return Zip(path, max_bytes) if zipfile.is_zipfile(path) else Tar(path, max_bytes)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     # Python's readers of archives raise several more for damaged ones, ValueError and EOFError among them.
@@ -108,7 +117,10 @@ class FileRange:
             if self._stat() != self.version:
                 raise UserError(f"{self._path}: was changed after it was opened; start again")
             self._descriptor = os.open(self._path, os.O_RDONLY)
-        return os.pread(self._descriptor, size, start)
+        data = os.pread(self._descriptor, size, start)
+        if len(data) < size:
+            raise UserError(f"{self._path}: has become shorter since it was opened; start again")
+        return data
 
     def _stat(self) -> tuple[int, int]:
         status = Path(self._path).stat()
@@ -125,8 +137,8 @@ class FileRange:
 class Folder:
     """Files below a folder. An absolute name is read as it is, as in the reference."""
 
-    def __init__(self, path: Path):
-        self.path = str(path)
+    def __init__(self, path: Path, max_bytes: int = MAX_IMAGE_BYTES):
+        self.path, self._max_bytes = str(path), max_bytes
 
     def names(self) -> list[str]:
         return _images(path[len(self.path) :].lstrip("/") for path in _walk(self.path))
@@ -135,7 +147,11 @@ class Folder:
         return self._find(name) is not None
 
     def read(self, name: str) -> bytes:
-        return reading(f"{self.path}/{name}", lambda: (self._find(name) or Path(self.path, name)).read_bytes())
+        def read() -> bytes:
+            with (self._find(name) or Path(self.path, name)).open("rb") as file:
+                return _read(file, self._max_bytes)
+
+        return reading(f"{self.path}/{name}", read)
 
     def _find(self, name: str) -> Path | None:
         for spelling in spellings(name):
@@ -193,11 +209,11 @@ def _walk(root: str) -> Iterator[str]:
 class Tar:
     """Members of an uncompressed tar file. Its headers are read once; each image is then one read of a known range."""
 
-    def __init__(self, path: Path):
-        self.path = str(path)
+    def __init__(self, path: Path, max_bytes: int = MAX_IMAGE_BYTES):
+        self.path, self._max_bytes = str(path), max_bytes
         links: dict[str, str] = {}
         self._members: dict[str, tuple[int, int]] = {}
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", tarinfo=_TarMember) as archive:
             for member in archive:
                 name = _clean(member.name)
                 if member.isreg():
@@ -216,14 +232,29 @@ class Tar:
         return self._index.find(name) is not None
 
     def read(self, name: str) -> bytes:
-        return reading(f"{self.path}/{name}", lambda: self._file.read(*self._members[self._index.target(name)]))
+        def read() -> bytes:
+            start, size = self._members[self._index.target(name)]
+            if size > self._max_bytes:
+                raise _too_large(self._max_bytes)
+            return self._file.read(start, size)
+
+        return reading(f"{self.path}/{name}", read)
+
+
+class _TarMember(tarfile.TarInfo):
+    """A header whose size is not below 0: Python would read the same header for ever."""
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.ReadError(f"a member of {count} bytes")
+        return super()._block(count)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Zip:
     """Members of a zip file, stored or compressed."""
 
-    def __init__(self, path: Path):
-        self.path = str(path)
+    def __init__(self, path: Path, max_bytes: int = MAX_IMAGE_BYTES):
+        self.path, self._max_bytes = str(path), max_bytes
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         self._members: dict[str, str] = {}
         links: dict[str, str] = {}
@@ -231,7 +262,7 @@ class Zip:
         for member in archive.infolist():
             name = _clean(member.filename)
             if stat.S_ISLNK(member.external_attr >> 16):
-                links[name] = _link_target(name, os.fsdecode(archive.read(member)))
+                links[name] = _link_target(name, os.fsdecode(_read_member(archive, member, _MAX_TARGET)))
             elif not member.is_dir():
                 self._members[name] = member.filename
         self._index = _Index(self._members, links)
@@ -252,7 +283,53 @@ class Zip:
         return self._index.find(name) is not None
 
     def read(self, name: str) -> bytes:
-        return reading(f"{self.path}/{name}", lambda: self._open().read(self._members[self._index.target(name)]))
+        def read() -> bytes:
+            return _read_member(self._open(), self._members[self._index.target(name)], self._max_bytes)
+
+        return reading(f"{self.path}/{name}", read)
+
+
+def _read_member(archive: zipfile.ZipFile, member: str | zipfile.ZipInfo, max_bytes: int) -> bytes:
+    with archive.open(member) as file:
+        if isinstance(decompressor := file._decompressor, bz2.BZ2Decompressor):  # pyright: ignore
+            file._decompressor = _BoundedBzip2(decompressor, max_bytes)  # pyright: ignore
+        return _read(file, max_bytes, _PIECE)
+
+
+class _BoundedBzip2:
+    """A decompressor of bzip2 that stops: 4 kB may hold gigabytes, and `zipfile` asks for all of them at once."""
+
+    def __init__(self, decompressor: bz2.BZ2Decompressor, max_bytes: int):
+        self._decompressor, self._max_bytes = decompressor, max_bytes
+
+    @property
+    def eof(self) -> bool:
+        return self._decompressor.eof
+
+    def decompress(self, data: bytes) -> bytes:
+        found = self._decompressor.decompress(data, self._max_bytes + 1)
+        if len(found) > self._max_bytes:
+            raise _too_large(self._max_bytes)
+        return found
+
+
+def _read(file: io.BufferedIOBase, max_bytes: int, piece: int = 2**20) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+      ImageError: they are more than `max_bytes`.
+    """
+    pieces, size = [], 0
+    while data := file.read(piece):
+        size += len(data)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        pieces.append(data)
+    return b"".join(pieces)
+
+
+def _too_large(max_bytes: int) -> ImageError:
+    return ImageError(f"has more than {max_bytes} bytes; scale it down, or raise data.max_image_bytes")
 
 
 class _Index:

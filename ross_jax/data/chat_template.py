@@ -44,7 +44,8 @@ class ChatTemplate:
         try:
             self(probe)
         except ConversationError as error:
-            raise UserError(f"template 'chatml' cannot use this tokenizer's chat template: {error}") from error
+            where = getattr(encoder.tokenizer, "name_or_path", "")
+            raise UserError(f"template 'chatml' cannot use the chat template of tokenizer {where}: {error}") from error
 
     def __call__(self, conversation: Conversation) -> list[Segment]:
         turns = conversation.turns
@@ -88,12 +89,10 @@ class ChatTemplate:
         return segments
 
     def _print(self, where: str, messages: list[Message], open_answer: bool = False) -> str:
-        from jinja2 import TemplateError
-
         tokenizer: Any = self.encoder.tokenizer
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and may raise anything
             raise ConversationError(f"{where}: the chat template refuses this conversation: {error}") from error
 
     def _template_text(self, text: str) -> list[Segment]:

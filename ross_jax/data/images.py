@@ -24,6 +24,15 @@ MAX_PIXELS = 178_956_970
 """Most pixels of a file, which is Pillow's own limit, and of the intermediate images that `preprocess` makes. A file of
 1 x 100000 pixels is small, but the square around it has 10^10."""
 
+MAX_MEMORY = 2**30
+"""Most bytes that decoding and preprocessing of one image may take. Each thread or process that reads may need them."""
+_DECODER_MEMORY = {"AVIF": 2.0, "JPEG2000": 5.5, "WEBP": 4.5, "TIFF": 2.0}
+_DECODER_MEMORY |= dict.fromkeys(("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "PPM", "TGA"), 0.0)
+"""Format -> bytes of each pixel and channel that its decoder needs beside the image. Others are taken to need 1."""
+_SAMPLE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
+"""Mode of an image -> bytes that Pillow stores for a pixel. All other modes have 4."""
+_STRIP = 2**22  # pixels that are converted at once
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -96,16 +105,25 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str) -> Image.Image:
       name: file name for errors.
 
     Raises:
-      ImageError: no image, truncated, more than `MAX_PIXELS`, or 32-bit samples, whose white is undefined.
+      ImageError: no image, truncated, more than `MAX_PIXELS` or `MAX_MEMORY`, 32-bit samples, whose white is undefined,
+        or PostScript, which is a program.
     """
     with _refusing_broken(name, data):
         image = _turn_upright(_open(data))
         if image.mode in _SIXTEEN_BIT:
-            wide = np.asarray(image).astype(np.uint32)
-            return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+            return _from_sixteen_bit(image)
         if image.mode in ("I", "F"):
-            raise ImageError(f"{name}: 32-bit samples (mode {image.mode}) of unknown range; save it in 8 or 16 bits")
-        return image.convert("RGB")
+            raise ImageError(f"32-bit samples (mode {image.mode}) of unknown range; save it in 8 or 16 bits")
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_sixteen_bit(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image in RGB, converted in strips: NumPy's intermediate arrays take four times the memory."""
+    result, rows = Image.new("RGB", image.size), max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height)))).astype(np.uint32)
+        result.paste(Image.fromarray(((strip + 128) // 257).astype(np.uint8)), (0, top))
+    return result
 
 
 def decode_official(data: bytes | np.ndarray, name: str) -> Image.Image:
@@ -125,7 +143,7 @@ def _open(data: bytes | np.ndarray | Image.Image) -> Image.Image:
         return Image.fromarray(data[..., 0] if data.ndim == 3 and data.shape[-1] == 1 else data)
     try:
         return _load(data)
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, ImageError):
         raise
     except Exception:  # see `_refusing_broken`
         pixels = without_metadata(data)
@@ -136,8 +154,24 @@ def _open(data: bytes | np.ndarray | Image.Image) -> Image.Image:
 
 def _load(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data))
+    if image.format == "EPS":
+        raise ImageError("is PostScript, which is a program; save it as PNG")
+    channels = len(image.getbands())
+    decoder = 2.0 if image.info.get("progressive") else _DECODER_MEMORY.get(image.format or "", 1.0)
+    _check_memory(image.size, _stored(image) + channels * decoder)
     image.load()
+    _check_memory(image.size, _stored(image) + (4 if image.mode != "RGB" else 0))  # an icon has another size now
     return image
+
+
+def _stored(image: Image.Image) -> int:
+    return _SAMPLE_BYTES.get(image.mode, 4)
+
+
+def _check_memory(size: tuple[int, int], per_pixel: int | float) -> None:
+    width, height = size
+    if (needed := int(width * height * per_pixel)) > MAX_MEMORY:
+        raise ImageError(f"{width} x {height} pixels need {needed} bytes of memory, not {MAX_MEMORY}; scale it down")
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
@@ -146,15 +180,18 @@ def _turn_upright(image: Image.Image) -> Image.Image:
         turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow raises anything for broken EXIF, from SyntaxError to struct.error
         return image
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    _check_memory(image.size, 2 * _stored(image))
+    return image.transpose(turn)
 
 
 @contextlib.contextmanager
 def _refusing_broken(name: str, data: bytes | np.ndarray | Image.Image) -> Iterator[None]:
     try:
         yield
-    except ImageError:
-        raise
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
     except Image.UnidentifiedImageError as error:
         found = foreign_format(data) if isinstance(data, bytes) else None
         raise ImageError(f"{name}: {found or 'empty, or no image that Pillow can read'}") from error
@@ -174,7 +211,7 @@ def preprocess(image: Image.Image, config: ImageConfig, name: str = "image") -> 
       uint8[size, size, 3].
 
     Raises:
-      ImageError: an intermediate image would exceed `MAX_PIXELS`, because the aspect ratio is extreme.
+      ImageError: an intermediate image would exceed `MAX_PIXELS` or `MAX_MEMORY`, because the aspect ratio is extreme.
     """
     shortest_edge = config.shortest_edge
     if config.mode == "pad":
@@ -189,8 +226,8 @@ def preprocess(image: Image.Image, config: ImageConfig, name: str = "image") -> 
     _check_area(shortest_edge * longest_edge, image, name)
     width, height = (shortest_edge, longest_edge) if width <= height else (longest_edge, shortest_edge)
     left, top = (width - config.size) // 2, (height - config.size) // 2
-    resized = np.asarray(image.resize((width, height), resample))
-    return np.ascontiguousarray(resized[top : top + config.size, left : left + config.size])
+    resized = image.resize((width, height), resample)
+    return np.asarray(resized.crop((left, top, left + config.size, top + config.size)))
 
 
 def _expand_to_square(image: Image.Image, mean: Colour, name: str) -> Image.Image:
@@ -205,6 +242,6 @@ def _expand_to_square(image: Image.Image, mean: Colour, name: str) -> Image.Imag
 
 
 def _check_area(pixels: int, image: Image.Image, name: str) -> None:
-    if pixels > MAX_PIXELS:
-        width, height = image.size
+    width, height = image.size
+    if pixels > MAX_PIXELS or 4 * (width * height + pixels) > MAX_MEMORY:
         raise ImageError(f"{name}: {width} x {height} would become {pixels} pixels in between; crop or scale it")

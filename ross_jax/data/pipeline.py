@@ -21,7 +21,8 @@ from absl import flags
 from grain.experimental import DatasetOptions, WithOptionsIterDataset
 from grain.sources import RandomAccessDataSource
 
-from ross_jax.config import Range, Share, Size, UserError, Whole, to_dict
+from ross_jax.config import Count, Range, Share, Size, UserError, Whole, to_dict
+from ross_jax.data.archives import MAX_IMAGE_BYTES
 from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, expand, place
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
 from ross_jax.data.conversation import IMAGE_ID, Encoder
@@ -49,6 +50,7 @@ class DataConfig:
       seed: settles the order of samples and rows.
       max_broken: share of broken samples above which the run stops; see `sources.BrokenSamples`.
       max_dropped: share of samples that exceed a row above which a new run does not begin.
+      max_image_bytes: most bytes of an image file, packed or not; a sample with a larger one is broken.
       workers: processes that read, each one batch at a time. 0: threads of this process read, which is often fast
         enough, because decoding and resizing images release the interpreter lock.
       threads: threads that read, each one batch at a time, if there are no workers.
@@ -65,6 +67,7 @@ class DataConfig:
     seed: Whole = 0
     max_broken: Share = 0.01
     max_dropped: Share = 0.2
+    max_image_bytes: Count = MAX_IMAGE_BYTES
     workers: Annotated[int, Range(0, 1024)] = 0
     threads: Annotated[int, Range(0, 1024)] = 4
     prefetch: Annotated[int, Range(1, 1024)] = 2
@@ -430,7 +433,7 @@ def open_pipeline(
             f"the run has {rows_per_step} rows per step, which {multiple} (devices along data and fsdp, times "
             "step.accumulate) does not divide; continue it on another number of devices"
         )
-    source, versions = open_sources(config.sources, known)
+    source, versions = open_sources(config.sources, known, config.max_image_bytes)
     opened(source.fingerprint, versions)
     report_fields(source, config.max_broken)
     if config.cache and preprocessing.encode_key:

@@ -22,11 +22,16 @@ import numpy as np
 from ross_jax.config import UserError, required
 from ross_jax.data.archives import FileRange
 from ross_jax.data.formats import foreign_format
+from ross_jax.json_text import check_depth
 
 _BLANK = re.compile(r"[ \t\n\r\ufeff]*")  # white space of JSON, and a byte order mark
 _PIECE = 2**20  # bytes that are read at once
+MAX_RECORD = 2**24
+"""Most bytes of a record. Its objects in memory can take thirty times as much."""
 _LONGEST_ATOM = 16  # characters: a number's or word's end, or an escape, that a piece may cut
 _DECODER = json.JSONDecoder()
+
+_TOO_LONG = f"a record of more than {MAX_RECORD} bytes (is a quote or a bracket missing? images belong in files)"
 
 Record = dict[str, Any]
 Located = tuple[Any, int, int]
@@ -125,7 +130,7 @@ class RecordFile(Sequence[Record]):
         start, end = self._spans[index].tolist()
         try:
             return json.loads(self._file.read(start, end - start))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path}: was changed while it was read; start again") from error
 
     def place(self, index: int) -> str:
@@ -139,7 +144,9 @@ def _lines(file: BinaryIO, path: str, hashed: Hashed) -> Iterator[tuple[int, Any
         raise UserError(f"{path}: line 1 is a JSON list, or its beginning; name a file that is one list .json")
     file.seek(0)
     start = 0
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD + 1), b""), start=1):
+        if len(line) > MAX_RECORD:
+            raise _corrupt(path, number, 1, _TOO_LONG)
         hashed(line)
         try:
             text = line.removesuffix(b"\n").decode()
@@ -149,6 +156,7 @@ def _lines(file: BinaryIO, path: str, hashed: Hashed) -> Iterator[tuple[int, Any
         if first < len(text):
             try:
                 record, end = _DECODER.raw_decode(text, first)
+                check_depth(record)
                 if (rest := _BLANK.match(text, end).end()) < len(text):
                     raise json.JSONDecodeError("Extra data", text, rest)
             except json.JSONDecodeError as error:
@@ -217,9 +225,14 @@ class _Text:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self.position)
+                check_depth(value)
+                if end - self.position > MAX_RECORD:
+                    raise ValueError(_TOO_LONG)
                 break
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - _LONGEST_ATOM
+                if cut and len(self._text) - self.position > MAX_RECORD:
+                    raise self.corrupt(_TOO_LONG) from error
                 if not cut or not self._more():
                     raise self.corrupt(error.msg, error.pos) from error
             except (ValueError, RecursionError) as error:  # a number of 4300 digits, a list in a list in a list ...

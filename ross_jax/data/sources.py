@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from ross_jax.config import UserError
-from ross_jax.data.archives import ImageStore, file_mode, open_store, reading
+from ross_jax.data.archives import MAX_IMAGE_BYTES, ImageStore, file_mode, open_store, reading
 from ross_jax.data.conversation import no_conversations, sample_name
 from ross_jax.data.fields import Survey, record_images
 from ross_jax.data.images import ImageError
@@ -102,32 +102,37 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-def open_source(config: SourceConfig, known: Version | None = None) -> Source:
+def open_source(config: SourceConfig, known: Version | None = None, max_image_bytes: int = MAX_IMAGE_BYTES) -> Source:
     """Opens one source.
 
     Args:
       known: an earlier version of its file. While size and time are the same, its fingerprint holds.
+      max_image_bytes: most bytes of an image file in a folder or archive.
 
     Raises:
       UserError: the source does not exist, is empty, or is corrupt (with line and column).
     """
     if config.kind == "images":
-        return ImageSource(config.path)
+        return ImageSource(config.path, max_image_bytes)
     if config.kind == "tfds":
         return TfdsSource(config.path, config.split, config.data_dir, config.caption)
-    return LlavaSource(config.path, config.images, known)
+    return LlavaSource(config.path, config.images, known, max_image_bytes)
 
 
-def open_sources(configs: Sequence[SourceConfig], known: Sequence[Version] = ()) -> tuple[Source, list[Version]]:
+def open_sources(
+    configs: Sequence[SourceConfig], known: Sequence[Version] = (), max_image_bytes: int = MAX_IMAGE_BYTES
+) -> tuple[Source, list[Version]]:
     """Opens sources as one data set, and tells what is to be remembered of each.
 
     Args:
       known: an earlier version of each source; may be empty.
+      max_image_bytes: as of `open_source`.
 
     Raises:
       UserError: as in `open_source`.
     """
-    sources = [open_source(*pair) for pair in zip(configs, known or [None] * len(configs), strict=True)]
+    pairs = zip(configs, known or [None] * len(configs), strict=True)
+    sources = [open_source(*pair, max_image_bytes) for pair in pairs]
     versions = [
         source.version if isinstance(source, LlavaSource) else Version(config.path, len(source), source.fingerprint)
         for config, source in zip(configs, sources, strict=True)
@@ -166,10 +171,16 @@ class LlavaSource:
       survey: what of its records is not read.
     """
 
-    def __init__(self, path: str | Path, images: Sequence[str] = (), known: Version | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        images: Sequence[str] = (),
+        known: Version | None = None,
+        max_image_bytes: int = MAX_IMAGE_BYTES,
+    ):
         self.survey = Survey()
         self._records = RecordFile(path, known, self.survey.add)
-        self._images = _Mounts(images)
+        self._images = _Mounts(images, max_image_bytes)
         self.version = self._records.version
         self.fingerprint = self.version.fingerprint
 
@@ -190,11 +201,11 @@ class LlavaSource:
 class _Mounts:
     """Several stores of images with one name space; see `SourceConfig.images`."""
 
-    def __init__(self, places: Sequence[str]):
+    def __init__(self, places: Sequence[str], max_bytes: int):
         self._stores: list[tuple[str, ImageStore]] = []
         for place in places:
             prefix, _, path = ("", "", place) if file_mode(Path(place)) else place.rpartition("=")
-            self._stores.append((prefix.rstrip("/") + "/" if prefix else "", open_store(path)))
+            self._stores.append((prefix.rstrip("/") + "/" if prefix else "", open_store(path, max_bytes)))
 
     def image(self, name: str) -> LazyImage:
         return LazyImage(briefly(name), lambda: self._read(name))
@@ -224,8 +235,8 @@ def _no_file_name(name: str) -> str | None:
 class ImageSource:
     """Images without text: every image file below a folder or in an archive, ordered by name."""
 
-    def __init__(self, path: str | Path):
-        self._store = open_store(path)
+    def __init__(self, path: str | Path, max_image_bytes: int = MAX_IMAGE_BYTES):
+        self._store = open_store(path, max_image_bytes)
         self._names = self._store.names()
         if not self._names:
             raise UserError(f"{path}: no image in it")

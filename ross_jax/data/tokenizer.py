@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ross_jax.config import UserError, nearest
+from ross_jax.data.tokenizer_check import PROBE, checking, default_template, probe
 from ross_jax.hub import hub_answers, is_hub_id, say_asked
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -32,7 +33,6 @@ _FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template*", "ad
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _CLASSES = {"tokenizer.model": "LlamaTokenizer", "vocab.json": "Qwen2Tokenizer"}
 """Vocabulary without `tokenizer.json` -> the class that reads it where `tokenizer_config.json` names none."""
-_PROBE = "The cat's  3,141 kittens:\n\n\t• naïve café 中文。😀 <image> </s><|im_end|> USER: A</s>"
 
 
 def load_tokenizer(name: str | Path, max_length: int | None = None) -> Any:
@@ -59,19 +59,28 @@ def load_tokenizer(name: str | Path, max_length: int | None = None) -> Any:
         raise UserError(f"tokenizer {name}: there is no such folder")
     try:
         tokenizer = _read_folder(folder) if folder.is_dir() else _from_hub(str(name))
-        TextEncoder(tokenizer).encode(_PROBE)  # a wrong class may load, and fail at the first text
-    except Exception as error:  # transformers and its Rust backend raise many types, some of them plain Exception
+        TextEncoder(tokenizer).encode(PROBE)  # a wrong class may load, and fail at the first text
+    except UserError:
+        raise
+    except BaseException as error:  # transformers raises many types, and its Rust backend PanicException
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if folder.is_dir():
+            if own := _own_code(folder):
+                reason = f"it has code of its own for it ({own}), which is never run; name a class of transformers"
             raise UserError(f"tokenizer {name}: transformers cannot read this folder: {reason}") from error
         raise UserError(
             f"tokenizer {name}: there is no such folder, and the hub does not give it either ({reason}); "
             "give the path of a downloaded tokenizer"
         ) from error
+    vocabulary = tokenizer.get_vocab()
+    token, index = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
+    if index >= 2**31:
+        raise UserError(f"tokenizer {name}: the token {token[:40]!r} has the id {index}; ids have 31 bits")
     if max_length is not None:
         tokenizer.model_max_length = max_length
     if tokenizer.pad_token is None:
-        vocabulary = tokenizer.get_vocab()
         candidates = (tokenizer.unk_token, "<|end_of_text|>", tokenizer.eos_token)
         tokenizer.pad_token = next((token for token in candidates if token in vocabulary), None)
     return tokenizer
@@ -92,8 +101,16 @@ def _import_transformers() -> Any:
     return transformers
 
 
+def _own_code(folder: Path) -> str | None:
+    """The Python class that a folder brings for its tokenizer, such as `tokenization.MyTokenizer`; None if none."""
+    named = _config(folder).get("auto_map")
+    named = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    return str(next(filter(None, named), None)) if isinstance(named, list) else named and str(named)
+
+
 def _read_folder(folder: Path) -> Any:
-    transformers = _import_transformers()
+    with checking(folder, tokenizer_files(folder)):
+        transformers = _import_transformers()
     # With the config.json of a model, transformers would choose a class that reads the same files differently.
     config = transformers.PreTrainedConfig()
     if not (folder / "tokenizer.json").exists():
@@ -118,7 +135,9 @@ def _from_hub(name: str) -> Any:
     say_asked(name)
     offline = not hub_answers(name)
     auto = _import_transformers().AutoTokenizer
-    return auto.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
+    tokenizer = auto.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
+    probe(name, [], default_template(tokenizer.chat_template))
+    return tokenizer
 
 
 def tokenizer_files(folder: Path, patterns: Sequence[str] = _FILES) -> dict[str, Path]:
@@ -168,7 +187,7 @@ def save_tokenizer(name: str | Path, folder: Path) -> None:
 def fingerprint(tokenizer: Any) -> dict[str, str]:
     """Hashes of what a tokenizer does: of its vocabulary, and of the ids of a text. Equal ones give equal ids."""
     encoder = TextEncoder(tokenizer)
-    ids = [encoder.start, encoder.encode(_PROBE), encoder.encode(_PROBE, continues=True)]
+    ids = [encoder.start, encoder.encode(PROBE), encoder.encode(PROBE, continues=True)]
     contents = {"vocabulary": [*sorted(tokenizer.get_vocab().items()), *sorted(encoder.special)], "probe": ids}
     return {name: hashlib.sha256(repr(content).encode()).hexdigest() for name, content in contents.items()}
 

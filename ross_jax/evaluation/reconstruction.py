@@ -16,7 +16,7 @@ from ross_jax.config import ConfigError
 from ross_jax.data.batches import Batch, expand
 from ross_jax.data.encoders import build_image_encoder
 from ross_jax.data.images import decode, decode_official, preprocess
-from ross_jax.data.sources import Concatenated, open_source
+from ross_jax.data.sources import open_sources
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.evaluation.images import psnr, ssim, to_uint8
 from ross_jax.inference.prompts import prompt_batches
@@ -39,7 +39,7 @@ def read_images(config: RunConfig) -> list[UInt8[np.ndarray, "side side 3"]]:
       ConfigError: no sample has an image.
       UserError: a source or an image cannot be read.
     """
-    source = Concatenated([open_source(each) for each in config.evaluation.sources])
+    source, _ = open_sources(config.evaluation.sources, max_image_bytes=config.data.max_image_bytes)
     read = decode_official if config.text.compat == "official" else decode
     count = min(config.evaluation.count, len(source))
     found = [image for i in range(count) for image in source[i * len(source) // count].images[:1]]

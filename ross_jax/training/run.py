@@ -24,6 +24,7 @@ from ross_jax.data.precomputed import differences
 from ross_jax.data.records import Version
 from ross_jax.data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, save_tokenizer
 from ross_jax.directories import DamagedError, lock
+from ross_jax.json_text import load_json
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
@@ -83,9 +84,10 @@ def open_data(config: RunConfig, mesh: Mesh, known: Known = Known(), timeout: in
     model, text = config.model, config.text
     tokenizer = load_tokenizer(text.tokenizer)
     check_fingerprint(tokenizer, known.tokenizer, f"config.text.tokenizer {text.tokenizer}")
-    if len(tokenizer) > model.language.vocab_size:
+    size = max(tokenizer.get_vocab().values()) + 1
+    if size > model.language.vocab_size:
         raise ConfigError(
-            f"config.text.tokenizer: {len(tokenizer)} ids, but the language model embeds {model.language.vocab_size}"
+            f"config.text.tokenizer: {size} ids, but the language model embeds {model.language.vocab_size}"
         )
     encode = build_training_encoder(text.template, tokenizer, text.compat, text_loss=bool(text.weight))
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -390,7 +392,7 @@ def _parse_record(path: Path) -> dict[str, Any] | None:
       DamagedError: it cannot be read, or is not as it was written.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = load_json(path)
         if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
             raise ValueError("it has no config")
     except FileNotFoundError:

@@ -75,7 +75,7 @@ def test_folders_that_hold_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json\.xz must be decompressed first"):
         load_tokenizer(empty)
     (saved / "tokenizer.json").write_text('{"truncated": ')
-    with pytest.raises(UserError, match=f"tokenizer {saved}: transformers cannot read this folder"):
+    with pytest.raises(UserError, match=f"tokenizer {saved}: tokenizer.json cannot be read"):
         load_tokenizer(saved)
 
 
