@@ -23,6 +23,7 @@ from ross_jax.training import agreement
 from ross_jax.training.profile import Tracer, parse_steps
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run, flatten_config, only_writer
+from ross_jax.training.watch import StallWatch
 
 _CONFIG = command_line.define_recipe()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, shared by all hosts.", required=True)
@@ -40,6 +41,13 @@ _START_TIMEOUT = flags.DEFINE_integer(
 )
 _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status", 0, "Exit status of a run that a signal ended before its end.", 0, 255
+)
+_STALL_TIMEOUT = flags.DEFINE_integer(
+    "stall_timeout",
+    0,
+    "Seconds without a step after which the run ends with status 75. 0: 20 times the median step, at least 300.",
+    0,
+    10**6,
 )
 _ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "Continue although the text of the data has changed.")
 _ADOPT = flags.DEFINE_bool(
@@ -77,6 +85,7 @@ def main() -> int:
         with contextlib.ExitStack() as stack:
             stack.enter_context(only_writer(folder))
             run = Run(config, folder, _START_TIMEOUT.value, _ACCEPT.value, _ADOPT.value)
+            stack.enter_context(StallWatch(run.clock, _STALL_TIMEOUT.value))
             callbacks = make_callbacks(config, run.mesh)
             if traced:
                 callbacks.append(stack.enter_context(Tracer(folder / "profile", *traced, run.step, run.steps)))

@@ -35,8 +35,8 @@ _LEAVE = 5.0
 _FAILURES = "ross_jax/failures/"
 _SHOWN = 4
 """Most differences, or processes with the same value, that a message names."""
-_TRY_AGAIN = 75
-"""Exit status if a process is missing: EX_TEMPFAIL of sysexits.h."""
+TRY_AGAIN = 75
+"""Exit status if the same command may succeed later, as where a process is missing: EX_TEMPFAIL of sysexits.h."""
 _FOREVER = 365 * 24 * 3600
 _numbers = itertools.count()
 
@@ -75,7 +75,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None, ti
                 file=sys.stderr,
                 flush=True,
             )
-            os._exit(_TRY_AGAIN)
+            os._exit(TRY_AGAIN)
 
     threading.Thread(target=give_up, daemon=True).start()
     name = f"process {'?' if process is None else process} on {socket.gethostname()}"
@@ -104,7 +104,7 @@ def leave(error: UserError) -> None:
             state.client.key_value_set(f"{_FAILURES}{state.process_id}", f"on {socket.gethostname()}: {error}")
         if state.process_id == 0:
             time.sleep(_LEAVE)
-    os._exit(_TRY_AGAIN if isinstance(error, MissingError) else 1)
+    os._exit(TRY_AGAIN if isinstance(error, MissingError) else 1)
 
 
 def agree(facts: Mapping[str, Any], timeout: int) -> None:

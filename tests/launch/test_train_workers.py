@@ -1,6 +1,7 @@
 """Runs with data workers: what becomes of the run if a worker ends, and of the workers if the run ends."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,10 +16,14 @@ pytestmark = pytest.mark.slow
 READING = ("--config.data.workers=2", "--config.data.epochs=200", "--config.loop.save=2000")
 
 
-def start(recipe, workdir) -> tuple[subprocess.Popen, list[int]]:
+def start(recipe, workdir, *flags) -> tuple[subprocess.Popen, list[int]]:
     """A run in its own process group that has done a step, and its data workers."""
     process = subprocess.Popen(
-        command(recipe, workdir, *READING), stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+        command(recipe, workdir, *READING, *flags),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
     )
     before = len(step_lines(workdir))
     while len(step_lines(workdir)) <= before and process.poll() is None:
@@ -43,3 +48,18 @@ def test_a_run_and_its_workers_end_together(recipe, tmp_path):
     assert process.returncode == 1
     assert said.splitlines()[-1].startswith(f"error: data worker {workers[1]} was killed by SIGKILL: likely out of mem")
     assert "Traceback" not in said and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_a_run_that_hangs_says_where_and_ends(recipe, tmp_path):
+    """A worker that does not go on ends the run with status 75, the stacks of its threads, and what to do."""
+    process, workers = start(recipe, tmp_path / "run", "--stall_timeout=15")
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 75, said
+    *stacks, last = said.splitlines()
+    assert re.fullmatch(r"error: no step for \d+ s after step \d+: the run hangs while it waited for data; .*", last)
+    assert any("most recent call first" in line for line in stacks) and any(
+        "data/workers.py" in line for line in stacks
+    )
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
