@@ -42,6 +42,9 @@ _START_TIMEOUT = flags.DEFINE_integer(
 _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status", 0, "Exit status of a run that a signal ended before its end.", 0, 255
 )
+_LOST_HOST_TIMEOUT = flags.DEFINE_integer(
+    "lost_host_timeout", 100, "Seconds within which all processes end, with status 75, after one is lost.", 20, 10**6
+)
 _STALL_TIMEOUT = flags.DEFINE_integer(
     "stall_timeout",
     0,
@@ -76,7 +79,8 @@ def main() -> int:
     try:
         traced = parse_steps(_PROFILE.value) if _PROFILE.value is not None else None
         if _DISTRIBUTED.value:
-            agreement.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _START_TIMEOUT.value)
+            place = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+            agreement.join(*place, _START_TIMEOUT.value, _LOST_HOST_TIMEOUT.value)
         config, folder = from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value)
         facts = {f"config.{name}": value for name, value in flatten_config(config).items()}
         agreement.agree(facts | agreement.code_version(), _START_TIMEOUT.value)
@@ -95,6 +99,10 @@ def main() -> int:
         if _DISTRIBUTED.value:
             agreement.leave(error)
         return 1
+    except Exception as error:
+        if _DISTRIBUTED.value:
+            agreement.leave_unexpectedly(error, _LOST_HOST_TIMEOUT.value)
+        raise
     skipped = f", {run.data.broken} broken samples skipped" if run.data.broken else ""
     say(f"{_WORKDIR.value}: {done} of {run.steps} steps{skipped}", sys.stdout)
     return 0 if done == run.steps else _STOPPED_STATUS.value

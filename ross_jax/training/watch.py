@@ -8,8 +8,8 @@ import time
 from types import TracebackType
 
 from ross_jax import process
-from ross_jax.training.agreement import TRY_AGAIN
 from ross_jax.training.goodput import Clock
+from ross_jax.training.heartbeat import TRY_AGAIN
 
 _FACTOR, _LEAST = 20, 300.0
 """Without a timeout, a step may take this many median steps, and so many seconds at least."""
