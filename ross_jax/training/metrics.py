@@ -280,7 +280,7 @@ class Writer:
         text = (
             f"step {step}/{steps}{text_loss}  reconstruction {values['reconstruction_loss']:.4f}  "
             f"gradient {values['gradient_norm']:.2f}  {values['seconds_per_step']:.2f} s/step  "
-            f"{_duration(rest)} left"
+            f"{duration(rest)} left"
         )
         process.say(text, self._stream)
 
@@ -339,6 +339,7 @@ class Reporter:
         self.image("evaluation", step, image)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`12 s`, `34 min`, `5.6 h`."""
     minutes, hours = seconds / 60, seconds / 3600
     return f"{seconds:.0f} s" if minutes < 1 else f"{minutes:.0f} min" if hours < 1 else f"{hours:.1f} h"
