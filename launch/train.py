@@ -23,6 +23,7 @@ from ross_jax.training import agreement
 from ross_jax.training.profile import Tracer, parse_steps
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run, flatten_config, only_writer
+from ross_jax.training.watch import StallWatch
 
 _CONFIG = command_line.define_recipe()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, shared by all hosts.", required=True)
@@ -40,6 +41,16 @@ _START_TIMEOUT = flags.DEFINE_integer(
 )
 _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status", 0, "Exit status of a run that a signal ended before its end.", 0, 255
+)
+_LOST_HOST_TIMEOUT = flags.DEFINE_integer(
+    "lost_host_timeout", 100, "Seconds within which all processes end, with status 75, after one is lost.", 20, 10**6
+)
+_STALL_TIMEOUT = flags.DEFINE_integer(
+    "stall_timeout",
+    0,
+    "Seconds without a step after which the run ends with status 75. 0: 20 times the median step, at least 300.",
+    0,
+    10**6,
 )
 _ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "Continue although the text of the data has changed.")
 _ADOPT = flags.DEFINE_bool(
@@ -68,7 +79,8 @@ def main() -> int:
     try:
         traced = parse_steps(_PROFILE.value) if _PROFILE.value is not None else None
         if _DISTRIBUTED.value:
-            agreement.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _START_TIMEOUT.value)
+            place = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+            agreement.join(*place, _START_TIMEOUT.value, _LOST_HOST_TIMEOUT.value)
         config, folder = from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value)
         facts = {f"config.{name}": value for name, value in flatten_config(config).items()}
         agreement.agree(facts | agreement.code_version(), _START_TIMEOUT.value)
@@ -77,6 +89,7 @@ def main() -> int:
         with contextlib.ExitStack() as stack:
             stack.enter_context(only_writer(folder))
             run = Run(config, folder, _START_TIMEOUT.value, _ACCEPT.value, _ADOPT.value)
+            stack.enter_context(StallWatch(run.clock, _STALL_TIMEOUT.value))
             callbacks = make_callbacks(config, run.mesh)
             if traced:
                 callbacks.append(stack.enter_context(Tracer(folder / "profile", *traced, run.step, run.steps)))
@@ -86,6 +99,10 @@ def main() -> int:
         if _DISTRIBUTED.value:
             agreement.leave(error)
         return 1
+    except Exception as error:
+        if _DISTRIBUTED.value:
+            agreement.leave_unexpectedly(error, _LOST_HOST_TIMEOUT.value)
+        raise
     skipped = f", {run.data.broken} broken samples skipped" if run.data.broken else ""
     say(f"{_WORKDIR.value}: {done} of {run.steps} steps{skipped}", sys.stdout)
     return 0 if done == run.steps else _STOPPED_STATUS.value

@@ -116,3 +116,9 @@ def losses(workdir: Path) -> np.ndarray:
 def parameters(workdir: Path) -> dict[str, np.ndarray]:
     """Path -> parameter of a run."""
     return flatten(checkpoints.restore_model(workdir, checkpoints.model_abstract(workdir)))
+
+
+def data_workers(run: int) -> list[int]:
+    """Process ids of the data workers of a run, from its own."""
+    children = [int(text) for file in Path(f"/proc/{run}/task").glob("*/children") for text in file.read_text().split()]
+    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]

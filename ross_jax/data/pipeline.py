@@ -9,7 +9,6 @@ step, and any number of processes reads the same rows together.
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Annotated, Any
 
 import grain
 import numpy as np
-from absl import flags
-from grain.experimental import DatasetOptions, WithOptionsIterDataset
 from grain.sources import RandomAccessDataSource
 
 from ross_jax.config import Count, Range, Share, Size, UserError, Whole, to_dict
@@ -31,6 +28,7 @@ from ross_jax.data.packing import Lengths, PackingConfig, PackingPlan, PlanSetti
 from ross_jax.data.precomputed import Precomputed
 from ross_jax.data.records import Version
 from ross_jax.data.sources import BrokenSamples, Sample, SampleError, Source, SourceConfig, open_sources, report_fields
+from ross_jax.data.workers import Workers
 
 Broken = tuple[int, str]
 """Index of a sample that cannot be used, and why."""
@@ -132,21 +130,13 @@ def expand_sample(sample: Sample, preprocessing: Preprocessing, packing: Packing
     return expanded
 
 
-def _read_in_order(items: RandomAccessDataSource, start: int, config: DataConfig) -> grain.DatasetIterator:
+def _read_in_order(items: RandomAccessDataSource, start: int, config: DataConfig) -> Workers | grain.DatasetIterator:
     """Iterates over `items[start:]` in order. Threads or worker processes read ahead."""
-    threads = 0 if config.workers else config.threads
-    ahead = max(config.prefetch, threads) if threads else 0
-    dataset = grain.MapDataset.source(items)[start:]
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
     if config.workers:
-        if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags, and not every program parses them
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
-        dataset = dataset.mp_prefetch(options)
-        # Batches come through pipes. Containers often have 64 MB of shared memory, which is grain's default, and a
-        # worker that exceeds it is killed by SIGBUS.
-        dataset = WithOptionsIterDataset(dataset, DatasetOptions(min_shm_size=sys.maxsize))
-    return iter(dataset)
+        return Workers(items, start, config.workers, config.prefetch)
+    ahead = max(config.prefetch, config.threads) if config.threads else 0
+    dataset = grain.MapDataset.source(items)[start:]
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=ahead)))
 
 
 class _Measure:

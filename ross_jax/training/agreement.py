@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,12 @@ from jax._src import distributed  # JAX has no public way to the coordinator's k
 
 from ross_jax.checkpoints import writing
 from ross_jax.config import ConfigError, UserError
+from ross_jax.training.heartbeat import FAILURES, LEAVE, POLL, TRY_AGAIN, Heartbeat
 
-_POLL = 2.0
-"""Seconds between two looks at whether another process has failed."""
 _SHARED = 60
 """Seconds within which a new file must be seen on all hosts: NFS caches directories for as long."""
-_LEAVE = 5.0
-"""Seconds that the coordinator outlives a failure, so that the other processes can read it."""
-_FAILURES = "ross_jax/failures/"
 _SHOWN = 4
 """Most differences, or processes with the same value, that a message names."""
-_TRY_AGAIN = 75
-"""Exit status if a process is missing: EX_TEMPFAIL of sysexits.h."""
 _FOREVER = 365 * 24 * 3600
 _numbers = itertools.count()
 
@@ -51,14 +46,15 @@ class MissingError(PeerError):
     """Another process is not there, so that the same command may succeed later."""
 
 
-def join(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> None:
-    """Meets the other processes of the cluster.
+def join(coordinator: str | None, processes: int | None, process: int | None, timeout: int, lost: int = 100) -> None:
+    """Meets the other processes of the cluster, and ends this one if later one of them is lost or fails.
 
     Ends the process with status 75 if not all come within `timeout` seconds. JAX would abort it with a stack trace.
 
     Args:
       coordinator, processes, process: address of process 0, number of processes, and number of this one. None: what JAX
         finds out itself.
+      lost: seconds within which this process ends after another one is lost.
 
     Raises:
       ConfigError: there is no cluster, or one that JAX does not recognise.
@@ -75,17 +71,25 @@ def join(coordinator: str | None, processes: int | None, process: int | None, ti
                 file=sys.stderr,
                 flush=True,
             )
-            os._exit(_TRY_AGAIN)
+            os._exit(TRY_AGAIN)
 
     threading.Thread(target=give_up, daemon=True).start()
     name = f"process {'?' if process is None else process} on {socket.gethostname()}"
     print(f"{name} waits for the others", file=sys.stderr, flush=True)
     try:
-        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=timeout + 60)
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=2 * lost + 60,  # JAX aborts, and so shall come later than `Heartbeat`
+        )
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"--distributed: {error} Set --coordinator, --processes and --process") from error
     finally:
         together.set()
+    if not alone():
+        Heartbeat(distributed.global_state, lost).start()
 
 
 def alone() -> bool:
@@ -101,10 +105,21 @@ def leave(error: UserError) -> None:
     if not alone():
         state = distributed.global_state
         if not isinstance(error, PeerError):
-            state.client.key_value_set(f"{_FAILURES}{state.process_id}", f"on {socket.gethostname()}: {error}")
+            state.client.key_value_set(f"{FAILURES}{state.process_id}", f"on {socket.gethostname()}: {error}")
         if state.process_id == 0:
-            time.sleep(_LEAVE)
-    os._exit(_TRY_AGAIN if isinstance(error, MissingError) else 1)
+            time.sleep(LEAVE)
+    os._exit(TRY_AGAIN if isinstance(error, MissingError) else 1)
+
+
+def leave_unexpectedly(error: Exception, lost: int) -> None:
+    """Prints the traceback of an error that is not the user's, and leaves.
+
+    A computation also fails if another process is lost. That is named within `lost` seconds, and ends this process.
+    """
+    traceback.print_exception(error)
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error) and not alone():
+        time.sleep(lost)
+    leave(UserError(f"failed: {type(error).__name__}: {error}"))
 
 
 def agree(facts: Mapping[str, Any], timeout: int) -> None:
@@ -226,8 +241,8 @@ def _wait(key: str, timeout: int) -> None:
     waiting.start()
     try:
         while waiting.is_alive():
-            waiting.join(_POLL)
-            for path, failure in sorted(client.key_value_dir_get(_FAILURES)):
+            waiting.join(POLL)
+            for path, failure in sorted(client.key_value_dir_get(FAILURES)):
                 raise PeerError(f"process {path.rpartition('/')[2]} {failure}")
         if errors:
             raise errors[0]

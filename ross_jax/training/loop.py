@@ -99,10 +99,8 @@ def global_batches(
 
     ahead = None
     while True:
-        started = time.perf_counter()
-        batch = next(batches, None)
-        if meter is not None:
-            meter.wait(time.perf_counter() - started)
+        with meter.waiting() if meter else contextlib.nullcontext():
+            batch = next(batches, None)
         placed = None if batch is None else {name: place(rows) for name, rows in batch.items()}
         if ahead is not None:
             yield ahead
@@ -163,16 +161,19 @@ def run_loop(
     Raises:
       UserError: as `check`, or the data ended too early. Earlier checkpoints stay.
     """
-    config = settings.config
+    config, clock = settings.config, reporter.meter.clock
+    clock.enter("steps")
     pending: list[dict[str, jax.Array]] = []
     saved = step = settings.start
     if config.evaluate and step == 0:
         _evaluate(callbacks, step, state, reporter)
     for batch in batches:
-        state, metrics = train_step(state, batch)
+        with clock.during("compile" if step == settings.start else "steps"):
+            state, metrics = train_step(state, batch)
         step += 1
         pending.append(metrics)
         reporter.meter.running = metrics["loss"]
+        clock.begun(step, metrics["loss"])
         last = settings.stop_at(step) or step == settings.steps
         saving = last or step % config.save == 0
         evaluating = config.evaluate and (step % config.evaluate == 0 or step == settings.steps)
@@ -182,16 +183,20 @@ def run_loop(
         for callback in callbacks:
             callback.on_step(step, state, batch)
         if config.images and step % config.images == 0:
-            for callback in callbacks:
-                reporter.image("reconstruction", step, callback.images(step, state, batch))
+            with clock.during("evaluate"):
+                for callback in callbacks:
+                    reporter.image("reconstruction", step, callback.images(step, state, batch))
         if evaluating:
             _evaluate(callbacks, step, state, reporter)
         if saving:
-            saver.save(step, state)
+            with clock.during("save"):
+                saver.save(step, state)
+            reporter.saved()
             saved = step
         if last:
             break
-    saver.wait()
+    with clock.during("save"):
+        saver.wait()
     if step < settings.steps and saved < step:
         raise UserError(f"the data ended at step {step} of {settings.steps}")
     return state, step
@@ -207,8 +212,9 @@ def _report_steps(pending: list[dict[str, jax.Array]], step: int, steps: int, re
 def _evaluate(callbacks: Sequence[Callback], step: int, state: TrainState, reporter: Reporter) -> None:
     """Evaluates, and leaves the time that it takes out of the step's."""
     started = time.perf_counter()
-    for callback in callbacks:
-        found = callback.evaluate(state)
-        if found is not None:
-            reporter.evaluation(step, *found)
+    with reporter.meter.clock.during("evaluate"):
+        for callback in callbacks:
+            found = callback.evaluate(state)
+            if found is not None:
+                reporter.evaluation(step, *found)
     reporter.meter.skip(time.perf_counter() - started)

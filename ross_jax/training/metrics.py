@@ -10,7 +10,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from ross_jax import process
 from ross_jax.checkpoints import writing
 from ross_jax.models.ross import RossConfig
+from ross_jax.training.goodput import Clock, Log, read_lines
 from ross_jax.tree import flatten
 
 PEAK_FLOPS = {
@@ -114,6 +115,7 @@ class Meter:
       config, sizes, trained, draws: as in `step_flops`.
       waited: seconds since the last reading in which the device was idle, waiting for input.
       running: a metric of the step that was started last; not ready while the step runs.
+      clock: measures the activities of this process.
     """
 
     config: RossConfig
@@ -122,12 +124,20 @@ class Meter:
     draws: int
     waited: float = 0.0
     running: jax.Array | None = None
+    clock: Clock = dataclasses.field(default_factory=Clock)
     _last: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def wait(self, seconds: float) -> None:
-        """Notes that the next batch took `seconds` to come. It does not count as waiting while a step still runs."""
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Measures how long the next batch takes to come. It does not count as waiting while a step still runs."""
+        began = time.perf_counter()
+        with self.clock.during("input"):
+            yield
+        seconds = time.perf_counter() - began
         if self.running is None or self.running.is_ready():
             self.waited += seconds
+        else:
+            self.clock.move(seconds, "input", "steps")
 
     def skip(self, seconds: float) -> None:
         """Leaves `seconds` since the last reading, in which no step ran, out of the rates."""
@@ -232,13 +242,16 @@ class Writer:
         with writing(self._path, self._folder):
             folder.mkdir(parents=True, exist_ok=True)
             # A run that starts anew writes the evaluation before its first step again.
-            kept = [line for line in _complete_lines(self._path) if start and json.loads(line)["step"] <= start]
+            lines, note = read_lines(self._path)
+            kept = [line for line in lines if start and line["step"] <= start]
             partial = self._path.with_name("metrics.jsonl.partial")
-            partial.write_text("".join(line + "\n" for line in kept))
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             partial.replace(self._path)
             self._file = self._path.open("a", buffering=1)
         with writing(folder / "tensorboard", folder):
             self._board = _Board(folder / "tensorboard", start)
+        if note:
+            self.warn(note)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line of numbers."""
@@ -267,7 +280,7 @@ class Writer:
         text = (
             f"step {step}/{steps}{text_loss}  reconstruction {values['reconstruction_loss']:.4f}  "
             f"gradient {values['gradient_norm']:.2f}  {values['seconds_per_step']:.2f} s/step  "
-            f"{_duration(rest)} left"
+            f"{duration(rest)} left"
         )
         process.say(text, self._stream)
 
@@ -286,17 +299,21 @@ class Reporter:
       meter: computes rates.
       writer: None on all processes but the one that reports.
       monitor: of the reconstruction loss, if the recipe expects a range of it.
+      log: of the times of this run, on the process that reports.
     """
 
     meter: Meter
     writer: Writer | None = None
     monitor: LossRangeMonitor | None = None
+    log: Log | None = None
 
     def report(self, step: int, steps: int, values: list[dict[str, float]]) -> None:
         """Reports the metrics of the last of `values`, which is step `step` of `steps`, and rates over all of them."""
         line = {**values[-1], **self.meter.read(values)}
         if self.writer is None:
             return
+        if self.log is not None:
+            line |= self.log.report()
         self.writer.write(step, line)
         self.writer.progress(step, steps, line)
         if self.monitor is not None:
@@ -304,6 +321,11 @@ class Reporter:
             warning = self.monitor.update(step, sum(losses) / len(losses))
             if warning:
                 self.writer.warn(warning)
+
+    def saved(self) -> None:
+        """Notes the times at a checkpoint, from which a later start may continue."""
+        if self.log is not None:
+            self.log.write()
 
     def image(self, name: str, step: int, image: UInt8[np.ndarray, "height width 3"] | None) -> None:
         """Reports an image, if there is one."""
@@ -317,14 +339,7 @@ class Reporter:
         self.image("evaluation", step, image)
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Lines of a file, without the half of one that a killed process may have left at its end."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`12 s`, `34 min`, `5.6 h`."""
     minutes, hours = seconds / 60, seconds / 3600
     return f"{seconds:.0f} s" if minutes < 1 else f"{minutes:.0f} min" if hours < 1 else f"{hours:.1f} h"

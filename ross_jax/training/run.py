@@ -32,6 +32,7 @@ from ross_jax.training import agreement
 from ross_jax.training.build import build_step
 from ross_jax.training.cached import check_parameters, check_settings, needs_pixels, open_cached, spared_components
 from ross_jax.training.callback import Callback
+from ross_jax.training.goodput import Clock, Log
 from ross_jax.training.loop import LoopSettings, global_batches, run_loop, stop_signals
 from ross_jax.training.metrics import LossRangeMonitor, Meter, Reporter, Writer, matrix_sizes
 from ross_jax.training.optimizer import warmup_steps
@@ -194,6 +195,7 @@ class Run:
       steps: number of steps of the whole run.
       state: after `step` steps.
       data: the batches.
+      clock: measures the activities of this process.
 
     Raises:
       UserError: a config, data or directory that cannot be used; the directory holds a run of another config or data,
@@ -208,7 +210,7 @@ class Run:
         accept_changed_data: bool = False,
         adopt: bool = False,
     ):
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.clock = config, folder, Clock()
         self.mesh = make_mesh(config.mesh)
         record = self._read_record(adopt)
         self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
@@ -229,7 +231,8 @@ class Run:
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
         if self.step:
             agree = functools.partial(agreement.first_error, timeout=timeout)
-            self.step, self.state = self._checkpoints.restore(built.state, agree)
+            with self.clock.during("restore"):
+                self.step, self.state = self._checkpoints.restore(built.state, agree)
             check_parameters(config, self.data.precomputed, self.state.frozen)
             if jax.process_index() == 0:
                 self._write_record(record or self._new_record())
@@ -345,12 +348,15 @@ class Run:
         sizes = {path: size for path, size in sizes.items() if path.partition("/")[0] not in spared}
         objective = make_objective(config.model, config.reconstruction)
         draws = objective.noise_levels if objective else 0
-        meter = Meter(config.model, sizes, set(self.state.params), draws)
+        meter = Meter(config.model, sizes, set(self.state.params), draws, clock=self.clock)
         if jax.process_index() > 0:
             return Reporter(meter)
         expected, warmup = config.loop.expected_reconstruction, warmup_steps(self.steps, config.optimizer.warmup_ratio)
         monitor = LossRangeMonitor(expected, warmup) if expected and objective else None
-        return Reporter(meter, Writer(self.folder, self.step), monitor)
+        writer, log = Writer(self.folder, self.step), Log(self.folder, self.clock)
+        if log.note:
+            writer.warn(log.note)
+        return Reporter(meter, writer, monitor, log)
 
     def train(self, callbacks: Sequence[Callback] = (), stop_at: Callable[[int], bool] | None = None) -> int:
         """Trains to the end, or until SIGTERM, SIGINT or SIGHUP comes, which saves a checkpoint.
@@ -363,6 +369,7 @@ class Run:
         Returns:
           The number of steps done.
         """
+        self.clock.step = self.step
         reporter = self._make_reporter()
         share, shares = process_share(self.mesh)
         batches = self.data.batches(self.step, share, shares)
@@ -379,7 +386,10 @@ class Run:
                         self.train_step, self.state, batches, settings, self._checkpoints, reporter, callbacks
                     )
             finally:
-                self._checkpoints.wait()
+                with self.clock.during("save"):
+                    self._checkpoints.wait()
+                with contextlib.suppress(UserError):  # a full disk was reported before
+                    reporter.saved()
                 if reporter.writer is not None:
                     reporter.writer.close()
         return self.step

@@ -11,7 +11,7 @@ import pytest
 from ross_jax.training import agreement
 
 PROGRAM = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from ross_jax.config import UserError
 from ross_jax.training import agreement
@@ -126,6 +126,15 @@ def test_one_that_never_starts(tmp_path):
     for i, text in enumerate(said):
         assert re.search(rf"error: --distributed: process {i} of 3 on \S+ waited 20 s at localhost:\d+, and not", text)
         assert "stack trace" not in text
+
+
+@pytest.mark.slow
+def test_a_killed_coordinator_is_named(tmp_path):
+    """JAX aborts the others at once, which then end with status 75 all the same."""
+    body = "agreement.barrier(); exec('if process == 0: os.kill(os.getpid(), 9)'); time.sleep(60)"
+    codes, said = meet(tmp_path, body)
+    assert codes == [-9, 75, 75], said
+    assert all(text.splitlines()[-1].startswith("error: lost process 0 (localhost:") for text in said[1:]), said
 
 
 def test_alone_nothing_is_asked(tmp_path):
