@@ -1,4 +1,4 @@
-"""Checkpoints on disk. The one file that knows Orbax.
+"""Checkpoints on disk. Only this file and `orbax_calls.py` know Orbax.
 
 A model directory appears under its name complete or not at all:
 
@@ -24,11 +24,8 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import signal
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,9 +37,9 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from ross_jax.config import UserError
 from ross_jax.directories import SUMS, CheckpointError, DamagedError, check_sums, write_sums
 from ross_jax.json_text import load_json
+from ross_jax.orbax_calls import checkpoint_error, orbax_call, silence
 from ross_jax.tree import flatten, unflatten
 from ross_jax.upgrade import upgrade
 
@@ -62,8 +59,6 @@ _UNREADABLE = set("[]\\")
 """Characters of a path that Orbax takes for a pattern."""
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """Files that Orbax writes when a checkpoint has got its name. They say nothing about its content."""
-_SETTLE = 0.25
-"""Seconds of silence after which nothing of a failed call is taken to be in flight any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +153,7 @@ def save_streamed(folder: Path, leaves: Mapping[str, Any]) -> None:
     handler = _StreamedHandler()
     registry = ocp.type_handlers.create_type_handler_registry((StreamedLeaf, handler))
     request = ocp.args.PyTreeSave(leaves, save_args=jax.tree.map(_path_options, leaves))
-    with _orbax(folder, "cannot be written"):
+    with orbax_call(folder, "cannot be written"):
         try:
             with ocp.Checkpointer(_tree_handler(type_handler_registry=registry)) as checkpointer:
                 checkpointer.save(folder.resolve(), args=request)
@@ -177,7 +172,7 @@ def abstract(folder: Path) -> dict[str, Any]:
     """
     _check_path(folder)
     with (
-        _orbax(folder, "no complete checkpoint there", DamagedError),
+        orbax_call(folder, "no complete checkpoint there", DamagedError),
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
     ):
         has_digests = check_sums(folder, "_METADATA")
@@ -234,7 +229,7 @@ def restore(folder: Path, tree: Any) -> Any:
 
 def _read(folder: Path, request: ocp.args.PyTreeRestore) -> Any:
     """What Orbax restores. No process waits for another one, so that an error on one leaves no other hanging."""
-    with _orbax(folder, "cannot be read", DamagedError):
+    with orbax_call(folder, "cannot be read", DamagedError):
         handler = ocp.PyTreeCheckpointHandler()
         try:
             return handler.restore(epath.Path(folder.resolve()), args=request)
@@ -286,83 +281,6 @@ def read_manifest(folder: Path, unused: bool = False) -> dict[str, Any]:
         if not isinstance(value, kind) and (value is not None or name == "config"):
             raise CheckpointError(f"{folder / MANIFEST}: damaged: {name} is {str(value)[:80]!r}, no {kind.__name__}")
     return upgrade(MANIFEST, manifest)
-
-
-@contextlib.contextmanager
-def _orbax(folder: Path, fault: str, kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
-    """A call of Orbax: whatever it raises becomes an error of this kind, and it prints nothing."""
-    with _silence(), _checkpoint_error(folder, fault, kind):
-        yield
-
-
-@contextlib.contextmanager
-def _checkpoint_error(folder: Path, fault: str, kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
-    """Turns whatever Orbax raises into an error of this kind.
-
-    Orbax and tensorstore raise ValueError, OSError, RuntimeError and more for a damaged file or a full disk.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        root: BaseException = error
-        while root.__cause__:
-            root = root.__cause__
-        system_error = re.search(r": ([\w ]+) \[", str(root)) if "os_error_code" in str(root) else None
-        reason = system_error[1] if system_error else getattr(root, "strerror", None) or root
-        array = re.search(r'in "(\S+?)/c/', str(root))
-        if array:
-            fault = f"{fault}: array {array[1]} is damaged"
-        reason = str(reason).partition("\n")[0].partition(". See full TensorStore")[0][:1000]  # without specs of arrays
-        raise kind(f"{folder}: {fault} ({reason})") from error
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps Orbax from printing, with tracebacks, the errors that it raises.
-
-    Each of its threads logs an error on its own, asyncio logs errors that nobody awaited, and reads and writes that are
-    still in flight call back into a closed event loop, which Python hands to `sys.unraisablehook`. All of that may come
-    after the error was raised, so a failed call ends when nothing has come for a while.
-    """
-    heard: list[float] = []  # when something was kept from being printed
-    previous = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) == "Event loop is closed":
-            heard.append(time.monotonic())
-        else:
-            previous(unraisable)
-
-    def keep(record: logging.LogRecord) -> bool:
-        if f"{os.sep}orbax{os.sep}" in record.pathname or "exception was never retrieved" in record.getMessage():
-            heard.append(time.monotonic())
-            return False
-        return True
-
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    for logger in loggers:
-        logger.addFilter(keep)
-    sys.unraisablehook = hook
-    try:
-        yield
-    except BaseException:
-        heard.append(time.monotonic())
-        logging.getLogger("asyncio").addFilter(_is_not_orbax)  # stays: some tasks are collected when the process ends
-        raise
-    finally:
-        while heard and time.monotonic() - heard[-1] < _SETTLE:
-            time.sleep(_SETTLE / 5)
-        sys.unraisablehook = previous
-        for logger in loggers:
-            logger.removeFilter(keep)
-
-
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    """Whether a line of asyncio's log is kept: False for errors of Orbax's tasks, which nobody awaited."""
-    message = record.getMessage()
-    return not ("exception was never retrieved" in message and "orbax" in message)
 
 
 @contextlib.contextmanager
@@ -438,10 +356,10 @@ class RunCheckpoints:
     def __init__(self, folder: Path, keep: int):
         """Opens a run's directory, which is made if it is absent. The newest `keep` steps stay in it."""
         self._folder = folder.resolve()
-        self._background = contextlib.ExitStack()  # holds `_silence` while a step is being written
+        self._background = contextlib.ExitStack()  # holds `silence` while a step is being written
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         _check_path(folder)
-        with _orbax(folder, "cannot be written"):
+        with orbax_call(folder, "cannot be written"):
             self._folder.mkdir(parents=True, exist_ok=True)
             handlers = {name: _tree_handler() for name in ("params", "optimizer")}
             self._manager = ocp.CheckpointManager(self._folder / "steps", options=options, item_handlers=handlers)
@@ -457,12 +375,12 @@ class RunCheckpoints:
           CheckpointError: it does not come back.
         """
         folder, tree = self._folder / ".probe", {"array": np.arange(1000)}
-        with _orbax(folder, "cannot be written"), ocp.Checkpointer(_tree_handler()) as checkpointer:
+        with orbax_call(folder, "cannot be written"), ocp.Checkpointer(_tree_handler()) as checkpointer:
             checkpointer.save(folder, args=ocp.args.PyTreeSave(tree), force=True)
         found = restore(folder, abstract(folder))
         if not np.array_equal(found["array"], tree["array"]):
             raise CheckpointError(f"{folder}: what was written there cannot be read back; choose another directory")
-        with _orbax(folder, "cannot be written"):
+        with orbax_call(folder, "cannot be written"):
             ocp.multihost.sync_global_processes("ross_jax probe")
         if jax.process_index() == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -472,7 +390,7 @@ class RunCheckpoints:
         if not jax.tree.leaves(frozen):
             return
         folder = self._folder / "frozen"
-        with _orbax(folder, "cannot be written"), ocp.Checkpointer(_tree_handler()) as checkpointer:
+        with orbax_call(folder, "cannot be written"), ocp.Checkpointer(_tree_handler()) as checkpointer:
             checkpointer.save(folder, args=ocp.args.PyTreeSave(frozen), force=True)
 
     def save(self, step: int, state: Any) -> None:
@@ -486,7 +404,7 @@ class RunCheckpoints:
         optimizer = {"opt_state": state.opt_state, "step": state.step}
         items = ocp.args.Composite(params=ocp.args.PyTreeSave(state.params), optimizer=ocp.args.PyTreeSave(optimizer))
         self.wait()
-        self._background.enter_context(_silence())
+        self._background.enter_context(silence())
         with self._saving():
             if step in self._manager.all_steps():
                 self._manager.delete(step)  # damaged
@@ -494,14 +412,14 @@ class RunCheckpoints:
 
     def wait(self) -> None:
         """Returns when everything is on disk; errors as `save`."""
-        with self._background.pop_all(), _silence(), self._saving():
+        with self._background.pop_all(), silence(), self._saving():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
         """Adds the step that the run continues from to an error while a step is written."""
         try:
-            with _checkpoint_error(self._folder / "steps", "a checkpoint cannot be written"):
+            with checkpoint_error(self._folder / "steps", "a checkpoint cannot be written"):
                 yield
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {_kept(self._folder)}") from error

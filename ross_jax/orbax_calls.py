@@ -1,0 +1,94 @@
+"""Calls of Orbax: one error of ours for whatever it raises, and nothing printed."""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ross_jax.config import UserError
+from ross_jax.directories import CheckpointError
+
+_SETTLE = 0.25
+"""Seconds of silence after which nothing of a failed call is taken to be in flight any more."""
+
+
+@contextlib.contextmanager
+def orbax_call(folder: Path, fault: str, kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
+    """A call of Orbax: whatever it raises becomes an error of this kind, and it prints nothing."""
+    with silence(), checkpoint_error(folder, fault, kind):
+        yield
+
+
+@contextlib.contextmanager
+def checkpoint_error(folder: Path, fault: str, kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
+    """Turns whatever Orbax raises into an error of this kind.
+
+    Orbax and tensorstore raise ValueError, OSError, RuntimeError and more for a damaged file or a full disk.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        root: BaseException = error
+        while root.__cause__:
+            root = root.__cause__
+        system_error = re.search(r": ([\w ]+) \[", str(root)) if "os_error_code" in str(root) else None
+        reason = system_error[1] if system_error else getattr(root, "strerror", None) or root
+        array = re.search(r'in "(\S+?)/c/', str(root))
+        if array:
+            fault = f"{fault}: array {array[1]} is damaged"
+        reason = str(reason).partition("\n")[0].partition(". See full TensorStore")[0][:1000]  # without specs of arrays
+        raise kind(f"{folder}: {fault} ({reason})") from error
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keeps Orbax from printing, with tracebacks, the errors that it raises.
+
+    Each of its threads logs an error on its own, asyncio logs errors that nobody awaited, and reads and writes that are
+    still in flight call back into a closed event loop, which Python hands to `sys.unraisablehook`. All of that may come
+    after the error was raised, so a failed call ends when nothing has come for a while.
+    """
+    heard: list[float] = []  # when something was kept from being printed
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) == "Event loop is closed":
+            heard.append(time.monotonic())
+        else:
+            previous(unraisable)
+
+    def keep(record: logging.LogRecord) -> bool:
+        if f"{os.sep}orbax{os.sep}" in record.pathname or "exception was never retrieved" in record.getMessage():
+            heard.append(time.monotonic())
+            return False
+        return True
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(keep)
+    sys.unraisablehook = hook
+    try:
+        yield
+    except BaseException:
+        heard.append(time.monotonic())
+        logging.getLogger("asyncio").addFilter(_is_not_orbax)  # stays: some tasks are collected when the process ends
+        raise
+    finally:
+        while heard and time.monotonic() - heard[-1] < _SETTLE:
+            time.sleep(_SETTLE / 5)
+        sys.unraisablehook = previous
+        for logger in loggers:
+            logger.removeFilter(keep)
+
+
+def _is_notorbax_call(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's log is kept: False for errors of Orbax's tasks, which nobody awaited."""
+    message = record.getMessage()
+    return not ("exception was never retrieved" in message and "orbax" in message)
