@@ -88,7 +88,7 @@ def silence() -> Iterator[None]:
             logger.removeFilter(keep)
 
 
-def _is_notorbax_call(record: logging.LogRecord) -> bool:
+def _is_not_orbax(record: logging.LogRecord) -> bool:
     """Whether a line of asyncio's log is kept: False for errors of Orbax's tasks, which nobody awaited."""
     message = record.getMessage()
     return not ("exception was never retrieved" in message and "orbax" in message)
