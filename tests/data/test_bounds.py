@@ -113,12 +113,13 @@ def test_sizes_that_a_zip_lies_about(tmp_path):
 
 def test_a_tar_whose_header_leads_back(tmp_path):
     """A negative size made Python's reader return to the same header for ever."""
-    path = write_store(tmp_path, "tar", {"a.png": 600})
-    header = bytearray(path.read_bytes())
-    header[124:136] = b"\xff" * 10 + struct.pack(">h", -1024)
+    path = write_store(tmp_path, "tar", {"a.png": 600, "b.png": 600})
+    data = path.read_bytes()
+    header = bytearray(data[1536:2048])
+    header[124:136] = b"\xff" * 10 + struct.pack(">h", -512)
     header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header[:512])
-    path.write_bytes(header)
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(data[:1536] + header + data[2048:])
     with pytest.raises(UserError, match="cannot be read"):
         open_store(path)
 

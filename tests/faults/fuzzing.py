@@ -9,7 +9,6 @@ import dataclasses
 import json
 import random
 import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -63,13 +62,11 @@ class _Input:
     """The folder of a parser's input, which is whole again after each damage."""
 
     def __init__(self, parser: Any, folder: Path):
-        self.folder, self._parser = folder, parser
+        self.folder = folder
         folder.mkdir(parents=True)
         parser.make(folder)
-        found = [(path, kind) for pattern, kind in parser.kinds.items() for path in sorted(folder.glob(pattern))]
-        self._files = [(path, kind, path.read_bytes()) for path, kind in found if path.is_file()]
-        self._whole = folder.with_suffix(".whole")
-        shutil.copytree(folder, self._whole)
+        found = {path: kind for pattern, kind in parser.kinds.items() for path in sorted(folder.glob(pattern))}
+        self._files = [(path, kind, path.read_bytes()) for path, kind in found.items() if path.is_file()]
 
     def damage(self, rng: random.Random, mutate: Any) -> int:
         """Damages one file. Returns its size."""

@@ -32,7 +32,7 @@ class Parser:
     Attributes:
       make: writes a sound input into a folder.
       parse: reads it. May raise UserError alone.
-      kinds: pattern of the files that are damaged -> "bytes" or "json".
+      kinds: pattern of the files that are damaged -> kind of damage, see `mutations`. The last that fits counts.
       weight: share of the inputs of its group.
     """
 
@@ -161,6 +161,8 @@ def _make_tokenizer(folder: Path) -> None:
     from tokenizer_fixtures import byte_level_tokenizer
 
     byte_level_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {}, "chat_template": None}))
     special = {"eos_token": "</s>", "unk_token": {"content": "<unk>"}}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 400}))
@@ -341,19 +343,19 @@ def _parse_run(folder: Path, rng: random.Random) -> None:
 GROUPS: dict[str, dict[str, Parser]] = {
     "data": {
         "records": Parser(_make_records, _parse_records, {"*.json*": "json"}, 1.0),
-        "archives": Parser(_make_archives, _parse_archives, {"*": "bytes"}, 2.0),
-        "images": Parser(_make_images, _parse_images, {"*": "bytes"}, 2.0),
+        "archives": Parser(_make_archives, _parse_archives, {"*": "bytes", "*.tar": "tar"}, 2.0),
+        "images": Parser(_make_images, _parse_images, {"*": "bytes", "*.png": "png"}, 2.0),
     },
     "tokenizers": {
         "tokenizer": Parser(_make_tokenizer, _parse_tokenizer, {"*.json": "json"}, 2.0),
         "sentencepiece": Parser(_make_sentencepiece, _parse_tokenizer, {"*.model": "bytes", "*.json": "json"}),
         "vocabulary": Parser(_make_vocabulary, _parse_tokenizer, {"*.json": "json", "*.txt": "bytes"}),
-        "template": Parser(_make_tokenizer, _parse_template, {"*.jinja": "bytes"}),
+        "template": Parser(_make_tokenizer, _parse_template, {"*.jinja": "jinja"}),
     },
     "checkpoints": {
         "config": Parser(_make_checkpoint, _parse_checkpoint, {"*/*.json": "json"}),
-        "tensors": Parser(_make_tensors, _parse_tensors, {"*": "bytes"}, 2.0),
-        "pickle": Parser(_make_pickle, _parse_pickle, {"*.pkl": "bytes"}, 4.0),
+        "tensors": Parser(_make_tensors, _parse_tensors, {"*": "bytes", "*.safetensors": "safetensors"}, 2.0),
+        "pickle": Parser(_make_pickle, _parse_pickle, {"*.pkl": "pickle"}, 4.0),
         "model": Parser(_make_model, _parse_model, {"ross_jax.json": "json"}, 0.1),
     },
     "recipes": {

@@ -1,7 +1,6 @@
 """Every parser of user input takes 2,000 damaged inputs: it reads them or raises UserError, within time and memory.
 
-Longer, with other inputs: `pytest tests/faults/test_fuzz.py --minutes 30`. One input again: `SEED GROUP NUMBER` of a
-problem settle it, see `fuzzing.Task`.
+`--minutes N` tries other inputs for N minutes. The README of the tests tells how to try one input again.
 """
 
 import dataclasses
