@@ -211,5 +211,5 @@ def read_lines(path: Path, numbers: Iterable[str] = ("step",)) -> tuple[list[dic
             bad.append(number)
         else:
             lines.append(value)
-    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return lines, f"{path}: line {bad[0]}{more} cannot be read and is left out" if bad else ""
+    which = f"line {bad[0]} is" if len(bad) == 1 else f"line {bad[0]} and {len(bad) - 1} more are" if bad else ""
+    return lines, f"{path}: {which} unreadable, and left out" if bad else ""

@@ -54,8 +54,8 @@ def test_bad_lines_are_named_and_left_out(tmp_path, capsys):
     status, rows, _, error = report(tmp_path, capsys)
     assert status == 0 and rows["steps"] == ("10 s", "100.0%")
     assert error.splitlines() == [
-        f"warning: {tmp_path}/{GOODPUT}: line 3 cannot be read and is left out",
-        f"warning: {tmp_path}/metrics.jsonl: line 3 and 4 more cannot be read and is left out",
+        f"warning: {tmp_path}/{GOODPUT}: line 3 is unreadable, and left out",
+        f"warning: {tmp_path}/metrics.jsonl: line 3 and 4 more are unreadable, and left out",
     ]
 
 
@@ -71,7 +71,7 @@ def test_no_run(tmp_path, capsys):
 def test_a_killed_run(recipe, tmp_path):
     """Times of a run that was killed after steps that it had not saved. A bad line in its metrics does not stop it."""
     workdir = tmp_path / "run"
-    flags = ("--config.loop.save=6", "--config.data.epochs=2")
+    flags = ("--config.loop.save=3", "--config.data.epochs=2")
     began = time.time()
     process = subprocess.Popen(command(recipe, workdir, *flags), env=environment(), stderr=subprocess.DEVNULL)
     while max((line["step"] for line in read_lines(workdir / GOODPUT)[0]), default=0) < 7 and process.poll() is None:
@@ -81,11 +81,12 @@ def test_a_killed_run(recipe, tmp_path):
     metrics = workdir / "metrics.jsonl"
     metrics.write_text("nonsense\n" + metrics.read_text())
     done = train(recipe, workdir, *flags)
-    assert done.returncode == 0 and "metrics.jsonl: line 1 cannot be read" in done.stderr, done.stderr
+    assert done.returncode == 0 and "metrics.jsonl: line 1 is unreadable" in done.stderr, done.stderr
     last = step_lines(workdir)[-1]
     times = {name: value for name, value in last.items() if name.startswith("time/")}
     assert last["step"] == 12 and sum(times.values()) == pytest.approx(time.time() - began, rel=0.5)
-    assert all(times[f"time/{name}"] > 0 for name in ("steps", "compile", "restore", "save", "begin", "redone", "down"))
+    some = {f"time/{name}" for name in ("steps", "compile", "restore", "save", "begin", "redone", "down")}
+    assert some <= {name for name, seconds in times.items() if seconds > 0}
     assert last["goodput"] == pytest.approx(times["time/steps"] / sum(times.values()), rel=0.01)
     told = subprocess.run(
         [sys.executable, REPOSITORY / "launch" / "report.py", workdir],
