@@ -375,15 +375,17 @@ class RunCheckpoints:
           CheckpointError: it does not come back.
         """
         folder, tree = self._folder / ".probe", {"array": np.arange(1000)}
-        with orbax_call(folder, "cannot be written"), ocp.Checkpointer(_tree_handler()) as checkpointer:
-            checkpointer.save(folder, args=ocp.args.PyTreeSave(tree), force=True)
-        found = restore(folder, abstract(folder))
-        if not np.array_equal(found["array"], tree["array"]):
-            raise CheckpointError(f"{folder}: what was written there cannot be read back; choose another directory")
-        with orbax_call(folder, "cannot be written"):
-            ocp.multihost.sync_global_processes("ross_jax probe")
-        if jax.process_index() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            with orbax_call(self._folder, "cannot be written"), ocp.Checkpointer(_tree_handler()) as checkpointer:
+                checkpointer.save(folder, args=ocp.args.PyTreeSave(tree), force=True)
+                if not np.array_equal(restore(folder, abstract(folder))["array"], tree["array"]):
+                    raise CheckpointError(f"{folder}: what was written there cannot be read back")
+                ocp.multihost.sync_global_processes("ross_jax probe")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {_kept(self._folder)}") from error
+        finally:
+            if jax.process_index() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def save_frozen(self, frozen: Any) -> None:
         """Writes the parameters that never change. Returns when they are on disk."""

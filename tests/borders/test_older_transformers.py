@@ -67,9 +67,11 @@ def make_demo(folder: Path) -> Path:
     (folder / "autoencoder").mkdir()
     (folder / "autoencoder" / "config.json").write_text(json.dumps(autoencoder_settings(CONFIG.autoencoder)))
     model = write_model(folder / "demo", demo.model_config(folder / "autoencoder"))
+    manifest = checkpoints.read_manifest(model)
     shutil.rmtree(model / "files" / "language")
     (model / "files" / "language").mkdir()
     save_tokenizer(build_tokenizer(["How many red marks are there? It's a cat."]), model / "files" / "language")
+    checkpoints.write_manifest(model, manifest)
     return model
 
 

@@ -84,8 +84,8 @@ def test_full_in_the_middle(recipe, whole, disk):
     kept = latest_step(workdir)
     done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     assert kept >= 2
-    written = workdir / ("steps" if "/steps: " in err else "metrics.jsonl")
-    the_error(done, written, "is complete, and is continued from")
+    (written,) = (name for name in ("steps", "metrics.jsonl", "goodput.jsonl") if f"/{name}: " in err)
+    the_error(done, workdir / written, "is complete, and is continued from")
     clear(disk)
     done = train(recipe, workdir)
     assert done.returncode == 0 and f"step {kept + 1}/24" in done.stderr and f"step {kept}/24" not in done.stderr
