@@ -93,13 +93,13 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 @needs_proc
 @pytest.mark.parametrize("kind", ["deflate", "bzip2", "lzma"])
 def test_a_bomb_takes_little_memory(kind, tmp_path):
-    """300 MB of zeros, of which not much more than the limit is decompressed."""
-    path = write_store(tmp_path, kind, {"a.png": 300_000_000})
+    """200 MB of zeros, of which not much more than the limit is decompressed."""
+    path = write_store(tmp_path, kind, {"a.png": 200_000_000})
     used = peak_above(
         f"from ross_jax.data.archives import open_store\nstore = open_store({str(path)!r}, {LIMIT})\nstart()\n"
         "try: store.read('a.png')\nexcept Exception as error: assert 'more than' in str(error), error"
     )
-    assert used < 150_000_000
+    assert used < 100_000_000
 
 
 def test_sizes_that_a_zip_lies_about(tmp_path):
@@ -165,9 +165,7 @@ def test_images_that_would_take_too_much_memory(name):
     ("size", "mode", "kind"),
     [
         ((13_000, 13_000), "I;16", "PNG"),
-        ((13_000, 13_000), "RGB", "PNG"),
         ((8000, 7000), "RGB", "WEBP"),
-        ((9000, 5000), "RGB", "JPEG2000"),
     ],
 )
 def test_large_images_take_no_more_than_the_bound(size, mode, kind, tmp_path):
