@@ -8,14 +8,15 @@ The Rust and C++ libraries that read vocabularies may abort their process, and a
     stdout   "> NAME" as each step begins, and after the one that fails, the reason
 """
 
+import contextlib
 import json
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 
-_RESERVE = 2**29  # bytes for the interpreter and the packages
-_PER_BYTE = 32  # bytes of memory for each byte of a vocabulary's file
+_RESERVE = 2**28  # bytes for the packages
+_PER_BYTE = 24  # bytes of memory for each byte of a vocabulary's file
 _RENDERING = 2**28  # bytes that rendering may take
 _MOST_OUTPUT = 2**20  # characters
 _TURNS = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
@@ -70,18 +71,17 @@ def _render(template: str) -> str | None:
     environment.filters["tojson"] = lambda value, **options: json.dumps(value)
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
     messages = [{"role": role, "content": text} for role, text in _TURNS]
-    variables = {f"{name}_token": "" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")}
+    variables: dict[str, Any] = {f"{name}_token": "" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")}
     variables |= {"tools": None, "documents": None}
     try:
         compiled = environment.from_string(template)
         for count in (1, len(messages)):
-            length = 0
-            for piece in compiled.generate(messages=messages[:count], add_generation_prompt=count == 1, **variables):
-                length += len(piece)
-                if length > _MOST_OUTPUT:
-                    return f"prints more than {_MOST_OUTPUT} characters for a short conversation"
-    except Refusal:
-        pass
+            length, variables["messages"], variables["add_generation_prompt"] = 0, messages[:count], count == 1
+            with contextlib.suppress(Refusal):
+                for piece in compiled.generate(**variables):
+                    length += len(piece)
+                    if length > _MOST_OUTPUT:
+                        return f"prints more than {_MOST_OUTPUT} characters for a short conversation"
     except MemoryError:
         return "takes too much memory"
     except Exception as error:
