@@ -327,7 +327,8 @@ def export(
             writer.write_adapters(folder / "adapters")
         for name in parts:
             writer.write_component(name, folder / (folders[name].name if layout == "ross" else FOLDERS[name]))
-        write_sums(folder, (path for path in folder.rglob("*") if path.is_file()))
+        for each in [folder] if layout == "ross" else list(folder.iterdir()):  # folders that are read on their own
+            write_sums(each, (path for path in each.rglob("*") if path.is_file()))
 
 
 def _describe(

@@ -109,6 +109,7 @@ def test_a_regressor_left_out(regressing, tmp_path):
     folders = sorted(path.name for path in (tmp_path / "parts").iterdir())
     assert folders == ["adapters", "llm", "teacher", "vae", "vision_tower"]
     assert sorted(path.name for path in (tmp_path / "parts/adapters").iterdir()) == [
+        "SHA256SUMS",
         "config.json",
         "mm_projector.safetensors",
     ]
