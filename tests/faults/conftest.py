@@ -16,7 +16,7 @@ KEYS = [
     ("training and its restarts: SIGKILL",),
     ("files of a run: bits, lengths, presence",),
     ("files of a model: bits, lengths, presence",),
-    ("input of parsers",),
+    *((f"input of parsers: {group}",) for group in ("data", "tokenizers", "checkpoints", "recipes")),
 ]
 
 

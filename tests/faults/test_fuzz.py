@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,10 @@ def run(task: Task) -> tuple[int, list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", COUNTS)
-def test_damaged_input_gives_a_clear_error(group, request, record_property):
+def test_damaged_input_gives_a_clear_error(group, request, reliability):
     minutes = request.config.getoption("minutes", default=None)
     seed = SEED if minutes is None else int(time.time())
     end = None if minutes is None else time.time() + 60 * minutes / len(COUNTS)
     tried, problems = run(Task(group, seed, 0, COUNTS[group], end))
-    record_property("inputs", tried)
-    record_property("problems", len(problems))
+    reliability(f"input of parsers: {group}", Counter(detected=tried - len(problems), wrong=len(problems)))
     assert not problems, f"{len(problems)} problems in {tried} inputs\n" + "\n\n".join(problems)
