@@ -279,7 +279,8 @@ def read_manifest(folder: Path, unused: bool = False) -> dict[str, Any]:
     for name, kind in _FIELDS.items():
         value = manifest.get(name)
         if not isinstance(value, kind) and (value is not None or name == "config"):
-            raise CheckpointError(f"{folder / MANIFEST}: damaged: {name} is {str(value)[:80]!r}, no {kind.__name__}")
+            expected = "an object" if kind is dict else "a string"
+            raise CheckpointError(f"{folder / MANIFEST}: {name} is {repr(value)[:80]}, expected {expected}")
     return upgrade(MANIFEST, manifest)
 
 

@@ -167,7 +167,7 @@ def test_models_that_cannot_be_exported(main, tmp_path):
     manifest = json.loads((model / MANIFEST).read_text())
     for change, message in [
         ({"format": 7}, "format 7, this version reads 1"),
-        ({"config": None}, "ross_jax.json: config: expected a mapping for RossConfig"),
+        ({"config": None}, "ross_jax.json: config is None, expected an object"),
         ({"foreign": []}, "ross_jax.json: foreign is [], expected an object"),
         ({"foreign": {"language": {"prefix": 1}}}, "foreign.language.prefix is 1, expected a string"),
         ({"foreign": {"language": {"keys": {"x": "F31"}}}}, "foreign.language.keys.x 'F31' is not supported"),
@@ -189,13 +189,14 @@ def test_models_that_cannot_be_exported(main, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kept, message", [(10, "no complete checkpoint there"), (60, "")])
-def test_damaged_parameters(kept, message, main, tmp_path):
+@pytest.mark.parametrize("kept", [10, 60])
+def test_damaged_parameters(kept, main, tmp_path):
     model = import_model(tmp_path / "model", component(tmp_path / "llm", LLAMA))
     for file in (model / "params").rglob("d/*"):
         os.truncate(file, kept)
     status, _, err = main("export", "--from", model, "--format", "components", "--output", tmp_path / "out")
-    assert status == 1 and err.count("\n") == 1 and err.startswith(f"error: {model}/params: {message}")
+    assert status == 1 and err.count("\n") == 1 and err.startswith(f"error: {model}/params/")
+    assert "damaged: its SHA-256 is not the one" in err
     assert names(tmp_path) == ["llm", "model"]
 
 
