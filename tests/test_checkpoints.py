@@ -129,7 +129,7 @@ def test_damaged_files(damage, saved, tmp_path):
 
 
 def test_every_flip_is_seen(tmp_path):
-    """Of all files that say anything about the arrays. Errors name the folder, and for chunks the array."""
+    """A flipped bit in a file that says something about the arrays is an error or without effect."""
     rng, folder = np.random.default_rng(0), tmp_path / "params"
     values = {"a": {"kernel": rng.normal(size=(4, 600))}, "b": rng.normal(size=2000).astype(np.float32)}
     checkpoints.save_streamed(folder, jax.tree.map(streamed, values))

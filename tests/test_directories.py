@@ -240,7 +240,7 @@ def test_digests(digested):
 
 
 def test_every_flip_is_seen(digested):
-    """Of any bit of any file, the digests' own file included."""
+    """A flipped bit anywhere in the files, `SHA256SUMS` included, is an error."""
     for path in [path for path in digested.rglob("*") if path.is_file()]:
         content = path.read_bytes()
         for bit in range(0, len(content) * 8, 3):
