@@ -263,13 +263,15 @@ def test_no_sound_step(data, whole, tmp_path):
         load_model(folder)
 
 
-@pytest.mark.parametrize("damage", ["removed", "truncated", "flipped"])
+@pytest.mark.parametrize("damage", ["removed", "truncated", "flipped", "valid JSON"])
 def test_a_run_without_its_record(data, whole, tmp_path, damage):
     """Is refused, and adopted on request, with the config that is given then."""
     folder, config = shutil.copytree(whole[0], tmp_path / "run"), make_config(data)
     path = folder / "run.json"
     record = json.loads(path.read_text())
-    path.unlink() if damage == "removed" else flip(path) if damage == "flipped" else os.truncate(path, 100)
+    damages = {"removed": path.unlink, "truncated": lambda: os.truncate(path, 100), "flipped": lambda: flip(path)}
+    damages["valid JSON"] = lambda: path.write_text(json.dumps(record | {"rows_per_step": record["rows_per_step"] * 2}))
+    damages[damage]()
     with pytest.raises(UserError, match=r"run\.json.*--adopt rebuild it"):
         Run(config, folder)
     assert Run(config, folder, adopt=True).step == whole[2]
