@@ -79,7 +79,8 @@ def warp(scores: Float[Array, "batch vocab"], drawing: Drawing) -> Float[Array, 
     probabilities = jax.nn.softmax(jnp.where(within, ordered, -jnp.inf), axis=-1)
     # A token is drawn as long as the more likely ones have less than top_p together; the most likely one always is.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    drawn = within & ((before < drawing.top_p[:, None]) | (jnp.arange(size) == 0))
+    top_p = jnp.where(drawing.top_p < 1, drawing.top_p, jnp.inf)[:, None]  # rounded sums reach 1 before the end
+    drawn = within & ((before < top_p) | (jnp.arange(size) == 0))
     last = jnp.take_along_axis(ordered, drawn.sum(-1, keepdims=True) - 1, axis=-1)
     floor = ordered[:, :1] + jnp.log(drawing.min_p)[:, None]
     return jnp.where(scores >= jnp.maximum(jnp.maximum(least, last), floor), scores, -jnp.inf)
