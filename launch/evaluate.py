@@ -10,7 +10,7 @@ from pathlib import Path
 from ross_jax import checkpoints
 from ross_jax.arguments import SIZE, Parser
 from ross_jax.config import Range, UserError
-from ross_jax.evaluation import vlmeval
+from ross_jax.evaluation import vlmevalkit
 from ross_jax.evaluation.answering import Asking, answer_benchmark
 from ross_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, find_files
 from ross_jax.evaluation.predictions import Share
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"process {args.process} is done; the last one writes the scores", file=sys.stderr)
             return 0
         if args.scorer == "vlmeval":
-            scored = vlmeval.add_scores(scored, args.output / "vlmeval")
+            scored = vlmevalkit.add_scores(scored, args.output / "vlmeval")
         print(write_reports(args.output, scored), end="")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

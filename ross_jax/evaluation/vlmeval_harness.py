@@ -1,6 +1,6 @@
 """Scores predictions with the stock code of ms-vlmeval, which is installed in another environment than ross_jax.
 
-python vlmeval_harness.py FOLDER      reads FOLDER/job.json, writes FOLDER/scores.json
+python -P vlmeval_harness.py FOLDER      reads FOLDER/job.json, writes FOLDER/scores.json
 
 Nothing of ross_jax is imported. Connections to other machines are refused, so data is never downloaded.
 """
@@ -40,7 +40,7 @@ def refuse(*args, **kwargs):
 
 
 def score(folder, task):
-    """Metrics that VLMEvalKit gives rows with predictions: {"Overall": 71.3, "split=dev Overall": ...}."""
+    """Metrics that VLMEvalKit gives rows with predictions, in percent: {"Overall": 71.3, ...}."""
     import pandas
 
     name = task["dataset"]
@@ -60,7 +60,8 @@ def score(folder, task):
     predictions = work / f"ross_jax_{name}.pkl"  # a spreadsheet turns an empty answer into nan, and 007 into 7
     table.to_pickle(predictions)
     found = dataset.evaluate(str(predictions), model="exact_matching", nproc=1)
-    return flatten(found)
+    scale = 100 if task["class"].startswith("image_mcq") else 1  # only these are shares
+    return {key: scale * value for key, value in flatten(found).items()}
 
 
 def flatten(found):
@@ -70,8 +71,8 @@ def flatten(found):
     metrics = {}
     for row in rows:
         split = row.pop("split", None)
-        prefix = f"split={split} " if len(rows) > 1 else ""
-        metrics |= {f"{prefix}{key}": float(value) for key, value in row.items()}
+        prefix = f"{split} " if split != "Overall" and len(rows) > 1 else ""
+        metrics |= {f"{prefix}{key}": float(value) for key, value in row.items() if value is not None}
     return metrics
 
 

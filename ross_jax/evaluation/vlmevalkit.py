@@ -37,7 +37,7 @@ def add_scores(scored: Sequence[Scored], folder: Path) -> list[Scored]:
     folder.mkdir(parents=True, exist_ok=True)
     job = {each.name: _task(each) for each in scored if find_benchmark(each.name).vlmeval and each.result.kept}
     (folder / "job.json").write_text(json.dumps(job, ensure_ascii=False))
-    command = [str(PYTHON), str(_SCRIPT), str(folder.resolve())]
+    command = [str(PYTHON), "-P", str(_SCRIPT), str(folder.resolve())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"VLMEvalKit failed: {shortened(done.stderr.strip() or done.stdout.strip())}")
