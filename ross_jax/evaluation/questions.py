@@ -216,9 +216,10 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row | str]]:
 
 def _is_record(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict) and b'"data"' not in line
+        value = json.loads(line)
     except ValueError:
         return False
+    return isinstance(value, dict) and any(name in value for name in (*_NAMES["question"], "conversations"))
 
 
 def _renamed(row: Any, extra: Row, prefix: str) -> Row | str:
