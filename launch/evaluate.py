@@ -12,9 +12,9 @@ from ross_jax.arguments import SIZE, Parser
 from ross_jax.config import Range, UserError
 from ross_jax.evaluation import vlmevalkit
 from ross_jax.evaluation.answering import Asking, answer_benchmark
-from ross_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, find_files
+from ross_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, find_files, load_questions
 from ross_jax.evaluation.predictions import Share
-from ross_jax.evaluation.questions import Questions, read_questions
+from ross_jax.evaluation.questions import Questions
 from ross_jax.evaluation.report import score_folder, write_reports
 from ross_jax.inference.model import TEXT_COMPONENTS, load
 from ross_jax.inference.prompts import MAX_NEW_TOKENS
@@ -52,7 +52,7 @@ def read_all(args) -> dict[str, Questions]:
         if not path and args.data is None:
             raise UserError(f"--benchmark {name}: name its file, {name}=FILE, or the folder of the files: --data DIR")
         paths = [Path(path)] if path else find_files(name, args.data)
-        found[name.lower()] = read_questions(paths, tuple(args.images))
+        found[name.lower()] = load_questions(name, paths, args.images)
     return found
 
 

@@ -74,8 +74,8 @@ def answer_benchmark(
     try:
         for first in range(0, len(left), asking.rows * _CHUNK):
             chunk = [(number, questions[number]) for number in left[first : first + asking.rows * _CHUNK]]
-            for (number, question), result in zip(chunk, _ask(model, benchmark, chunk, asking, tokens), strict=True):
-                prompt, prediction, error = result
+            asked = _ask(model, benchmark, chunk, asking, tokens, proven=bool(file.done or first))
+            for (number, question), (prompt, prediction, error) in zip(chunk, asked, strict=True):
                 if error is None:
                     file.answer(number, question, prompt, prediction)
                 else:
@@ -107,8 +107,14 @@ Result = tuple[str, str, str | None]
 
 
 def _ask(
-    model: Model, benchmark: Benchmark, chunk: Sequence[tuple[int, Question]], asking: Asking, tokens: int
+    model: Model,
+    benchmark: Benchmark,
+    chunk: Sequence[tuple[int, Question]],
+    asking: Asking,
+    tokens: int,
+    proven: bool,
 ) -> list[Result]:
+    """Results of questions. `proven`: the model has answered before, so that what fails now is a question's fault."""
     make = benchmark.prompt if asking.prompts == "reference" else prompts.bare
     texts = [make(question) for _, question in chunk]
     results: list[Result] = [(text, "", None) for text in texts]
@@ -130,8 +136,8 @@ def _ask(
                 results[i] = (texts[i], model.ask_many([request], asking.rows)[0], None)
             except UserError as error:
                 reasons[i], results[i] = error, (texts[i], "", str(error))
-        if len(reasons) == len(requests) and len({str(error) for error in reasons.values()}) == 1:
-            raise  # the model's fault, not that of a question
+        if not proven and len(reasons) == len(requests) and len({str(error) for error in reasons.values()}) == 1:
+            raise
     return results
 
 
@@ -143,7 +149,8 @@ def collect(model: Model, name: str, found: Questions, asking: Asking) -> list[A
     answers = []
     for first in range(0, len(numbered), size):
         chunk = numbered[first : first + size]
-        for (_, each), (prompt, text, error) in zip(chunk, _ask(model, benchmark, chunk, asking, tokens), strict=True):
+        asked = _ask(model, benchmark, chunk, asking, tokens, proven=bool(first))
+        for (_, each), (prompt, text, error) in zip(chunk, asked, strict=True):
             if error is None:
                 answers.append(Answered(each.index, prompt, text, each.answers, each.choices, each.fields))
     return answers

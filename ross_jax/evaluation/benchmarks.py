@@ -10,7 +10,7 @@ from typing import Any
 
 from ross_jax.config import UserError, nearest
 from ross_jax.evaluation import prompts, scores
-from ross_jax.evaluation.questions import SUFFIXES, Broken
+from ross_jax.evaluation.questions import SUFFIXES, Broken, Questions, read_questions
 
 MODELS = ("Ross-7B", "LLaVA-1.5-7B", "Ross-13B", "LLaVA-1.5-13B")
 """Models whose scores the paper reports, in the order of `Benchmark.paper`."""
@@ -31,6 +31,7 @@ class Benchmark:
       paper: scores that the paper reports of `MODELS`.
       vlmeval: class and data set of VLMEvalKit: ("image_mcq.ImageMCQDataset", "AI2D_TEST").
       group: (index, fields) -> questions that are scored together. None: each is scored alone.
+      pairs: whether each two questions, in the order of their indices, are scored together.
     """
 
     title: str
@@ -43,10 +44,11 @@ class Benchmark:
     paper: tuple[float, ...] = ()
     vlmeval: tuple[str, str] | None = None
     group: Callable[[str, Mapping[str, Any]], Hashable] | None = None
+    pairs: bool = False
 
 
 def _pair(index: str, fields: Mapping[str, Any]) -> Hashable:
-    return fields.get("pair", (int(index) - 1) // 2 if index.isdigit() else index)
+    return fields.get("pair", f"alone {index}")
 
 
 def _figure(index: str, fields: Mapping[str, Any]) -> Hashable:
@@ -83,7 +85,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "mmvp": Benchmark(
         "MMVP", ("MMVP", "Questions"), prompts.mmvp, scores.mmvp, "pairs", "the paper's script", 16,
-        (56.7, 20.0, 44.7, 31.9), (_MCQ, "MMVP"), _pair,
+        (56.7, 20.0, 44.7, 31.9), (_MCQ, "MMVP"), _pair, True,
     ),
     "gqa": Benchmark(
         "GQA", ("GQA", "GQA_TestDev_Balanced", "testdev_balanced_questions"), prompts.one_word_or_phrase,
@@ -148,6 +150,16 @@ def find_files(name: str, folder: Path) -> list[Path]:
         expected = ", ".join(f"{each}.tsv" for each in find_benchmark(name).files)
         raise UserError(f"{folder}: no file of {name}; expected {expected}, or one with {', '.join(SUFFIXES[1:])}")
     return found
+
+
+def load_questions(name: str, paths: Sequence[Path], images: Sequence[Path] = ()) -> Questions:
+    """The questions of a benchmark, with the field `pair` where it scores pairs. Arguments are `read_questions`'s."""
+    found = read_questions(paths, tuple(images))
+    if not find_benchmark(name).pairs:
+        return found
+    order = sorted(found.questions, key=lambda each: int(each.index) if each.index.isdigit() else -1)
+    paired = [dataclasses.replace(each, fields={"pair": place // 2, **each.fields}) for place, each in enumerate(order)]
+    return dataclasses.replace(found, questions=paired)
 
 
 @dataclasses.dataclass(frozen=True)

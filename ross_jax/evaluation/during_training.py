@@ -8,8 +8,7 @@ import jax
 
 from ross_jax.config import ConfigError, UserError
 from ross_jax.evaluation.answering import Asking, collect
-from ross_jax.evaluation.benchmarks import find_benchmark, score
-from ross_jax.evaluation.questions import read_questions
+from ross_jax.evaluation.benchmarks import find_benchmark, load_questions, score
 from ross_jax.inference.model import Model
 from ross_jax.training.callback import Callback
 from ross_jax.training.recipe import RunConfig
@@ -31,13 +30,12 @@ class BenchmarkEvaluator(Callback):
         if jax.process_count() > 1:
             raise ConfigError("config.loop.benchmark: works on one process; score checkpoints with launch/evaluate.py")
         settings = config.evaluation
-        images = tuple(map(Path, settings.benchmark_images))
+        images = list(map(Path, settings.benchmark_images))
         self._config, self._folder = config, folder
         self._asking = Asking(rows=settings.rows, limit=settings.benchmark_limit)
         self._questions = {}
         for name, path in settings.benchmarks:
-            find_benchmark(name)
-            self._questions[name.lower()] = read_questions([Path(path)], images)
+            self._questions[name.lower()] = load_questions(name, [Path(path)], images)
 
     def benchmark(self, state: Any) -> dict[str, float]:
         """Scores such as `pope/f1`, and the number of questions that could not be asked as `pope/broken`."""

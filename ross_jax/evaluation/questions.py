@@ -30,7 +30,7 @@ MISSING = frozenset(["", *_MISSING.split("|")])
 MAX_BYTES = 2**32
 _LONGEST_REFERENCE = 64  # characters; a shorter image is the index of the row that has it
 _NAMES = {
-    "index": ("index", "question_id", "questionId", "id"),
+    "index": ("index", "id", "question_id", "questionId"),
     "question": ("question", "text", "prompt"),
     "answer": ("answers", "answer", "label", "gt_answer"),
     "image": ("image", "images", "image_path", "img", "imageId", "image_id"),
@@ -96,12 +96,15 @@ def read_questions(paths: Sequence[Path], images: tuple[Path, ...] = ()) -> Ques
       UserError: a file that cannot be read, of a format that is not known, or without any question.
     """
     files = [file for path in paths for file in _files(path)]
+    prefixes = {file: f"{file.stem}:" if len(files) > 1 else "" for file in files}
     questions: dict[str, Question] = {}
     broken: list[Broken] = []
     skipped = 0
     for file in files:
         try:
-            for place, row in _rows(file):
+            for number, (place, row) in enumerate(_rows(file)):
+                if not isinstance(row, str) and _first(row, "index") is None:
+                    row = {**row, "index": f"{prefixes[file]}{number}"}
                 found = row if isinstance(row, str) else _question(place, row, _Images(file, images))
                 if found is None:
                     skipped += 1
@@ -306,8 +309,6 @@ def _question(place: str, row: Row, images: _Images) -> Question | str | None:
     turns = row.get("conversations")
     if isinstance(turns, list) and len(turns) >= 2 and all(isinstance(turn, dict) for turn in turns[:2]):
         question, answer = question or turns[0].get("value"), answer or turns[1].get("value")
-    if index is None:
-        return f"has no index; expected one of {', '.join(_NAMES['index'])}"
     if not isinstance(question, str):
         return f"has no question; expected one of {', '.join(_NAMES['question'])}, or conversations"
     found = _first(row, "image")

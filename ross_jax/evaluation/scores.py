@@ -170,7 +170,10 @@ def circular(records: Sequence[Answered]) -> Scores:
 
 
 def mmvp(records: Sequence[Answered]) -> Scores:
-    """MMVP: share of pairs of which both answers are right, and of right answers."""
+    """MMVP: share of pairs of which both answers are right, and of right answers.
+
+    Records without the field `pair` make pairs in their order.
+    """
     right = [
         matching.is_mmvp_choice(record.prediction, record.answers[0], record.choices.get(record.answers[0], ""))
         for record in records
