@@ -4,6 +4,7 @@ A new benchmark is one row here and, if no rule fits, one function in `scores`.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Benchmark:
 
 
 def _pair(index: str, fields: Mapping[str, Any]) -> Hashable:
-    return fields.get("pair", f"alone {index}")
+    return fields.get("pair")
 
 
 def _figure(index: str, fields: Mapping[str, Any]) -> Hashable:
@@ -158,8 +159,12 @@ def load_questions(name: str, paths: Sequence[Path], images: Sequence[Path] = ()
     if not find_benchmark(name).pairs:
         return found
     order = sorted(found.questions, key=lambda each: int(each.index) if each.index.isdigit() else -1)
-    paired = [dataclasses.replace(each, fields={"pair": place // 2, **each.fields}) for place, each in enumerate(order)]
-    return dataclasses.replace(found, questions=paired)
+    return dataclasses.replace(found, questions=[_paired(each, place) for place, each in enumerate(order)])
+
+
+def _paired(each: Any, place: int) -> Any:
+    """A question or an answer with the field `pair`: the number that it has, or that of its place."""
+    return dataclasses.replace(each, fields={"pair": place // 2, **each.fields})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,16 +189,20 @@ class Result:
 def score(
     benchmark: Benchmark, answers: Sequence[scores.Answered], broken: Sequence[Broken] = (), skipped: int = 0
 ) -> Result:
-    """Scores answers. Where questions are scored together, those of a broken record's group are left out.
+    """Scores answers.
+
+    Where questions are scored together, those of a broken record's group are left out, and so are half pairs.
 
     Raises:
       UserError: an index or a field that the scorer cannot use.
     """
-    kept = list(answers)
+    kept = [_paired(each, place) if benchmark.pairs else each for place, each in enumerate(answers)]
     try:
         if benchmark.group is not None:
             bad = {benchmark.group(each.index, each.fields) for each in broken if each.index is not None}
-            kept = [each for each in answers if benchmark.group(each.index, each.fields) not in bad]
+            groups = [benchmark.group(each.index, each.fields) for each in kept]
+            bad |= {group for group, count in Counter(groups).items() if benchmark.pairs and count == 1}
+            kept = [each for each, group in zip(kept, groups, strict=True) if group not in bad]
         found = benchmark.scorer(kept) if kept else {}
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"{benchmark.title}: answers that cannot be scored: {error}") from error

@@ -170,10 +170,7 @@ def circular(records: Sequence[Answered]) -> Scores:
 
 
 def mmvp(records: Sequence[Answered]) -> Scores:
-    """MMVP: share of pairs of which both answers are right, and of right answers.
-
-    Records without the field `pair` make pairs in their order.
-    """
+    """MMVP: share of pairs, told by the field `pair`, of which both answers are right, and of right answers."""
     right = [
         matching.is_mmvp_choice(record.prediction, record.answers[0], record.choices.get(record.answers[0], ""))
         for record in records
@@ -181,8 +178,8 @@ def mmvp(records: Sequence[Answered]) -> Scores:
     scores = {}
     for suffix, hits in (("", right), ("_vlmeval", _hits(records, "vlmeval"))):
         pairs: dict[Any, list[bool]] = {}
-        for place, (record, hit) in enumerate(zip(records, hits, strict=True)):
-            pairs.setdefault(record.fields.get("pair", place // 2), []).append(hit)
+        for record, hit in zip(records, hits, strict=True):
+            pairs.setdefault(record.fields["pair"], []).append(hit)
         scores |= {f"pairs{suffix}": percent(map(all, pairs.values())), f"accuracy{suffix}": percent(hits)}
     return scores
 

@@ -69,8 +69,11 @@ def test_open_questions_of_mmmu():
 
 
 def test_pairs_of_mmvp():
-    rows = [record(i, answer, "A", choices="open closed") for i, answer in enumerate(["A", "open", "(a)", "b"], 1)]
-    assert scores.mmvp(rows) == {"pairs": 50, "accuracy": 75, "pairs_vlmeval": 50, "accuracy_vlmeval": 50}
+    """The third pair has one answer only, so it is left out."""
+    rows = [record(i, text, "A", choices="open closed") for i, text in enumerate(["A", "open", "(a)", "b", "A"], 1)]
+    result = score(BENCHMARKS["mmvp"], rows)
+    assert result.scores == {"pairs": 50, "accuracy": 75, "pairs_vlmeval": 50, "accuracy_vlmeval": 50}
+    assert result.left_out == 1
 
 
 def test_several_accepted_answers():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launcher import REPOSITORY, load_script
+from launcher import REPOSITORY, load_script, step_lines, train, write_recipe
 from ross_jax.evaluation import vlmevalkit
 from ross_jax.inference.model import load
 from ross_jax.inference.prompts import Request
@@ -170,6 +170,20 @@ def test_vlmevalkit_agrees(tmp_path, capsys):
         ours, theirs = pairs.get(name, ("accuracy_vlmeval", "Overall"))
         assert found[name]["scores"][ours] == pytest.approx(found[name]["vlmeval"][theirs], abs=1e-9), name
     assert found["ai2d"]["scores"]["accuracy"] > found["ai2d"]["scores"]["accuracy_vlmeval"]
+
+
+@pytest.mark.slow
+def test_benchmarks_during_training(data, tmp_path):
+    """Every six steps and after the last, on a mesh of four devices; the scores become metrics."""
+    recipe = write_recipe(tmp_path)
+    table = f"--config.evaluation.benchmarks=(('exact', '{data / 'exact.jsonl'}'),)"
+    flags = ("--config.data.epochs=2", "--config.loop.benchmark=6", "--config.evaluation.benchmark_limit=5", table)
+    done = train(recipe, tmp_path / "run", *flags, "--config.mesh.data=2", "--config.mesh.fsdp=2", devices=4)
+    assert done.returncode == 0, done.stderr
+    found = [line for line in step_lines(tmp_path / "run") if "benchmark/exact/accuracy" in line]
+    assert [(line["step"], line["benchmark/exact/broken"]) for line in found] == [(6, 2), (12, 2)]
+    done = train(recipe, tmp_path / "other", *flags[:2])
+    assert done.returncode == 1 and "evaluation.benchmarks is empty" in done.stderr
 
 
 def test_without_the_harness(finished, tmp_path, capsys, monkeypatch):
