@@ -88,7 +88,7 @@ class PredictionFile:
     def _check(self, path: Path, data: bytes, header: dict[str, Any]) -> None:
         lines = [line for _, line in _lines(path, data)]
         found = lines[0] if "number" not in lines[0] else {}
-        changed = [name for name, value in header.items() if found.get(name) != value]
+        changed = [name for name, value in header.items() if name != "broken" and found.get(name) != value]
         if changed:
             listed = "; ".join(f"{name} {brief(found.get(name))}, now {brief(header[name])}" for name in changed)
             raise UserError(f"{path}: holds other predictions: {listed}; choose another --output, or remove the file")
