@@ -18,21 +18,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ross_jax.arguments import Parser
 from ross_jax.demo.evaluate import read_heldout
 from ross_jax.demo.questions import ANSWERS
 
 _LETTERS = "ABCDEF"
 
 
-def write_benchmarks(data: Path, folder: Path, limit: int | None = None) -> None:
+def write_benchmarks(data: Path, folder: Path) -> None:
     """Writes all files.
 
     Args:
       data: folder of the demo's data set.
       folder: folder of the files, which is made.
-      limit: held-out questions that are used; None: all.
     """
-    records = read_heldout(data)[:limit]
+    records = read_heldout(data)
     folder.mkdir(parents=True, exist_ok=True)
     images = data / "images"
     _write_exact(folder / "exact.jsonl", records, images)
@@ -156,5 +156,19 @@ def _write_mmvp(folder: Path, records: list[dict[str, Any]], images: Path) -> No
     _write_table(folder / "Questions.csv", rows)
 
 
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("data", type=Path, help="folder of the demo's data set")
+    parser.add_argument("output", type=Path, help="folder of the files")
+    args = parser.parse_args(argv)
+    try:
+        write_benchmarks(args.data, args.output)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    write_benchmarks(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main())

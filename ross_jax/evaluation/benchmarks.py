@@ -154,12 +154,26 @@ def find_files(name: str, folder: Path) -> list[Path]:
 
 
 def load_questions(name: str, paths: Sequence[Path], images: Sequence[Path] = ()) -> Questions:
-    """The questions of a benchmark, with the field `pair` where it scores pairs. Arguments are `read_questions`'s."""
-    found = read_questions(paths, tuple(images))
-    if not find_benchmark(name).pairs:
-        return found
-    order = sorted(found.questions, key=lambda each: int(each.index) if each.index.isdigit() else -1)
-    return dataclasses.replace(found, questions=[_paired(each, place) for place, each in enumerate(order)])
+    """The questions of a benchmark, with the field `pair` where it scores pairs.
+
+    Args:
+      paths, images: as for `read_questions`, whose errors are raised.
+    """
+    benchmark, found = find_benchmark(name), read_questions(paths, tuple(images))
+    if benchmark.pairs:
+        order = sorted(found.questions, key=lambda q: (len(q.index), q.index) if q.index.isdigit() else (0, ""))
+        return dataclasses.replace(found, questions=[_paired(each, place) for place, each in enumerate(order)])
+    kept, broken = [], list(found.broken)
+    for each in found.questions:
+        try:
+            if benchmark.group is not None:
+                benchmark.group(each.index, each.fields)
+            kept.append(each)
+        except ValueError:
+            broken.append(Broken(f"question {each.index}", f"{benchmark.title} needs indices that are numbers"))
+    if not kept:
+        raise UserError(f"{broken[0].place}: {broken[0].reason}")
+    return dataclasses.replace(found, questions=kept, broken=broken)
 
 
 def _paired(each: Any, place: int) -> Any:

@@ -319,7 +319,7 @@ def _question(place: str, row: Row, images: _Images) -> Question | str | None:
     try:
         choices, answers = _choices(row), _answers(answer)
         pictures = images.find(found, place)
-    except (ValueError, SyntaxError, TypeError) as error:
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         return f"a field that cannot be read: {brief(str(error))}"
     if not answers:
         return f"has no answer; expected one of {', '.join(_NAMES['answer'])}"
@@ -335,7 +335,7 @@ def _question(place: str, row: Row, images: _Images) -> Question | str | None:
             if isinstance(value, str | int | float) and name not in _ASIDE and name not in choices and name != "hint"
         },
         images=pictures,
-        hint=row.get("hint"),
+        hint=None if row.get("hint") is None else str(row["hint"]),
         ocr_tokens=tuple(map(str, tokens)) if isinstance(tokens, list) else (),
     )
 
@@ -356,7 +356,7 @@ def _answers(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
             found = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             return (value,)
         value = found if isinstance(found, list) else value
     if isinstance(value, dict):  # VQA: [{"answer": ...}, ...]

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from ross_jax.demo.benchmarks import write_benchmarks
+from ross_jax.demo.benchmarks import main, write_benchmarks
 from ross_jax.demo.questions import ANSWERS
 from ross_jax.evaluation.benchmarks import find_benchmark, find_files, load_questions, score
 from ross_jax.evaluation.scores import Answered
@@ -50,6 +50,11 @@ def test_perfect_and_wrong_answers(folder, name, count):
             for each in found.questions
         ]
         assert score(benchmark, answers).scores[benchmark.metric] == (100 if right else 0)
+
+
+def test_no_data_ends_in_one_line(tmp_path, capsys):
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'heldout.json'}: ")
 
 
 def test_the_same_questions_in_parquet(folder):

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from ross_jax.config import UserError
 from ross_jax.evaluation import prompts
-from ross_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, find_files
+from ross_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, find_files, load_questions
 from ross_jax.evaluation.questions import read_questions
 
 
@@ -139,6 +139,14 @@ def test_broken_records_are_named(tmp_path):
     assert [broken.place.removeprefix(f"{path}, ") for broken in found.broken] == [f"line {i}" for i in range(2, 7)]
     reasons = ["corrupt JSON", "expected an object", "no answer", "no question", "has come before"]
     assert all(reason in broken.reason for reason, broken in zip(reasons, found.broken, strict=True))
+
+
+def test_indices_that_a_benchmark_cannot_use(tmp_path):
+    rows = [{"id": "x", "question": "Q?", "A": "1", "B": "2", "answer": "A"}]
+    with pytest.raises(UserError, match="question x: MMBench EN needs indices that are numbers"):
+        load_questions("mmbench_en", [write(tmp_path / "a.jsonl", rows)])
+    found = load_questions("mmbench_en", [write(tmp_path / "a.jsonl", [*rows, rows[0] | {"id": 5}])])
+    assert [question.index for question in found.questions] == ["5"] and len(found.broken) == 1
 
 
 def test_images_that_cannot_be_read(tmp_path):
