@@ -142,7 +142,7 @@ def build(model: Model, sampling: Sampling) -> Any:
 
     def ask(message: dict[str, Any], said: Conversation, *values: Any) -> Iterator[tuple[Any, ...]]:
         paths = [file if isinstance(file, str) else file["path"] for file in message.get("files") or []]
-        settings = dict(zip(SETTINGS, values[:-1], strict=True))
+        settings = {name: value for name, value in zip(SETTINGS, values[:-1], strict=True) if value is not None}
         settings["stop"] = [line for line in values[-1].splitlines() if line]
         try:
             new = said
@@ -158,7 +158,7 @@ def build(model: Model, sampling: Sampling) -> Any:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
     with gr.Blocks(title="Ross", analytics_enabled=False, delete_cache=(3600, KEPT_SECONDS)) as page:
-        said = gr.State(Conversation)
+        said = gr.State(Conversation())
         with gr.Row():
             with gr.Column(scale=3):
                 # An answer's Markdown could name an image elsewhere, which the browser would fetch.

@@ -1,6 +1,6 @@
 """Starts launch/chat.py with a model whose answers arrive word by word and repeat how they were asked for.
 
-    python tests/launch/chat_server.py --checkpoint DIR --port N
+python tests/launch/chat_server.py --checkpoint DIR --port N
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import sys
 
 from launch import chat
 from ross_jax.inference.model import Model, load
+
 
 class Echo(Model):
     """A model that reads images and reconstructs them as they are, and answers with the arguments of its questions."""

@@ -1,5 +1,6 @@
 """`launch/chat.py`: the page, driven through its API by Gradio's own client in .venv-web."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -13,7 +14,6 @@ import pytest
 from PIL import Image
 
 from launcher import REPOSITORY, load_script
-from ross_jax.config import to_dict
 from tiny_model import SIZED, write_model
 
 PYTHON = REPOSITORY / ".venv-web" / "bin" / "python"
@@ -44,7 +44,10 @@ SETTINGS = [16, 0.5, 7, 0.9, 0.1, 1.1, 3, "END"]
 def drive(tmp_path):
     """Function: model directory, steps of `CLIENT` -> what each step gave."""
     (tmp_path / "client.py").write_text(CLIENT)
-    environ = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "GRADIO_TEMP_DIR": str(tmp_path / "t")}
+    environ = os.environ | {
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+        "GRADIO_TEMP_DIR": str(tmp_path / "t"),
+    }
     started = []
 
     def run(folder: Path, *steps) -> list[dict]:
@@ -115,7 +118,9 @@ def test_conversations_with_images(drive, files, model_folder):
     assert [answer[name] for name in names] == SETTINGS[:-1] and answer["stop"] == ["END"]
     assert [pair["caption"] for pair in first["pane"]] == ["image 1", "reconstruction 1"]
     messages = [result["error"] for result in refused]
-    for message, expected in zip(messages, ("size", "wide.png: more than", "text.png: ", "the question is"), strict=True):
+    for message, expected in zip(
+        messages, ("size", "wide.png: more than", "text.png: ", "the question is"), strict=True
+    ):
         assert expected in message and "/" not in message, message
     answer = json.loads(said(second)[-1])
     assert answer["images"] == 1 and [question for question, _ in answer["history"]] == ["<image>\nOne?"]
@@ -132,10 +137,7 @@ def test_conversations_with_images(drive, files, model_folder):
 @pytest.mark.parametrize("gone", [("denoiser", "autoencoder"), ("denoiser", "autoencoder", "vision", "projector")])
 def test_models_without_reconstruction(drive, files, tmp_path, gone):
     """The baseline has no reconstruction pane; a model that only reads text refuses images in words."""
-    import dataclasses
-
     config = dataclasses.replace(SIZED, **dict.fromkeys(gone))
-    assert to_dict(config)["language"]
     answered, shown = drive(write_model(tmp_path / "model", config), ask("One?"), ask("Two?", files[0]))
     assert json.loads(said(answered)[-1])["prompt"] == "One?" and answered["pane"] is None
     if "vision" in gone:
