@@ -143,7 +143,7 @@ def build(model: Model, sampling: Sampling) -> Any:
     def ask(message: dict[str, Any], said: Conversation, *values: Any) -> Iterator[tuple[Any, ...]]:
         paths = [file if isinstance(file, str) else file["path"] for file in message.get("files") or []]
         settings = {name: value for name, value in zip(SETTINGS, values[:-1], strict=True) if value is not None}
-        settings["stop"] = [line for line in values[-1].splitlines() if line]
+        settings["stop"] = [line for line in (values[-1] or "").splitlines() if line]
         try:
             new = said
             for new in converse(model, said, message.get("text") or "", paths, settings):
