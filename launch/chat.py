@@ -162,7 +162,7 @@ def build(model: Model, sampling: Sampling) -> Any:
         with gr.Row():
             with gr.Column(scale=3):
                 # An answer's Markdown could name an image elsewhere, which the browser would fetch.
-                chat = gr.Chatbot(label=str(model.folder), height=420, render_markdown=False, buttons=["copy"])
+                chat = gr.Chatbot(label=model.folder.name, height=420, render_markdown=False, buttons=["copy"])
                 message = gr.MultimodalTextbox(
                     show_label=False,
                     placeholder="Ask about images" if sees else "Ask",
@@ -175,7 +175,7 @@ def build(model: Model, sampling: Sampling) -> Any:
             with gr.Column(scale=2):
                 pane = []
                 if draws:
-                    label = "Images beside their reconstructions from visual outputs"
+                    label = "Images and reconstructions"
                     pane.append(gr.Gallery(label=label, columns=2, height=420, format="png", interactive=False))
                 with gr.Accordion("How answers are drawn", open=not draws):
                     settings = [*controls(gr), gr.Textbox(label="Texts that end an answer, one a line", lines=2)]
