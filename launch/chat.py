@@ -136,7 +136,7 @@ def controls(gr: Any) -> list[Any]:
 
 def build(model: Model, sampling: Sampling) -> Any:
     """The page, as Gradio's Blocks. Its functions `ask` and `reset` are its API, too."""
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
 
     sees, draws = model.image_config is not None, reconstructs(model)
 
@@ -191,7 +191,7 @@ def build(model: Model, sampling: Sampling) -> Any:
 
 def serve(page: Any, host: str, port: int, upload_mb: int) -> None:
     """Serves the page until it is interrupted, and prints its address."""
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     bounds = {"max_file_size": upload_mb * 10**6, "share": False, "ssr_mode": False}

@@ -71,9 +71,9 @@ class Arrivals(NamedTuple):
     """
 
     prompts: Prompts
-    slots: Int[Array | np.ndarray, " prompts"]
-    limits: Int[Array | np.ndarray, " prompts"]
-    seen: Bool[Array | np.ndarray, "prompts vocab"]
+    slots: Int[Array, " prompts"]
+    limits: Int[Array, " prompts"]
+    seen: Bool[Array, "prompts vocab"]
     drawing: Drawing
 
 
@@ -233,10 +233,10 @@ class Engine:
                     size = count if chosen else self.unit
                     entering = (chosen or free[: self.unit])[: len(waiting)]
                     free = free[len(entering) :]
-                    for row in entering:
-                        places[row] = waiting.popleft()
-                        made[places[row]] = []
-                    arrivals = self._arrivals([prompts[places[row]] for row in entering], entering, size, count)
+                    numbers = [waiting.popleft() for _ in entering]
+                    for row, number in zip(entering, numbers, strict=True):
+                        places[row], made[number] = number, []
+                    arrivals = self._arrivals([prompts[number] for number in numbers], entering, size, count)
                     state, tokens, stopped = _admit(self.decoding, self.params, state, arrivals)
                     cut[entering] = False
                     take(np.asarray(tokens)[:, None], np.asarray(stopped), entering)
@@ -271,23 +271,24 @@ class Engine:
         )
         slots = bucket(kept + max(bucket(len(unread.tokens)), len(unread.tokens) + prompt.limit))
         with self._ambient(self.unit, slots):
-            if state is None or jax.tree.leaves(state.cache.keys)[0].shape[2] < slots:
-                state = _grown(self.decoding, state, self.unit, slots)
+            rows = state
+            if rows is None or jax.tree.leaves(rows.cache.keys)[0].shape[2] < slots:
+                rows = _grown(self.decoding, rows, self.unit, slots)
             new = self._arrivals([unread], [0], self.unit, self.unit)
-            new.seen[0, self._text(prompt)] = True
-            lengths = np.full(self.unit, kept, np.int32)
-            state, tokens, stopped = _append(self.decoding, self.params, state, new, lengths)
+            np.asarray(new.seen)[0, self._text(prompt)] = True
+            lengths: Any = np.full(self.unit, kept, np.int32)
+            rows, tokens, stopped = _append(self.decoding, self.params, rows, new, lengths)
             made, done = [int(np.asarray(tokens)[0])], bool(np.asarray(stopped)[0])
             cut = receive(made, done)
             steps = np.int32(WATCHED_STEPS if prompt.watched else STEPS)
             while not (done or cut):
-                state, tokens, stopped = _extend(
-                    self.decoding, self.params, state, np.zeros(self.unit, bool), steps, np.int32(self.unit)
+                rows, tokens, stopped = _extend(
+                    self.decoding, self.params, rows, np.zeros(self.unit, bool), steps, np.int32(self.unit)
                 )
                 made += [int(token) for token in np.asarray(tokens)[0] if token >= 0]
                 done = bool(np.asarray(stopped)[0])
                 cut = receive(made, done)
-        return state
+        return rows
 
     def _arrivals(self, prompts: Sequence[Prompt], rows: Sequence[int], size: int, count: int) -> Arrivals:
         """Arrays for `size` prompts, of which those given come first; the rest goes to a row that does not exist."""
@@ -295,13 +296,14 @@ class Engine:
         most = max(len(prompt.images) for prompt in prompts)
         images = 0 if not most else 2 ** (most - 1).bit_length()
         side = next((image.shape[0] for prompt in prompts for image in prompt.images), 1)
-        tokens = np.zeros((size, length), np.int32)
-        lengths = np.zeros(size, np.int32)
-        pixels = np.zeros((size, images, side, side, 3), np.uint8)
-        starts = np.full((size, images), length, np.int32)
-        slots, limits = np.full(size, count, np.int32), np.ones(size, np.int32)
+        tokens: Any = np.zeros((size, length), np.int32)
+        lengths: Any = np.zeros(size, np.int32)
+        pixels: Any = np.zeros((size, images, side, side, 3), np.uint8)
+        starts: Any = np.full((size, images), length, np.int32)
+        slots: Any = np.full(size, count, np.int32)
+        limits: Any = np.ones(size, np.int32)
         language = self.decoding.language.config
-        seen = np.zeros((size, language.vocab_size), bool)
+        seen: Any = np.zeros((size, language.vocab_size), bool)
         settings = [(0.0, 0, 1.0, 0.0, 1.0, 0)] * size
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             tokens[i, : len(prompt.tokens)], lengths[i] = prompt.tokens, len(prompt.tokens)
@@ -310,10 +312,8 @@ class Engine:
             slots[i], limits[i], settings[i] = row, prompt.limit, prompt.drawing
             seen[i, self._text(prompt)] = True
         kinds = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32)
-        drawing = Drawing(
-            *(np.array(each, kind) for each, kind in zip(zip(*settings, strict=True), kinds, strict=True))
-        )
-        return Arrivals(Prompts(tokens, lengths, pixels, starts), slots, limits, seen, drawing)
+        drawing: Any = [np.array(each, kind) for each, kind in zip(zip(*settings, strict=True), kinds, strict=True)]
+        return Arrivals(Prompts(tokens, lengths, pixels, starts), slots, limits, seen, Drawing(*drawing))
 
     def _text(self, prompt: Prompt) -> np.ndarray:
         """The tokens of a prompt that are not at image positions."""
