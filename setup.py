@@ -25,6 +25,7 @@ RUNTIME = [
     "numpy>=2.0",  # host arrays
     "pillow>=11.0",  # pictures
     "tensorboardX>=2.6",  # metrics writer without TensorFlow
+    "tqdm>=4.66",  # progress bars on terminals
     "absl-py>=2.1",  # command-line flags of the launchers
     "pyarrow>=18.0",  # Parquet files of benchmarks
     "tqdm>=4.66",  # progress bars

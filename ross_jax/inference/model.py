@@ -97,28 +97,43 @@ class Model:
         return self.ask_many([Request(images, prompt, history or (), max_new_tokens, *drawing)])[0]
 
     def ask_many(
-        self, requests: Sequence[Request], rows: int = 8, on_answer: Callable[[int, str], None] | None = None
+        self,
+        requests: Sequence[Request],
+        rows: int = 8,
+        on_answer: Callable[[int, str], None] | None = None,
+        on_error: Callable[[int, UserError], None] | None = None,
     ) -> list[str]:
         """Answers several requests, `rows` at once; a row that has finished takes the next request.
 
         Args:
           rows: requests that are answered at once; on a mesh rounded up to a multiple of its replicas.
           on_answer: receives a request's number and its answer as soon as it is complete.
+          on_error: receives the number of a request that cannot be used, and why. Its answer is empty, and the others
+            are answered. None: the error is raised.
 
         Raises:
           UserError: as `ask`.
         """
-        prepared = [self.prepare(request) for request in requests]
+        prepared, numbers = [], []
+        for i, request in enumerate(requests):
+            try:
+                prepared.append(self.prepare(request))
+                numbers.append(i)
+            except UserError as error:
+                if on_error is None:
+                    raise
+                on_error(i, error)
 
         def receive(number: int, ids: list[int], ended: bool) -> bool:
             answer = prepared[number][1]
             ended = answer.receive(ids, ended) or ended
             if ended and on_answer:
-                on_answer(number, answer.text)
+                on_answer(numbers[number], answer.text)
             return ended
 
         self.engine.run([prompt for prompt, _ in prepared], rows, receive)
-        return [answer.text for _, answer in prepared]
+        answers = dict(zip(numbers, (answer.text for _, answer in prepared), strict=True))
+        return [answers.get(i, "") for i in range(len(requests))]
 
     def chat(self) -> Chat:
         """A conversation that keeps its keys and values between turns."""
