@@ -28,7 +28,6 @@ RUNTIME = [
     "tqdm>=4.66",  # progress bars on terminals
     "absl-py>=2.1",  # command-line flags of the launchers
     "pyarrow>=18.0",  # Parquet files of benchmarks
-    "tqdm>=4.66",  # progress bars
 ]
 
 EXTRAS = {

@@ -96,7 +96,8 @@ def parse_mesh(text: str) -> MeshConfig:
         sizes = dict(part.split("=") for part in text.split(","))
         if unknown := set(sizes) - {"data", "fsdp", "tensor"}:
             raise ValueError(f"no axis {min(unknown)!r}; there are data, fsdp and tensor")
-        return MeshConfig(**{name: int(size) for name, size in sizes.items()})
+        axes: dict[str, Any] = {name: int(size) for name, size in sizes.items()}
+        return MeshConfig(**axes)
     except ValueError as error:
         raise UserError(f"--mesh {text}: expected AXIS=SIZE,... such as data=2,tensor=4 ({error})") from error
 
