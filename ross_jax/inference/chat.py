@@ -1,5 +1,6 @@
 """A conversation that keeps its keys and values between turns."""
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from ross_jax.data.conversation import IMAGE_MARKER
@@ -79,8 +80,9 @@ def _tokens(engine: Any) -> int:
 
 
 def _identity(prompt: Prompt, config: Any) -> list[Any]:
-    """What each position of a prompt holds: a token, or an image's content."""
+    """What each position of a prompt holds: a token, or the digest of an image."""
     held: list[Any] = [int(token) for token in prompt.tokens]
     for image, start in zip(prompt.images, prompt.image_start, strict=True):
-        held[start : start + config.vision.num_tokens] = [image.tobytes()] * config.vision.num_tokens
+        digest = hashlib.sha256(image.tobytes()).digest()
+        held[start : start + config.vision.num_tokens] = [digest] * config.vision.num_tokens
     return held

@@ -37,8 +37,9 @@ from ross_jax.sharding import MeshConfig, constrain, use_mesh
 STEPS = 32
 """Most tokens that rows are extended by before the host looks at them."""
 WATCHED_STEPS = 4
-"""The same while someone reads an answer as it is made, or a text may end it."""
+"""Most tokens at a time while an answer is read as it is made, or while a stop text may end it."""
 SMALLEST = 32
+"""Smallest bucket."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

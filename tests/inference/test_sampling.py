@@ -59,7 +59,7 @@ def test_equals_transformers(scores, settings):
 
 
 def test_draws_follow_the_probabilities():
-    """Of 2,400 draws each token gets its share, within four standard deviations; other tokens are never drawn."""
+    """Each token gets its share of 2,400 draws, within four standard deviations; others are never drawn."""
     probabilities = np.array([0.5, 0.25, 0.15, 0.1])
     scores = jnp.tile(jnp.log(jnp.asarray(probabilities)), (ROWS, 1))
     settings = drawing(top_k=3)._replace(seed=jnp.arange(ROWS, dtype=jnp.uint32))
