@@ -61,8 +61,7 @@ class Chat:
             (i for i, pair in enumerate(zip(self._held, identity, strict=False)) if pair[0] != pair[1]),
             min(len(self._held), len(identity)),
         )
-        kept = min(kept, len(identity) - 1)
-        kept = max((start for start in prompt.image_start if start <= kept < start + _tokens(engine)), default=kept)
+        kept = min(kept, len(identity) - 1)  # never inside an image: its positions differ all or not at all
         made: list[int] = []
 
         def note(ids: list[int], ended: bool) -> bool:
@@ -72,11 +71,6 @@ class Chat:
         self._held, rows, self._rows = [], self._rows, None  # an interruption leaves a row that is not to be trusted
         rows = engine.continue_row(rows, prompt, kept, note)
         self._rows, self._held = rows, identity + made[:-1]
-
-
-def _tokens(engine: Any) -> int:
-    vision = engine.decoding.config.vision
-    return vision.num_tokens if vision else 0
 
 
 def _identity(prompt: Prompt, config: Any) -> list[Any]:

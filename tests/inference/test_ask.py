@@ -15,6 +15,7 @@ from ross_jax import checkpoints
 from ross_jax.config import UserError
 from ross_jax.data.conversation import IMAGE_ID
 from ross_jax.data.encoders import build_prompt_encoder, stop_id
+from ross_jax.inference.engine import Engine
 from ross_jax.inference.model import load
 from ross_jax.inference.prompts import Request
 from ross_jax.models.ross import Ross, normalise
@@ -284,6 +285,56 @@ def test_a_chat_answers_as_questions_with_history(model):
     assert chat.history == history
     chat.reset()
     assert chat.ask("What?", max_new_tokens=5) == model.ask((), "What?", max_new_tokens=5)
+
+
+@pytest.mark.slow
+def test_a_chat_reads_only_what_is_new(model, monkeypatch):
+    """A turn keeps the prompt and the answer, but for the answer's last token, which was never read."""
+    kept: list[int] = []
+    run = Engine.continue_row
+
+    def spy(engine, state, prompt, count, receive):
+        kept.append(count)
+        return run(engine, state, prompt, count, receive)
+
+    monkeypatch.setattr(Engine, "continue_row", spy)
+    for seed in range(40):  # until an answer's text has the tokens that were drawn
+        chat = model.chat()
+        settings = {"max_new_tokens": 3, "temperature": 1.0, "seed": seed}
+        answer = chat.ask("What?", make_image(0), **settings)
+        if len(answer) == 3 and answer.isprintable() and answer.isascii():
+            break
+    held = model.prepare(Request(make_image(0), "What?"))[0].tokens.size + 3 - 1
+    second = chat.ask("Why?", max_new_tokens=20)
+    assert kept[-2:] == [0, held]
+    assert second == model.ask(make_image(0), "Why?", history=[("<image>\nWhat?", answer)], max_new_tokens=20)
+
+
+@pytest.mark.slow
+def test_rows_that_a_stop_text_ended_take_other_requests(model, alone, queue):
+    stop = alone[1][2:4]
+    requests = [dataclasses.replace(queue[1], stop=[stop]) for _ in range(3)] + queue
+    found = model.ask_many(requests, rows=2)
+    assert found == [alone[1][: alone[1].index(stop)].rstrip()] * 3 + alone
+
+
+def test_image_positions_are_no_text_of_repetition_penalties(model):
+    """Token 0, which fills image positions, is not penalised for standing there."""
+    head = np.array(model.params["language"]["head"])
+    prompt, _ = model.prepare(Request(make_image(0), "What?", max_new_tokens=1))
+
+    def first(sign: float, penalty: float) -> int:
+        changed = head.copy()
+        changed[:, 0] = sign * 1e3 * head[:, 1]
+        language = {**model.params["language"], "head": jnp.asarray(changed)}
+        other = dataclasses.replace(model, params={**model.params, "language": language})
+        made: list[int] = []
+        drawing = (0.0, 0, 1.0, 0.0, penalty, 0)
+        other.engine.run([dataclasses.replace(prompt, drawing=drawing)], 1, lambda _, ids, __: bool(made.extend(ids)))
+        return made[0]
+
+    sign = next(sign for sign in (1.0, -1.0) if first(sign, 1.0) == 0)
+    assert first(sign, 1e3) == 0
 
 
 def test_a_prompt_beyond_the_context_is_refused(model_folder, tmp_path):
