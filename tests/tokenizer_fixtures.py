@@ -6,6 +6,7 @@ Tests import the fixture `tokenizer_folder`.
 import lzma
 import os
 import shutil
+import string
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,14 @@ def byte_level_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
     return _finish(backend, "</s>", **kwargs)
 
 
-def sentencepiece_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
-    """A tokenizer like Llama 2's: spaces as `▁`, a dummy prefix, unknown characters as bytes, a start token."""
+def sentencepiece_tokenizer(characters: str = string.printable[:94], **kwargs) -> PreTrainedTokenizerFast:
+    """A tokenizer like Llama 2's: spaces as `▁`, a dummy prefix, unknown characters as bytes, a start token.
+
+    Args:
+      characters: those that have ids of their own; `A`, `a` and `n` among them.
+    """
     merges = [("▁", "A"), ("▁", "a"), ("a", "n"), ("▁", "▁"), ("▁a", "n")]
-    tokens = [*SPECIAL[:3], *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    tokens = [*SPECIAL[:3], *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *characters]
     vocabulary = {token: i for i, token in enumerate([*tokens, *("".join(pair) for pair in merges)])}
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)

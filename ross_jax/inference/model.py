@@ -143,6 +143,7 @@ class Model:
         """A request's prompt with room for its images, and the answer to come. Errors are those of `ask`."""
         images = self._read(request.images)
         ids = build_prompt_encoder(self._template, self.tokenizer)(request.record(len(images)))
+        self._check_ids(ids)
         count = self.config.vision.num_tokens if images else 0
         expanded = expand(EncodedConversation(ids, np.full_like(ids, IGNORE)), count)
         limit, length = request.max_new_tokens, len(expanded.tokens)
@@ -176,7 +177,9 @@ class Model:
         if not resized:
             raise ImageError("images: there is none")
         tokens = self.config.vision.num_tokens
-        prompts = [expand(encode({"id": "image", "image": "image"}), tokens)] * len(resized)
+        encoded = encode({"id": "image", "image": "image"})
+        self._check_ids(encoded.input_ids)
+        prompts = [expand(encoded, tokens)] * len(resized)
         own = [[image] for image in resized]
         batches = prompt_batches(prompts, own, min(rows, len(own)), tokens, self.image_config.size)
         outputs = [np.asarray(_visual_outputs(self.config, self.params, batch, self.dtype)) for batch in batches]
@@ -268,6 +271,14 @@ class Model:
         folders = [self.folder / "files" / name for name in ("language", "ross")]
         imported = [each for folder in folders for each in end_ids(folder)]
         return tuple(dict.fromkeys([*stop_ids(self._template, self.tokenizer), *imported]))
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        known = self.config.language.vocab_size
+        if ids.max(initial=0) >= known:
+            raise UserError(
+                f"{self.folder}: its tokenizer gives id {ids.max()}, but its language model embeds {known}; import the "
+                "model with its own tokenizer"
+            )
 
     def _check_sees(self) -> None:
         missing = [name for name in TEXT_COMPONENTS if name not in self.params]

@@ -23,7 +23,7 @@ TRY_AGAIN = 75
 """Exit status if the same command may succeed later, as where a process is missing: EX_TEMPFAIL of sysexits.h."""
 POLL = 2.0
 """Seconds between two looks at what the other processes say."""
-LEAVE = 5.0
+LEAVE = 10.0
 """Seconds that the coordinator outlives a failure, so that the other processes can read it."""
 FAILURES = "ross_jax/failures/"
 """Keys of processes that have failed -> their errors."""

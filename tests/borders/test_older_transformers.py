@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import string
 import subprocess
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def make_llava(folder: Path) -> Path:
 
 def save_sentencepiece(folder: Path) -> None:
     """Writes a sentencepiece tokenizer in the format of transformers 4."""
-    tokenizer = sentencepiece_tokenizer()
+    tokenizer = sentencepiece_tokenizer(string.ascii_letters[:27] + string.digits)  # the golden embeds 320 ids
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]

@@ -51,4 +51,4 @@ def test_no_damage_is_read_silently(name, request, tmp_path, reliability):
     )
     reliability(f"files of a {name}: bits, lengths, presence", outcomes)
     assert set(outcomes) <= {"detected", "recovered", "harmless"}, outcomes
-    assert outcomes["detected"] and (name == "model" or outcomes["recovered"]), outcomes
+    assert outcomes["detected" if name == "model" else "recovered"], outcomes

@@ -350,6 +350,14 @@ def test_a_prompt_beyond_the_context_is_refused(model_folder, tmp_path):
         model.ask((), "What?" + 20 * "!")
 
 
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(model):
+    small = dataclasses.replace(model.config.language, vocab_size=100)
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, language=small))
+    for use in (lambda: other.ask((), "What?"), lambda: other.visual_outputs(make_image(0))):
+        with pytest.raises(UserError, match=r"its tokenizer gives id \d+, but its language model embeds 100;"):
+            use()
+
+
 def test_a_model_without_template(model):
     with pytest.raises(UserError, match="does not say its conversation template"):
         dataclasses.replace(model, template=None).ask((), "What?")
