@@ -7,6 +7,8 @@
     python launch/bench.py step --compare torch                    beside the same step in PyTorch
     python launch/bench.py step --compare padding                  packed rows beside padded ones
     python launch/bench.py step --config=configs/ross.py:stage=finetune --config.data.batch=8
+    python launch/bench.py generate                                answers of a language model of 110 M parameters
+    python launch/bench.py generate --compare transformers         beside transformers' generate
 
 Each subcommand prints its figures, and with --json FILE writes them as JSON.
 """
@@ -20,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ross_jax.arguments import SIZE, Parser
-from ross_jax.bench import data, step
+from ross_jax.bench import data, generate, step
 from ross_jax.command_line import load_recipe
 from ross_jax.config import Range, UserError
 from ross_jax.data.images import ImageConfig
@@ -90,10 +92,36 @@ def run_step(arguments: argparse.Namespace, others: list[str]) -> Figures:
     return MEASURES[arguments.compare](load_recipe(arguments.config, others), arguments.repeats, arguments.rows)
 
 
+def add_generate(parser: Parser) -> None:
+    parser.description = (
+        "Answers made-up prompts with the engine of launch/generate.py: tokens/s of prompts and answers, and a queue "
+        "of 64 prompts with answers of 4 to 128 tokens."
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--batches", type=int, nargs="+", within=SIZE, default=[1, 8, 32], help="rows at once")
+    parser.add_argument("--prompt", type=int, within=SIZE, default=128, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, within=Range(2, 2**20), default=64, help="tokens of an answer")
+    parser.add_argument("--repeats", type=int, within=SIZE, default=5, help="runs of each; their median counts")
+    parser.add_argument("--compare", choices=("transformers",), help="run its generate beside, on equal weights")
+
+
+def run_generate(arguments: argparse.Namespace, others: list[str]) -> Figures:
+    if others:
+        raise UserError(f"unexpected arguments {others}")
+    names = ("dtype", "prompt", "new", "repeats")
+    asked = generate.Generating(
+        **{name: getattr(arguments, name) for name in names},
+        batches=tuple(arguments.batches),
+        compare=bool(arguments.compare),
+    )
+    return generate.measure(asked)
+
+
 Run = Callable[[argparse.Namespace, list[str]], Figures]
 COMMANDS: dict[str, tuple[Callable[[Parser], None], Run]] = {
     "data": (add_data, run_data),
     "step": (add_step, run_step),
+    "generate": (add_generate, run_generate),
 }
 """Subcommand -> function that adds its flags, and function that measures. The second also gets all unknown flags."""
 
@@ -118,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, value in figures.items():
-        print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+        print(f"{name:34} {value:.4g}" if isinstance(value, float) else f"{name:34} {value}")
     if parsed.json:
         Path(parsed.json).write_text(json.dumps(figures, indent=2) + "\n")
     return 0

@@ -8,7 +8,7 @@ in the reference.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ross_jax.config import ConfigError
 from ross_jax.convert.importing import TABLES
-from ross_jax.convert.mapping import expand
+from ross_jax.convert.language import language_settings
+from ross_jax.convert.mapping import Table, expand
 from ross_jax.data.conversation import IGNORE
 from ross_jax.models.autoencoder import AutoencoderConfig
 from ross_jax.models.denoiser import CONDITION_EPS, NORM_EPS, TIMESTEP_FEATURES, DenoiserConfig
@@ -79,18 +80,9 @@ class Peer:
         """
         pairs = []
         for name, module in self._model.named_children():
-            flat = {path: np.asarray(leaf) for path, leaf in flatten(params[name]).items()}
             table = TABLES[name](getattr(self._config.model, name))
-            state = dict(module.named_parameters())
-            for piece in expand(table, {path: leaf.shape for path, leaf in flat.items()}):
-                leaf = flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer]
-                # Contiguous as its gradient will be, since fused AdamW reads both in order of memory.
-                value = np.ascontiguousarray(piece.transform.to_hf(leaf), np.float32)
-                value = torch.tensor(value, device=self.device)
-                own = state[piece.hf_key]
-                with torch.no_grad():
-                    own.copy_(value)
-                own.requires_grad_(self._config.freeze.trains(f"{name}/{piece.path}"))
+            for path, own, value in copy_parameters(module, table, params[name]):
+                own.requires_grad_(self._config.freeze.trains(f"{name}/{path}"))
                 if own.requires_grad:
                     pairs.append((own, own if own.dtype == value.dtype else nn.Parameter(value)))
         return pairs
@@ -127,6 +119,22 @@ class Peer:
             torch.from_numpy(noise).to(self.device),
             torch.from_numpy(posterior).permute(0, 3, 1, 2).contiguous().to(self.device),
         )
+
+
+def copy_parameters(
+    module: nn.Module, table: Table, params: Mapping[str, Any]
+) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    """Copies a component's JAX parameters into a module: path, the module's parameter, and its values in float32."""
+    flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    state = dict(module.named_parameters())
+    for piece in expand(table, {path: leaf.shape for path, leaf in flat.items()}):
+        leaf = flat[piece.path] if piece.layer is None else flat[piece.path][piece.layer]
+        own = state[piece.hf_key]
+        # Contiguous as its gradient will be, since fused AdamW reads both in order of memory.
+        value = torch.tensor(np.ascontiguousarray(piece.transform.to_hf(leaf), np.float32), device=own.device)
+        with torch.no_grad():
+            own.copy_(value)
+        yield piece.path, own, value
 
 
 def check(config: RunConfig) -> None:
@@ -304,21 +312,10 @@ def projector(config: ProjectorConfig) -> nn.Module:
 
 
 def language_model(config: LanguageConfig) -> nn.Module:
-    """transformers' Qwen2."""
-    settings = transformers.Qwen2Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tied_head,
-        attn_implementation="sdpa",
-    )
-    return transformers.Qwen2ForCausalLM(settings)
+    """transformers' model of the same family."""
+    settings = language_settings(config)
+    made = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa", dtype=torch.float32)
 
 
 def autoencoder(config: AutoencoderConfig) -> nn.Module:

@@ -30,7 +30,7 @@ from ross_jax.inference.generate import (
     read,
 )
 from ross_jax.inference.sampling import Drawing
-from ross_jax.models.language import Cache
+from ross_jax.models.language import Cache, unstack
 from ross_jax.models.ross import normalise
 from ross_jax.sharding import MeshConfig, constrain, use_mesh
 
@@ -273,7 +273,7 @@ class Engine:
         slots = bucket(kept + max(bucket(len(unread.tokens)), len(unread.tokens) + prompt.limit))
         with self._ambient(self.unit, slots):
             rows = state
-            if rows is None or jax.tree.leaves(rows.cache.keys)[0].shape[2] < slots:
+            if rows is None or rows.cache.slots < slots:
                 rows = _grown(self.decoding, rows, self.unit, slots)
             new = self._arrivals([unread], [0], self.unit, self.unit)
             np.asarray(new.seen)[0, self._text(prompt)] = True
@@ -335,3 +335,21 @@ class Engine:
                 f"not enough memory for {rows} row(s) of {slots} tokens (prompt and answer); lower max_new_tokens or "
                 "rows, or take dtype bfloat16"
             ) from error
+
+
+def make_engine(
+    decoding: Decoding, params: Any, mesh: Mesh | None = None, mesh_config: MeshConfig | None = None
+) -> Engine:
+    """An engine for the devices there are.
+
+    On a single CPU the language model's weights are copied: layer by layer, and in float32, because CPUs are slow with
+    stacked layers and with bfloat16.
+
+    Args:
+      params: parameters with stacked layers.
+    """
+    if mesh is None and jax.default_backend() == "cpu":
+        decoding = dataclasses.replace(decoding, dtype="float32", stacked=False)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        params["language"] = unstack(params["language"])
+    return Engine(decoding, params, mesh, mesh_config)

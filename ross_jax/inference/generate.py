@@ -199,7 +199,7 @@ def insert(cache: Cache, new: Cache, slots: Int[Array, " prompts"]) -> Cache:
     """Puts keys and values of prompts into rows `slots` of a cache; a prompt whose row does not exist is dropped."""
 
     def place(states: Array, new: Array) -> Array:
-        return states.at[:, slots, : new.shape[2]].set(new.astype(states.dtype), mode="drop")
+        return states.at[:, slots, :, : new.shape[3]].set(new.astype(states.dtype), mode="drop")
 
     keys, values = jax.tree.map(place, (cache.keys, cache.values), (new.keys, new.values))
     return Cache(keys, values, cache.lengths.at[slots].set(new.lengths, mode="drop"))

@@ -29,12 +29,11 @@ from ross_jax.data.images import ImageConfig, ImageError, encoder_image_config
 from ross_jax.data.tokenizer import check_fingerprint, find_tokenizer, load_tokenizer
 from ross_jax.evaluation.images import to_uint8
 from ross_jax.inference.chat import Chat
-from ross_jax.inference.engine import Engine, Prompt
+from ross_jax.inference.engine import Engine, Prompt, make_engine
 from ross_jax.inference.generate import Decoding
 from ross_jax.inference.prompts import AnyImage, AnyImages, Request, Resized, prompt_batches, read_images
 from ross_jax.inference.reconstruct import reconstruct, visual_outputs
 from ross_jax.inference.text import Answer
-from ross_jax.models.language import unstack
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.objectives.objective import DEFAULT_SAMPLING, Sampling
 from ross_jax.objectives.reconstruction import reconstructor
@@ -234,19 +233,9 @@ class Model:
 
     @cached_property
     def engine(self) -> Engine:
-        """The parameters that answer, ready to generate.
-
-        On a single CPU the language model's weights are copied: layer by layer, and in float32, because CPUs are slow
-        with stacked layers and with bfloat16.
-        """
+        """The parameters that answer, ready to generate."""
         params = {name: tree for name, tree in self.params.items() if name in TEXT_COMPONENTS}
-        unstacked = self.mesh is None and jax.default_backend() == "cpu"
-        dtype = "float32" if unstacked else self.dtype
-        if unstacked:
-            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-            params["language"] = unstack(params["language"])
-        decoding = Decoding(self.config, dtype, self._stops, stacked=not unstacked)
-        return Engine(decoding, params, self.mesh, self.mesh_config)
+        return make_engine(Decoding(self.config, self.dtype, self._stops), params, self.mesh, self.mesh_config)
 
     @cached_property
     def context(self) -> int | None:

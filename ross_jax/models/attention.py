@@ -86,6 +86,20 @@ def attention(
     return output[:, :length]
 
 
+def cached_attention(
+    query: Float[Array, "batch queries heads dim"],
+    key: Float[Array, "batch kv_heads slots dim"],
+    value: Float[Array, "batch kv_heads slots dim"],
+    mask: Bool[Array, "#batch 1 queries slots"],
+) -> Float[Array, "batch queries heads dim"]:
+    """`attention` to a cache, whose slots lie next to each other for each head: nothing of it is copied."""
+    grouped = query.reshape(*query.shape[:2], key.shape[1], -1, query.shape[-1])
+    scores = jnp.einsum("bqkgd,bksd->bkgqs", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, :, None], scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgqs,bksd->bqkgd", weights, value).reshape(query.shape)
+
+
 def causal_attention(
     query: Float[Array, "batch seq heads dim"],
     key: Float[Array, "batch seq kv_heads dim"],

@@ -5,6 +5,7 @@ Matches transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausal
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ross_jax.config import Count, Layers, Positive, Size
-from ross_jax.models.attention import attention, causal_attention, needs_mask, segment_mask
+from ross_jax.models.attention import cached_attention, causal_attention, needs_mask, segment_mask
 from ross_jax.models.image_tokens import gather_images
 from ross_jax.models.layers import (
     SAVED_ATTENTION,
@@ -26,6 +27,7 @@ from ross_jax.models.layers import (
     RematPolicy,
     gradient_fusion_barrier,
     stack,
+    transposed_linear,
 )
 from ross_jax.sharding import constrain
 
@@ -76,7 +78,7 @@ class LanguageConfig:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
 
 
-LayerStates = Float[Array, "layers batch slots kv_heads dim"] | tuple[Float[Array, "1 batch slots kv_heads dim"], ...]
+LayerStates = Float[Array, "layers batch kv_heads slots dim"] | tuple[Float[Array, "1 batch kv_heads slots dim"], ...]
 """Keys or values of all layers. A model whose layers are not stacked has an array for each layer."""
 
 
@@ -93,6 +95,11 @@ class Cache(NamedTuple):
     keys: LayerStates
     values: LayerStates
     lengths: Int[Array, " batch"]
+
+    @property
+    def slots(self) -> int:
+        """Positions for which each row has room."""
+        return jax.tree.leaves(self.keys)[0].shape[3]
 
 
 class ImagePlaces(NamedTuple):
@@ -173,6 +180,7 @@ class Decoder(nn.Module):
     collect: bool = False
     taps: tuple[int, ...] = ()
     keep: bool = False
+    transposed: bool = False
 
     @nn.compact
     def __call__(self, carry, layer, cos, sin, segments, mask, lengths):
@@ -202,7 +210,7 @@ class Decoder(nn.Module):
             keys, values = _append(keys, key, layer, lengths), _append(values, value, layer, lengths)
             all_keys = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
             all_values = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
-            y = attention(query, all_keys, all_values, mask)
+            y = cached_attention(query, all_keys, all_values, mask)
         else:
             y = causal_attention(query, key, value, segments, mask)
         x = x + self._dense(cfg.hidden_size, cfg.out_bias, "out")(y.reshape(*y.shape[:2], -1))
@@ -213,24 +221,32 @@ class Decoder(nn.Module):
         up = gradient_fusion_barrier(checkpoint_name(up, SAVED_UP))
         y = nn.silu(gate) * up
         x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down")(y)
-        return (x, keys, values, tapped), (x if self.collect else None, (key, value) if self.keep else None)
+        return (x, keys, values, tapped), (
+            x if self.collect else None,
+            (_by_heads(key), _by_heads(value)) if self.keep else None,
+        )
 
     def _dense(self, features: int, bias: bool, name: str) -> Dense:
         init = nn.initializers.normal(0.02)
-        return Dense(features, use_bias=bias, dtype=self.dtype, kernel_init=init, gathered=True, name=name)
+        return Dense(features, bias, self.dtype, init, gathered=True, transposed=self.transposed, name=name)
 
     def _heads(self, x: Float[Array, "batch seq embed"], heads: int, name: str):
         y = self._dense(heads * self.config.head_dim, self.config.qkv_bias, name)(x)
         return y.reshape(*y.shape[:2], heads, self.config.head_dim)
 
 
+def _by_heads(states: Float[Array, "batch seq kv_heads dim"]) -> Float[Array, "batch kv_heads seq dim"]:
+    """Keys or values as the cache holds them."""
+    return states.swapaxes(1, 2)
+
+
 def _append(states: Array, new: Float[Array, "batch seq kv_heads dim"], layer: Array, lengths: Array) -> Array:
-    """Writes a layer's new keys or values into `states: [layers, batch, slots, kv_heads, dim]`, behind `lengths`."""
+    """Writes a layer's new keys or values into `states: [layers, batch, kv_heads, slots, dim]`, behind `lengths`."""
 
     def row(states: Array, new: Array, length: Array) -> Array:
-        return jax.lax.dynamic_update_slice(states, new[None].astype(states.dtype), (layer, length, 0, 0))
+        return jax.lax.dynamic_update_slice(states, new[None].astype(states.dtype), (layer, 0, length, 0))
 
-    return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(states, new, lengths)
+    return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(states, _by_heads(new), lengths)
 
 
 class LanguageModel(nn.Module):
@@ -238,8 +254,8 @@ class LanguageModel(nn.Module):
 
     Attributes:
       stacked: parameters of all layers are stacked, and program size does not grow with depth. False: parameters are
-        those that `unstack` returns. XLA copies a layer's stacked parameters on CPU before it multiplies with them,
-        which costs more than the product of a few tokens.
+        those that `unstack` returns, with which a few tokens are quick on CPU. XLA copies a layer's stacked parameters
+        there before it multiplies with them, and reads kernels faster along their inputs.
     """
 
     config: LanguageConfig
@@ -257,7 +273,8 @@ class LanguageModel(nn.Module):
         init = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, (cfg.vocab_size, cfg.hidden_size))
         if not cfg.tied_head:
-            self.head = self.param("head", init, (cfg.hidden_size, cfg.vocab_size))
+            shape = (cfg.hidden_size, cfg.vocab_size)
+            self.head = self.param("head", init, shape if self.stacked else shape[::-1])
         self.final_norm = nn.RMSNorm(cfg.norm_eps, dtype=self.dtype)
 
     def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
@@ -268,6 +285,9 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Next-token scores, float32."""
+        if not self.stacked:
+            head = self.embedding if self.config.tied_head else self.head
+            return transposed_linear(hidden.astype(self.dtype), head.astype(self.dtype)).astype(jnp.float32)
         kernel = self.head_kernel().astype(self.dtype)
         return jnp.matmul(hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
 
@@ -313,7 +333,7 @@ class LanguageModel(nn.Module):
         else:
             keys, values, lengths = cache
             slots = lengths[:, None] + jnp.arange(segments.shape[1])
-            mask = (jnp.arange(jax.tree.leaves(keys)[0].shape[2]) <= slots[..., None])[:, None]
+            mask = (jnp.arange(cache.slots) <= slots[..., None])[:, None]
         x = embeddings.astype(self.dtype)
         numbers = {tap: tap_number(cfg, tap) for tap in taps}
         inner = tuple(sorted({number for number in numbers.values() if 0 < number < cfg.num_layers}))
@@ -345,7 +365,7 @@ class LanguageModel(nn.Module):
         found, first = [], jnp.zeros((), jnp.int32)
         pairs = [(None, None)] * self.config.num_layers if keys is None else zip(keys, values, strict=True)
         for i, pair in enumerate(pairs):
-            layer = Decoder(*settings, name=f"layers_{i}")
+            layer = Decoder(*settings, transposed=True, name=f"layers_{i}")
             (x, *pair, _), (_, new) = layer((x, *pair, ()), first, *constants)
             found.append((*pair, *(new or (None, None))))
         keys, values, new_keys, new_values = zip(*found, strict=True)
@@ -354,11 +374,19 @@ class LanguageModel(nn.Module):
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of a `LanguageModel` that is not stacked, from those of one that is."""
-    layers = params["layers"]
+    """Parameters of a `LanguageModel` that is not stacked, from those of one that is.
+
+    Layers stand apart, and kernels are transposed.
+    """
+    layers, rest = params["layers"], {name: leaf for name, leaf in params.items() if name != "layers"}
+    if "head" in rest:
+        rest["head"] = rest["head"].T
+
+    def pick(i: int, path: tuple[Any, ...], leaf: Array) -> Array:
+        return leaf[i].T if path[-1].key == "kernel" else leaf[i]
+
     count = jax.tree.leaves(layers)[0].shape[0]
-    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count)}
+    return rest | {f"layers_{i}": jax.tree_util.tree_map_with_path(partial(pick, i), layers) for i in range(count)}
 
 
 def tap_number(config: LanguageConfig, tap: int) -> int:
@@ -379,8 +407,8 @@ def empty_cache(
     """A cache with room for `slots` positions in each of `batch` rows."""
 
     def states(layers: int) -> Array:
-        shape = (layers, batch, slots, config.num_kv_heads, config.head_dim)
-        return constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads")
+        shape = (layers, batch, config.num_kv_heads, slots, config.head_dim)
+        return constrain(jnp.zeros(shape, dtype), None, "batch", "heads")
 
     def all_states() -> LayerStates:
         return states(config.num_layers) if stacked else tuple(states(1) for _ in range(config.num_layers))

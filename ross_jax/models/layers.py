@@ -93,6 +93,25 @@ def _linear_backward(
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+FEW = 64
+"""Most rows that `transposed_linear` takes for few."""
+
+
+def transposed_linear(
+    x: Float[Array, "*batch inputs"],
+    kernel: Float[Array, "outputs inputs"],
+    bias: Float[Array, " outputs"] | None = None,
+) -> Float[Array, "*batch outputs"]:
+    """`x @ kernel.T + bias`. For few rows the kernel is the left operand, which XLA for CPU reads in order."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > FEW:
+        y = rows @ kernel.T
+    else:
+        y = jax.lax.optimization_barrier(kernel @ rows.T).T  # without the barrier XLA would exchange the operands
+    y = y.reshape(*x.shape[:-1], len(kernel))
+    return y if bias is None else y + bias
+
+
 class Dense(nn.Module):
     """Linen's Dense with a custom derivative, which compiles to faster programs.
 
@@ -105,6 +124,7 @@ class Dense(nn.Module):
         decides.
       outputs: number of arrays that the features are split into. Each array has the same width and is computed by its
         own product, which costs less than splitting the result of one product.
+      transposed: the kernel is stored as `[features, inputs]`, and has no gradient. See `transposed_linear`.
     """
 
     features: int
@@ -113,14 +133,18 @@ class Dense(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     gathered: bool = False
     outputs: int = 1
+    transposed: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]):
         """`[*batch, features]`. With several outputs: a list of `[*batch, features / outputs]`."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        shape = (self.features, x.shape[-1]) if self.transposed else (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.use_bias else None
         axes = logical_axes("/".join((*self.path, "kernel")), kernel.ndim) if self.gathered else ()
         x = x.astype(self.dtype)
+        if self.transposed:
+            return transposed_linear(x, kernel, bias)
         if self.outputs == 1:
             return linear(x, kernel, bias, axes)
         kernels = jnp.split(kernel, self.outputs, axis=-1)

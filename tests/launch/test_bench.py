@@ -1,11 +1,15 @@
 """`launch/bench.py`: its figures and errors. Times are not tested."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
 
 from launcher import load_script
+from ross_jax.bench import generate
 from ross_jax.bench.data import write_synthetic
+from ross_jax.models.language import LanguageConfig
 
 bench = load_script("bench")
 
@@ -103,3 +107,26 @@ def test_without_torch_jax_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = figures(tmp_path, "--compare", "torch")
     assert "not installed" in found["torch"] and found["tokens_per_s"] > 0 and "torch_step_s" not in found
+
+
+@pytest.mark.slow
+def test_generation_equals_transformers(tmp_path, monkeypatch, capsys):
+    """Both choose the same tokens, or the bench refuses to compare their times."""
+    pytest.importorskip("torch")
+    small = LanguageConfig(300, 32, 64, 2, 4, 2, 8, 1e4, 1e-6, qkv_bias=True)
+    monkeypatch.setattr(generate, "LANGUAGE", small)
+    monkeypatch.setattr(generate, "PROBE_BYTES", 2**20)
+    command = ["generate", "--compare", "transformers", "--batches", "1", "3", "--prompt", "9", "--new", "5"]
+    assert bench.main([*command, "--repeats", "1", "--json", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["batch_3_equal_tokens"] == found["queue_equal_tokens"] == 1
+    assert found["queue_over_torch"] == pytest.approx(found["queue_torch_s"] / found["queue_s"])
+    engine = generate.make_engine
+
+    def broken(decoding, params):
+        made = engine(decoding, params)
+        return dataclasses.replace(made, params=jax.tree.map(lambda leaf: leaf[..., ::-1], made.params))
+
+    monkeypatch.setattr(generate, "make_engine", broken)
+    assert bench.main([*command, "--repeats", "1"]) == 1
+    assert "they do not compute the same" in capsys.readouterr().err
