@@ -7,6 +7,7 @@ Batch s is a function of the plan alone. So the position in the data is the step
 step, and any number of processes reads the same rows together.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +25,30 @@ from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, expand
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
 from ross_jax.data.conversation import IMAGE_ID, Encoder
 from ross_jax.data.images import Decoder, ImageConfig, ImageError, decode, preprocess
-from ross_jax.data.packing import Lengths, PackingConfig, PackingPlan, PlanSettings, cached_plan, make_plan, report_plan
+from ross_jax.data.mixture import Mixture
+from ross_jax.data.packing import (
+    Lengths,
+    PackingConfig,
+    PackingPlan,
+    PlanSettings,
+    cached_plan,
+    make_plan,
+    report_plan,
+    report_sources,
+)
+from ross_jax.data.parquet import SHUFFLE_MEMORY
 from ross_jax.data.precomputed import Precomputed
 from ross_jax.data.records import Version
-from ross_jax.data.sources import BrokenSamples, Sample, SampleError, Source, SourceConfig, open_sources, report_fields
+from ross_jax.data.samples import Sample, SampleError, Source
+from ross_jax.data.sources import (
+    BrokenSamples,
+    Limits,
+    SourceConfig,
+    check_mixture,
+    make_mixture,
+    open_sources,
+    report_fields,
+)
 from ross_jax.data.workers import Workers
 
 Broken = tuple[int, str]
@@ -56,6 +77,8 @@ class DataConfig:
       cache: folder for lengths and plans, shared by all processes. None: they are made at every start.
       precomputed: folder that `launch/cache.py` wrote. Targets and features are read from it instead of computed, and
         pixels are only decoded if a component still looks at them.
+      shuffle_memory: bytes of decoded row groups of Parquet files among which samples are shuffled. Each process that
+        reads, workers included, keeps twice as many.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -71,10 +94,12 @@ class DataConfig:
     prefetch: Annotated[int, Range(1, 1024)] = 2
     cache: str | None = None
     precomputed: str | None = None
+    shuffle_memory: Count = SHUFFLE_MEMORY
 
     def __post_init__(self):
         if not self.sources:
             raise ValueError("sources is empty; name at least one data set")
+        check_mixture(self.sources)
         for name in ("batch", "epochs", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -218,6 +243,7 @@ class _Steps:
         batch, seen, broken = pipeline.empty_batch(self._rows), 0, []
         for row in range(self._rows):
             for index, location in plan.locations(first_row + self._offset + row, pipeline.lengths):
+                location = dataclasses.replace(location, source=pipeline.source_of(index))
                 seen += 1
                 try:
                     place(batch, row, location, *pipeline.read(index))
@@ -257,6 +283,7 @@ class Pipeline:
       lengths: what `measure_lengths` found for `source`.
       plans: one per epoch, all with the same number of rows per step.
       config: see `DataConfig`.
+      mixture: the parts of the data set.
       versions: of the sources, as they were opened.
 
     Attributes:
@@ -274,10 +301,12 @@ class Pipeline:
         lengths: Lengths,
         plans: Sequence[PackingPlan],
         config: DataConfig,
+        mixture: Mixture,
         versions: Sequence[Version] = (),
     ):
         self._source, self._preprocessing = source, preprocessing
         self.lengths, self.plans, self.config, self.versions = lengths, list(plans), config, list(versions)
+        self._ends = mixture.ends
         self.precomputed = preprocessing.precomputed
         self.rows_per_step = plans[0].rows_per_step
         packing, image_size = config.packing, preprocessing.images.size
@@ -308,6 +337,10 @@ class Pipeline:
         """Index of the sample that an image belongs to."""
         return int(np.searchsorted(self.lengths.first_image_ids, image_id, side="right")) - 1
 
+    def source_of(self, index: int) -> int:
+        """Number of the source that a sample comes from."""
+        return int(np.searchsorted(self._ends, index, side="right"))
+
     def image(self, image_id: int) -> np.ndarray:
         """One image, uint8[H, W, 3].
 
@@ -328,7 +361,7 @@ class Pipeline:
 
     def empty_batch(self, rows: int) -> Batch:
         """A batch of padding."""
-        batch = empty_batch(rows, self.shape)
+        batch = empty_batch(rows, self.shape, sources=len(self._ends) > 1)
         if not self._preprocessing.pixels:
             del batch["images"]
         if self.precomputed is not None:
@@ -423,21 +456,23 @@ def open_pipeline(
             f"the run has {rows_per_step} rows per step, which {multiple} (devices along data and fsdp, times "
             "step.accumulate) does not divide; continue it on another number of devices"
         )
-    source, versions = open_sources(config.sources, known, config.max_image_bytes)
+    source, versions = open_sources(config.sources, known, Limits(config.max_image_bytes, config.shuffle_memory))
     opened(source.fingerprint, versions)
     report_fields(source, config.max_broken)
     if config.cache and preprocessing.encode_key:
         lengths = cached_lengths(source, preprocessing, config, writer)
     else:
         lengths = measure_lengths(source, preprocessing, config)
+    mixture = make_mixture(config.sources, source, config.shuffle_memory)
     plans: list[PackingPlan] = []
     is_new = rows_per_step is None
     for epoch in range(config.epochs):
         settings = PlanSettings(config.packing, config.batch, multiple, rows_per_step, config.seed, epoch)
         if config.cache:
-            plans.append(cached_plan(config.cache, lengths, settings, writer))
+            plans.append(cached_plan(config.cache, lengths, settings, writer, mixture))
         else:
-            plans.append(make_plan(lengths, settings))
+            plans.append(make_plan(lengths, settings, mixture))
         rows_per_step = plans[0].rows_per_step
     report_plan(plans[0], lengths, config.packing, config.max_dropped if is_new else 1.0)
-    return Pipeline(source, preprocessing, lengths, plans, config, versions)
+    report_sources(plans[0], mixture)
+    return Pipeline(source, preprocessing, lengths, plans, config, mixture, versions)

@@ -22,6 +22,7 @@ from ross_jax.data.images import decode, decode_official
 from ross_jax.data.pipeline import Pipeline, Preprocessing, open_pipeline
 from ross_jax.data.precomputed import differences
 from ross_jax.data.records import Version
+from ross_jax.data.sources import source_names
 from ross_jax.data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, save_tokenizer
 from ross_jax.directories import DamagedError, lock
 from ross_jax.json_text import load_json
@@ -356,7 +357,7 @@ class Run:
         writer, log = Writer(self.folder, self.step), Log(self.folder, self.clock)
         if log.note:
             writer.warn(log.note)
-        return Reporter(meter, writer, monitor, log)
+        return Reporter(meter, writer, monitor, log, source_names(config.data.sources))
 
     def train(self, callbacks: Sequence[Callback] = (), stop_at: Callable[[int], bool] | None = None) -> int:
         """Trains to the end, or until SIGTERM, SIGINT or SIGHUP comes, which saves a checkpoint.
