@@ -13,6 +13,7 @@ plan and caches it on disk, and the others read it.
 The samples of an epoch are all samples once, or what a `Mixture` says.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -353,7 +354,8 @@ def cached_plan(
 ) -> PackingPlan:
     """`make_plan`, cached in `folder` under a name that hashes the lengths, every setting and the mixture.
 
-    A file that is damaged or belongs to another plan is replaced.
+    A file that is damaged or belongs to another plan is replaced. A plan that settles the number of rows per step is
+    also kept under the settings of a run that continues and knows this number.
 
     Args:
       writer: whether this process may make the plan. One of several processes does; the others call with False after
@@ -362,13 +364,7 @@ def cached_plan(
     Raises:
       UserError: as in `make_plan`; the folder cannot be written; or the plan is absent and this process is no writer.
     """
-    values = to_dict(settings)
-    if mixture is not None and not mixture.is_plain:
-        values["mixture"] = mixture.hash
-    described = json.dumps(
-        {"format": _FORMAT, "lengths": lengths.hash, "row": values.pop("packing"), **values}, sort_keys=True
-    )
-    path = Path(folder) / f"plan-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz"
+    path, described = _cache_file(folder, lengths, settings, mixture)
     arrays = load_arrays(path, described)
     if arrays is not None:
         return PackingPlan(arrays["offsets"], arrays["samples"], *(int(count) for count in arrays["counts"]))
@@ -376,5 +372,20 @@ def cached_plan(
         raise UserError(f"{path}: the packing plan is not there; is {folder} shared between all processes?")
     plan = make_plan(lengths, settings, mixture)
     counts = np.array([plan.rows_per_step, plan.dropped, plan.unusable], np.int64)
-    save_arrays(path, described, {"offsets": plan.offsets, "samples": plan.samples, "counts": counts})
+    for each in {settings, dataclasses.replace(settings, rows_per_step=plan.rows_per_step)}:
+        file = _cache_file(folder, lengths, each, mixture)
+        save_arrays(*file, {"offsets": plan.offsets, "samples": plan.samples, "counts": counts})
     return plan
+
+
+def _cache_file(
+    folder: str | Path, lengths: Lengths, settings: PlanSettings, mixture: Mixture | None
+) -> tuple[Path, str]:
+    """Path of a cached plan, and the description that the file must have."""
+    values = to_dict(settings) | ({"multiple": 1} if settings.rows_per_step else {})  # the rows per step are settled
+    if mixture is not None and not mixture.is_plain:
+        values["mixture"] = mixture.hash
+    described = json.dumps(
+        {"format": _FORMAT, "lengths": lengths.hash, "row": values.pop("packing"), **values}, sort_keys=True
+    )
+    return Path(folder) / f"plan-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz", described

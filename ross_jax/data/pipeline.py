@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import grain
 import numpy as np
 from grain.sources import RandomAccessDataSource
+from tqdm import tqdm
 
 from ross_jax.config import Count, Range, Share, Size, UserError, Whole, to_dict
 from ross_jax.data.archives import MAX_IMAGE_BYTES
@@ -50,11 +51,14 @@ from ross_jax.data.sources import (
     report_fields,
 )
 from ross_jax.data.workers import Workers
+from ross_jax.process import cores
 
 Broken = tuple[int, str]
 """Index of a sample that cannot be used, and why."""
 
 _MEASURED_AT_ONCE = 256  # samples per message from a worker process
+_MANY = 20_000  # samples; fewer are measured before worker processes for all cores have started
+_MOST_MEASURING = 64  # worker processes that measure
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class DataConfig:
         enough, because decoding and resizing images release the interpreter lock.
       threads: threads that read, each one batch at a time, if there are no workers.
       prefetch: batches that each worker, or all threads together, hold ready.
-      cache: folder for lengths and plans, shared by all processes. None: they are made at every start.
+      cache: folder for lengths and plans, shared by all processes. None: the folder `cache` of the run's directory.
       precomputed: folder that `launch/cache.py` wrote. Targets and features are read from it instead of computed, and
         pixels are only decoded if a component still looks at them.
       shuffle_memory: bytes of decoded row groups of Parquet files among which samples are shuffled. Each process that
@@ -190,17 +194,26 @@ class _Measure:
 def measure_lengths(source: Source, preprocessing: Preprocessing, config: DataConfig) -> Lengths:
     """Encodes every sample once, to know what it needs of a row. Images are not read.
 
+    Many samples are measured by worker processes on all cores, with a progress bar on a terminal.
+
     Raises:
       UserError: too many samples are broken.
     """
     broken_samples = BrokenSamples(len(source), config.max_broken)
+    if len(source) >= _MANY:
+        workers = max(config.workers, min(cores(), _MOST_MEASURING))
+        config = dataclasses.replace(config, workers=workers, prefetch=4)
     iterator = _read_in_order(_Measure(source, preprocessing, config.packing), 0, config)
     chunks = []
+    # Shown on terminals alone.
+    bar = tqdm(total=len(source), desc="measuring lengths", unit="sample", unit_scale=True, disable=None)
     try:
         for lengths, broken in iterator:
             broken_samples.update(lengths.shape[1], broken)
             chunks.append(lengths)
+            bar.update(lengths.shape[1])
     finally:
+        bar.close()
         iterator.close()
     broken_samples.summarise()
     return Lengths(*np.concatenate(chunks, axis=1))

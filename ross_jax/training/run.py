@@ -220,7 +220,7 @@ class Run:
         if self.step:
             checkpoints.read_manifest(folder)  # compares digests
         known = self._known(record, accept_changed_data)
-        self.data = open_data(self._with_shared_cache(), self.mesh, known, timeout)
+        self.data = open_data(self._with_cache(), self.mesh, known, timeout)
         if record.get("data", self.data.hash) != self.data.hash and not accept_changed_data:
             raise UserError(
                 f"{folder}: was trained on other data or another packing plan; a run continues only with its own. "
@@ -249,9 +249,9 @@ class Run:
         tokenizer = checkpoints.read_manifest(self.folder).get("tokenizer")
         return Known(record.get("rows_per_step"), sources, tokenizer, accept_changed)
 
-    def _with_shared_cache(self) -> RunConfig:
-        """The config of several processes, which must share lengths and plans; by default in the run's directory."""
-        if jax.process_count() == 1 or self.config.data.cache is not None:
+    def _with_cache(self) -> RunConfig:
+        """The config with a folder for lengths and plans, which processes share; by default in the run's directory."""
+        if self.config.data.cache is not None:
             return self.config
         data = dataclasses.replace(self.config.data, cache=str(self.folder / "cache"))
         return dataclasses.replace(self.config, data=data)
