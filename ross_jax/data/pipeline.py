@@ -9,27 +9,19 @@ step, and any number of processes reads the same rows together.
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import grain
 import numpy as np
-from grain.sources import RandomAccessDataSource
-from tqdm import tqdm
 
-from ross_jax.config import Count, Range, Share, Size, UserError, Whole, to_dict
-from ross_jax.data.archives import MAX_IMAGE_BYTES
-from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, expand, place
-from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
-from ross_jax.data.conversation import IMAGE_ID, Encoder
-from ross_jax.data.images import Decoder, ImageConfig, ImageError, decode, preprocess
+from ross_jax.config import UserError, to_dict
+from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, place
+from ross_jax.data.cache import hash_arrays
+from ross_jax.data.images import ImageError, preprocess
+from ross_jax.data.lengths import cached_lengths, measure_lengths
 from ross_jax.data.mixture import Mixture
 from ross_jax.data.packing import (
     Lengths,
-    PackingConfig,
     PackingPlan,
     PlanSettings,
     cached_plan,
@@ -37,206 +29,16 @@ from ross_jax.data.packing import (
     report_plan,
     report_sources,
 )
-from ross_jax.data.parquet import SHUFFLE_MEMORY
-from ross_jax.data.precomputed import Precomputed
+from ross_jax.data.reading import Broken, DataConfig, Preprocessing, expand_sample, read_in_order
 from ross_jax.data.records import Version
 from ross_jax.data.samples import Sample, SampleError, Source
 from ross_jax.data.sources import (
     BrokenSamples,
     Limits,
-    SourceConfig,
-    check_mixture,
     make_mixture,
     open_sources,
     report_fields,
 )
-from ross_jax.data.workers import Workers
-from ross_jax.process import cores
-
-Broken = tuple[int, str]
-"""Index of a sample that cannot be used, and why."""
-
-_MEASURED_AT_ONCE = 256  # samples per message from a worker process
-_MANY = 20_000  # samples; fewer are measured before worker processes for all cores have started
-_MOST_MEASURING = 64  # worker processes that measure
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The data of a run, and how it is read.
-
-    Attributes:
-      sources: one or several, read as one data set.
-      packing: the layout of rows.
-      batch: conversations per step, as in the paper. The number of rows per step follows from the packing plan.
-      epochs: passes over the data.
-      seed: settles the order of samples and rows.
-      max_broken: share of broken samples above which the run stops; see `sources.BrokenSamples`.
-      max_dropped: share of samples that exceed a row above which a new run does not begin.
-      max_image_bytes: most bytes of an image file, packed or not; a sample with a larger one is broken.
-      workers: processes that read, each one batch at a time. 0: threads of this process read, which is often fast
-        enough, because decoding and resizing images release the interpreter lock.
-      threads: threads that read, each one batch at a time, if there are no workers.
-      prefetch: batches that each worker, or all threads together, hold ready.
-      cache: folder for lengths and plans, shared by all processes. None: the folder `cache` of the run's directory.
-      precomputed: folder that `launch/cache.py` wrote. Targets and features are read from it instead of computed, and
-        pixels are only decoded if a component still looks at them.
-      shuffle_memory: bytes of decoded row groups of Parquet files among which samples are shuffled. Each process that
-        reads, workers included, keeps twice as many.
-    """
-
-    sources: tuple[SourceConfig, ...]
-    packing: PackingConfig = field(default_factory=PackingConfig)
-    batch: Size = 128
-    epochs: Size = 1
-    seed: Whole = 0
-    max_broken: Share = 0.01
-    max_dropped: Share = 0.2
-    max_image_bytes: Count = MAX_IMAGE_BYTES
-    workers: Annotated[int, Range(0, 1024)] = 0
-    threads: Annotated[int, Range(0, 1024)] = 4
-    prefetch: Annotated[int, Range(1, 1024)] = 2
-    cache: str | None = None
-    precomputed: str | None = None
-    shuffle_memory: Count = SHUFFLE_MEMORY
-
-    def __post_init__(self):
-        if not self.sources:
-            raise ValueError("sources is empty; name at least one data set")
-        check_mixture(self.sources)
-        for name in ("batch", "epochs", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("workers", "threads", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
-        for name in ("max_broken", "max_dropped"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How samples become arrays.
-
-    Attributes:
-      encode: record -> token ids and labels. Worker processes need one that can be pickled.
-      images: how images are resized.
-      image_tokens: N, tokens per image.
-      encode_key: text that changes whenever `encode` does (tokenizer, template, compat). Measured lengths are cached
-        under it. None: they are not cached.
-      decode: `images.decode` or `images.decode_official`.
-      precomputed: arrays to read for every image.
-      pixels: whether batches hold `images`.
-    """
-
-    encode: Encoder
-    images: ImageConfig
-    image_tokens: int
-    encode_key: str | None = None
-    decode: Decoder = decode
-    precomputed: Precomputed | None = None
-    pixels: bool = True
-
-
-def expand_sample(sample: Sample, preprocessing: Preprocessing, packing: PackingConfig) -> Expanded:
-    """Tokens and targets of a sample, cut to the row if `packing.too_long` is `truncate`.
-
-    Raises:
-      SampleError: the record cannot be encoded, or its text has another number of image markers than it has images.
-    """
-    try:
-        encoded = preprocessing.encode(sample.record)
-    except UserError as error:
-        raise SampleError(f"{sample.place}: {error}" if sample.place else str(error)) from error
-    marks = np.count_nonzero(encoded.input_ids == IMAGE_ID)
-    if marks != len(sample.images):
-        raise SampleError(f"{sample}: {marks} image markers in the text, {len(sample.images)} images")
-    limits = packing if packing.too_long == "truncate" else None
-    expanded = expand(encoded, preprocessing.image_tokens, limits)
-    if not len(expanded.tokens):
-        raise SampleError(f"{sample}: holds nothing, or begins with an image that fits no row")
-    return expanded
-
-
-def _read_in_order(items: RandomAccessDataSource, start: int, config: DataConfig) -> Workers | grain.DatasetIterator:
-    """Iterates over `items[start:]` in order. Threads or worker processes read ahead."""
-    if config.workers:
-        return Workers(items, start, config.workers, config.prefetch)
-    ahead = max(config.prefetch, config.threads) if config.threads else 0
-    dataset = grain.MapDataset.source(items)[start:]
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=ahead)))
-
-
-class _Measure:
-    """Chunks of samples: [chunk] -> (int32[3, samples] with a row for each field of `Lengths`, broken samples)."""
-
-    def __init__(self, source: Source, preprocessing: Preprocessing, packing: PackingConfig):
-        self._source, self._preprocessing, self._packing = source, preprocessing, packing
-
-    def __len__(self) -> int:
-        return -(-len(self._source) // _MEASURED_AT_ONCE)
-
-    def __getitem__(self, chunk: int) -> tuple[np.ndarray, list[Broken]]:
-        first = chunk * _MEASURED_AT_ONCE
-        indices = range(first, min(first + _MEASURED_AT_ONCE, len(self._source)))
-        lengths, broken = np.zeros((3, len(indices)), np.int32), []
-        for column, index in enumerate(indices):
-            try:
-                expanded = expand_sample(self._source[index], self._preprocessing, self._packing)
-            except SampleError as error:
-                broken.append((index, str(error)))
-            else:
-                lengths[:, column] = len(expanded.tokens), len(expanded.image_start), expanded.supervised
-        return lengths, broken
-
-
-def measure_lengths(source: Source, preprocessing: Preprocessing, config: DataConfig) -> Lengths:
-    """Encodes every sample once, to know what it needs of a row. Images are not read.
-
-    Many samples are measured by worker processes on all cores, with a progress bar on a terminal.
-
-    Raises:
-      UserError: too many samples are broken.
-    """
-    broken_samples = BrokenSamples(len(source), config.max_broken)
-    if len(source) >= _MANY:
-        workers = max(config.workers, min(cores(), _MOST_MEASURING))
-        config = dataclasses.replace(config, workers=workers, prefetch=4)
-    iterator = _read_in_order(_Measure(source, preprocessing, config.packing), 0, config)
-    chunks = []
-    # Shown on terminals alone.
-    bar = tqdm(total=len(source), desc="measuring lengths", unit="sample", unit_scale=True, disable=None)
-    try:
-        for lengths, broken in iterator:
-            broken_samples.update(lengths.shape[1], broken)
-            chunks.append(lengths)
-            bar.update(lengths.shape[1])
-    finally:
-        bar.close()
-        iterator.close()
-    broken_samples.summarise()
-    return Lengths(*np.concatenate(chunks, axis=1))
-
-
-def cached_lengths(source: Source, preprocessing: Preprocessing, config: DataConfig, writer: bool = True) -> Lengths:
-    """`measure_lengths`, cached in `config.cache` under a name that hashes the texts, the encoder and N.
-
-    Args:
-      writer: as in `cached_plan`.
-    """
-    cut = config.packing if config.packing.too_long == "truncate" else None
-    key = ["lengths", 2, source.fingerprint, preprocessing.encode_key, preprocessing.image_tokens, str(cut)]
-    described = json.dumps(key)
-    path = Path(config.cache) / f"lengths-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz"
-    arrays = load_arrays(path, described)
-    if arrays is None:
-        if not writer:
-            raise UserError(f"{path}: the measured lengths are not there; is {config.cache} shared by all processes?")
-        lengths = measure_lengths(source, preprocessing, config)
-        arrays = {"lengths": np.stack([lengths.tokens, lengths.images, lengths.supervised])}
-        save_arrays(path, described, arrays)
-    return Lengths(*arrays["lengths"])
 
 
 class _Steps:
@@ -370,7 +172,7 @@ class Pipeline:
           For each chunk: uint8[chunk, H, W, 3], black where an image is broken; and {identity: (sample, reason)} of the
           broken images.
         """
-        return _read_in_order(_Images(self, chunks), 0, self.config)
+        return read_in_order(_Images(self, chunks), 0, self.config)
 
     def empty_batch(self, rows: int) -> Batch:
         """A batch of padding."""
@@ -429,7 +231,7 @@ class Pipeline:
             return
         samples = len(self.plans[0].samples)
         broken_samples = BrokenSamples(-(-samples // processes), self.config.max_broken)
-        iterator = _read_in_order(_Steps(self, process, processes), start, self.config)
+        iterator = read_in_order(_Steps(self, process, processes), start, self.config)
         try:
             for batch, seen, broken in iterator:
                 broken_samples.update(seen, broken)

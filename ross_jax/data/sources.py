@@ -149,7 +149,13 @@ def open_sources(
 
 
 def report_fields(source: Source, max_share: float) -> None:
-    """Warns of fields of records that are not read.
+    """Warns of fields of records that are not read. Arguments and errors are those of `found_in_fields`."""
+    for finding in found_in_fields(source, max_share):
+        logger.warning(finding)
+
+
+def found_in_fields(source: Source, max_share: float) -> list[str]:
+    """Sentences about fields of records that are not read.
 
     Args:
       max_share: share of the records of a source without images that may have marks of images.
@@ -158,17 +164,15 @@ def report_fields(source: Source, max_share: float) -> None:
       UserError: more have. Their images must be in fields that are not read.
     """
     if isinstance(source, Concatenated):
-        for each in source.sources:
-            report_fields(each, max_share)
-    elif isinstance(source, ParquetSource):
-        for finding in source.findings():
-            logger.warning(finding)
-    elif isinstance(source, LlavaSource):
-        findings = list(source.survey.findings(source.version.path))
-        if source.survey.is_blind(max_share):
-            raise UserError(findings[0])
-        for finding in findings:
-            logger.warning(finding)
+        return [finding for each in source.sources for finding in found_in_fields(each, max_share)]
+    if isinstance(source, ParquetSource):
+        return list(source.findings())
+    if not isinstance(source, LlavaSource):
+        return []
+    findings = list(source.survey.findings(source.version.path))
+    if source.survey.is_blind(max_share):
+        raise UserError(findings[0])
+    return findings
 
 
 class LlavaSource:
