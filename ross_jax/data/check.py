@@ -198,10 +198,11 @@ def stops_run(findings: Sequence[Findings], config: DataConfig, mixture: Mixture
 
     Also sets the number of samples that each source has in an epoch.
     """
+    unusable = None
     try:
         counts = mixture.counts([each.usable for each in findings])
     except UserError as error:
-        return str(error)
+        unusable, counts = str(error), [0] * len(findings)
     for each, count in zip(findings, counts, strict=True):
         each.epoch = count
     samples = sum(each.samples for each in findings)
@@ -213,4 +214,4 @@ def stops_run(findings: Sequence[Findings], config: DataConfig, mixture: Mixture
         if count > limit or count == samples:
             share = getattr(config, setting)
             return f"{count} of {samples} samples are {name}, more than data.{setting} = {share:.1%} allows"
-    return None
+    return unusable

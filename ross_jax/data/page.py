@@ -106,9 +106,11 @@ def _histogram(tokens: Sequence[int]) -> str:
     counts, edges = np.histogram(tokens, bins=min(_BARS, max(tokens) - min(tokens) + 1))
     bars = "".join(
         f'<div style="height:{100 * count / counts.max():.1f}%" title="{low:.0f} to {high:.0f} tokens: {count}"></div>'
-        for count, low, high in zip(counts, edges, edges[1:], strict=True)
+        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
     )
-    return f"<div class=bars>{bars}</div><div class=ends><span>{min(tokens)} tokens<span>{max(tokens)}</div>"
+    return (
+        f"<div class=bars>{bars}</div><div class=ends><span>{min(tokens)} tokens</span><span>{max(tokens)}</span></div>"
+    )
 
 
 def _article(checked: Checked, source: Source, preprocessing: Preprocessing, tokenizer: Any) -> str:

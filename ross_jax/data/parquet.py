@@ -46,6 +46,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
 }
 _CONDITION = re.compile(r"\s*(\w+)\s*(>=|<=|==|!=|>|<)\s*(.+?)\s*")
+_RATINGS = ("_ratings", "_min")  # endings of FineVision's columns for conditions
 _AT_ONCE = 16  # shards that are opened at the same time
 
 
@@ -250,7 +251,8 @@ class _Shard:
             if not images and not set(TURNS) & set(schema.names):
                 raise UserError(f"{path}: no column of {[*TURNS, 'image', 'images']}; it has {schema.names}")
             read = [name for name in schema.names if name in READ or name in {caption, *conditions}]
-            self.unread = sorted(set(schema.names) - READ - KNOWN - {caption, *conditions})
+            unread = set(schema.names) - READ - KNOWN - {caption, *conditions}
+            self.unread = sorted(name for name in unread if not name.endswith(_RATINGS))
             self.images = tuple(images)
             self.texts = tuple(leaf for name in read for leaf in _leaves(name, leaves, name in images))
             self.groups, first = [], 0

@@ -102,6 +102,7 @@ class Pipeline:
       versions: of the sources, as they were opened.
 
     Attributes:
+      source, preprocessing, lengths, plans, config: the arguments.
       steps: number of steps of the whole run.
       rows_per_step: rows of a global batch.
       shape: sizes of a row.
@@ -119,7 +120,7 @@ class Pipeline:
         mixture: Mixture,
         versions: Sequence[Version] = (),
     ):
-        self._source, self._preprocessing = source, preprocessing
+        self.source, self.preprocessing = source, preprocessing
         self.lengths, self.plans, self.config, self.versions = lengths, list(plans), config, list(versions)
         self._ends = mixture.ends
         self.precomputed = preprocessing.precomputed
@@ -142,10 +143,10 @@ class Pipeline:
         """Everything that the images' identities and pixels depend on, except the content of the image files."""
         return {
             "count": int(self.lengths.images.sum()),
-            "source_hash": self._source.fingerprint,
+            "source_hash": self.source.fingerprint,
             "counts_hash": hash_arrays(self.lengths.images),
-            "image": to_dict(self._preprocessing.images),
-            "decoded_by": self._preprocessing.decode.__name__,
+            "image": to_dict(self.preprocessing.images),
+            "decoded_by": self.preprocessing.decode.__name__,
         }
 
     def sample_of(self, image_id: int) -> int:
@@ -163,7 +164,7 @@ class Pipeline:
           SampleError, ImageError: it is broken.
         """
         index = self.sample_of(image_id)
-        return self._image(self._source[index], image_id - int(self.lengths.first_image_ids[index]))
+        return self._image(self.source[index], image_id - int(self.lengths.first_image_ids[index]))
 
     def images(self, chunks: Sequence[range]) -> Iterator[tuple[np.ndarray, dict[int, Broken]]]:
         """Images by identity, chunk by chunk, in order and read ahead. Identity 0 is a black image.
@@ -177,7 +178,7 @@ class Pipeline:
     def empty_batch(self, rows: int) -> Batch:
         """A batch of padding."""
         batch = empty_batch(rows, self.shape, sources=len(self._ends) > 1)
-        if not self._preprocessing.pixels:
+        if not self.preprocessing.pixels:
             del batch["images"]
         if self.precomputed is not None:
             batch |= self.precomputed.empty(rows, self.shape.images)
@@ -190,8 +191,8 @@ class Pipeline:
           SampleError, ImageError: it is broken.
           UserError: its length is not the one that the plan was made for.
         """
-        sample = self._source[index]
-        expanded = expand_sample(sample, self._preprocessing, self.config.packing)
+        sample = self.source[index]
+        expanded = expand_sample(sample, self.preprocessing, self.config.packing)
         planned = int(self.lengths.tokens[index]), int(self.lengths.images[index])
         if (len(expanded.tokens), len(expanded.image_start)) != planned:
             raise UserError(
@@ -199,14 +200,14 @@ class Pipeline:
                 f"planned were {planned}: data or tokenizer changed; remove the cache {self.config.cache}"
             )
         numbers = range(len(expanded.image_start))
-        images = [self._image(sample, k) for k in numbers] if self._preprocessing.pixels else []
+        images = [self._image(sample, k) for k in numbers] if self.preprocessing.pixels else []
         if self.precomputed is None:
             return expanded, images, []
         first = int(self.lengths.first_image_ids[index])
         return expanded, images, [self.precomputed.read(first + k) for k in numbers]
 
     def _image(self, sample: Sample, number: int) -> np.ndarray:
-        image, preprocessing = sample.images[number], self._preprocessing
+        image, preprocessing = sample.images[number], self.preprocessing
         try:
             return preprocess(preprocessing.decode(image.read(), image.name), preprocessing.images, image.name)
         except ImageError as error:
