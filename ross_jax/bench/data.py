@@ -107,6 +107,7 @@ def measure(reading: Reading) -> Figures:
             tokens += int(np.count_nonzero(batch["segments"]))
         seconds = time.perf_counter() - begin
         batches.close()
+        found = shares(pipeline)
     if not steps:
         raise UserError(f"the data set has only one step of {reading.batch} conversations; lower --batch")
     return {
@@ -118,7 +119,7 @@ def measure(reading: Reading) -> Figures:
         "batch_mb": sum(array.nbytes for array in first.values()) / 1e6,
         "steps_read": steps,
         **plan.statistics(pipeline.lengths, reading.packing),
-        **shares(pipeline),
+        **found,
         "memory_mb": peak_memory() / 1e6,
     }
 

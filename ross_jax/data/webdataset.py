@@ -219,18 +219,43 @@ def _members(read: Read, start: int, end: int) -> Iterator[Member]:
         block = read(position, _BLOCK)
         if block.count(b"\0") == _BLOCK:
             return
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        size = int(extended.get("size", info.size))
+        kind, size = block[156:157], _size(block, position)
+        size = int(extended.get("size", size))
         content = position + _BLOCK
         if size < 0 or content + size > end:
             raise tarfile.ReadError(f"a member of {size} bytes at byte {position}, where the file ends before")
         position = content + -(-size // _BLOCK) * _BLOCK
-        if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME) and size <= _MAX_EXTENDED:
-            extended |= _extended(info.type, read(content, size))
-        elif info.isreg():
-            yield Member(extended.get("path", info.name).lstrip("./"), header, content, size)
-        if info.type not in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+        if kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME) and size <= _MAX_EXTENDED:
+            extended |= _extended(kind, read(content, size))
+        elif kind in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            yield Member((extended.get("path") or _name(block)).lstrip("./"), header, content, size)
+        if kind not in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
             header, extended = position, {}
+    if position < end:
+        raise tarfile.ReadError(f"no header at byte {position}, where the file ends")
+
+
+def _size(block: bytes, position: int) -> int:
+    """The size in a header, which is octal or, from 8 GiB on, binary.
+
+    Raises:
+      TarError: its checksum is wrong, so it is no header.
+    """
+    try:
+        if int(block[148:156].rstrip(b"\0 ") or b"0", 8) != 256 + sum(block[:148]) + sum(block[156:]):
+            raise tarfile.ReadError(f"no header at byte {position}")
+        if block[124] == 0x80:
+            return int.from_bytes(block[125:136], "big")
+        return int(block[124:136].rstrip(b"\0 ") or b"0", 8)
+    except ValueError as error:
+        raise tarfile.ReadError(f"no header at byte {position}") from error
+
+
+def _name(block: bytes) -> str:
+    """The name in a header, after its folder in the format of POSIX."""
+    folder = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
+    name = block[:100].partition(b"\0")[0]
+    return (folder + b"/" + name if folder else name).decode("utf-8", "surrogateescape")
 
 
 def _extended(kind: bytes, content: bytes) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """Data in published layouts becomes the same samples, at random and in worker processes, and says what is wrong."""
 
+import gzip
+import io
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,11 @@ from pyarrow import parquet
 
 from data.layouts import COUNT, LAYOUTS, QUESTION, answer, colour, llava, onevision, picture
 from ross_jax.config import UserError, from_dict
-from ross_jax.data.encoders import build_encoder
+from ross_jax.data.encoders import build_encoder, build_training_encoder
 from ross_jax.data.images import ImageError, decode
+from ross_jax.data.samples import SampleError
 from ross_jax.data.sources import Limits, SourceConfig, open_source
+from ross_jax.data.spelling import briefly
 from ross_jax.data.turns import read_turns
 from tokenizer_fixtures import byte_level_tokenizer
 
@@ -125,3 +130,69 @@ def test_order_of_image_parts():
     parts += [{"type": "image", "image": "own.jpg"}, {"type": "image", "index": None}]
     record = {"messages": [{"role": "user", "content": parts}], "images": ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]}
     assert record_images(record) == ["1.jpg", "0.jpg", "own.jpg", "2.jpg", "3.jpg"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_of_members_in_every_format_of_tar(tmp_path, kind):
+    """Long names and other alphabets, as Python's own reader has them; members of no sample are left out."""
+    names = [
+        "a.jpg",
+        "a.json",
+        "b.cls",
+        f"{'folder/' * 12}c.jpg",
+        "none/\u732b.jpg",
+        "x.jpg",
+        "x.cls",
+        "x.0.jpg",
+        "x.txt",
+    ]
+    names += [] if kind == tarfile.USTAR_FORMAT else [f"{'folder/' * 30}d.jpg", "y" * 150 + ".png"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=kind) as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            data = b'{"caption": "a"}' if name.endswith("json") else name.encode()
+            member.size, member.mtime = len(data), 2.5 if kind == tarfile.PAX_FORMAT else 2
+            archive.addfile(member, io.BytesIO(data))
+    source = open_({"path": str(tmp_path / "a.tar"), "kind": "webdataset"})
+    found = {image.name: image.read() for i in range(len(source)) for image in source[i].images}
+    assert {briefly(name): name.encode() for name in names if name.endswith(("jpg", "png"))} == found
+    assert [len(source[i].images) for i in range(4)] == [1, 1, 1, 2]
+    assert source[3].record["conversations"][1]["value"] == "x.txt"
+
+
+def test_what_is_no_webdataset(tmp_path):
+    good = LAYOUTS["webdataset"](tmp_path / "data")
+    shard = tmp_path / "data" / "00001.tar"
+    content = shard.read_bytes()
+    cases = {
+        "cut": (content[:3000], r"00001\.tar: is no tar file that can be read \((a member of|no header)"),
+        "text": (b"no tar" * 200, r"00001\.tar: is no tar file .*no header at byte 0"),
+        "flipped": (bytes([content[0] ^ 1]) + content[1:], "no header at byte 0"),
+        "compressed": (gzip.compress(content), r"00001\.tar: is compressed with gzip; decompress it"),
+    }
+    for data, message in cases.values():
+        shard.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            open_(good)
+    (tmp_path / "empty").mkdir()
+    for path, message in [("empty", "no file in it ends in .tar"), ("absent.tar", "cannot be read")]:
+        with pytest.raises(UserError, match=message):
+            open_({"path": str(tmp_path / path), "kind": "webdataset"})
+    with tarfile.open(tmp_path / "texts.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("a.cls"), io.BytesIO())
+    with pytest.raises(UserError, match="no sample in it"):
+        open_({"path": str(tmp_path / "texts.tar"), "kind": "webdataset"})
+
+
+def test_broken_members_are_broken_samples(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, data in {"a.json": b"{", "b.json": b"7", "c.txt": b"\xff", "d.json": b'{"id": 1}'}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    source = open_({"path": str(tmp_path / "a.tar"), "kind": "webdataset"})
+    for index, message in enumerate([r"a\.tar, a: .*Expecting", "holds a JSON int", r"c\.txt is not UTF-8 at byte 0"]):
+        with pytest.raises(SampleError, match=message):
+            source[index]
+    with pytest.raises(UserError, match="no image"):
+        build_training_encoder("chatml", byte_level_tokenizer())(source[3].record)

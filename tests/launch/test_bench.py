@@ -103,3 +103,14 @@ def test_without_torch_jax_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = figures(tmp_path, "--compare", "torch")
     assert "not installed" in found["torch"] and found["tokens_per_s"] > 0 and "torch_step_s" not in found
+
+
+@pytest.mark.slow
+def test_data_beside_torch(tmp_path):
+    pytest.importorskip("torch")
+    out = tmp_path / "out.json"
+    small = ["--samples", "60", "--steps", "2", "--batch", "8", "--image-size", "16", "--image-tokens", "4"]
+    assert bench.main(["data", *small, "--compare", "torch", "--workers", "1", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["images_per_s"] > 0 and found["torch_images_per_s"] > 0 and found["workers"] == 1
+    assert 0 < found["decode_share"] < 1 and found["read_share"] + found["decode_share"] + found["resize_share"] < 1

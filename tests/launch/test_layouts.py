@@ -73,7 +73,7 @@ def test_a_mixture_is_checked(recipe, tmp_path, capsys):
     assert table(capsys.readouterr().out)["messages"][:6] == ["12", "10", "2", "0", "1", "0"]
     assert check(recipe) == 1
     assert "2 of 108 samples are broken, more than data.max_broken = 1.0% allows" in capsys.readouterr().err
-    assert check(recipe, "--config.data.packing.length=100") == 1
+    assert check(recipe, "--config.data.packing.length=100", "--config.data.max_broken=0.02") == 1
     assert "dropped, more than data.max_dropped" in capsys.readouterr().err
     check_page(page.read_text())
 
