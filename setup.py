@@ -15,7 +15,7 @@ RUNTIME = [
     "sentencepiece>=0.2",  # reads tokenizers that are a tokenizer.model alone, such as Vicuna's, inside transformers
     "safetensors>=0.8",  # the file format of foreign checkpoints
     "huggingface-hub>=1.0",  # downloads a checkpoint when the user names a hub id
-    "grain>=0.2.12",  # data loading, shuffling, packing algorithm
+    "grain>=0.2.12",  # data loading, files of precomputed arrays
     "array-record>=0.8.1",  # random-access files of precomputed arrays, read through grain
     "tensorflow-datasets>=4.9.9",  # random-access data sources such as ImageNet; needs no TensorFlow
     "ml-collections>=1.1",  # ConfigDict: recipes and command-line overrides
@@ -27,7 +27,7 @@ RUNTIME = [
     "tensorboardX>=2.6",  # metrics writer without TensorFlow
     "tqdm>=4.66",  # progress bars on terminals
     "absl-py>=2.1",  # command-line flags of the launchers
-    "pyarrow>=18.0",  # Parquet files of benchmarks
+    "pyarrow>=18.0",  # Parquet files of benchmarks and of training data
 ]
 
 EXTRAS = {

@@ -3,6 +3,7 @@
 
     python launch/bench.py data                                    a synthetic data set
     python launch/bench.py data --data mix.json --images coco.zip --tokenizer DIR --template qwen_2 --workers 8
+    python launch/bench.py data --compare torch --workers 4        beside a PyTorch DataLoader
     python launch/bench.py step                                    a mid-size model's train step
     python launch/bench.py step --compare torch                    beside the same step in PyTorch
     python launch/bench.py step --compare padding                  packed rows beside padded ones
@@ -35,7 +36,10 @@ MEASURES = {None: step.measure, "torch": step.against_torch, "padding": step.aga
 
 def add_data(parser: Parser) -> None:
     parser.description = "Reads batches as training does: samples/s, and how full the rows are."
-    parser.add_argument("--data", help="LLaVA conversations, JSON or JSONL; default: a synthetic data set")
+    parser.add_argument("--data", help="path of a source; default: a synthetic data set with JPEGs of 640 x 480")
+    kinds = ("llava", "parquet", "webdataset", "images")
+    parser.add_argument("--kind", choices=kinds, default="llava", help="of the source, as config.data.sources[0].kind")
+    parser.add_argument("--compare", choices=("torch",), help="in turns with a PyTorch DataLoader of as many workers")
     parser.add_argument("--images", nargs="*", default=[], help="folders, .zip or .tar files with its images")
     parser.add_argument("--tokenizer", help="folder of a tokenizer; default: one token per word")
     parser.add_argument("--template", default="v1", help="conversation template, with --tokenizer")
@@ -55,9 +59,11 @@ def add_data(parser: Parser) -> None:
 def run_data(arguments: argparse.Namespace, others: list[str]) -> Figures:
     if others:
         raise UserError(f"unexpected arguments {others}")
-    return data.measure(
+    measure = data.against_torch if arguments.compare else data.measure
+    return measure(
         data.Reading(
             data=arguments.data,
+            kind=arguments.kind,
             images=tuple(arguments.images),
             tokenizer=arguments.tokenizer,
             template=arguments.template,

@@ -1,11 +1,16 @@
 #!/usr/bin/env python
-"""Shows how conversations become token ids and labels.
+"""Shows how conversations become token ids and labels, or checks all data of a recipe before a run.
 
     python launch/inspect_data.py --template qwen_2 --tokenizer checkpoints/qwen2 --data llava_mix.json --limit 5
+    python launch/inspect_data.py --check --config=configs/ross.py:stage=finetune --html=data.html
 
 Each conversation is printed as text and as ids. What is supervised is green, or between ⟦ and ⟧ if the output has no
 colours. A histogram of lengths follows, and how full rows of --length tokens get. Broken samples are named on stderr
 and left out.
+
+--check encodes every record and decodes every image of the recipe's sources on all cores, and prints a table with a
+row for each source, and examples of what is wrong. It exits with 0 if all samples can be used as they are, with 3 if
+some cannot and the recipe allows so many, and with 1 if a run would stop. --config.FIELD=VALUE overrides a field.
 """
 
 import argparse
@@ -14,17 +19,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
 from ross_jax.arguments import SIZE, Parser
+from ross_jax.command_line import load_recipe
 from ross_jax.config import Range, UserError, from_dict
+from ross_jax.data.check import PROBLEMS, check, stops_run, table
 from ross_jax.data.conversation import (
-    IGNORE,
-    IMAGE_ID,
     Compat,
     ConversationError,
     EncodedConversation,
@@ -33,18 +37,25 @@ from ross_jax.data.conversation import (
 from ross_jax.data.encoders import build_encoder
 from ross_jax.data.fields import Survey
 from ross_jax.data.packing import Lengths, PackingConfig, PlanSettings, explain_dropped, make_plan
+from ross_jax.data.page import make_page, pieces
 from ross_jax.data.records import RecordFile
+from ross_jax.data.sources import Limits, found_in_fields, make_mixture, open_sources
 from ross_jax.data.tokenizer import load_tokenizer
+from ross_jax.training.preprocessing import make_preprocessing
 
+SOME_LEFT_OUT = 3  # exit status
 BARS = 12  # most bars of the histogram
 GREEN, CYAN, BOLD, RESET = "\033[32m", "\033[36m", "\033[1m", "\033[0m"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--template", required=True, choices=get_args(Template), help="conversation template")
-    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer (or a hub id)")
-    parser.add_argument("--data", required=True, help="LLaVA conversations, JSON or JSONL")
+    parser.add_argument("--template", choices=get_args(Template), help="conversation template")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer (or a hub id)")
+    parser.add_argument("--data", help="conversations, JSON or JSONL")
+    parser.add_argument("--check", action="store_true", help="check all data of the recipe --config")
+    parser.add_argument("--config", metavar="RECIPE", help="with --check: PATH or PATH:ARGUMENTS of a recipe")
+    parser.add_argument("--html", metavar="FILE", help="with --check: write a page that shows samples of each source")
     parser.add_argument(
         "--compat", default="default", choices=get_args(Compat), help="official: ids and labels of the reference"
     )
@@ -70,7 +81,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--image-slots", type=int, default=PackingConfig.images, help="I, image slots per row (default %(default)s)"
     )
-    return parser.parse_args(arguments)
+    parsed, others = parser.parse_known_args(arguments)
+    if not parsed.check:
+        parsed = parser.parse_args(arguments)
+        missing = [f"--{name}" for name in ("template", "tokenizer", "data") if getattr(parsed, name) is None]
+        if missing:
+            parser.error(f"the following arguments are required: {', '.join(missing)}; or --check and --config")
+    elif not parsed.config:
+        parser.error("--check needs --config, the recipe of the run")
+    parsed.overrides = others
+    return parsed
 
 
 class Painter:
@@ -92,17 +112,13 @@ class Painter:
 def describe(encoded: EncodedConversation, tokenizer: Any, painter: Painter, image_tokens: int) -> tuple[str, str]:
     """(the conversation as marked text, the same as marked ids)."""
     texts, numbers = [], []
-    kinds = zip((encoded.input_ids == IMAGE_ID).tolist(), (encoded.labels != IGNORE).tolist(), strict=True)
-    position = 0
-    for (is_image, is_supervised), group in groupby(kinds):
-        ids = encoded.input_ids[position : (position := position + len(list(group)))].tolist()
-        if is_image:
-            texts += [painter.image(f"image: {image_tokens} tokens")] * len(ids)
-            numbers += [painter.image(str(index)) for index in ids]
+    for kind, ids, text in pieces(encoded, tokenizer):
+        if kind == "image":
+            texts.append(painter.image(f"image: {image_tokens} tokens"))
+            numbers.append(painter.image(str(ids[0])))
             continue
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for parts, shown in ((texts, _printable(text)), (numbers, " ".join(map(str, ids)))):
-            parts.append(painter.supervised(shown) if is_supervised else shown)
+            parts.append(painter.supervised(shown) if kind == "supervised" else shown)
     return "".join(texts), " ".join(numbers)
 
 
@@ -191,11 +207,45 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{broken} conversations are broken and were left out (see above)", file=sys.stderr)
 
 
+def run_check(arguments: argparse.Namespace) -> int:
+    """Checks the sources of a recipe. Returns the exit status."""
+    config = load_recipe(arguments.config, arguments.overrides)
+    data, tokenizer = config.data, load_tokenizer(config.text.tokenizer)
+    preprocessing = make_preprocessing(config, tokenizer)
+    source, _ = open_sources(data.sources, limits=Limits(data.max_image_bytes, data.shuffle_memory))
+    for finding in found_in_fields(source, data.max_broken):
+        print(f"warning: {finding}", file=sys.stderr)
+    mixture = make_mixture(data.sources, source, data.shuffle_memory)
+    findings = check(source, preprocessing, data, mixture)
+    reason = stops_run(findings, data, mixture)
+    cells = table(findings)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for name, *numbers in cells:
+        print(f"{name:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True)))
+    for found in findings:
+        for problem, examples in found.examples.items():
+            if examples:
+                print(f"\n{found.name}: {problem} ({found.counts[problem]})")
+                print(*(f"  {_printable(each.reason)}" for each in examples), sep="\n")
+    if arguments.html:
+        page = make_page(f"Data of {arguments.config}", findings, source, preprocessing, data.packing, tokenizer)
+        try:
+            Path(arguments.html).write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--html {arguments.html}: cannot be written: {error.strerror}") from error
+    if reason:
+        raise UserError(reason)
+    return SOME_LEFT_OUT if any(found.counts[problem] for found in findings for problem in PROBLEMS) else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show every character
     try:
-        run(parse_arguments(arguments))
+        parsed = parse_arguments(arguments)
+        if parsed.check:
+            return run_check(parsed)
+        run(parsed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

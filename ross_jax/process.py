@@ -34,6 +34,12 @@ def end(status: int, line: str) -> NoReturn:
     os._exit(status)
 
 
+def cores() -> int:
+    """Number of cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 def peak_memory() -> int:
     """Most bytes of memory that this process has held at once since its program started.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,7 @@ class Run:
         config: RossConfig = CONFIG,
         supervised: int | None = None,
         platform: str | None = None,
+        sources: int = 0,
     ):
         self.mesh = make_mesh(mesh, jax.devices(platform)[:devices])
         key = jax.random.key(seed)
@@ -120,14 +122,14 @@ class Run:
         shapes = jax.eval_shape(lambda p, f: make_state(p, f, optimizer), params, frozen)
         self.shardings = state_shardings(shapes, self.tree, self.mesh)
         self.state = jax.jit(lambda p, f: make_state(p, f, optimizer), out_shardings=self.shardings)(params, frozen)
-        text = {"text_weight": text_weight, "chunk": 32, "supervised": supervised}
+        text = {"text_weight": text_weight, "chunk": 32, "supervised": supervised, "sources": sources}
         loss = make_loss(config, reconstruction, dtype, remat, **text)
         step = make_train_step(loss, optimizer, jax.random.fold_in(key, 1), accumulate, learning_rates(settings, 10))
         self.step = compile_step(step, self.shardings, batch_sharding(self.mesh))
 
-    def run(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
-        """Runs one step, replaces the state, and returns the metrics."""
+    def run(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Runs one step, replaces the state, and returns the metrics: numbers, and arrays of sums by source."""
         with jax.set_mesh(self.mesh):
             placed = jax.device_put({k: jnp.asarray(v) for k, v in batch.items()}, batch_sharding(self.mesh))
             self.state, metrics = self.step(self.state, placed)
-        return {name: float(value) for name, value in metrics.items()}
+        return {name: np.asarray(value) if value.ndim else float(value) for name, value in metrics.items()}

@@ -1,11 +1,14 @@
 """Measures how fast training reads its batches, and how full their rows are."""
 
+import contextlib
+import dataclasses
+import importlib.util
 import itertools
 import json
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,14 @@ from PIL import Image
 
 from ross_jax.config import UserError
 from ross_jax.data.conversation import IGNORE, IMAGE_ID, EncodedConversation
-from ross_jax.data.images import ImageConfig
+from ross_jax.data.images import ImageConfig, preprocess
 from ross_jax.data.packing import PackingConfig
-from ross_jax.data.pipeline import DataConfig, Preprocessing, open_pipeline
+from ross_jax.data.pipeline import DataConfig, Pipeline, Preprocessing, open_pipeline
+from ross_jax.data.reading import expand_sample
 from ross_jax.data.sources import SourceConfig
+from ross_jax.process import cores, peak_memory
+
+_TURNS = 5
 
 Figures = dict[str, float | int | str]
 
@@ -28,7 +35,8 @@ class Reading:
     """What is read, and how.
 
     Attributes:
-      data: LLaVA conversations, JSON or JSONL. None: a synthetic data set.
+      data: path of a source. None: a synthetic data set.
+      kind: of the source, as in `SourceConfig`.
       images: folders, .zip or .tar files with the data's images.
       tokenizer: folder of a tokenizer. None: one token per word.
       template: conversation template, with a tokenizer.
@@ -41,6 +49,7 @@ class Reading:
     """
 
     data: str | None
+    kind: Any
     images: tuple[str, ...]
     tokenizer: str | None
     template: str
@@ -54,26 +63,37 @@ class Reading:
     threads: int
 
 
-def measure(reading: Reading) -> Figures:
-    """Reads batches, and returns rates, sizes and how full the rows are.
+@contextlib.contextmanager
+def opened(reading: Reading, epochs: int = 1) -> Iterator[Pipeline]:
+    """The pipeline of the data set, which is written first if it is synthetic.
 
     Raises:
-      UserError: data that cannot be used, or that is too little for two steps.
+      UserError: data that cannot be used.
     """
     with tempfile.TemporaryDirectory() as folder:
         path, images = reading.data, reading.images
         if path is None:
             path, images = write_synthetic(Path(folder), reading.samples), (folder,)
         config = DataConfig(
-            sources=(SourceConfig(path, images=images),),
+            sources=(SourceConfig(path, kind=reading.kind, images=images),),
             packing=reading.packing,
             batch=reading.batch,
+            epochs=epochs,
             workers=reading.workers,
             threads=reading.threads,
         )
-        start = time.perf_counter()
         encode = make_encoder(reading.tokenizer, reading.template)
-        pipeline = open_pipeline(config, Preprocessing(encode, reading.image_config, reading.image_tokens))
+        yield open_pipeline(config, Preprocessing(encode, reading.image_config, reading.image_tokens))
+
+
+def measure(reading: Reading) -> Figures:
+    """Reads batches, and returns rates, sizes and how full the rows are.
+
+    Raises:
+      UserError: data that cannot be used, or that is too little for two steps.
+    """
+    start = time.perf_counter()
+    with opened(reading) as pipeline:
         ready = time.perf_counter()
         plan = pipeline.plans[0]
         steps = samples = image_count = tokens = 0
@@ -87,6 +107,7 @@ def measure(reading: Reading) -> Figures:
             tokens += int(np.count_nonzero(batch["segments"]))
         seconds = time.perf_counter() - begin
         batches.close()
+        found = shares(pipeline)
     if not steps:
         raise UserError(f"the data set has only one step of {reading.batch} conversations; lower --batch")
     return {
@@ -97,8 +118,84 @@ def measure(reading: Reading) -> Figures:
         "tokens_per_s": tokens / seconds,
         "batch_mb": sum(array.nbytes for array in first.values()) / 1e6,
         "steps_read": steps,
-        **plan.statistics(pipeline.lengths, config.packing),
+        **plan.statistics(pipeline.lengths, reading.packing),
+        **found,
+        "memory_mb": peak_memory() / 1e6,
     }
+
+
+def shares(pipeline: Pipeline, images: int = 64) -> Figures:
+    """Shares of the time of reading samples, in one thread, that decoding and resizing their images take."""
+    preprocessing, seconds = pipeline.preprocessing, dict.fromkeys(("read", "decode", "resize"), 0.0)
+    seen, start = 0, time.perf_counter()
+    for index in pipeline.plans[0].samples.tolist():
+        sample = pipeline.source[index]
+        expand_sample(sample, preprocessing, pipeline.config.packing)
+        for image in sample.images:
+            times = [time.perf_counter()]
+            data = image.read()
+            times.append(time.perf_counter())
+            decoded = preprocessing.decode(data, image.name)
+            times.append(time.perf_counter())
+            preprocess(decoded, preprocessing.images, image.name)
+            times.append(time.perf_counter())
+            for name, begin, end in zip(seconds, times, times[1:], strict=False):
+                seconds[name] += end - begin
+            seen += 1
+        if seen >= images:
+            break
+    total = time.perf_counter() - start
+    return {f"{name}_share": value / total for name, value in seconds.items()} if seen else {}
+
+
+def against_torch(reading: Reading) -> Figures:
+    """Images/s beside a PyTorch DataLoader with as many workers and the same transforms, in turns.
+
+    Raises:
+      UserError: PyTorch is not installed, or the data has no image.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("--compare torch: PyTorch is not installed; bash launch/setup.sh parity")
+    from ross_jax.bench.data_peer import Loader
+
+    reading = dataclasses.replace(reading, workers=reading.workers or cores())
+    ahead = reading.workers * DataConfig.prefetch + 2  # batches that are ready when a turn begins
+    per_turn = ahead + reading.steps
+    epochs = -(-2 * _TURNS * per_turn * reading.batch // (reading.samples if reading.data is None else 1000))
+    with opened(reading, epochs) as pipeline:
+        files = [image for index in range(len(pipeline.source)) for image in pipeline.source[index].images]
+        if not files:
+            raise UserError(f"{reading.data}: no image in it")
+        per_batch = max(1, round(pipeline.lengths.images.mean() * reading.batch))
+        ours = (int(np.count_nonzero(batch["image_ids"])) for batch in pipeline.batches())
+        theirs = Loader(files, reading.image_config, per_batch, reading.workers)
+        rates: list[tuple[float, float]] = []
+        for _ in range(_TURNS):
+            rates.append((_rate(ours, ahead, reading.steps), _rate(iter(theirs), ahead, reading.steps)))
+        used = min(reading.workers, cores())
+        found, other = (float(np.median(column)) for column in zip(*rates, strict=True))
+        return {
+            "workers": reading.workers,
+            "images_per_s": found,
+            "torch_images_per_s": other,
+            "images_per_s_per_core": found / used,
+            "torch_images_per_s_per_core": other / used,
+            "over_torch": float(np.median([ours / theirs for ours, theirs in rates])),
+            **shares(pipeline),
+        }
+
+
+def _rate(batches: Iterator[int], ahead: int, steps: int) -> float:
+    """Images/s over some batches, after those that are ready.
+
+    Args:
+      batches: number of images of each.
+    """
+    for _ in itertools.islice(batches, ahead):
+        pass
+    start = time.perf_counter()
+    images = sum(itertools.islice(batches, steps))
+    return images / (time.perf_counter() - start)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ross_jax.data.spelling import briefly, spellings
 
 T = TypeVar("T")
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
 _MAX_LINKS = 40  # links on the way to one file, as in Linux
 _MAX_TARGET = 4096  # bytes of a link's target, as in Linux
 MAX_IMAGE_BYTES = 64 * 2**20
@@ -99,11 +99,12 @@ class FileRange:
     own.
 
     Attributes:
+      path: the file.
       version: size in bytes, and time of the last change in ns, when the file was opened.
     """
 
     def __init__(self, path: str | Path):
-        self._path = str(path)
+        self.path = str(path)
         self._descriptor: int | None = None
         self.version = self._stat()
 
@@ -114,16 +115,20 @@ class FileRange:
           UserError: the file was changed, so known ranges no longer hold.
         """
         if self._descriptor is None:
-            if self._stat() != self.version:
-                raise UserError(f"{self._path}: was changed after it was opened; start again")
-            self._descriptor = os.open(self._path, os.O_RDONLY)
+            self.check()
+            self._descriptor = os.open(self.path, os.O_RDONLY)
         data = os.pread(self._descriptor, size, start)
         if len(data) < size:
-            raise UserError(f"{self._path}: has become shorter since it was opened; start again")
+            raise UserError(f"{self.path}: has become shorter since it was opened; start again")
         return data
 
+    def check(self) -> None:
+        """Raises UserError if the file was changed since it was opened."""
+        if self._stat() != self.version:
+            raise UserError(f"{self.path}: was changed after it was opened; start again")
+
     def _stat(self) -> tuple[int, int]:
-        status = Path(self._path).stat()
+        status = Path(self.path).stat()
         return status.st_size, status.st_mtime_ns
 
     def __getstate__(self) -> dict[str, Any]:
@@ -400,7 +405,7 @@ def _is_hidden(name: str) -> bool:
 
 def _images(names: Iterable[str]) -> list[str]:
     """Sorted names with the suffix of an image format. Hidden files and folders are left out."""
-    found = (name for name in names if posixpath.splitext(name)[1].lower() in _SUFFIXES)
+    found = (name for name in names if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES)
     return sorted(name for name in found if not any(map(_is_hidden, name.split("/"))))
 
 

@@ -14,6 +14,7 @@ A batch is a dictionary of arrays. B = rows, S = tokens per row, I = image slots
     images       uint8 [B, I, H, W, 3]    resized images, not normalised; 0 where the slot is empty
     image_start  int32 [B, I]             where each image's N tokens begin; S where the slot is empty
     image_ids    uint32 [B, I]            the image's number in the data set, from 1; 0 where the slot is empty
+    sources      int32 [B, S]             number of the conversation's source; only if there are several
 
 A run that reads precomputed targets or features (`data.precomputed`) has their arrays [B, I, ...] too, and has `images`
 only if a component still looks at pixels.
@@ -98,10 +99,15 @@ def _cut(labels: np.ndarray, image_start: np.ndarray, image_tokens: int, limits:
     return min(ends)
 
 
-def empty_batch(rows: int, shape: RowShape) -> Batch:
-    """A batch of padding: no conversation, and every image slot empty."""
+def empty_batch(rows: int, shape: RowShape, sources: bool = False) -> Batch:
+    """A batch of padding: no conversation, and every image slot empty.
+
+    Args:
+      sources: whether the batch has the field `sources`.
+    """
     tokens, slots = (rows, shape.length), (rows, shape.images)
-    return {
+    extra = {"sources": np.zeros(tokens, np.int32)} if sources else {}
+    return extra | {
         "tokens": np.zeros(tokens, np.int32),
         "targets": np.full(tokens, IGNORE, np.int32),
         "positions": np.zeros(tokens, np.int32),
@@ -136,6 +142,8 @@ def place(
     batch["targets"][span] = conversation.targets
     batch["positions"][span] = np.arange(length)
     batch["segments"][span] = location.segment
+    if "sources" in batch:
+        batch["sources"][span] = location.source
     batch["image_start"][slots] = location.start + conversation.image_start
     batch["image_ids"][slots] = location.first_image_id + np.arange(count)
     for slot, image in enumerate(images[:count], location.slot):

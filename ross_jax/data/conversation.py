@@ -26,40 +26,24 @@ Rules of every template:
 `encoders` chooses between these encoders and the reference's behaviour, `conversation_official`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
-from ross_jax.config import UserError, nearest
 from ross_jax.data.fields import Record, record_images, system_prompt
 from ross_jax.data.tokenizer import TextEncoder
+from ross_jax.data.turns import IMAGE_MARKER, ConversationError, Role, check_unicode, read_turns, sample_name
 
 IMAGE_ID = -200
 """Stands for an image in `input_ids`."""
 IGNORE = -100
 """Label or target of a position where nothing is to be predicted."""
-IMAGE_MARKER = "<image>"
 
-Role = Literal["system", "user", "assistant"]
 Template = Literal["plain", "v1", "qwen_2", "llama3", "chatml"]
 Compat = Literal["default", "official"]
-ROLES: Mapping[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-
-
-_RENAMED = "'role' to 'from' and 'content' to 'value'"
-
-
-class ConversationError(UserError):
-    """A record that cannot become ids and labels. The text names the sample and, if there is one, the turn."""
 
 
 @dataclass(frozen=True)
@@ -136,61 +120,6 @@ Renderer = Callable[[Conversation], list[Segment]]
 # Records
 
 
-def sample_name(record: Record) -> str:
-    """How errors name a record."""
-    return "sample without an id" if record.get("id") is None else f"sample {record['id']!r:.80}"
-
-
-def no_conversations(record: Record) -> str:
-    """What is wrong with a record that has no `conversations`, and what to do."""
-    found = f"no 'conversations'{nearest('conversations', map(str, record))}; it has {sorted(map(str, record))!s:.200}"
-    if "messages" in record:
-        return f"{found}; rename 'messages' to 'conversations', {_RENAMED}"
-    turns = "[{'from': 'human', 'value': QUESTION}, {'from': 'gpt', 'value': ANSWER}]"
-    return f"{found}; expected 'conversations': {turns}"
-
-
-def read_turns(record: Record) -> list[tuple[Role, str]]:
-    """The turns of a record as (role, text), checked.
-
-    Raises:
-      ConversationError: names the sample and the turn.
-    """
-    sample = sample_name(record)
-    if "conversations" not in record:
-        raise ConversationError(f"{sample}: {no_conversations(record)}")
-    messages = record["conversations"]
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ConversationError(
-            f"{sample}: 'conversations' must be a list of at least one turn, found {messages!r:.80}"
-        )
-    turns: list[tuple[Role, str]] = []
-    for i, message in enumerate(messages):
-        where = f"{sample}, conversations[{i}]"
-        if not isinstance(message, Mapping):
-            raise ConversationError(f"{where}: expected an object with 'from' and 'value', found {message!r:.80}")
-        for key in ("from", "value"):
-            if key not in message:
-                hint = f"; rename {_RENAMED}" if {"role", "content"} & message.keys() else ""
-                raise ConversationError(f"{where}: no {key!r}; it has {sorted(map(str, message))}{hint}")
-            if not isinstance(message[key], str):
-                found = type(message[key]).__name__
-                raise ConversationError(f"{where}: {key!r} must be a string, found {message[key]!r:.80} ({found})")
-        speaker, text = message["from"], message["value"]
-        if speaker not in ROLES:
-            raise ConversationError(
-                f"{where}: {speaker!r} is no role{nearest(speaker, ROLES)}; roles are {list(ROLES)}"
-            )
-        role = ROLES[speaker]
-        if role == "system" and i > 0:
-            raise ConversationError(f"{where}: a system turn can only be the first turn; move or remove it")
-        if turns and turns[-1][0] == role:
-            raise ConversationError(f"{where}: two {speaker!r} turns in a row; merge them, or add what is between them")
-        _check_unicode(where, text)
-        turns.append((role, text))
-    return turns
-
-
 def parse_conversation(record: Record) -> Conversation:
     """The checked conversation of a record, its texts cut at its images.
 
@@ -213,13 +142,6 @@ def parse_conversation(record: Record) -> Conversation:
     return conversation
 
 
-def _check_unicode(where: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConversationError(f"{where}: the text is no valid Unicode (a lone surrogate): {error}") from error
-
-
 def _with_system(record: Record, turns: list[tuple[Role, str]]) -> list[tuple[Role, str]]:
     """The turns, after a system turn if the record has a system prompt of its own."""
     prompt = system_prompt(record)
@@ -228,7 +150,7 @@ def _with_system(record: Record, turns: list[tuple[Role, str]]) -> list[tuple[Ro
     if not isinstance(prompt, str):
         found = f"{prompt!r:.80} ({type(prompt).__name__})"
         raise ConversationError(f"{sample_name(record)}: the system prompt must be a string, found {found}")
-    _check_unicode(f"{sample_name(record)}, system prompt", prompt)
+    check_unicode(f"{sample_name(record)}, system prompt", prompt)
     if turns[0][0] == "system":
         raise ConversationError(f"{sample_name(record)}: has a system turn and a field for it; remove one of them")
     return [("system", prompt), *turns]

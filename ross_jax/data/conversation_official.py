@@ -31,18 +31,15 @@ from ross_jax.config import UserError, nearest
 from ross_jax.data.conversation import (
     IGNORE,
     IMAGE_ID,
-    IMAGE_MARKER,
     QWEN_2_SYSTEM,
     V1_SYSTEM,
-    ConversationError,
     EncodedConversation,
     Encoder,
     PromptEncoder,
     Record,
-    read_turns,
-    sample_name,
 )
 from ross_jax.data.fields import record_images
+from ross_jax.data.turns import IMAGE_MARKER, ConversationError, read_turns, sample_name
 
 END_OF_ROUND = "<|eot_conversation|>"
 """The reference's separator of rounds in `llama3` prompts. It is text and no token."""

@@ -30,7 +30,7 @@ from ross_jax.data.conversation import (
     render_plain,
     sample_name,
 )
-from ross_jax.data.fields import record_images
+from ross_jax.data.fields import TURNS, record_images
 from ross_jax.data.tokenizer import TextEncoder
 
 
@@ -116,7 +116,7 @@ class TrainingEncoder:
     images: ImageEncoder
 
     def __call__(self, record: Record) -> EncodedConversation:
-        return self.conversation(record) if "conversations" in record else self.images(record)
+        return self.conversation(record) if any(field in record for field in TURNS) else self.images(record)
 
 
 def build_image_encoder(template: str, tokenizer: Any, compat: str = "default") -> ImageEncoder:

@@ -1,7 +1,8 @@
 """Fields of a record: which are read, and what becomes of the others.
 
 image, images                images of the record; see `IMAGE_FIELDS` for other names
-conversations                turns
+conversations, messages,     turns; `turns` reads their layouts
+texts
 system                       system prompt
 id                           name in errors
 KNOWN                        not read, and no run needs them
@@ -19,6 +20,8 @@ IMAGE_FIELDS = ("image_path", "image_paths", "image_file", "image_files", "img",
 """Other names of the field `image`. The first of them that is filled is read if `image` and `images` are not."""
 SYSTEM_FIELDS = ("system", "system_prompt")
 """The first of them that is filled is read."""
+TURNS = ("conversations", "messages", "texts")
+"""Fields that hold turns. The first that a record has is read."""
 # fmt: off
 KNOWN = frozenset({
     "model", "source", "data_source", "dataset", "height", "width", "size", "metadata", "meta", "type",
@@ -27,8 +30,10 @@ KNOWN = frozenset({
 })
 # fmt: on
 """Fields of published data sets that say where a record comes from, or how large its image is."""
-_TURN_FIELDS = {"from", "value"}
-_READ = {"id", "conversations", "image", "images", *IMAGE_FIELDS, *SYSTEM_FIELDS}
+_TURN_FIELDS = {"from", "value", "role", "content", "user", "assistant"}
+READ = {"id", *TURNS, "image", "images", *IMAGE_FIELDS, *SYSTEM_FIELDS}
+"""Fields that are read."""
+_PART_FIELDS = ("image", "image_url", "bytes", "path", "url")
 _MARK = re.compile(r"\A\s*(<(?:image|video|audio|img)[ _-]?\d*>)|(<(?:image|video|audio|img)[ _-]?\d*>)\s*\Z")
 """A mark at the beginning of a text, or at its end."""
 
@@ -40,13 +45,64 @@ def image_field(record: Record) -> str | None:
     return next((field for field in IMAGE_FIELDS if record.get(field)), None)
 
 
+def turns_field(record: Record) -> str | None:
+    """The field of `TURNS` that is read; None if the record has none."""
+    return next((field for field in TURNS if record.get(field) is not None), None)
+
+
+def image_part(part: Mapping[str, Any]) -> bool:
+    """Whether a typed part of a message is an image: `{"type": "image", ...}`."""
+    kind = part.get("type")
+    return kind in ("image", "image_url") or (
+        kind is None and part.get("text") is None and _part_value(part) is not None
+    )
+
+
+def _part_value(part: Mapping[str, Any]) -> Any:
+    """The image that a part brings along: a name, bytes, base64 or an object; None if the record has it elsewhere."""
+    return next((part[field] for field in _PART_FIELDS if part.get(field)), None)
+
+
 def record_images(record: Record) -> list[Any]:
-    """What the record names as its images, in order: file names, if it is sound."""
+    """What the record has as its images, in the order of their marks: file names or images, if it is sound.
+
+    Images are in fields of the record, or in typed parts. A part without an image stands for the next one of the
+    record's fields, or for the one with the part's `index`.
+    """
     images = []
     for field in ("image", "images", image_field(record)):
         value = record.get(field) or []
         images += value if isinstance(value, (list, tuple)) else [value]
-    return images
+    turns = record.get(turns_field(record) or "")
+    said = [_content(turn) for turn in turns] if isinstance(turns, (list, tuple)) else []
+    return _placed(images, said) if any(isinstance(each, (list, tuple)) for each in said) else images
+
+
+def _content(turn: Any) -> Any:
+    """The text or the parts of a question; None for other turns."""
+    if not isinstance(turn, Mapping) or turn.get("role", turn.get("from")) not in ("user", "human"):
+        return None
+    return turn.get("content", turn.get("value"))
+
+
+def _placed(images: list[Any], said: list[Any]) -> list[Any]:
+    """Images in the order of marks and image parts. Images without one come last."""
+    placed, left = [], list(range(len(images)))
+    for content in said:
+        parts = content if isinstance(content, (list, tuple)) else [content]
+        for part in parts:
+            if isinstance(part, Mapping) and image_part(part):
+                value, index = _part_value(part), part.get("index")
+                if value is None and left:
+                    number = index if index in left else left[0]
+                    left.remove(number)
+                    value = images[number]
+                placed.append(value)
+                continue
+            text = part.get("text") if isinstance(part, Mapping) else part
+            for _ in range(text.count("<image>") if isinstance(text, str) and left else 0):
+                placed += [images[left.pop(0)]] if left else []
+    return placed + [images[number] for number in left]
 
 
 def system_prompt(record: Record) -> Any:
@@ -71,24 +127,25 @@ class Survey:
     def add(self, record: Record) -> None:
         """Counts one record, sound or not."""
         self._records += 1
-        self._unread.update(name for name in record if name not in _READ and name not in KNOWN)
+        self._unread.update(name for name in record if name not in READ and name not in KNOWN)
         self._renamed.update(field for field in SYSTEM_FIELDS if record.get(field))
-        turns = record.get("conversations")
+        field = turns_field(record)
+        turns = record.get(field or "")
         turns = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
         inner = {name for turn in turns for name in turn if name not in _TURN_FIELDS}
-        self._unread.update(f"conversations[].{name}" for name in inner)
+        self._unread.update(f"{field}[].{name}" for name in inner)
         if record_images(record):
             self._images += 1
-            if field := image_field(record):
-                self._renamed[field] += 1
+            if renamed := image_field(record):
+                self._renamed[renamed] += 1
             return
-        questions = [turn.get("value") for turn in turns if turn.get("from") in ("human", "user")]
+        questions = [_content(turn) for turn in turns]
         found = [_MARK.search(text) for text in questions if isinstance(text, str)]
         marks = {match[1] or match[2] for match in found if match}
         if marks:
             self._blind += 1
             self._marks.update(marks)
-            self._fields.update(record, (f"conversations[].{name}" for name in inner))
+            self._fields.update(record, (f"{field}[].{name}" for name in inner))
 
     def is_blind(self, max_share: float) -> bool:
         """Whether no record has an image, and more than this share of the records have a mark in a question."""

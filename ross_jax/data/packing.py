@@ -10,29 +10,28 @@ A plan is a pure function of the lengths, the settings and the epoch. So every p
 rows, the number of steps is known before the first, and a step number is a position in the data. One process makes the
 plan and caches it on disk, and the others read it.
 
-Grain's `BestFitPackIterDataset` packs. It is made for arrays, so it is given views of one zero that are as long as the
-samples, and only its choice of row for each sample is used.
+The samples of an epoch are all samples once, or what a `Mixture` says.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import grain
 import numpy as np
-from grain.experimental import BestFitPackIterDataset
 
 from ross_jax.config import Range, Size, UserError, to_dict
+from ross_jax.data.best_fit import OPEN_ROWS, best_fit
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
+from ross_jax.data.mixture import Mixture
 
 logger = logging.getLogger(__name__)
 
-_OPEN_ROWS = 512  # rows that a sample may still go into; more of them cost time and pack no better
 _FORMAT = 1  # of the cached file; goes up when the same settings are to give another plan
 
 
@@ -109,12 +108,14 @@ class Location:
       slot: image slot of its first image.
       segment: its number in the row, from 1.
       first_image_id: identity of its first image.
+      source: number of the source that it comes from.
     """
 
     start: int
     slot: int
     segment: int
     first_image_id: int
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,11 @@ class PackingPlan:
         }
 
 
-def make_plan(lengths: Lengths, settings: PlanSettings) -> PackingPlan:
+def make_plan(lengths: Lengths, settings: PlanSettings, mixture: Mixture | None = None) -> PackingPlan:
     """Plans one epoch. Samples of length 0 and samples that exceed a row are left out and counted.
+
+    Args:
+      mixture: which samples an epoch holds. None: each sample once.
 
     Raises:
       UserError: no sample can be used, or none fits into a row.
@@ -224,19 +228,24 @@ def make_plan(lengths: Lengths, settings: PlanSettings) -> PackingPlan:
         )
     # NumPy guarantees that RandomState's streams never change (NEP 19), so a later NumPy makes the same plan.
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((settings.seed, settings.epoch))))
-    order = random.permutation(np.flatnonzero(fits))
+    if mixture is None or mixture.is_plain:
+        order, local = random.permutation(np.flatnonzero(fits)), False
+    else:
+        order, local = mixture.order(fits, settings.seed, settings.epoch, random), mixture.is_local
     if config.layout == "pad":
         rows_per_step = rows_per_step or _nearest_multiple(settings.batch, multiple)
-        rows = [[sample] for sample in _group_by_modality(order, lengths, rows_per_step, random)]
-        rows += [[]] * (-len(rows) % rows_per_step)
+        samples = _group_by_modality(order, lengths, rows_per_step, None if local else random)
+        rows = len(samples)
+        offsets = np.minimum(np.arange(rows + -rows % rows_per_step + 1), rows)
     else:
-        packed = _best_fit(order, lengths, config)
-        packed = [packed[i] for i in random.permutation(len(packed))]
-        rows_per_step = rows_per_step or _nearest_multiple(settings.batch * len(packed) / len(order), multiple)
-        rows = _spread(packed, rows_per_step)
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    samples = np.concatenate(rows, dtype=np.int32, casting="unsafe")
-    return PackingPlan(offsets, samples, rows_per_step, int(np.sum(usable & ~fits)), int(np.sum(~usable)))
+        row_of = _pack(order, lengths, config)
+        rows = int(row_of.max()) + 1
+        row_of = _shuffle_rows(rows, random, OPEN_ROWS if local else rows)[row_of]
+        rows_per_step = rows_per_step or _nearest_multiple(settings.batch * rows / len(order), multiple)
+        samples = order[np.argsort(row_of, kind="stable")]
+        offsets = np.append(0, np.cumsum(_spread(np.bincount(row_of, minlength=rows), rows_per_step)))
+    unfit = int(np.sum(usable & ~fits))
+    return PackingPlan(offsets.astype(np.int32), samples.astype(np.int32), rows_per_step, unfit, int(np.sum(~usable)))
 
 
 def explain_dropped(plan: PackingPlan, lengths: Lengths, packing: PackingConfig) -> str | None:
@@ -275,54 +284,64 @@ def report_plan(plan: PackingPlan, lengths: Lengths, packing: PackingConfig, max
         logger.warning(dropped)
 
 
+def report_sources(plan: PackingPlan, mixture: Mixture) -> None:
+    """Logs how many conversations of an epoch come from each of several sources."""
+    if len(mixture.parts) > 1:
+        counts = np.bincount(np.searchsorted(mixture.ends, plan.samples, side="right"), minlength=len(mixture.parts))
+        for part, count in zip(mixture.parts, counts.tolist(), strict=True):
+            share = f"{count / len(plan.samples):.1%}"
+            logger.info("packing plan: source %s: %d conversations of an epoch (%s)", part.name, count, share)
+
+
 def _nearest_multiple(rows: int | float, multiple: int) -> int:
     return multiple * max(1, round(rows / multiple))
 
 
-def _best_fit(order: np.ndarray, lengths: Lengths, config: PackingConfig) -> list[Sequence[int]]:
-    """Rows of samples. Each sample goes, in `order`, into the fullest open row that has room for it."""
+def _pack(order: np.ndarray, lengths: Lengths, config: PackingConfig) -> np.ndarray:
+    """int32: the row of each sample of `order`."""
     limits = {"tokens": config.length, "images": config.images, "supervised": config.supervised}
     limits = {name: limit for name, limit in limits.items() if limit}  # without slots, no sample in `order` has images
-    counts = {name: getattr(lengths, name) for name in limits}
-    zero = np.int8(0)
-
-    def needs(sample: np.int64) -> dict[str, np.ndarray]:
-        arrays = {name: np.broadcast_to(zero, count[sample]) for name, count in counts.items()}
-        return {**arrays, "sample": int(sample)}
-
-    in_this_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    packed = BestFitPackIterDataset(
-        grain.MapDataset.source(order).map(needs).to_iter_dataset(in_this_thread),
-        length_struct=limits,
-        num_packing_bins=min(_OPEN_ROWS, len(order)),
-        shuffle_bins=False,
-        meta_features=("sample",),
-    )
-    return [row["sample"] for row in packed]
+    return best_fit(np.stack([getattr(lengths, name)[order] for name in limits]), list(limits.values()))
 
 
-def _spread(rows: list[Sequence[int]], rows_per_step: int) -> list[Sequence[int]]:
-    """Inserts empty rows, so that every step has `rows_per_step` rows and the steps differ by at most one real row."""
-    steps = -(-len(rows) // rows_per_step)
-    spread = []
-    for step in range(steps):
-        some = rows[step * len(rows) // steps : (step + 1) * len(rows) // steps]
-        spread += some + [[]] * (rows_per_step - len(some))
+def _shuffle_rows(rows: int, random: np.random.RandomState, block: int) -> np.ndarray:
+    """int64[rows]: where each row goes, which is inside its block of rows."""
+    places = np.empty(rows, np.int64)
+    for start in range(0, rows, block):
+        moved = start + random.permutation(min(block, rows - start))
+        places[moved] = np.arange(start, start + len(moved))
+    return places
+
+
+def _spread(sizes: np.ndarray, rows_per_step: int) -> np.ndarray:
+    """Sizes of rows, with empty rows between them: the steps of `rows_per_step` rows differ by at most one real row."""
+    rows = len(sizes)
+    steps = -(-rows // rows_per_step)
+    first = np.arange(steps + 1) * rows // steps
+    step = np.repeat(np.arange(steps), np.diff(first))
+    spread = np.zeros(steps * rows_per_step, np.int64)
+    spread[step * rows_per_step + np.arange(rows) - first[step]] = sizes
     return spread
 
 
-def _group_by_modality(order: np.ndarray, lengths: Lengths, size: int, random: np.random.RandomState) -> np.ndarray:
+def _group_by_modality(
+    order: np.ndarray, lengths: Lengths, size: int, random: np.random.RandomState | None
+) -> np.ndarray:
     """Samples in groups of `size`: all of a group have images or all have none, and the longest come first.
 
     The groups are shuffled. The remainders of both kinds come last (LLaVA's `get_modality_length_grouped_indices`).
+
+    Args:
+      random: shuffles the groups. None: they stay in the order of their first samples.
     """
-    groups, rest = [], []
+    groups, starts, rest = [], [], []
     for kind in (lengths.images[order] > 0, lengths.images[order] == 0):
         samples = order[kind]
         whole = len(samples) // size * size
         groups += [_longest_first(group, lengths) for group in samples[:whole].reshape(-1, size)]
+        starts += np.flatnonzero(kind)[:whole:size].tolist()
         rest.append(samples[whole:])
-    groups = [groups[i] for i in random.permutation(len(groups))]
+    groups = [groups[i] for i in (random.permutation(len(groups)) if random else np.argsort(starts))]
     return np.concatenate([*groups, _longest_first(np.concatenate(rest), lengths)])
 
 
@@ -330,10 +349,13 @@ def _longest_first(samples: np.ndarray, lengths: Lengths) -> np.ndarray:
     return samples[np.argsort(-lengths.tokens[samples], kind="stable")]
 
 
-def cached_plan(folder: str | Path, lengths: Lengths, settings: PlanSettings, writer: bool = True) -> PackingPlan:
-    """`make_plan`, cached in `folder` under a name that hashes the lengths and every setting.
+def cached_plan(
+    folder: str | Path, lengths: Lengths, settings: PlanSettings, writer: bool = True, mixture: Mixture | None = None
+) -> PackingPlan:
+    """`make_plan`, cached in `folder` under a name that hashes the lengths, every setting and the mixture.
 
-    A file that is damaged or belongs to another plan is replaced.
+    A file that is damaged or belongs to another plan is replaced. A plan that settles the number of rows per step is
+    also kept under the settings of a run that continues and knows this number.
 
     Args:
       writer: whether this process may make the plan. One of several processes does; the others call with False after
@@ -342,17 +364,28 @@ def cached_plan(folder: str | Path, lengths: Lengths, settings: PlanSettings, wr
     Raises:
       UserError: as in `make_plan`; the folder cannot be written; or the plan is absent and this process is no writer.
     """
-    values = to_dict(settings)
-    described = json.dumps(
-        {"format": _FORMAT, "lengths": lengths.hash, "row": values.pop("packing"), **values}, sort_keys=True
-    )
-    path = Path(folder) / f"plan-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz"
+    path, described = _cache_file(folder, lengths, settings, mixture)
     arrays = load_arrays(path, described)
     if arrays is not None:
         return PackingPlan(arrays["offsets"], arrays["samples"], *(int(count) for count in arrays["counts"]))
     if not writer:
         raise UserError(f"{path}: the packing plan is not there; is {folder} shared between all processes?")
-    plan = make_plan(lengths, settings)
+    plan = make_plan(lengths, settings, mixture)
     counts = np.array([plan.rows_per_step, plan.dropped, plan.unusable], np.int64)
-    save_arrays(path, described, {"offsets": plan.offsets, "samples": plan.samples, "counts": counts})
+    for each in {settings, dataclasses.replace(settings, rows_per_step=plan.rows_per_step)}:
+        file = _cache_file(folder, lengths, each, mixture)
+        save_arrays(*file, {"offsets": plan.offsets, "samples": plan.samples, "counts": counts})
     return plan
+
+
+def _cache_file(
+    folder: str | Path, lengths: Lengths, settings: PlanSettings, mixture: Mixture | None
+) -> tuple[Path, str]:
+    """Path of a cached plan, and the description that the file must have."""
+    values = to_dict(settings) | ({"multiple": 1} if settings.rows_per_step else {})  # the rows per step are settled
+    if mixture is not None and not mixture.is_plain:
+        values["mixture"] = mixture.hash
+    described = json.dumps(
+        {"format": _FORMAT, "lengths": lengths.hash, "row": values.pop("packing"), **values}, sort_keys=True
+    )
+    return Path(folder) / f"plan-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz", described

@@ -7,198 +7,38 @@ Batch s is a function of the plan alone. So the position in the data is the step
 step, and any number of processes reads the same rows together.
 """
 
+import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import grain
 import numpy as np
-from grain.sources import RandomAccessDataSource
 
-from ross_jax.config import Count, Range, Share, Size, UserError, Whole, to_dict
-from ross_jax.data.archives import MAX_IMAGE_BYTES
-from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, expand, place
-from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
-from ross_jax.data.conversation import IMAGE_ID, Encoder
-from ross_jax.data.images import Decoder, ImageConfig, ImageError, decode, preprocess
-from ross_jax.data.packing import Lengths, PackingConfig, PackingPlan, PlanSettings, cached_plan, make_plan, report_plan
-from ross_jax.data.precomputed import Precomputed
+from ross_jax.config import UserError, to_dict
+from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, place
+from ross_jax.data.cache import hash_arrays
+from ross_jax.data.images import ImageError, preprocess
+from ross_jax.data.lengths import cached_lengths, measure_lengths
+from ross_jax.data.mixture import Mixture
+from ross_jax.data.packing import (
+    Lengths,
+    PackingPlan,
+    PlanSettings,
+    cached_plan,
+    make_plan,
+    report_plan,
+    report_sources,
+)
+from ross_jax.data.reading import Broken, DataConfig, Preprocessing, expand_sample, read_in_order
 from ross_jax.data.records import Version
-from ross_jax.data.sources import BrokenSamples, Sample, SampleError, Source, SourceConfig, open_sources, report_fields
-from ross_jax.data.workers import Workers
-
-Broken = tuple[int, str]
-"""Index of a sample that cannot be used, and why."""
-
-_MEASURED_AT_ONCE = 256  # samples per message from a worker process
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The data of a run, and how it is read.
-
-    Attributes:
-      sources: one or several, read as one data set.
-      packing: the layout of rows.
-      batch: conversations per step, as in the paper. The number of rows per step follows from the packing plan.
-      epochs: passes over the data.
-      seed: settles the order of samples and rows.
-      max_broken: share of broken samples above which the run stops; see `sources.BrokenSamples`.
-      max_dropped: share of samples that exceed a row above which a new run does not begin.
-      max_image_bytes: most bytes of an image file, packed or not; a sample with a larger one is broken.
-      workers: processes that read, each one batch at a time. 0: threads of this process read, which is often fast
-        enough, because decoding and resizing images release the interpreter lock.
-      threads: threads that read, each one batch at a time, if there are no workers.
-      prefetch: batches that each worker, or all threads together, hold ready.
-      cache: folder for lengths and plans, shared by all processes. None: they are made at every start.
-      precomputed: folder that `launch/cache.py` wrote. Targets and features are read from it instead of computed, and
-        pixels are only decoded if a component still looks at them.
-    """
-
-    sources: tuple[SourceConfig, ...]
-    packing: PackingConfig = field(default_factory=PackingConfig)
-    batch: Size = 128
-    epochs: Size = 1
-    seed: Whole = 0
-    max_broken: Share = 0.01
-    max_dropped: Share = 0.2
-    max_image_bytes: Count = MAX_IMAGE_BYTES
-    workers: Annotated[int, Range(0, 1024)] = 0
-    threads: Annotated[int, Range(0, 1024)] = 4
-    prefetch: Annotated[int, Range(1, 1024)] = 2
-    cache: str | None = None
-    precomputed: str | None = None
-
-    def __post_init__(self):
-        if not self.sources:
-            raise ValueError("sources is empty; name at least one data set")
-        for name in ("batch", "epochs", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("workers", "threads", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
-        for name in ("max_broken", "max_dropped"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How samples become arrays.
-
-    Attributes:
-      encode: record -> token ids and labels. Worker processes need one that can be pickled.
-      images: how images are resized.
-      image_tokens: N, tokens per image.
-      encode_key: text that changes whenever `encode` does (tokenizer, template, compat). Measured lengths are cached
-        under it. None: they are not cached.
-      decode: `images.decode` or `images.decode_official`.
-      precomputed: arrays to read for every image.
-      pixels: whether batches hold `images`.
-    """
-
-    encode: Encoder
-    images: ImageConfig
-    image_tokens: int
-    encode_key: str | None = None
-    decode: Decoder = decode
-    precomputed: Precomputed | None = None
-    pixels: bool = True
-
-
-def expand_sample(sample: Sample, preprocessing: Preprocessing, packing: PackingConfig) -> Expanded:
-    """Tokens and targets of a sample, cut to the row if `packing.too_long` is `truncate`.
-
-    Raises:
-      SampleError: the record cannot be encoded, or its text has another number of image markers than it has images.
-    """
-    try:
-        encoded = preprocessing.encode(sample.record)
-    except UserError as error:
-        raise SampleError(f"{sample.place}: {error}" if sample.place else str(error)) from error
-    marks = np.count_nonzero(encoded.input_ids == IMAGE_ID)
-    if marks != len(sample.images):
-        raise SampleError(f"{sample}: {marks} image markers in the text, {len(sample.images)} images")
-    limits = packing if packing.too_long == "truncate" else None
-    expanded = expand(encoded, preprocessing.image_tokens, limits)
-    if not len(expanded.tokens):
-        raise SampleError(f"{sample}: holds nothing, or begins with an image that fits no row")
-    return expanded
-
-
-def _read_in_order(items: RandomAccessDataSource, start: int, config: DataConfig) -> Workers | grain.DatasetIterator:
-    """Iterates over `items[start:]` in order. Threads or worker processes read ahead."""
-    if config.workers:
-        return Workers(items, start, config.workers, config.prefetch)
-    ahead = max(config.prefetch, config.threads) if config.threads else 0
-    dataset = grain.MapDataset.source(items)[start:]
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=ahead)))
-
-
-class _Measure:
-    """Chunks of samples: [chunk] -> (int32[3, samples] with a row for each field of `Lengths`, broken samples)."""
-
-    def __init__(self, source: Source, preprocessing: Preprocessing, packing: PackingConfig):
-        self._source, self._preprocessing, self._packing = source, preprocessing, packing
-
-    def __len__(self) -> int:
-        return -(-len(self._source) // _MEASURED_AT_ONCE)
-
-    def __getitem__(self, chunk: int) -> tuple[np.ndarray, list[Broken]]:
-        first = chunk * _MEASURED_AT_ONCE
-        indices = range(first, min(first + _MEASURED_AT_ONCE, len(self._source)))
-        lengths, broken = np.zeros((3, len(indices)), np.int32), []
-        for column, index in enumerate(indices):
-            try:
-                expanded = expand_sample(self._source[index], self._preprocessing, self._packing)
-            except SampleError as error:
-                broken.append((index, str(error)))
-            else:
-                lengths[:, column] = len(expanded.tokens), len(expanded.image_start), expanded.supervised
-        return lengths, broken
-
-
-def measure_lengths(source: Source, preprocessing: Preprocessing, config: DataConfig) -> Lengths:
-    """Encodes every sample once, to know what it needs of a row. Images are not read.
-
-    Raises:
-      UserError: too many samples are broken.
-    """
-    broken_samples = BrokenSamples(len(source), config.max_broken)
-    iterator = _read_in_order(_Measure(source, preprocessing, config.packing), 0, config)
-    chunks = []
-    try:
-        for lengths, broken in iterator:
-            broken_samples.update(lengths.shape[1], broken)
-            chunks.append(lengths)
-    finally:
-        iterator.close()
-    broken_samples.summarise()
-    return Lengths(*np.concatenate(chunks, axis=1))
-
-
-def cached_lengths(source: Source, preprocessing: Preprocessing, config: DataConfig, writer: bool = True) -> Lengths:
-    """`measure_lengths`, cached in `config.cache` under a name that hashes the texts, the encoder and N.
-
-    Args:
-      writer: as in `cached_plan`.
-    """
-    cut = config.packing if config.packing.too_long == "truncate" else None
-    key = ["lengths", 2, source.fingerprint, preprocessing.encode_key, preprocessing.image_tokens, str(cut)]
-    described = json.dumps(key)
-    path = Path(config.cache) / f"lengths-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz"
-    arrays = load_arrays(path, described)
-    if arrays is None:
-        if not writer:
-            raise UserError(f"{path}: the measured lengths are not there; is {config.cache} shared by all processes?")
-        lengths = measure_lengths(source, preprocessing, config)
-        arrays = {"lengths": np.stack([lengths.tokens, lengths.images, lengths.supervised])}
-        save_arrays(path, described, arrays)
-    return Lengths(*arrays["lengths"])
+from ross_jax.data.samples import Sample, SampleError, Source
+from ross_jax.data.sources import (
+    BrokenSamples,
+    Limits,
+    make_mixture,
+    open_sources,
+    report_fields,
+)
 
 
 class _Steps:
@@ -218,6 +58,7 @@ class _Steps:
         batch, seen, broken = pipeline.empty_batch(self._rows), 0, []
         for row in range(self._rows):
             for index, location in plan.locations(first_row + self._offset + row, pipeline.lengths):
+                location = dataclasses.replace(location, source=pipeline.source_of(index))
                 seen += 1
                 try:
                     place(batch, row, location, *pipeline.read(index))
@@ -257,9 +98,11 @@ class Pipeline:
       lengths: what `measure_lengths` found for `source`.
       plans: one per epoch, all with the same number of rows per step.
       config: see `DataConfig`.
+      mixture: the parts of the data set.
       versions: of the sources, as they were opened.
 
     Attributes:
+      source, preprocessing, lengths, plans, config: the arguments.
       steps: number of steps of the whole run.
       rows_per_step: rows of a global batch.
       shape: sizes of a row.
@@ -274,10 +117,12 @@ class Pipeline:
         lengths: Lengths,
         plans: Sequence[PackingPlan],
         config: DataConfig,
+        mixture: Mixture,
         versions: Sequence[Version] = (),
     ):
-        self._source, self._preprocessing = source, preprocessing
+        self.source, self.preprocessing = source, preprocessing
         self.lengths, self.plans, self.config, self.versions = lengths, list(plans), config, list(versions)
+        self._ends = mixture.ends
         self.precomputed = preprocessing.precomputed
         self.rows_per_step = plans[0].rows_per_step
         packing, image_size = config.packing, preprocessing.images.size
@@ -298,15 +143,19 @@ class Pipeline:
         """Everything that the images' identities and pixels depend on, except the content of the image files."""
         return {
             "count": int(self.lengths.images.sum()),
-            "source_hash": self._source.fingerprint,
+            "source_hash": self.source.fingerprint,
             "counts_hash": hash_arrays(self.lengths.images),
-            "image": to_dict(self._preprocessing.images),
-            "decoded_by": self._preprocessing.decode.__name__,
+            "image": to_dict(self.preprocessing.images),
+            "decoded_by": self.preprocessing.decode.__name__,
         }
 
     def sample_of(self, image_id: int) -> int:
         """Index of the sample that an image belongs to."""
         return int(np.searchsorted(self.lengths.first_image_ids, image_id, side="right")) - 1
+
+    def source_of(self, index: int) -> int:
+        """Number of the source that a sample comes from."""
+        return int(np.searchsorted(self._ends, index, side="right"))
 
     def image(self, image_id: int) -> np.ndarray:
         """One image, uint8[H, W, 3].
@@ -315,7 +164,7 @@ class Pipeline:
           SampleError, ImageError: it is broken.
         """
         index = self.sample_of(image_id)
-        return self._image(self._source[index], image_id - int(self.lengths.first_image_ids[index]))
+        return self._image(self.source[index], image_id - int(self.lengths.first_image_ids[index]))
 
     def images(self, chunks: Sequence[range]) -> Iterator[tuple[np.ndarray, dict[int, Broken]]]:
         """Images by identity, chunk by chunk, in order and read ahead. Identity 0 is a black image.
@@ -324,12 +173,12 @@ class Pipeline:
           For each chunk: uint8[chunk, H, W, 3], black where an image is broken; and {identity: (sample, reason)} of the
           broken images.
         """
-        return _read_in_order(_Images(self, chunks), 0, self.config)
+        return read_in_order(_Images(self, chunks), 0, self.config)
 
     def empty_batch(self, rows: int) -> Batch:
         """A batch of padding."""
-        batch = empty_batch(rows, self.shape)
-        if not self._preprocessing.pixels:
+        batch = empty_batch(rows, self.shape, sources=len(self._ends) > 1)
+        if not self.preprocessing.pixels:
             del batch["images"]
         if self.precomputed is not None:
             batch |= self.precomputed.empty(rows, self.shape.images)
@@ -342,8 +191,8 @@ class Pipeline:
           SampleError, ImageError: it is broken.
           UserError: its length is not the one that the plan was made for.
         """
-        sample = self._source[index]
-        expanded = expand_sample(sample, self._preprocessing, self.config.packing)
+        sample = self.source[index]
+        expanded = expand_sample(sample, self.preprocessing, self.config.packing)
         planned = int(self.lengths.tokens[index]), int(self.lengths.images[index])
         if (len(expanded.tokens), len(expanded.image_start)) != planned:
             raise UserError(
@@ -351,14 +200,14 @@ class Pipeline:
                 f"planned were {planned}: data or tokenizer changed; remove the cache {self.config.cache}"
             )
         numbers = range(len(expanded.image_start))
-        images = [self._image(sample, k) for k in numbers] if self._preprocessing.pixels else []
+        images = [self._image(sample, k) for k in numbers] if self.preprocessing.pixels else []
         if self.precomputed is None:
             return expanded, images, []
         first = int(self.lengths.first_image_ids[index])
         return expanded, images, [self.precomputed.read(first + k) for k in numbers]
 
     def _image(self, sample: Sample, number: int) -> np.ndarray:
-        image, preprocessing = sample.images[number], self._preprocessing
+        image, preprocessing = sample.images[number], self.preprocessing
         try:
             return preprocess(preprocessing.decode(image.read(), image.name), preprocessing.images, image.name)
         except ImageError as error:
@@ -383,7 +232,7 @@ class Pipeline:
             return
         samples = len(self.plans[0].samples)
         broken_samples = BrokenSamples(-(-samples // processes), self.config.max_broken)
-        iterator = _read_in_order(_Steps(self, process, processes), start, self.config)
+        iterator = read_in_order(_Steps(self, process, processes), start, self.config)
         try:
             for batch, seen, broken in iterator:
                 broken_samples.update(seen, broken)
@@ -423,21 +272,23 @@ def open_pipeline(
             f"the run has {rows_per_step} rows per step, which {multiple} (devices along data and fsdp, times "
             "step.accumulate) does not divide; continue it on another number of devices"
         )
-    source, versions = open_sources(config.sources, known, config.max_image_bytes)
+    source, versions = open_sources(config.sources, known, Limits(config.max_image_bytes, config.shuffle_memory))
     opened(source.fingerprint, versions)
     report_fields(source, config.max_broken)
     if config.cache and preprocessing.encode_key:
         lengths = cached_lengths(source, preprocessing, config, writer)
     else:
         lengths = measure_lengths(source, preprocessing, config)
+    mixture = make_mixture(config.sources, source, config.shuffle_memory)
     plans: list[PackingPlan] = []
     is_new = rows_per_step is None
     for epoch in range(config.epochs):
         settings = PlanSettings(config.packing, config.batch, multiple, rows_per_step, config.seed, epoch)
         if config.cache:
-            plans.append(cached_plan(config.cache, lengths, settings, writer))
+            plans.append(cached_plan(config.cache, lengths, settings, writer, mixture))
         else:
-            plans.append(make_plan(lengths, settings))
+            plans.append(make_plan(lengths, settings, mixture))
         rows_per_step = plans[0].rows_per_step
     report_plan(plans[0], lengths, config.packing, config.max_dropped if is_new else 1.0)
-    return Pipeline(source, preprocessing, lengths, plans, config, versions)
+    report_sources(plans[0], mixture)
+    return Pipeline(source, preprocessing, lengths, plans, config, mixture, versions)

@@ -10,27 +10,27 @@ counts such samples, and ends the run when there are too many.
 import hashlib
 import itertools
 import logging
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from pathlib import Path, PurePath
+from typing import Literal
 
 import numpy as np
 
-from ross_jax.config import UserError
-from ross_jax.data.archives import MAX_IMAGE_BYTES, ImageStore, file_mode, open_store, reading
-from ross_jax.data.conversation import no_conversations, sample_name
-from ross_jax.data.fields import Survey, record_images
+from ross_jax.config import Factor, UserError
+from ross_jax.data.archives import MAX_IMAGE_BYTES, open_store, reading
+from ross_jax.data.fields import Survey, record_images, turns_field
 from ross_jax.data.images import ImageError
+from ross_jax.data.mixture import Mixture, Part
+from ross_jax.data.mounts import Mounts
+from ross_jax.data.parquet import SHUFFLE_MEMORY, ParquetSource
 from ross_jax.data.records import RecordFile, Version
+from ross_jax.data.samples import LazyImage, Sample, SampleError, Source
 from ross_jax.data.spelling import briefly
+from ross_jax.data.turns import no_conversations, sample_name
+from ross_jax.data.webdataset import WebDataset
 
 logger = logging.getLogger(__name__)
-
-
-class SampleError(UserError):
-    """A sample that cannot be used. The text names its id."""
 
 
 @dataclass(frozen=True)
@@ -38,110 +38,124 @@ class SourceConfig:
     """Where samples come from.
 
     Attributes:
-      path: for kind `llava` a JSON or JSONL file of LLaVA conversations, for `images` a folder, .zip or .tar of images,
-        for `tfds` the name of a TFDS data set.
+      path: for kind `llava` a JSON or JSONL file of conversations, for `parquet` and `webdataset` a file or a folder of
+        shards, for `images` a folder, .zip or .tar of images, for `tfds` the name of a TFDS data set.
       kind: format of the source.
-      images: for `llava`: folders, .zip or .tar files that hold the images, searched in this order. An entry
-        `coco=/data/coco.zip` serves names that begin with `coco/`, and the archive holds them without that prefix.
+      images: for `llava` and `parquet`: folders, .zip or .tar files that hold the images that records name, searched in
+        this order. An entry `coco=/data/coco.zip` serves names that begin with `coco/`, and the archive holds them
+        without that prefix.
+      name: of the source in logs and metrics. None: the name of its file or folder.
+      weight: share of an epoch's samples, relative to the weights of the other sources, which must have one too. An
+        epoch has as many samples as all sources have that can be used. None: an epoch holds every sample.
+      repeat: how often an epoch holds each sample, if there are no weights; 0.5 for half of the samples.
+      where: for `parquet`: conditions such as `relevance_min >= 4`; rows that do not satisfy all of them are left out.
       split: for `tfds`: name of the split.
       data_dir: for `tfds`: folder of prepared data sets. None: TFDS's default folder.
-      caption: for `tfds`: name of the text feature that becomes the answer. None: images without text.
+      caption: for `tfds` and `parquet`: name of the text feature or column that becomes the answer. None: images
+        without text, or with the turns of the records.
     """
 
     path: str
-    kind: Literal["llava", "images", "tfds"] = "llava"
+    kind: Literal["llava", "parquet", "webdataset", "images", "tfds"] = "llava"
     images: tuple[str, ...] = ()
+    where: tuple[str, ...] = ()
+    name: str | None = None
+    weight: Factor | None = None
+    repeat: Factor = 1.0
     split: str = "train"
     data_dir: str | None = None
     caption: str | None = None
 
+    def __post_init__(self):
+        if self.where and self.kind != "parquet":
+            raise ValueError(
+                f"where: {list(self.where)} filters columns of Parquet files, and the kind is {self.kind!r}"
+            )
+        if self.weight is not None and self.repeat != 1:
+            raise ValueError(f"weight is {self.weight} and repeat {self.repeat}; set one of them")
+
+
+def check_mixture(configs: Sequence[SourceConfig]) -> None:
+    """Raises ValueError if some sources have a weight and others have none, or nothing is left."""
+    weights = [config.weight for config in configs]
+    if None in weights and any(weight is not None for weight in weights):
+        raise ValueError(f"sources have the weights {weights}; give all of them a weight, or none")
+    if not any(config.repeat if config.weight is None else config.weight for config in configs):
+        raise ValueError("sources: every weight or repeat is 0")
+
+
+def source_names(configs: Sequence[SourceConfig]) -> tuple[str, ...]:
+    """Names of sources for logs and metrics. Equal names are numbered."""
+    names: list[str] = []
+    for config in configs:
+        name = config.name or PurePath(config.path).stem or config.path
+        taken = sum(each == name or each.startswith(f"{name}-") for each in names)
+        names.append(f"{name}-{taken + 1}" if name in names else name)
+    return tuple(names)
+
 
 @dataclass(frozen=True)
-class LazyImage:
-    """An image that is read when it is needed.
+class Limits:
+    """Bounds of what sources read.
 
     Attributes:
-      name: file name for errors.
-      read: gives the bytes of the file, or a uint8 array [H, W, channels].
+      image_bytes: most bytes of an image file.
+      shuffle_memory: bytes of decoded row groups of Parquet files among which samples are shuffled.
     """
 
-    name: str
-    read: Callable[[], bytes | np.ndarray]
+    image_bytes: int = MAX_IMAGE_BYTES
+    shuffle_memory: int = SHUFFLE_MEMORY
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One training example.
-
-    Attributes:
-      id: the record's id, or else the place of the record in its source.
-      record: in LLaVA's format, see `LlavaSource`. Without `conversations` if there is no text.
-      images: the images that the record names, in order.
-      place: file and number of the record; empty if `id` says it.
-    """
-
-    id: str
-    record: dict[str, Any]
-    images: tuple[LazyImage, ...]
-    place: str = ""
-
-    def __str__(self) -> str:
-        """How errors name the sample."""
-        name = f"sample {briefly(self.id)!r}"
-        return f"{self.place}: {name}" if self.place else name
-
-
-@runtime_checkable
-class Source(Protocol):
-    """A sequence of samples. `fingerprint` changes when the texts do, and caches of lengths are keyed by it."""
-
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-
-def open_source(config: SourceConfig, known: Version | None = None, max_image_bytes: int = MAX_IMAGE_BYTES) -> Source:
+def open_source(config: SourceConfig, known: Version | None = None, limits: Limits = Limits()) -> Source:
     """Opens one source.
 
     Args:
-      known: an earlier version of its file. While size and time are the same, its fingerprint holds.
-      max_image_bytes: most bytes of an image file in a folder or archive.
+      known: an earlier version of its files. While size and time are the same, its fingerprint holds.
 
     Raises:
       UserError: the source does not exist, is empty, or is corrupt (with line and column).
     """
     if config.kind == "images":
-        return ImageSource(config.path, max_image_bytes)
+        return ImageSource(config.path, limits.image_bytes)
     if config.kind == "tfds":
         return TfdsSource(config.path, config.split, config.data_dir, config.caption)
-    return LlavaSource(config.path, config.images, known, max_image_bytes)
+    if config.kind == "webdataset":
+        return WebDataset(config.path, known, limits.image_bytes)
+    if config.kind == "parquet":
+        columns = config.images, config.where, config.caption
+        return ParquetSource(config.path, *columns, known, limits.image_bytes, limits.shuffle_memory)
+    return LlavaSource(config.path, config.images, known, limits.image_bytes)
 
 
 def open_sources(
-    configs: Sequence[SourceConfig], known: Sequence[Version] = (), max_image_bytes: int = MAX_IMAGE_BYTES
+    configs: Sequence[SourceConfig], known: Sequence[Version] = (), limits: Limits = Limits()
 ) -> tuple[Source, list[Version]]:
     """Opens sources as one data set, and tells what is to be remembered of each.
 
     Args:
       known: an earlier version of each source; may be empty.
-      max_image_bytes: as of `open_source`.
 
     Raises:
       UserError: as in `open_source`.
     """
     pairs = zip(configs, known or [None] * len(configs), strict=True)
-    sources = [open_source(*pair, max_image_bytes) for pair in pairs]
+    sources = [open_source(*pair, limits) for pair in pairs]
     versions = [
-        source.version if isinstance(source, LlavaSource) else Version(config.path, len(source), source.fingerprint)
+        getattr(source, "version", None) or Version(config.path, len(source), source.fingerprint)
         for config, source in zip(configs, sources, strict=True)
     ]
     return sources[0] if len(sources) == 1 else Concatenated(sources), versions
 
 
 def report_fields(source: Source, max_share: float) -> None:
-    """Warns of fields of records that are not read.
+    """Warns of fields of records that are not read. Arguments and errors are those of `found_in_fields`."""
+    for finding in found_in_fields(source, max_share):
+        logger.warning(finding)
+
+
+def found_in_fields(source: Source, max_share: float) -> list[str]:
+    """Sentences about fields of records that are not read.
 
     Args:
       max_share: share of the records of a source without images that may have marks of images.
@@ -150,14 +164,15 @@ def report_fields(source: Source, max_share: float) -> None:
       UserError: more have. Their images must be in fields that are not read.
     """
     if isinstance(source, Concatenated):
-        for each in source.sources:
-            report_fields(each, max_share)
-    elif isinstance(source, LlavaSource):
-        findings = list(source.survey.findings(source.version.path))
-        if source.survey.is_blind(max_share):
-            raise UserError(findings[0])
-        for finding in findings:
-            logger.warning(finding)
+        return [finding for each in source.sources for finding in found_in_fields(each, max_share)]
+    if isinstance(source, ParquetSource):
+        return list(source.findings())
+    if not isinstance(source, LlavaSource):
+        return []
+    findings = list(source.survey.findings(source.version.path))
+    if source.survey.is_blind(max_share):
+        raise UserError(findings[0])
+    return findings
 
 
 class LlavaSource:
@@ -180,7 +195,7 @@ class LlavaSource:
     ):
         self.survey = Survey()
         self._records = RecordFile(path, known, self.survey.add)
-        self._images = _Mounts(images, max_image_bytes)
+        self._images = Mounts(images, max_image_bytes)
         self.version = self._records.version
         self.fingerprint = self.version.fingerprint
 
@@ -189,47 +204,14 @@ class LlavaSource:
 
     def __getitem__(self, index: int) -> Sample:
         record, place = self._records[index], self._records.place(index)
-        if "conversations" not in record:
+        if turns_field(record) is None:
             raise SampleError(f"{place}: {sample_name(record)}: {no_conversations(record)}")
-        images = record_images(record)
-        if not all(isinstance(image, str) and image for image in images):
-            raise SampleError(f"{place}: {sample_name(record)}: an image must be a file name, found {str(images)[:80]}")
         name = f"{Path(self._records.path).name}[{index}]" if record.get("id") is None else str(record["id"])
-        return Sample(name, record, tuple(self._images.image(image) for image in images), place)
-
-
-class _Mounts:
-    """Several stores of images with one name space; see `SourceConfig.images`."""
-
-    def __init__(self, places: Sequence[str], max_bytes: int):
-        self._stores: list[tuple[str, ImageStore]] = []
-        for place in places:
-            prefix, _, path = ("", "", place) if file_mode(Path(place)) else place.rpartition("=")
-            self._stores.append((prefix.rstrip("/") + "/" if prefix else "", open_store(path, max_bytes)))
-
-    def image(self, name: str) -> LazyImage:
-        return LazyImage(briefly(name), lambda: self._read(name))
-
-    def _read(self, name: str) -> bytes:
-        if not self._stores:
-            raise UserError(
-                f"{briefly(name)}: the data has images, but no image folder is set; give the source its 'images'"
-            )
-        for prefix, store in self._stores:
-            inside = name.removeprefix(prefix)
-            if name.startswith(prefix) and inside in store:
-                return store.read(inside)
-        stores = ", ".join(prefix + store.path for prefix, store in self._stores)
-        raise ImageError(f"{briefly(name)}: {_no_file_name(name) or f'no such image in {stores}'}")
-
-
-def _no_file_name(name: str) -> str | None:
-    """What stands in a record where the name of an image's file belongs; None if it may be a name."""
-    if name.startswith(("http://", "https://", "s3://", "gs://")):
-        return "is an address, not a file's name; download the image, and name its file"
-    if name.startswith("data:") or (len(name) > 255 and re.fullmatch(r"[A-Za-z0-9+/=_\s-]+", name)):
-        return "is the image itself in base64, not a file's name; save the image, and name its file"
-    return None
+        try:
+            images = tuple(self._images.image(value, k) for k, value in enumerate(record_images(record)))
+        except UserError as error:
+            raise SampleError(f"{place}: {sample_name(record)}: {error}") from error
+        return Sample(name, record, images, place)
 
 
 class ImageSource:
@@ -295,6 +277,23 @@ class TfdsSource:
             raise SampleError(f"sample {name!r}: {error}") from error
         sample["conversations"] = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
         return Sample(name, sample, (LazyImage(name, lambda: record["image"]),))
+
+
+def make_mixture(configs: Sequence[SourceConfig], source: Source, window: int) -> Mixture:
+    """What each source contributes to an epoch.
+
+    Args:
+      source: from `open_sources`.
+      window: bytes of row groups of Parquet files whose samples are shuffled together.
+    """
+    sources = source.sources if isinstance(source, Concatenated) else [source]
+    parts = zip(source_names(configs), configs, sources, strict=True)
+    return Mixture(
+        tuple(
+            Part(name, len(each), config.weight, config.repeat, getattr(each, "groups", None), window)
+            for name, config, each in parts
+        )
+    )
 
 
 class Concatenated:

@@ -18,7 +18,7 @@ from ross_jax.models.layers import RematPolicy, apply
 from ross_jax.models.ross import Ross, RossConfig, normalise
 from ross_jax.objectives.objective import Batch, Objective, Params, Taps
 from ross_jax.objectives.reconstruction import ReconstructionConfig, make_objective
-from ross_jax.objectives.text import IGNORE, gather_supervised, next_token_loss
+from ross_jax.objectives.text import IGNORE, gather_supervised, supervised_order, token_losses
 from ross_jax.sharding import constrain
 from ross_jax.tree import merge
 
@@ -95,10 +95,19 @@ Reduction = ImageMean | OfficialMean
 
 
 class Losses(NamedTuple):
-    """Both losses of a batch; each is 0 where it is switched off."""
+    """Both losses of a batch; each is 0 where it is switched off.
+
+    Attributes:
+      sources: sums of each source, in the order of `SOURCE_SUMS`; None if the batch does not say its sources.
+    """
 
     text: Float[Array, ""]
     reconstruction: Float[Array, ""]
+    sources: Float[Array, "sources sums"] | None = None
+
+
+SOURCE_SUMS = ("text", "tokens", "reconstruction", "images", "conversations")
+"""Sums over a source: of cross entropies and of per-image losses; numbers of what they are sums over; conversations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +121,7 @@ class Loss:
       text_weight, weight: factors of the two losses. With a text weight of 0 no logits are computed.
       chunk: memory for logits, as in `next_token_loss`.
       supervised: most supervised positions of a row, if the packing plan has such a limit; no logits beyond it.
+      sources: number of sources whose losses are summed apart; 0: none are.
     """
 
     model: Ross
@@ -121,6 +131,7 @@ class Loss:
     weight: float = 1.0
     chunk: int = 1024
     supervised: int | None = None
+    sources: int = 0
 
     def counts(self, batch: Batch) -> Counts:
         """Counts of a whole batch, which sums are divided by."""
@@ -154,26 +165,64 @@ class Loss:
             features=batch.get("image_features"),
             taps=self.objective.taps if self.objective else (),
         )
-        text = self._text(tree, output.hidden, batch, counts)
-        losses = Losses(text, self._reconstruction(tree, frozen, output.taps, batch, counts, key))
+        tokens = self._text(tree, output.hidden, batch)
+        text = jnp.sum(tokens) / jnp.maximum(counts.tokens, 1)
+        per_image, reconstruction = self._reconstruction(tree, frozen, output.taps, batch, counts, key)
+        by_source = self._by_source(batch, *jax.lax.stop_gradient((tokens, per_image)))
+        losses = Losses(text, reconstruction, by_source)
         return self.weighted_sum(losses), losses
 
-    def _text(self, tree: Params, hidden: Float[Array, "batch seq embed"], batch: Batch, counts: Counts):
-        """Mean cross entropy of the supervised tokens."""
+    def _by_source(
+        self, batch: Batch, tokens: Float[Array, "batch places"], per_image: Float[Array, "batch images"]
+    ) -> Float[Array, "sources sums"] | None:
+        """`SOURCE_SUMS` of each source.
+
+        Args:
+          tokens: cross entropies of the positions, or of the places of supervised ones.
+          per_image: loss of each image slot.
+        """
+        if not self.sources or "sources" not in batch:
+            return None
+        at, targets = batch["sources"], batch["targets"]
+        starts = jnp.minimum(batch["image_start"], at.shape[1] - 1)
+        of_image = jnp.where(real_images(batch), jnp.take_along_axis(at, starts, axis=1), -1)
+        first = (batch["positions"] == 0) & (batch["segments"] != 0)
+        places = at
+        if self.supervised is not None and self.text_weight:
+            places = jnp.take_along_axis(at, supervised_order(targets, self.supervised), axis=1)
+
+        def sums(source: Int[Array, ""]) -> Float[Array, "sums"]:
+            here = at == source
+            found = (
+                jnp.sum(jnp.where(places == source, tokens, 0.0)) if self.text_weight else 0.0,
+                jnp.sum(here & (targets != IGNORE)),
+                jnp.sum(jnp.where(of_image == source, per_image, 0.0)) if self.objective else 0.0,
+                jnp.sum(of_image == source),
+                jnp.sum(here & first),
+            )
+            return jnp.stack([jnp.asarray(each, jnp.float32) for each in found])
+
+        return jax.vmap(sums)(jnp.arange(self.sources))
+
+    def _text(
+        self, tree: Params, hidden: Float[Array, "batch seq embed"], batch: Batch
+    ) -> Float[Array, "batch places"]:
+        """Cross entropies of the supervised tokens."""
         if not self.text_weight:
-            return jnp.zeros(())
+            return jnp.zeros((1, 1))
         hidden, targets = constrain(hidden, "batch"), batch["targets"]
         with jax.named_scope("text_loss"):
             if self.supervised is not None:
                 hidden, targets = gather_supervised(hidden, targets, self.supervised)
             head = apply(self.model, tree, method="head_kernel")
-            total, _ = next_token_loss(hidden, targets, head, self.model.dtype, self.chunk)
-        return total / jnp.maximum(counts.tokens, 1)
+            return token_losses(hidden, targets, head, self.model.dtype, self.chunk)
 
-    def _reconstruction(self, tree: Params, frozen: Params, taps: Taps, batch: Batch, counts: Counts, key: Array):
-        """The objective's loss, reduced over images."""
+    def _reconstruction(
+        self, tree: Params, frozen: Params, taps: Taps, batch: Batch, counts: Counts, key: Array
+    ) -> tuple[Float[Array, "batch images"], Float[Array, ""]]:
+        """The objective's loss of each image slot, and reduced over images."""
         if self.objective is None:
-            return jnp.zeros(())
+            return jnp.zeros(batch["image_start"].shape), jnp.zeros(())
         counted = self.reduction.counted(batch)
         targets = self.objective.unpack(frozen, batch)
         if targets is None:
@@ -182,7 +231,7 @@ class Loss:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch["image_ids"].reshape(-1))
         with jax.named_scope("reconstruction"):
             losses = self.objective.loss(tree, frozen, taps, targets, keys.reshape(counted.shape))
-        return self.reduction.mean(jnp.sum(jnp.where(counted, losses, 0.0)), counts)
+        return losses, self.reduction.mean(jnp.sum(jnp.where(counted, losses, 0.0)), counts)
 
 
 def make_reduction(compat: str, objective: Objective | None) -> Reduction:
@@ -203,7 +252,7 @@ def make_loss(
 
     Args:
       dtype, remat: of encoder and language model.
-      text: `text_weight`, `chunk` and `supervised` of `Loss`.
+      text: `text_weight`, `chunk`, `supervised` and `sources` of `Loss`.
     """
     dtype = jnp.dtype(dtype)
     objective = make_objective(model, reconstruction, dtype)

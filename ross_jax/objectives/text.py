@@ -11,6 +11,11 @@ from ross_jax.models.layers import linear
 from ross_jax.sharding import axis_size, constrain, logical_axes
 
 
+def supervised_order(targets: Int[Array, "batch seq"], capacity: int) -> Int[Array, "batch places"]:
+    """Where in its row each place of `gather_supervised` comes from."""
+    return jnp.argsort(targets == IGNORE, axis=1, stable=True)[:, :capacity]
+
+
 def gather_supervised(
     hidden: Float[Array, "batch seq embed"], targets: Int[Array, "batch seq"], capacity: int
 ) -> tuple[Float[Array, "batch places embed"], Int[Array, "batch places"]]:
@@ -19,7 +24,7 @@ def gather_supervised(
     Args:
       capacity: most supervised positions of a row. Positions beyond it would be lost, so the packing plan limits them.
     """
-    order = jnp.argsort(targets == IGNORE, axis=1, stable=True)[:, :capacity]
+    order = supervised_order(targets, capacity)
     # Row by row: a row only touches itself, so a sharded batch needs no communication.
     gathered = jax.vmap(lambda row, index: row.at[index].get(unique_indices=True, mode="promise_in_bounds"))
     return gathered(hidden, order), jnp.take_along_axis(targets, order, axis=1)
@@ -32,7 +37,18 @@ def next_token_loss(
     dtype: DTypeLike = jnp.float32,
     chunk: int = 1024,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Sum of cross entropies over supervised positions, and the number of these positions.
+    """Sum of cross entropies over supervised positions, and the number of these positions; see `token_losses`."""
+    return jnp.sum(token_losses(hidden, targets, head, dtype, chunk)), jnp.sum(targets != IGNORE)
+
+
+def token_losses(
+    hidden: Float[Array, "batch seq embed"],
+    targets: Int[Array, "batch seq"],
+    head: Float[Array, "embed vocab"],
+    dtype: DTypeLike = jnp.float32,
+    chunk: int = 1024,
+) -> Float[Array, "batch seq"]:
+    """The cross entropy of each supervised position; 0 elsewhere.
 
     Goes through the vocabulary in blocks, forward and again backward, so that no device holds all logits or, if the
     head is split, the whole head. Each block's columns are gathered, multiplied with all positions, and folded into a
@@ -77,4 +93,4 @@ def next_token_loss(
     step = jax.checkpoint(step) if count > 1 else step
     (highest, total, picked), _ = jax.lax.scan(step, (zeros - jnp.inf, zeros, zeros), (blocks, jnp.asarray(ids)))
     losses = highest + jnp.log(total) - picked
-    return jnp.sum(jnp.where(targets != IGNORE, losses, 0.0)), jnp.sum(targets != IGNORE)
+    return jnp.where(targets != IGNORE, losses, 0.0)

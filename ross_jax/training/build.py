@@ -46,6 +46,7 @@ def build_step(config: RunConfig, mesh: Mesh, steps: int) -> StepProgram:
         text_weight=config.text.weight,
         chunk=config.step.text_chunk,
         supervised=config.data.packing.supervised,
+        sources=len(config.data.sources) if len(config.data.sources) > 1 else 0,
     )
     step = make_train_step(
         loss,

@@ -209,9 +209,11 @@ def run_loop(
 
 def _report_steps(pending: list[dict[str, jax.Array]], step: int, steps: int, reporter: Reporter) -> None:
     """Fetches, checks and reports the metrics of the steps up to `step`."""
-    values = [{name: float(value) for name, value in jax.device_get(metrics).items()} for metrics in pending]
+    fetched = [jax.device_get(metrics) for metrics in pending]
+    by_source = sum(metrics.pop("sources") for metrics in fetched) if "sources" in fetched[0] else None
+    values = [{name: float(value) for name, value in metrics.items()} for metrics in fetched]
     check(values, step - len(values) + 1)
-    reporter.report(step, steps, values)
+    reporter.report(step, steps, values, by_source)
 
 
 def _evaluate(callbacks: Sequence[Callback], step: int, state: TrainState, reporter: Reporter) -> None:

@@ -10,7 +10,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -291,6 +291,21 @@ class Writer:
                 file.close()
 
 
+def source_metrics(names: Sequence[str], by_source: np.ndarray) -> dict[str, float]:
+    """Mean losses and the number of conversations of each source; no mean where there is nothing to take it over.
+
+    Args:
+      by_source: float[sources, sums], see `objectives.loss.SOURCE_SUMS`.
+    """
+    found: dict[str, float] = {}
+    for name, sums in zip(names, by_source, strict=True):
+        text, tokens, reconstruction, images, conversations = map(float, sums)
+        found[f"conversations/{name}"] = conversations
+        found |= {f"text_loss/{name}": text / tokens} if tokens else {}
+        found |= {f"reconstruction_loss/{name}": reconstruction / images} if images else {}
+    return found
+
+
 @dataclasses.dataclass
 class Reporter:
     """Where a run's numbers go.
@@ -300,18 +315,28 @@ class Reporter:
       writer: None on all processes but the one that reports.
       monitor: of the reconstruction loss, if the recipe expects a range of it.
       log: of the times of this run, on the process that reports.
+      sources: names of the run's sources, if their losses are reported apart.
     """
 
     meter: Meter
     writer: Writer | None = None
     monitor: LossRangeMonitor | None = None
     log: Log | None = None
+    sources: Sequence[str] = ()
 
-    def report(self, step: int, steps: int, values: list[dict[str, float]]) -> None:
-        """Reports the metrics of the last of `values`, which is step `step` of `steps`, and rates over all of them."""
+    def report(
+        self, step: int, steps: int, values: list[dict[str, float]], by_source: np.ndarray | None = None
+    ) -> None:
+        """Reports the metrics of the last of `values`, which is step `step` of `steps`, and rates over all of them.
+
+        Args:
+          by_source: float[sources, sums], see `objectives.loss.SOURCE_SUMS`, over all of these steps.
+        """
         line = {**values[-1], **self.meter.read(values)}
         if self.writer is None:
             return
+        if by_source is not None:
+            line |= source_metrics(self.sources, by_source)
         if self.log is not None:
             line |= self.log.report()
         self.writer.write(step, line)

@@ -17,11 +17,10 @@ from jax.sharding import Mesh
 
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError, from_dict, to_dict
-from ross_jax.data.encoders import build_training_encoder
-from ross_jax.data.images import decode, decode_official
-from ross_jax.data.pipeline import Pipeline, Preprocessing, open_pipeline
+from ross_jax.data.pipeline import Pipeline, open_pipeline
 from ross_jax.data.precomputed import differences
 from ross_jax.data.records import Version
+from ross_jax.data.sources import source_names
 from ross_jax.data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, save_tokenizer
 from ross_jax.directories import DamagedError, lock
 from ross_jax.json_text import load_json
@@ -30,12 +29,13 @@ from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
 from ross_jax.training import agreement
 from ross_jax.training.build import build_step
-from ross_jax.training.cached import check_parameters, check_settings, needs_pixels, open_cached, spared_components
+from ross_jax.training.cached import check_parameters, check_settings, open_cached, spared_components
 from ross_jax.training.callback import Callback
 from ross_jax.training.goodput import Clock, Log
 from ross_jax.training.loop import LoopSettings, global_batches, run_loop, stop_signals
 from ross_jax.training.metrics import LossRangeMonitor, Meter, Reporter, Writer, matrix_sizes
 from ross_jax.training.optimizer import warmup_steps
+from ross_jax.training.preprocessing import make_preprocessing
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.state import TrainState, Tree, init_components, split
 from ross_jax.training.step import make_state
@@ -82,18 +82,11 @@ def open_data(config: RunConfig, mesh: Mesh, known: Known = Known(), timeout: in
       UserError: data, tokenizer or `config.data.precomputed` cannot be used, or the data has changed. On all processes:
         their data or tokenizers differ, or one of them was late.
     """
-    model, text = config.model, config.text
-    tokenizer = load_tokenizer(text.tokenizer)
-    check_fingerprint(tokenizer, known.tokenizer, f"config.text.tokenizer {text.tokenizer}")
-    size = max(tokenizer.get_vocab().values()) + 1
-    if size > model.language.vocab_size:
-        raise ConfigError(
-            f"config.text.tokenizer: {size} ids, but the language model embeds {model.language.vocab_size}"
-        )
-    encode = build_training_encoder(text.template, tokenizer, text.compat, text_loss=bool(text.weight))
+    tokenizer = load_tokenizer(config.text.tokenizer)
+    check_fingerprint(tokenizer, known.tokenizer, f"config.text.tokenizer {config.text.tokenizer}")
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    key = json.dumps([to_dict(text), len(tokenizer)])
     cached = open_cached(config)
+    preprocessing = make_preprocessing(config, tokenizer, cached)
 
     def opened(data: str, versions: Sequence[Version]) -> None:
         hashes = fingerprint(tokenizer)
@@ -102,15 +95,6 @@ def open_data(config: RunConfig, mesh: Mesh, known: Known = Known(), timeout: in
         if jax.process_index() > 0:
             agreement.barrier()  # process 0 arrives when lengths and plans are in the cache
 
-    preprocessing = Preprocessing(
-        encode,
-        config.images,
-        model.vision.num_tokens,
-        encode_key=key,
-        decode=decode_official if text.compat == "official" else decode,
-        precomputed=cached,
-        pixels=needs_pixels(config, cached.parts if cached else ()),
-    )
     pipeline = open_pipeline(
         config.data,
         preprocessing,
@@ -219,7 +203,7 @@ class Run:
         if self.step:
             checkpoints.read_manifest(folder)  # compares digests
         known = self._known(record, accept_changed_data)
-        self.data = open_data(self._with_shared_cache(), self.mesh, known, timeout)
+        self.data = open_data(self._with_cache(), self.mesh, known, timeout)
         if record.get("data", self.data.hash) != self.data.hash and not accept_changed_data:
             raise UserError(
                 f"{folder}: was trained on other data or another packing plan; a run continues only with its own. "
@@ -248,9 +232,9 @@ class Run:
         tokenizer = checkpoints.read_manifest(self.folder).get("tokenizer")
         return Known(record.get("rows_per_step"), sources, tokenizer, accept_changed)
 
-    def _with_shared_cache(self) -> RunConfig:
-        """The config of several processes, which must share lengths and plans; by default in the run's directory."""
-        if jax.process_count() == 1 or self.config.data.cache is not None:
+    def _with_cache(self) -> RunConfig:
+        """The config with a folder for lengths and plans, which processes share; by default in the run's directory."""
+        if self.config.data.cache is not None:
             return self.config
         data = dataclasses.replace(self.config.data, cache=str(self.folder / "cache"))
         return dataclasses.replace(self.config, data=data)
@@ -356,7 +340,7 @@ class Run:
         writer, log = Writer(self.folder, self.step), Log(self.folder, self.clock)
         if log.note:
             writer.warn(log.note)
-        return Reporter(meter, writer, monitor, log)
+        return Reporter(meter, writer, monitor, log, source_names(config.data.sources))
 
     def train(self, callbacks: Sequence[Callback] = (), stop_at: Callable[[int], bool] | None = None) -> int:
         """Trains to the end, or until SIGTERM, SIGINT or SIGHUP comes, which saves a checkpoint.

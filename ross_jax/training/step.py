@@ -62,7 +62,8 @@ def gradients(
         (_, losses), grads = function(state.params, state.frozen, rows, counts, key)
         return jax.tree.map(jnp.add, carry, (losses, grads)), None
 
-    zeros = Losses(jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params)
+    shapes = jax.eval_shape(function, state.params, state.frozen, jax.tree.map(lambda x: x[0], micro), counts, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
     (losses, grads), _ = jax.lax.scan(add, zeros, micro)
     return losses, grads
 
@@ -95,6 +96,8 @@ def make_train_step(
             "tokens": jnp.sum(batch["segments"] != 0),
             **learning_rates(state.step),
         }
+        if losses.sources is not None:
+            metrics["sources"] = losses.sources
         if loss.text_weight:
             metrics |= {"text_loss": losses.text, "supervised_tokens": counts.tokens}
         return TrainState(state.step + 1, params, opt_state, state.frozen), metrics

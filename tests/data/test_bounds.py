@@ -16,7 +16,7 @@ from PIL import Image
 from ross_jax.config import UserError
 from ross_jax.data.archives import open_store
 from ross_jax.data.images import ImageConfig, ImageError, decode, preprocess
-from ross_jax.data.sources import SourceConfig, open_source, open_sources
+from ross_jax.data.sources import Limits, SourceConfig, open_source, open_sources
 
 LIMIT = 10_000
 METHODS = {
@@ -63,7 +63,7 @@ def test_sources_have_the_limit_of_the_config(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([record]))
     pictures = SourceConfig(str(tmp_path / "images"), kind="images")
     conversations = SourceConfig(str(tmp_path / "data.json"), images=(str(tmp_path / "images"),))
-    source, _ = open_sources([pictures, conversations], max_image_bytes=LIMIT)
+    source, _ = open_sources([pictures, conversations], limits=Limits(LIMIT))
     for i in range(2):
         with pytest.raises(ImageError, match="more than 10000 bytes"):
             source[i].images[0].read()

@@ -15,12 +15,12 @@ from ross_jax.config import UserError
 from ross_jax.data.conversation import (
     IGNORE,
     IMAGE_ID,
-    ROLES,
     ConversationError,
     parse_conversation,
 )
 from ross_jax.data.encoders import build_encoder, build_prompt_encoder
 from ross_jax.data.tokenizer import TextEncoder, load_tokenizer
+from ross_jax.data.turns import ROLES
 from tokenizer_fixtures import CHATML, TINY, byte_level_tokenizer, tokenizer_folder  # noqa: F401
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenization"
@@ -390,8 +390,11 @@ ANSWER = {"from": "gpt", "value": "Yo"}
             {"id": 7, "conversations": [{"from": "system", "value": "x"}, GOOD, ANSWER], "system": "y"},
             r"sample 7: has a system turn and a field for it",
         ),
-        ({"messages": [{"role": "user", "content": "Hi"}]}, r"rename 'messages' to 'conversations', 'role' to 'from'"),
-        ({"conversations": [{"role": "user", "content": "Hi"}]}, r"no 'from'.*rename 'role' to 'from' and 'content'"),
+        ({"messages": [{"role": "user"}]}, r"sample without an id, messages\[0\]: no 'content'; it has \['role'\]"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, r"messages\[0\]: a part of type 'video'"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, r"an image in a turn of the assistant"),
+        ({"texts": [{"user": "Hi", "assistant": None}]}, r"texts\[0\]: 'assistant' must be a string, found None"),
+        ({"texts": [{"question": "Hi"}]}, r"texts\[0\]: no 'user'; it has \['question'\]"),
         ({"instruction": "Hi", "output": "Yo"}, r"expected 'conversations': \[\{'from': 'human'"),
         ({"id": 7, "conversations": [GOOD]}, r"sample 7: no answer, so nothing to learn from"),
     ],

@@ -179,7 +179,9 @@ def test_cache_returns_the_same_plan(tmp_path, monkeypatch):
     monkeypatch.setattr("ross_jax.data.packing.make_plan", None)  # plans can only be read from here on
     for writer in (True, False):
         assert cached_plan(tmp_path / "new", lengths, SETTINGS, writer).hash == plan.hash
-    assert len(files(tmp_path / "new")) == 1  # no temporary file is left
+    assert len(files(tmp_path / "new")) == 2  # for new runs and for runs that continue; no temporary file is left
+    continued = replace(SETTINGS, rows_per_step=plan.rows_per_step, multiple=plan.rows_per_step)
+    assert cached_plan(tmp_path / "new", lengths, continued, writer=False).hash == plan.hash
 
 
 def test_cache_keeps_settings_apart(tmp_path):
@@ -187,14 +189,14 @@ def test_cache_keeps_settings_apart(tmp_path):
     for change in changes:
         cached_plan(tmp_path, llava_like(50), replace(SETTINGS, **change))
     cached_plan(tmp_path, llava_like(50, seed=1), SETTINGS)
-    assert len(files(tmp_path)) == len(changes) + 1
+    assert len(files(tmp_path)) == 2 * (len(changes) + 1)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_damaged_cache_is_made_again(tmp_path, damage, caplog):
     lengths = llava_like(50)
     plan = cached_plan(tmp_path, lengths, SETTINGS)
-    (path,) = files(tmp_path)
+    path = next(file for file in files(tmp_path) if '"rows_per_step": null' in str(np.load(file)["described"]))
     if damage == "flip":
         np.savez(path, **{**np.load(path), "samples": plan.samples[::-1]})
     else:

@@ -216,8 +216,8 @@ def test_missing_images(tmp_path, llava):
     ("name", "message"),
     [
         ("https://example.org/a.png", "is an address.*download"),
-        ("data:image/png;base64,iVBORw0KGgo=", "is the image itself in base64"),
-        ("iVBORw0KGgo=" * 100, "is the image itself in base64"),
+        ("data:image/png;base64,iVBORw0KG", "image 0: is no base64"),
+        ("iVBORw0KGgo=" * 100, "image 0: is no base64"),
         ("a" * 500 + ".png", "no such image"),
         ("\ud83d.png", r"\\ud83d\.png: no such image"),
     ],

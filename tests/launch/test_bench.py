@@ -130,3 +130,13 @@ def test_generation_equals_transformers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "make_engine", broken)
     assert bench.main([*command, "--repeats", "1"]) == 1
     assert "they do not compute the same" in capsys.readouterr().err
+
+
+def test_data_beside_torch(tmp_path):
+    pytest.importorskip("torch")
+    out = tmp_path / "out.json"
+    small = ["--samples", "60", "--steps", "2", "--batch", "8", "--image-size", "16", "--image-tokens", "4"]
+    assert bench.main(["data", *small, "--compare", "torch", "--workers", "1", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["images_per_s"] > 0 and found["torch_images_per_s"] > 0 and found["workers"] == 1
+    assert 0 < found["decode_share"] < 1 and found["read_share"] + found["decode_share"] + found["resize_share"] < 1
