@@ -1,7 +1,7 @@
 """Converts checkpoints: from Hugging Face, diffusers and the reference to a ross_jax model directory, and back.
 
 python launch/convert.py import --from DIR_OR_ID [--from ...] [--teacher DIR_OR_ID] --output DIR
-python launch/convert.py export --from DIR --format ross|components [--without NAME ...] --output DIR
+python launch/convert.py export --from DIR --format ross|components|llava [--without NAME ...] --output DIR
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     importer.set_defaults(run=import_command)
     exporter = commands.add_parser("export", help="model directory to a foreign layout")
     exporter.add_argument("--from", dest="model", type=Path, required=True, metavar="DIR", help="a model directory")
-    exporter.add_argument("--format", choices=("ross", "components"), required=True)
+    exporter.add_argument("--format", choices=("ross", "components", "llava"), required=True)
     exporter.add_argument("--output", type=Path, required=True, metavar="DIR")
     exporter.add_argument(
         "--without",

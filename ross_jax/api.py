@@ -10,7 +10,7 @@ from ross_jax.evaluation.reconstruction import make_callbacks
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run, only_writer
 
-LAYOUTS = ("ross", "components")
+LAYOUTS = ("ross", "components", "llava")
 
 
 def train(config: RunConfig, workdir: str | Path, *, accept_changed_data: bool = False) -> Run:
@@ -89,7 +89,8 @@ def export_model(
     Args:
       model: a model directory, or the directory of a run.
       output: the folder to write. It must not exist.
-      layout: `ross`, a checkpoint that the reference loads, or `components`, a folder for each component.
+      layout: `ross`, a checkpoint that the reference loads, `components`, a folder for each
+        component, or `llava`, transformers' LlavaForConditionalGeneration.
       dtype: `float32`, `bfloat16` or `float16`. None: the dtypes of the import.
       without: names of components to leave out.
       progress: receives a line of text after each parameter.

@@ -15,7 +15,7 @@ import numpy as np
 
 from ross_jax import checkpoints
 from ross_jax.config import UserError, from_dict, nearest
-from ross_jax.convert import vision
+from ross_jax.convert import llava, vision
 from ross_jax.convert.dtypes import DTYPES, TAGS
 from ross_jax.convert.export_configs import (
     Described,
@@ -25,12 +25,14 @@ from ross_jax.convert.export_configs import (
     ross_settings,
     settings_without,
 )
+from ross_jax.convert.generation import end_ids
 from ross_jax.convert.importing import SCOPES, TABLES, is_finite
 from ross_jax.convert.mapping import Piece, expand, raise_all
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.settings import Settings
 from ross_jax.convert.sources import read_json
 from ross_jax.convert.tensors import TensorFiles, open_tensors
+from ross_jax.data.encoders import stop_ids
 from ross_jax.data.tokenizer import find_tokenizer, load_tokenizer, save_tokenizer
 from ross_jax.directories import complete_directory, write_sums
 from ross_jax.models.ross import RossConfig, abstract_params
@@ -198,13 +200,22 @@ def _write_weights(
             for path, leaf in _leaves(model, component):
                 for piece, key, _ in component.pieces[path]:
                     part = leaf if piece.layer is None else leaf[piece.layer]
-                    put(scope + key, np.ascontiguousarray(piece.transform.to_hf(part)))
+                    values = np.ascontiguousarray(piece.transform.to_hf(part))
+                    put(scope + key, _grown(values, infos[scope + key][1]))
                 progress(f"{component.name}/{path}")
                 del leaf, part  # frees the memory before the next is restored
             for key, name in component.unused.items():
                 put(scope + key, component.files.read(name))
             for key, values in component.absent.items():
                 put(scope + key, values)
+
+
+def _grown(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Adds rows for new tokens: the mean of all rows, whose score never exceeds the largest score."""
+    if values.shape == shape:
+        return values
+    mean = values.mean(axis=0, dtype=np.float32).astype(values.dtype)
+    return np.concatenate([values, np.broadcast_to(mean, (shape[0] - len(values), shape[1]))])
 
 
 def _cast(values: np.ndarray, tag: str, key: str) -> np.ndarray:
@@ -231,6 +242,9 @@ def _leave_out(model: Path, config: RossConfig, without: Collection[str]) -> Ros
 
 def _check_layout(model: Path, config: RossConfig, layout: str) -> None:
     """Refuses components that the layout cannot hold."""
+    if layout == "llava":
+        raise_all(str(model), [UserError(f"{model}: {problem}") for problem in llava.problems(config)])
+        return
     problems = []
     if config.regressor is not None:
         problems.append("foreign layouts have no place for its regressor; leave it out with --without regressor")
@@ -287,7 +301,8 @@ def export(
     Args:
       model: model directory, made by import or training.
       output: folder to write. It must not exist.
-      layout: `ross`, one checkpoint as the reference saves it, or `components`, a folder for each component.
+      layout: `ross`, one checkpoint as the reference saves it, `components`, a folder for each component,
+        or `llava`, transformers' `LlavaForConditionalGeneration`.
       dtype: `float32`, `bfloat16` or `float16` for all floating-point tensors. None keeps the dtypes of the import.
       progress: called with a line of text after each parameter.
       without: components to leave out, together with what config.json says about them.
@@ -296,6 +311,8 @@ def export(
       UserError: nothing to export, components that the layout cannot hold, or an output that cannot be written.
     """
     foreign, config = _read_foreign(model), _leave_out(model, read_config(model), without)
+    if layout == "llava":  # answers need no more
+        config = dataclasses.replace(config, **dict.fromkeys(set(COMPONENTS) - set(llava.SCOPES)))
     names = [name for name in COMPONENTS if getattr(config, name) is not None]
     _check_layout(model, config, layout)
     saved = _saved_leaves(model, config, names)
@@ -307,6 +324,9 @@ def export(
             if component.files:
                 stack.enter_context(component.files)
         described = _describe(model, config, foreign, saved)
+        if layout == "llava":
+            _write_llava(stack.enter_context(complete_directory(output)), model, described, opened, dtype, progress)
+            return
         folders = _folders_inside(described, output.resolve(), layout)
         pointers = {name: str(path) for name, path in folders.items()}
         parts = [name for name in (folders if layout == "ross" else names) if name not in _ADAPTERS]
@@ -329,6 +349,60 @@ def export(
             writer.write_component(name, folder / (folders[name].name if layout == "ross" else FOLDERS[name]))
         for each in [folder] if layout == "ross" else list(folder.iterdir()):  # folders that are read on their own
             write_sums(each, (path for path in each.rglob("*") if path.is_file()))
+
+
+def _write_llava(
+    folder: Path,
+    model: Path,
+    described: Described,
+    opened: Mapping[str, Component],
+    dtype: str | None,
+    progress: Progress,
+) -> None:
+    """Writes transformers' LLaVA: weights, config, tokenizer, processor and generation settings."""
+    config, files, found = described.config, described.files, find_tokenizer(described.files)
+    if found is None:
+        raise UserError(
+            f"{model}: has no tokenizer, and --format llava writes one; import the model with its tokenizer"
+        )
+    _copy_files([files / "language", files / "ross"], folder, ["generation_config.json"])
+    template = checkpoints.read_manifest(model).get("template")
+    if template is None:
+        progress("warning: the model does not say its conversation template; the chat template is the tokenizer's own")
+    tokenizer = load_tokenizer(found)
+    ends = [] if template is None else list(stop_ids(template, tokenizer))
+    ends += [each for name in ("language", "ross") for each in end_ids(files / name) if each not in ends]
+    image_id = llava.write_tokenizer(tokenizer, template, folder)
+    generation = folder / "generation_config.json"
+    kept_settings = read_json(generation) if generation.is_file() else {}
+    pad = {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
+    generation.write_text(json.dumps({**kept_settings, **pad, "eos_token_id": ends or None}, indent=2) + "\n")
+    components, rows = {}, max(config.language.vocab_size, image_id + 1)
+    for name, scope in llava.SCOPES.items():
+        pieces = {path: [_llava_piece(name, each, rows) for each in all_] for path, all_ in opened[name].pieces.items()}
+        below = {key.removeprefix(vision.PREFIXES[0]): old for key, old in opened[name].unused.items()}
+        kept = {
+            vision.PREFIXES[0] + k: old for k, old in below.items() if k.startswith(("encoder.", "post_layernorm."))
+        }
+        components[scope] = dataclasses.replace(opened[name], pieces=pieces, unused=kept if name == "vision" else {})
+    _write_weights(model, folder, "model", components, DTYPE_NAMES[dtype] if dtype else None, progress)
+    text, tower = component_settings(described, "language"), component_settings(described, "vision")
+    tower = tower.get("vision_config") or tower
+    tower = {**tower, "model_type": f"{config.vision.kind}_vision_model"}
+    _write_config(folder, llava.settings(config, text, tower, image_id), dtype)
+    llava.write_processor(config, described.image_mode, folder)
+    write_sums(folder, (path for path in folder.rglob("*") if path.is_file()))
+
+
+def _llava_piece(name: str, entry: tuple[Piece, str, str], rows: int) -> tuple[Piece, str, str]:
+    piece, key, tag = entry
+    if name == "vision":
+        key = vision.PREFIXES[0] + key.removeprefix(vision.PREFIXES[0])
+    if name == "projector":
+        return piece, llava.PROJECTOR_KEYS[key[:2]] + key[2:], tag
+    if piece.path in ("embedding", "head") and name == "language":
+        piece = dataclasses.replace(piece, shape=(rows, piece.shape[1]))
+    return piece, key, tag
 
 
 def _describe(
