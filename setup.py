@@ -25,7 +25,9 @@ RUNTIME = [
     "numpy>=2.0",  # host arrays
     "pillow>=11.0",  # pictures
     "tensorboardX>=2.6",  # metrics writer without TensorFlow
+    "tqdm>=4.66",  # progress bars on terminals
     "absl-py>=2.1",  # command-line flags of the launchers
+    "pyarrow>=18.0",  # Parquet files of benchmarks
 ]
 
 EXTRAS = {
@@ -64,4 +66,5 @@ setup(
     package_data={"ross_jax": ["py.typed"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
+    entry_points={"lmms_eval.models": ["ross_jax = ross_jax.evaluation.lmms_eval:manifest"]},
 )

@@ -53,6 +53,8 @@ if [ "${1:-}" = --env ]; then
   fi
   make_venv ".venv-$name" 12 python3.11 python3.12 python3 # old packages have no wheels for newer Pythons
   install ".venv-$name" "$(cksum "$list")" -r "$list"
+  after=launch/environments/$name.sh # what a list cannot say
+  if [ -f "$after" ]; then bash "$after" ".venv-$name"; fi
   exit
 fi
 

@@ -90,7 +90,7 @@ def main() -> int:
             stack.enter_context(only_writer(folder))
             run = Run(config, folder, _START_TIMEOUT.value, _ACCEPT.value, _ADOPT.value)
             stack.enter_context(StallWatch(run.clock, _STALL_TIMEOUT.value))
-            callbacks = make_callbacks(config, run.mesh)
+            callbacks = make_callbacks(config, run.mesh, folder)
             if traced:
                 callbacks.append(stack.enter_context(Tracer(folder / "profile", *traced, run.step, run.steps)))
             done = run.train(callbacks)

@@ -34,7 +34,7 @@ def train(config: RunConfig, workdir: str | Path, *, accept_changed_data: bool =
     """
     with only_writer(Path(workdir)):
         run = Run(config, Path(workdir), accept_changed_data=accept_changed_data)
-        run.train(make_callbacks(config, run.mesh))
+        run.train(make_callbacks(config, run.mesh, Path(workdir)))
     return run
 
 

@@ -68,13 +68,25 @@ def _render(template: str) -> str | None:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
+    short_of_memory = False
+
+    def watch(frame: Any, event: str, argument: Any) -> Any:
+        """Notes a MemoryError that Jinja swallows while it computes constants: a process without limits has none."""
+        nonlocal short_of_memory
+        short_of_memory |= event == "exception" and issubclass(argument[0], MemoryError)
+        return watch
+
     environment.filters["tojson"] = lambda value, **options: json.dumps(value)
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
     messages = [{"role": role, "content": text} for role, text in _TURNS]
     variables: dict[str, Any] = {f"{name}_token": "" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")}
     variables |= {"tools": None, "documents": None}
     try:
+        sys.settrace(watch)
         compiled = environment.from_string(template)
+        sys.settrace(None)
+        if short_of_memory:
+            raise MemoryError
         for count in (1, len(messages)):
             length, variables["messages"], variables["add_generation_prompt"] = 0, messages[:count], count == 1
             with contextlib.suppress(Refusal):

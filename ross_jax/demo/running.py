@@ -27,5 +27,5 @@ def train(config: RunConfig, folder: Path) -> None:
     say(f"{folder}: training")
     with only_writer(folder):
         run = Run(config, folder)
-        if run.train(make_callbacks(config, run.mesh)) < run.steps:
+        if run.train(make_callbacks(config, run.mesh, folder)) < run.steps:
             raise Interrupted

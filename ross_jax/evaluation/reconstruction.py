@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from ross_jax.data.encoders import build_image_encoder
 from ross_jax.data.images import decode, decode_official, preprocess
 from ross_jax.data.sources import open_sources
 from ross_jax.data.tokenizer import load_tokenizer
+from ross_jax.evaluation.during_training import BenchmarkEvaluator
 from ross_jax.evaluation.images import psnr, ssim, to_uint8
 from ross_jax.inference.prompts import prompt_batches
 from ross_jax.inference.reconstruct import ImageDrawer, autoencode, encode_latents, target_images, visual_outputs
@@ -137,12 +139,18 @@ class ReconstructionEvaluator(Callback):
         return scores, rearrange(np.stack(shown), "column row h w c -> (row h) (column w) c")
 
 
-def make_callbacks(config: RunConfig, mesh: Mesh) -> list[Callback]:
-    """What `config.loop` asks for: images for TensorBoard, and evaluations."""
+def make_callbacks(config: RunConfig, mesh: Mesh, folder: Path | None = None) -> list[Callback]:
+    """What `config.loop` asks for: images for TensorBoard, evaluations, and benchmarks.
+
+    Args:
+      folder: the run's directory, which benchmarks need.
+    """
     callbacks: list[Callback] = []
     trains = find_objective(config.reconstruction.kind) is not None
     if config.loop.images and trains and reconstructor(config.model) is not None:
         callbacks.append(ImageDrawer(config.model, mesh, config.step.dtype))
     if config.loop.evaluate:
         callbacks.append(ReconstructionEvaluator(config, mesh))
+    if config.loop.benchmark and folder is not None:
+        callbacks.append(BenchmarkEvaluator(config, folder))
     return callbacks

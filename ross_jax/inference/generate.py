@@ -1,25 +1,151 @@
-"""Greedy generation with a static key-value cache."""
+"""Generation on the device: rows of a static key-value cache take prompts and extend them, each at its own length.
 
-from collections.abc import Sequence
+A row with a prompt of 4 tokens (one of them an image's) and 2 new ones, in a cache with 8 slots per row:
+
+    slot      0   1   2   3   4   5   6   7
+    holds   [ 11  im  12  13  21  -   -   - ]     lengths 5; `tokens` has 22, which is chosen but not in the cache yet
+"""
+
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ross_jax.config import required
-from ross_jax.models.language import LanguageModel, empty_cache
+from ross_jax.inference.sampling import Drawing, choose
+from ross_jax.models.image_tokens import scatter_images
+from ross_jax.models.language import Cache, LanguageModel, empty_cache
 from ross_jax.models.layers import apply
 from ross_jax.models.ross import Ross, RossConfig
+from ross_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Everything static about generation.
+
+    Attributes:
+      config: sizes of the components.
+      dtype: dtype of activations and of the cache.
+      stops: ids that end an answer.
+      stacked: as in `LanguageModel`.
+    """
+
+    config: RossConfig
+    dtype: DTypeLike = "float32"
+    stops: tuple[int, ...] = ()
+    stacked: bool = True
+
+    @property
+    def language(self) -> LanguageModel:
+        return LanguageModel(required(self.config.language), self.dtype, stacked=self.stacked)
+
+
+class Prompts(NamedTuple):
+    """Prompts of one length, padded behind their ends.
+
+    Attributes:
+      tokens: ids; anything at image positions and in padding.
+      lengths: number of tokens of each prompt, images included.
+      images: normalised images; no slots for prompts without images.
+      image_start: index of each image's first token; `seq` where the slot is empty.
+    """
+
+    tokens: Int[Array, "batch seq"]
+    lengths: Int[Array, " batch"]
+    images: Float[Array, "batch images height width 3"]
+    image_start: Int[Array, "batch images"]
+
+
+class Rows(NamedTuple):
+    """State of all rows.
+
+    Attributes:
+      cache: keys and values of prompts and answers.
+      tokens: the token that each row chose last. It is not in the cache.
+      counts: number of tokens that each row has chosen.
+      limits: number of tokens at which each row stops.
+      stopped: whether a row has stopped. It then waits for another prompt.
+      seen: True for tokens of each row's text.
+      drawing: how each row's tokens are drawn.
+    """
+
+    cache: Cache
+    tokens: Int[Array, " batch"]
+    counts: Int[Array, " batch"]
+    limits: Int[Array, " batch"]
+    stopped: Bool[Array, " batch"]
+    seen: Bool[Array, "batch vocab"]
+    drawing: Drawing
+
+
+def greedy(rows: int) -> Drawing:
+    """Settings that take the most likely token."""
+    one = jnp.ones(rows, jnp.float32)
+    return Drawing(0 * one, jnp.zeros(rows, jnp.int32), one, 0 * one, one, jnp.zeros(rows, jnp.uint32))
+
+
+def empty_rows(decoding: Decoding, rows: int, slots: int) -> Rows:
+    """Rows that have stopped, each with room for `slots` tokens of a prompt and its answer."""
+    sizes = required(decoding.config.language)
+    zeros = jnp.zeros(rows, jnp.int32)
+    cache = empty_cache(sizes, rows, slots, decoding.dtype, decoding.stacked)
+    seen = jnp.zeros((rows, sizes.vocab_size), bool)
+    return Rows(cache, zeros, zeros, zeros, jnp.ones(rows, bool), seen, greedy(rows))
+
+
+def read(
+    decoding: Decoding, params: Any, prompts: Prompts, cache: Cache | None = None
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Scores of each prompt's next token, and the cache.
+
+    Args:
+      cache: what the rows have read before; the prompts are appended. None: nothing, and the cache that is returned has
+        no room for more.
+    """
+    language, text = decoding.language, params["language"]
+    ross = Ross(decoding.config, decoding.dtype)
+    embeddings = constrain(apply(language, text, prompts.tokens, method="embed"), "batch")
+    if prompts.images.shape[1]:
+        projected = apply(ross, params, prompts.images, method="encode_images")
+        embeddings = scatter_images(embeddings, projected, prompts.image_start)
+    places = jnp.arange(prompts.tokens.shape[1])
+    segments = (places < prompts.lengths[:, None]).astype(jnp.int32)
+    positions = jnp.broadcast_to(places, segments.shape) + (0 if cache is None else cache.lengths[:, None])
+    output = apply(language, text, embeddings, positions, segments, cache, keep=cache is None)
+    last = jnp.take_along_axis(output.hidden, jnp.maximum(prompts.lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    return apply(language, text, last, method="logits"), output.cache
+
+
+def advance(decoding: Decoding, params: Any, rows: Rows) -> tuple[Rows, Float[Array, "batch vocab"]]:
+    """Chooses one more token for each row that has not stopped; also returns the scores."""
+    language, text = decoding.language, params["language"]
+    embedded = apply(language, text, rows.tokens[:, None], method="embed")
+    running = (~rows.stopped).astype(jnp.int32)
+    output = apply(language, text, embedded, rows.cache.lengths[:, None], running[:, None], rows.cache)
+    scores = apply(language, text, output.hidden[:, 0], method="logits")
+    return choose_tokens(decoding, rows._replace(cache=output.cache), scores), scores
+
+
+def choose_tokens(decoding: Decoding, rows: Rows, scores: Float[Array, "batch vocab"]) -> Rows:
+    """The rows with their next tokens. Rows that have stopped keep theirs."""
+    running = ~rows.stopped
+    chosen = jnp.where(running, choose(scores, rows.seen, rows.drawing, rows.counts), rows.tokens)
+    counts = rows.counts + running
+    ended = jnp.isin(chosen, np.array(decoding.stops, np.int32)) | (counts >= rows.limits)
+    seen = rows.seen.at[jnp.arange(len(chosen)), chosen].max(running)
+    return rows._replace(tokens=chosen, counts=counts, stopped=rows.stopped | ended, seen=seen)
 
 
 class Generation(NamedTuple):
     """Generated ids.
 
     Attributes:
-      tokens: new ids. After a row's end the first stop token is repeated.
+      tokens: new ids. A row's last id is repeated after its end.
       lengths: number of new ids in each row, with the stop token.
       logits: scores from which each id was chosen, on request.
     """
@@ -30,79 +156,50 @@ class Generation(NamedTuple):
 
 
 def generate(
-    config: RossConfig,
-    params: Any,
-    tokens: Int[Array, "batch seq"],
-    segments: Int[Array, "batch seq"],
-    images: Float[Array, "batch images height width 3"],
-    image_start: Int[Array, "batch images"],
-    max_new_tokens: int,
-    stop_token: int | Sequence[int] | None = None,
-    dtype: DTypeLike = jnp.float32,
-    return_logits: bool = False,
-    limits: Int[Array, " batch"] | None = None,
+    decoding: Decoding, params: Any, prompts: Prompts, max_new_tokens: int, return_logits: bool = False
 ) -> Generation:
-    """Extends prompts by the most likely ids. When it is compiled, arguments that are not arrays must be static.
+    """Extends prompts by the most likely ids, in one program. When compiled, only arrays are traced.
 
     Args:
-      config: sizes of the components.
       params: parameters with `language`, and `vision` and `projector` if there are images.
-      tokens: prompts, padded on the left to one length; anything at image positions.
-      segments: 1 at a prompt's tokens, 0 at its padding.
-      images: normalised images; `[batch, 0, height, width, 3]` for prompts without images.
-      image_start: index in the padded row where each image's tokens begin; `seq` where the slot is empty.
       max_new_tokens: number of new ids per row; generation ends earlier when every row has stopped.
-      stop_token: id that ends a row, or several. None: rows end only at `max_new_tokens`.
-      dtype: dtype of activations.
       return_logits: also return the scores.
-      limits: number of new ids of each row, at most `max_new_tokens`; 0 for padding. None: `max_new_tokens`.
     """
-    batch, length = tokens.shape
-    ross, sizes = Ross(config, dtype), required(config.language)
-    language, text_params = LanguageModel(sizes, dtype), params["language"]
-
-    if images.shape[1]:
-        projected = apply(ross, params, images, method="encode_images")
-        embeddings = apply(ross, params, tokens, projected, image_start, method="embed")
-    else:
-        embeddings = apply(language, text_params, tokens, method="embed")
-    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    cache = empty_cache(sizes, batch, length + max_new_tokens, dtype)
-    output = apply(language, text_params, embeddings, positions, segments, cache)
-    scores = apply(language, text_params, output.hidden[:, -1], method="logits")
-
-    stops = np.array([] if stop_token is None else stop_token, np.int32).reshape(-1)
-    filler = stops[0] if stops.size else 0
-    limits = jnp.full(batch, max_new_tokens) if limits is None else limits
-    new_tokens = jnp.full((batch, max_new_tokens), filler, jnp.int32)
-    kept = jnp.zeros((batch, max_new_tokens, sizes.vocab_size), jnp.float32) if return_logits else None
+    batch, length = prompts.tokens.shape
+    rows = empty_rows(decoding, batch, length + max_new_tokens)
+    scores, read_cache = read(decoding, params, prompts)
+    rows = rows._replace(
+        cache=insert(rows.cache, read_cache, jnp.arange(batch)),
+        limits=jnp.full(batch, max_new_tokens, jnp.int32),
+        stopped=jnp.zeros(batch, bool),
+    )
+    kept = jnp.zeros((batch, max_new_tokens, scores.shape[-1]), jnp.float32) if return_logits else None
+    tokens = jnp.zeros((batch, max_new_tokens), jnp.int32)
 
     def unfinished(state):
-        step, _, _, stopped, *_ = state
-        return (step < max_new_tokens) & ~jnp.all(stopped)
+        step, rows, *_ = state
+        return (step < max_new_tokens) & ~jnp.all(rows.stopped)
+
+    def record(step, rows, scores, tokens, kept):
+        tokens = jnp.where(jnp.arange(max_new_tokens) >= step, rows.tokens[:, None], tokens)
+        return step + 1, rows, tokens, kept.at[:, step].set(scores) if return_logits else None
 
     def extend(state):
-        step, scores, cache, stopped, lengths, new_tokens, kept = state
-        chosen = jnp.where(stopped, filler, jnp.argmax(scores, axis=-1)).astype(jnp.int32)
-        new_tokens = new_tokens.at[:, step].set(chosen)
-        lengths = lengths + ~stopped
-        kept = kept.at[:, step].set(scores) if return_logits else None
-        stopped = stopped | jnp.isin(chosen, stops) | (lengths >= limits)
-        embedded = apply(language, text_params, chosen[:, None], method="embed")
-        where = (positions[:, -1] + 1 + step)[:, None]
-        output = apply(language, text_params, embedded, where, jnp.ones((batch, 1), jnp.int32), cache)
-        scores = apply(language, text_params, output.hidden[:, 0], method="logits")
-        return step + 1, scores, output.cache, stopped, lengths, new_tokens, kept
+        step, rows, tokens, kept = state
+        return record(step, *advance(decoding, params, rows), tokens, kept)
 
-    state = (
-        jnp.zeros((), jnp.int32),
-        scores,
-        output.cache,
-        limits <= 0,
-        jnp.zeros(batch, jnp.int32),
-        new_tokens,
-        kept,
-    )
+    first = choose_tokens(decoding, rows, scores)
     with jax.named_scope("decode"):
-        *_, lengths, new_tokens, kept = jax.lax.while_loop(unfinished, extend, state)
-    return Generation(new_tokens, lengths, kept)
+        state = record(jnp.zeros((), jnp.int32), first, scores, tokens, kept)
+        _, rows, tokens, kept = jax.lax.while_loop(unfinished, extend, state)
+    return Generation(tokens, rows.counts, kept)
+
+
+def insert(cache: Cache, new: Cache, slots: Int[Array, " prompts"]) -> Cache:
+    """Puts keys and values of prompts into rows `slots` of a cache; a prompt whose row does not exist is dropped."""
+
+    def place(states: Array, new: Array) -> Array:
+        return states.at[:, slots, : new.shape[2]].set(new.astype(states.dtype), mode="drop")
+
+    keys, values = jax.tree.map(place, (cache.keys, cache.values), (new.keys, new.values))
+    return Cache(keys, values, cache.lengths.at[slots].set(new.lengths, mode="drop"))

@@ -7,38 +7,43 @@ model.reconstruct("photo.jpg")[0].save("reconstruction.png")
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Float
 from PIL import Image
 
 from ross_jax import checkpoints
 from ross_jax.config import UserError, from_dict, required
 from ross_jax.convert.generation import end_ids
-from ross_jax.data.batches import Batch, expand
+from ross_jax.convert.sources import read_json
+from ross_jax.data.batches import expand
 from ross_jax.data.conversation import IGNORE, EncodedConversation
 from ross_jax.data.encoders import build_image_encoder, build_prompt_encoder, stop_ids
 from ross_jax.data.images import ImageConfig, ImageError, encoder_image_config
 from ross_jax.data.tokenizer import check_fingerprint, find_tokenizer, load_tokenizer
 from ross_jax.evaluation.images import to_uint8
-from ross_jax.inference.generate import generate
+from ross_jax.inference.chat import Chat
+from ross_jax.inference.engine import Engine, Prompt
+from ross_jax.inference.generate import Decoding
 from ross_jax.inference.prompts import AnyImage, AnyImages, Request, Resized, prompt_batches, read_images
 from ross_jax.inference.reconstruct import reconstruct, visual_outputs
-from ross_jax.models.ross import RossConfig, abstract_params, normalise
+from ross_jax.inference.text import Answer
+from ross_jax.models.language import unstack
+from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.objectives.objective import DEFAULT_SAMPLING, Sampling
 from ross_jax.objectives.reconstruction import reconstructor
+from ross_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from ross_jax.tree import flatten, unflatten
 
 TEXT_COMPONENTS = ("vision", "projector", "language")
 RECONSTRUCTION_COMPONENTS = ("denoiser", "regressor", "autoencoder")
 """What reconstruction needs besides; which of them a model has depends on its kind of reconstruction."""
-_MULTIPLE = 32
-"""Prompts are padded to a multiple of this length, and so is the room for answers: questions share programs."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +58,8 @@ class Model:
       template: conversation template; None if the directory does not name one.
       dtype: dtype of activations.
       condition_dropout: share of draws for which the denoiser was trained without visual outputs.
+      mesh: devices over which parameters, and rows of `ask_many`, are split. None: the default device alone.
+      mesh_config: its rules.
     """
 
     folder: Path
@@ -62,6 +69,8 @@ class Model:
     template: str | None
     dtype: Literal["float32", "bfloat16"] = "float32"
     condition_dropout: float = 0.0
+    mesh: Mesh | None = None
+    mesh_config: MeshConfig | None = None
 
     def ask(
         self,
@@ -87,25 +96,67 @@ class Model:
         drawing = (temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, on_text)
         return self.ask_many([Request(images, prompt, history or (), max_new_tokens, *drawing)])[0]
 
-    def ask_many(self, requests: Sequence[Request], rows: int = 8) -> list[str]:
-        """Answers several requests, `rows` at once. Errors are those of `ask`."""
-        if not requests:
-            return []
-        encode = build_prompt_encoder(self._template, self.tokenizer)
-        images = [self._read(request.images) for request in requests]
-        ids = [encode(request.record(len(own))) for request, own in zip(requests, images, strict=True)]
-        tokens, size = (self.config.vision.num_tokens, self.image_config.size) if any(images) else (0, 1)
-        prompts = [expand(EncodedConversation(each, np.full_like(each, IGNORE)), tokens) for each in ids]
-        limits = [request.max_new_tokens for request in requests]
-        room, answers = _rounded(max(limits)), []
-        rows = min(rows, len(requests))
-        for batch in prompt_batches(prompts, images, rows, tokens, size, _MULTIPLE):
-            batch["limits"] = np.zeros(rows, np.int32)
-            own = limits[len(answers) : len(answers) + rows]
-            batch["limits"][: len(own)] = own
-            generated = _generated(self.config, self.params, batch, room, self._stops, self.dtype)
-            answers += [self._decode(ids[:length]) for ids, length in zip(*generated, strict=True)][: len(own)]
-        return answers
+    def ask_many(
+        self,
+        requests: Sequence[Request],
+        rows: int = 8,
+        on_answer: Callable[[int, str], None] | None = None,
+        on_error: Callable[[int, UserError], None] | None = None,
+    ) -> list[str]:
+        """Answers several requests, `rows` at once; a row that has finished takes the next request.
+
+        Args:
+          rows: requests that are answered at once; on a mesh rounded up to a multiple of its replicas.
+          on_answer: receives a request's number and its answer as soon as it is complete.
+          on_error: receives the number of a request that cannot be used, and why. Its answer is empty, and the others
+            are answered. None: the error is raised.
+
+        Raises:
+          UserError: as `ask`.
+        """
+        prepared, numbers = [], []
+        for i, request in enumerate(requests):
+            try:
+                prepared.append(self.prepare(request))
+                numbers.append(i)
+            except UserError as error:
+                if on_error is None:
+                    raise
+                on_error(i, error)
+
+        def receive(number: int, ids: list[int], ended: bool) -> bool:
+            answer = prepared[number][1]
+            ended = answer.receive(ids, ended) or ended
+            if ended and on_answer:
+                on_answer(numbers[number], answer.text)
+            return ended
+
+        self.engine.run([prompt for prompt, _ in prepared], rows, receive)
+        answers = dict(zip(numbers, (answer.text for _, answer in prepared), strict=True))
+        return [answers.get(i, "") for i in range(len(requests))]
+
+    def chat(self) -> Chat:
+        """A conversation that keeps its keys and values between turns."""
+        return Chat(self)
+
+    def prepare(self, request: Request) -> tuple[Prompt, Answer]:
+        """A request's prompt with room for its images, and the answer to come. Errors are those of `ask`."""
+        images = self._read(request.images)
+        ids = build_prompt_encoder(self._template, self.tokenizer)(request.record(len(images)))
+        count = self.config.vision.num_tokens if images else 0
+        expanded = expand(EncodedConversation(ids, np.full_like(ids, IGNORE)), count)
+        limit, length = request.max_new_tokens, len(expanded.tokens)
+        if self.context is not None:
+            if length >= self.context:
+                raise UserError(
+                    f"the prompt has {length} tokens, {count * len(images)} of them for {len(images)} image(s), and "
+                    f"the model was trained with at most {self.context}; shorten the question or its history"
+                )
+            limit = min(limit, self.context - length)
+        answer = Answer(self.tokenizer, self._stops, request.stop, request.on_text)
+        tokens = np.asarray(expanded.tokens)
+        starts = [int(start) for start in expanded.image_start]
+        return Prompt(tokens, starts, images, limit, request.drawing, answer.watched), answer
 
     def visual_outputs(self, images: AnyImages, rows: int = 8) -> Float[np.ndarray, "images tokens embed"]:
         """Hidden states of the language model at the positions of each image's tokens, after its final norm.
@@ -178,6 +229,33 @@ class Model:
         check_fingerprint(tokenizer, checkpoints.read_manifest(self.folder).get("tokenizer"), f"tokenizer {folder}")
         return tokenizer
 
+    @cached_property
+    def engine(self) -> Engine:
+        """The parameters that answer, ready to generate.
+
+        On a single CPU the language model's weights are copied: layer by layer, and in float32, because CPUs are slow
+        with stacked layers and with bfloat16.
+        """
+        params = {name: tree for name, tree in self.params.items() if name in TEXT_COMPONENTS}
+        unstacked = self.mesh is None and jax.default_backend() == "cpu"
+        dtype = "float32" if unstacked else self.dtype
+        if unstacked:
+            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+            params["language"] = unstack(params["language"])
+        decoding = Decoding(self.config, dtype, self._stops, stacked=not unstacked)
+        return Engine(decoding, params, self.mesh, self.mesh_config)
+
+    @cached_property
+    def context(self) -> int | None:
+        """Longest prompt and answer, in tokens, for which the language model was trained; None if no file says it."""
+        for name in ("language", "ross"):
+            path = self.folder / "files" / name / "config.json"
+            if path.is_file():
+                found = read_json(path).get("max_position_embeddings")
+                if isinstance(found, int) and found > 0:
+                    return found
+        return checkpoints.read_manifest(self.folder).get("context")
+
     @property
     def _template(self) -> str:
         if self.template is None:
@@ -206,45 +284,6 @@ class Model:
         self._check_sees()
         return read_images(images, required(self.image_config))
 
-    def _decode(self, ids: np.ndarray) -> str:
-        ends = bool(ids.size) and ids[-1] in self._stops
-        if ends and not self.tokenizer.decode(ids[-1:]).endswith("\n"):  # the end of `plain` can hold text: `.\n`
-            ids = ids[:-1]
-        return self.tokenizer.decode(ids, skip_special_tokens=False).strip()
-
-
-@partial(jax.jit, static_argnames=("config", "max_new_tokens", "stops", "dtype"))
-def _answer(
-    config: RossConfig, params: Any, batch: dict[str, Array], max_new_tokens: int, stops: tuple[int, ...], dtype: str
-) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
-    """Ids and their number. `batch["limits"]` has each row's own limit."""
-    images = normalise(config, batch["images"])
-    prompts = (batch["tokens"], batch["segments"], images, batch["image_start"])
-    result = generate(config, params, *prompts, max_new_tokens, stops, dtype, limits=batch["limits"])
-    return result.tokens, result.lengths
-
-
-def _generated(config: RossConfig, params: Any, batch: Batch, room: int, *settings: Any) -> list[np.ndarray]:
-    """The results of `_answer`.
-
-    Raises:
-      UserError: the devices' memory cannot hold the keys and values of prompts and answers.
-    """
-    try:
-        return [np.asarray(each) for each in _answer(config, params, batch, room, *settings)]
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        rows, length = batch["tokens"].shape
-        raise UserError(
-            f"not enough memory for {rows} prompt(s) of {length} tokens and answers of up to {room}; lower "
-            "max_new_tokens or rows, or take dtype bfloat16"
-        ) from error
-
-
-def _rounded(length: int) -> int:
-    return -(-length // _MULTIPLE) * _MULTIPLE
-
 
 _visual_outputs = jax.jit(visual_outputs, static_argnames=("config", "dtype"))
 
@@ -254,8 +293,9 @@ def load(
     components: tuple[str, ...] | None = None,
     template: str | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    mesh: MeshConfig | None = None,
 ) -> Model:
-    """Restores a model on the default device.
+    """Restores a model.
 
     Args:
       folder: a model directory, or the directory of a run, of which the latest step is taken.
@@ -263,8 +303,10 @@ def load(
         reconstruct.
       template: conversation template. None: the one that the model was trained with.
       dtype: dtype of parameters and activations. None: parameters as they are stored, activations in float32.
+      mesh: splits the parameters over all devices, of all processes. None: the default device alone.
 
     Raises:
+      ConfigError: a mesh that does not fit the devices.
       UserError: no model there, or one without such a component.
     """
     folder = Path(folder)
@@ -279,14 +321,19 @@ def load(
         )
     loaded = TEXT_COMPONENTS + RECONSTRUCTION_COMPONENTS if components is None else components
     stored = flatten(checkpoints.model_abstract(folder))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {path: leaf for path, leaf in flatten(abstract_params(config)).items() if path.split("/")[0] in loaded}
+    devices = None if mesh is None else make_mesh(mesh)
+    if devices is None:
+        shardings = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    else:
+        shardings = parameter_shardings(shapes, devices, mesh)
     leaves = {
-        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or stored[path].dtype), sharding=device)
-        for path, leaf in flatten(abstract_params(config)).items()
-        if path.split("/")[0] in loaded
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or stored[path].dtype), sharding=shardings[path])
+        for path, leaf in shapes.items()
     }
     params = checkpoints.restore_model(folder, unflatten(leaves))
     how = (config.image_mean, config.image_std, manifest.get("image_mode", "pad"), config.image_resample)
     images = config.vision and encoder_image_config(config.vision.kind, config.vision.image_size, *how)
     dropout = manifest.get("reconstruction", {}).get("condition_dropout", 0.0)
-    return Model(folder, config, params, images, template or manifest.get("template"), dtype or "float32", dropout)
+    settings = (template or manifest.get("template"), dtype or "float32", dropout, devices, mesh)
+    return Model(folder, config, params, images, *settings)

@@ -34,8 +34,6 @@ Resized = UInt8[np.ndarray, "side side 3"]
 class Request:
     """A question about images, and how it is to be answered.
 
-    Answers are greedy so far: every field below `max_new_tokens`, `seed` aside, takes only its default.
-
     Attributes:
       images: one image, several, or `()` for none.
       prompt: the question. Images stand before the first question, unless the questions mark their places: `<image>`.
@@ -51,7 +49,7 @@ class Request:
       on_text: receives each piece of the answer as soon as it is known.
 
     Raises:
-      UserError: a value that makes no sense, or that is not supported yet. Names the field.
+      UserError: a value that makes no sense. Names the field.
     """
 
     images: AnyImages
@@ -72,10 +70,17 @@ class Request:
         for i, turn in enumerate(self.history):
             if isinstance(turn, str) or len(turn) != 2:
                 raise UserError(f"history[{i}]: expected (question, answer), found {turn!r:.80}")
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "on_text"):
-            value, default = getattr(self, name), _DEFAULTS[name]
-            if value != default and (value or default):  # an empty list equals no empty tuple
-                raise UserError(f"{name} {value!r}: not supported yet; answers are greedy, with {name} {default!r}")
+        for name, allowed in _RANGES.items():
+            allowed.check(name, getattr(self, name))
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(f"stop {self.stop!r}: expected a list of texts, none of them empty")
+        if self.on_text is not None and not callable(self.on_text):
+            raise UserError(f"on_text {self.on_text!r}: expected a function that takes a text")
+
+    @property
+    def drawing(self) -> tuple[float, int, float, float, float, int]:
+        """How tokens are drawn: temperature, top_k, top_p, min_p, repetition_penalty, seed."""
+        return (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
 
     def record(self, images: int) -> dict[str, Any]:
         """The conversation as a record in LLaVA's format, with a mark for each of so many images.
@@ -98,7 +103,14 @@ class Request:
         return {"id": self.prompt, "image": [f"images[{i}]" for i in range(images)], "conversations": turns}
 
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
+_RANGES = {
+    "temperature": Range(0.0, 1e6),
+    "top_k": Range(0, 2**31 - 1),
+    "top_p": Range(1e-6, 1.0),
+    "min_p": Range(0.0, 1.0),
+    "repetition_penalty": Range(1e-3, 1e3),
+    "seed": Range(0, 2**32 - 1),
+}
 
 
 def read_images(images: AnyImages, config: ImageConfig) -> list[Resized]:

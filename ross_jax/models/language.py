@@ -5,7 +5,7 @@ Matches transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausal
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -76,19 +76,23 @@ class LanguageConfig:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
 
 
+LayerStates = Float[Array, "layers batch slots kv_heads dim"] | tuple[Float[Array, "1 batch slots kv_heads dim"], ...]
+"""Keys or values of all layers. A model whose layers are not stacked has an array for each layer."""
+
+
 class Cache(NamedTuple):
     """Keys and values of all positions read so far; a pytree of static shapes.
 
+    A row holds one conversation. Slot i holds the conversation's position i; slots from `lengths` on hold nothing.
+
     Attributes:
       keys, values: rotated keys and values of each layer.
-      segments: conversation number of each slot; 0 = padding or not yet filled.
-      length: number of filled slots, equal for all rows (shorter prompts are padded on their left, with segment 0).
+      lengths: number of filled slots of each row.
     """
 
-    keys: Float[Array, "layers batch slots kv_heads dim"]
-    values: Float[Array, "layers batch slots kv_heads dim"]
-    segments: Int[Array, "batch slots"]
-    length: Int[Array, ""]
+    keys: LayerStates
+    values: LayerStates
+    lengths: Int[Array, " batch"]
 
 
 class ImagePlaces(NamedTuple):
@@ -108,7 +112,7 @@ class LanguageOutput(NamedTuple):
 
     Attributes:
       hidden: output of the final norm, which the output head and reconstruction read.
-      cache: the given cache with the new positions added; None without a cache.
+      cache: keys and values: of the given cache and the new positions, or on request of the new positions alone.
       hidden_states: on request: the input embeddings, then the output of every layer, with `hidden` in place of the
         last layer's output.
       taps: requested tap -> hidden states at the image positions.
@@ -168,10 +172,11 @@ class Decoder(nn.Module):
     dtype: DTypeLike
     collect: bool = False
     taps: tuple[int, ...] = ()
+    keep: bool = False
 
     @nn.compact
-    def __call__(self, carry, layer, cos, sin, segments, mask, length):
-        """Runs layer number `layer`.
+    def __call__(self, carry, layer, cos, sin, segments, mask, lengths):
+        """Runs layer number `layer`; returns the carry, and the layer's output and (key, value) as far as requested.
 
         The carry is a tuple of
           hidden states `[batch, seq, embed]`;
@@ -194,13 +199,10 @@ class Decoder(nn.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         query, key, value = (checkpoint_name(y, SAVED_ATTENTION) for y in (query, key, value))
         if keys is not None:
-            start = (layer, 0, length, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), start)
-            values = jax.lax.dynamic_update_slice(values, value[None].astype(values.dtype), start)
-            key = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-            value = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
-        if keys is not None:
-            y = attention(query, key, value, mask)
+            keys, values = _append(keys, key, layer, lengths), _append(values, value, layer, lengths)
+            all_keys = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
+            all_values = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+            y = attention(query, all_keys, all_values, mask)
         else:
             y = causal_attention(query, key, value, segments, mask)
         x = x + self._dense(cfg.hidden_size, cfg.out_bias, "out")(y.reshape(*y.shape[:2], -1))
@@ -211,7 +213,7 @@ class Decoder(nn.Module):
         up = gradient_fusion_barrier(checkpoint_name(up, SAVED_UP))
         y = nn.silu(gate) * up
         x = x + self._dense(cfg.hidden_size, cfg.mlp_bias, "down")(y)
-        return (x, keys, values, tapped), (x if self.collect else None)
+        return (x, keys, values, tapped), (x if self.collect else None, (key, value) if self.keep else None)
 
     def _dense(self, features: int, bias: bool, name: str) -> Dense:
         init = nn.initializers.normal(0.02)
@@ -222,12 +224,28 @@ class Decoder(nn.Module):
         return y.reshape(*y.shape[:2], heads, self.config.head_dim)
 
 
+def _append(states: Array, new: Float[Array, "batch seq kv_heads dim"], layer: Array, lengths: Array) -> Array:
+    """Writes a layer's new keys or values into `states: [layers, batch, slots, kv_heads, dim]`, behind `lengths`."""
+
+    def row(states: Array, new: Array, length: Array) -> Array:
+        return jax.lax.dynamic_update_slice(states, new[None].astype(states.dtype), (layer, length, 0, 0))
+
+    return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(states, new, lengths)
+
+
 class LanguageModel(nn.Module):
-    """Maps token embeddings to hidden states, and hidden states to logits."""
+    """Maps token embeddings to hidden states, and hidden states to logits.
+
+    Attributes:
+      stacked: parameters of all layers are stacked, and program size does not grow with depth. False: parameters are
+        those that `unstack` returns. XLA copies a layer's stacked parameters on CPU before it multiplies with them,
+        which costs more than the product of a few tokens.
+    """
 
     config: LanguageConfig
     dtype: DTypeLike = jnp.float32
     remat: RematPolicy = "none"
+    stacked: bool = True
 
     def input_spec(self, batch: int = 1, length: int = 2) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of the arguments of `__call__`."""
@@ -267,6 +285,7 @@ class LanguageModel(nn.Module):
         hidden_states: bool = False,
         taps: tuple[int, ...] = (),
         places: ImagePlaces | None = None,
+        keep: bool = False,
     ) -> LanguageOutput:
         """Runs the decoder.
 
@@ -274,43 +293,72 @@ class LanguageModel(nn.Module):
           embeddings: embeddings of tokens and images.
           positions: rotary position inside the segment.
           segments: conversation number, 0 = padding; attention never crosses segments.
-          cache: keys and values of the positions before; `seq` slots are appended. The caller makes sure that they fit.
+          cache: keys and values of the positions before; the new ones are appended to each row, which must have `seq`
+            free slots. Positions of segment 0 stand last in a row, and do not count as filled.
           hidden_states: also return every layer's output.
           taps: numbers of hidden states whose values at the images' places are returned, counted as in transformers'
             `hidden_states`: 0 the embeddings, k the output of k layers, -1 (`FINAL`) the output of the final norm.
           places: places of the images that `taps` read.
+          keep: without a cache: also return one that holds the new positions, and has no room for others. Each row is
+            one segment, with padding behind it.
 
         Raises:
           ValueError: the model has no such tap.
         """
         cfg = self.config
         angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(cfg)
-        keys = values = None
-        length = jnp.zeros((), jnp.int32)
+        keys = values = lengths = None
         if cache is None:
             mask = segment_mask(segments, segments) if needs_mask() else None
         else:
-            keys, values, all_segments, length = cache
-            all_segments = jax.lax.dynamic_update_slice(all_segments, segments, (0, length))
-            mask = segment_mask(segments, all_segments, length)
+            keys, values, lengths = cache
+            slots = lengths[:, None] + jnp.arange(segments.shape[1])
+            mask = (jnp.arange(jax.tree.leaves(keys)[0].shape[2]) <= slots[..., None])[:, None]
         x = embeddings.astype(self.dtype)
         numbers = {tap: tap_number(cfg, tap) for tap in taps}
         inner = tuple(sorted({number for number in numbers.values() if 0 < number < cfg.num_layers}))
-        constants = (jnp.cos(angles), jnp.sin(angles), segments, mask, length)
-        layers = stack(Decoder, cfg.num_layers, self.remat, scanned=1, constant=len(constants))
+        constants = (jnp.cos(angles), jnp.sin(angles), segments, mask, lengths)
         tapped = tuple(jnp.zeros_like(x) for _ in inner)
-        (x, keys, values, tapped), states = layers(cfg, self.dtype, hidden_states, inner, name="layers")(
-            (x, keys, values, tapped), jnp.arange(cfg.num_layers), *constants
-        )
+        settings = (cfg, self.dtype, hidden_states, inner, keep)
+        if self.stacked:
+            layers = stack(Decoder, cfg.num_layers, self.remat, scanned=1, constant=len(constants))
+            (x, keys, values, tapped), (states, new) = layers(*settings, name="layers")(
+                (x, keys, values, tapped), jnp.arange(cfg.num_layers), *constants
+            )
+        else:
+            x, keys, values, states, new = self._unrolled(x, keys, values, settings, constants)
         hidden = self.final_norm(x)
         found = dict(zip(inner, tapped, strict=True)) | {0: embeddings.astype(self.dtype), cfg.num_layers: hidden}
+        count = (segments != 0).sum(1, dtype=jnp.int32)
         if cache is not None:
-            cache = Cache(keys, values, all_segments, length + segments.shape[1])
+            cache = Cache(keys, values, lengths + count)
+        elif keep:
+            cache = Cache(*new, count)
         if hidden_states:
             states = jnp.concatenate([embeddings.astype(self.dtype)[None], states[:-1], hidden[None]])
-        start, count = places or (None, 0)
-        tapped_images = {tap: gather_images(found[number], start, count) for tap, number in numbers.items()}
+        start, tokens = places or (None, 0)
+        tapped_images = {tap: gather_images(found[number], start, tokens) for tap, number in numbers.items()}
         return LanguageOutput(hidden, cache, states, tapped_images)
+
+    def _unrolled(self, x: Array, keys: Any, values: Any, settings: tuple[Any, ...], constants: tuple[Any, ...]):
+        """All layers one after another, each with its own parameters and its own array of the cache; no taps."""
+        found, first = [], jnp.zeros((), jnp.int32)
+        pairs = [(None, None)] * self.config.num_layers if keys is None else zip(keys, values, strict=True)
+        for i, pair in enumerate(pairs):
+            layer = Decoder(*settings, name=f"layers_{i}")
+            (x, *pair, _), (_, new) = layer((x, *pair, ()), first, *constants)
+            found.append((*pair, *(new or (None, None))))
+        keys, values, new_keys, new_values = zip(*found, strict=True)
+        kept = None if new_keys[0] is None else ([key[None] for key in new_keys], [value[None] for value in new_values])
+        return x, keys, values, None, kept and (tuple(kept[0]), tuple(kept[1]))
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a `LanguageModel` that is not stacked, from those of one that is."""
+    layers = params["layers"]
+    count = jax.tree.leaves(layers)[0].shape[0]
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count)}
 
 
 def tap_number(config: LanguageConfig, tap: int) -> int:
@@ -325,12 +373,16 @@ def tap_number(config: LanguageConfig, tap: int) -> int:
     return tap % states
 
 
-def empty_cache(config: LanguageConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> Cache:
+def empty_cache(
+    config: LanguageConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32, stacked: bool = True
+) -> Cache:
     """A cache with room for `slots` positions in each of `batch` rows."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    return Cache(
-        jnp.zeros(shape, dtype),
-        jnp.zeros(shape, dtype),
-        jnp.zeros((batch, slots), jnp.int32),
-        jnp.zeros((), jnp.int32),
-    )
+
+    def states(layers: int) -> Array:
+        shape = (layers, batch, slots, config.num_kv_heads, config.head_dim)
+        return constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads")
+
+    def all_states() -> LayerStates:
+        return states(config.num_layers) if stacked else tuple(states(1) for _ in range(config.num_layers))
+
+    return Cache(all_states(), all_states(), jnp.zeros(batch, jnp.int32))

@@ -12,7 +12,7 @@ from einops import rearrange
 from ross_jax.config import UserError
 from ross_jax.convert.importing import SCOPES, TABLES
 from ross_jax.convert.mapping import expand
-from ross_jax.inference.generate import generate
+from ross_jax.inference.generate import Decoding, Prompts, generate
 from ross_jax.models.denoiser import Denoiser, normalise_condition
 from ross_jax.models.language import FINAL
 from ross_jax.models.ross import Ross, RossConfig, RossOutput, build_autoencoder
@@ -403,7 +403,8 @@ def generation(reference: Reference, golden: Golden) -> Group:
         values, params = {}, reference.used(params)
         for name, (merged, image, steps) in prompts.items():
             tokens, mask, start = (jnp.asarray(array) for array in (merged.tokens, merged.mask, merged.image_start))
-            result = generate(reference.config, params, tokens, mask, image, start, steps, return_logits=True)
+            prompt = Prompts(tokens, mask.sum(1), image, start)
+            result = generate(Decoding(reference.config), params, prompt, steps, return_logits=True)
             values[f"generate/{name}/new_tokens"] = result.tokens
             values[f"generate/{name}/logits"] = result.logits[0]
         return values

@@ -6,7 +6,6 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ross_jax.config import UserError
-from ross_jax.inference.generate import generate
+from ross_jax.inference.generate import Decoding, Prompts, generate
 from ross_jax.inference.model import TEXT_COMPONENTS
 from ross_jax.models.ross import abstract_params, normalise
 from ross_jax.plan.targets import GIB, Target
@@ -164,16 +163,15 @@ def generate_program(config: RunConfig, mesh: Mesh, rows: int, prompt: int, new_
     side = model.vision.image_size
     shapes = {
         "tokens": ((rows, prompt), jnp.int32),
-        "segments": ((rows, prompt), jnp.int32),
+        "lengths": ((rows,), jnp.int32),
         "images": ((rows, 1, side, side, 3), jnp.uint8),
         "image_start": ((rows, 1), jnp.int32),
     }
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=split) for name, (shape, kind) in shapes.items()}
 
     def run(params: Any, batch: dict[str, jax.Array]):
-        extend = partial(generate, max_new_tokens=new_tokens, dtype=dtype)
-        images = normalise(model, batch["images"])
-        result = extend(model, params, batch["tokens"], batch["segments"], images, batch["image_start"])
+        prompts = Prompts(batch["tokens"], batch["lengths"], normalise(model, batch["images"]), batch["image_start"])
+        result = generate(Decoding(model, dtype), params, prompts, new_tokens)
         return result.tokens, result.lengths
 
     function = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))

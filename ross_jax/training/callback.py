@@ -34,3 +34,6 @@ class Callback(Protocol):
 
     def evaluate(self, state: TrainState) -> tuple[dict[str, float], UInt8[np.ndarray, "height width 3"]] | None:
         """Scores by name and an image, every `loop.evaluate` steps, before the first step and after the last."""
+
+    def benchmark(self, state: TrainState) -> dict[str, float] | None:
+        """Scores of benchmarks by name, every `loop.benchmark` steps and after the last."""

@@ -30,6 +30,7 @@ class LoopConfig:
       images: images of the batch are reconstructed for TensorBoard; 0: never.
       evaluate: images of `evaluation.sources` are reconstructed and scored, also before the first step and after the
         last one; 0: never.
+      benchmark: questions of `evaluation.benchmarks` are answered and scored, also after the last step; 0: never.
       expected_reconstruction: lowest and highest reconstruction loss after the warmup, averaged over ten logs. Outside,
         a warning is printed. None: no warning.
     """
@@ -39,11 +40,12 @@ class LoopConfig:
     keep: Count = 2
     images: Whole = 0
     evaluate: Whole = 0
+    benchmark: Whole = 0
     expected_reconstruction: tuple[Factor, Factor] | None = None
 
     def __post_init__(self):
-        if min(self.log, self.save, self.keep) < 1 or min(self.images, self.evaluate) < 0:
-            raise ValueError("log, save and keep must be at least 1, images and evaluate at least 0")
+        if min(self.log, self.save, self.keep) < 1 or min(self.images, self.evaluate, self.benchmark) < 0:
+            raise ValueError("log, save and keep must be at least 1, images, evaluate and benchmark at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +150,8 @@ def run_loop(
 ) -> tuple[TrainState, int]:
     """Trains to the last step, or to the step after which `settings.stop_at` says so.
 
-    After a step come, each if it is due: metrics, `on_step` of all callbacks, their `images`, their `evaluate`, and a
-    checkpoint. Metrics are checked before anything else is done, so that no bad state is saved.
+    After a step come, each if it is due: metrics, `on_step` of all callbacks, their `images`, their `evaluate`, their
+    `benchmark`, and a checkpoint. Metrics are checked before anything else is done, so that no bad state is saved.
 
     Args:
       train_step: compiled.
@@ -177,7 +179,8 @@ def run_loop(
         last = settings.stop_at(step) or step == settings.steps
         saving = last or step % config.save == 0
         evaluating = config.evaluate and (step % config.evaluate == 0 or step == settings.steps)
-        if saving or evaluating or step % config.log == 0:
+        answering = config.benchmark and (step % config.benchmark == 0 or step == settings.steps)
+        if saving or evaluating or answering or step % config.log == 0:
             _report_steps(pending, step, settings.steps, reporter)
             pending = []
         for callback in callbacks:
@@ -188,6 +191,8 @@ def run_loop(
                     reporter.image("reconstruction", step, callback.images(step, state, batch))
         if evaluating:
             _evaluate(callbacks, step, state, reporter)
+        if answering:
+            _benchmark(callbacks, step, state, reporter)
         if saving:
             with clock.during("save"):
                 saver.save(step, state)
@@ -211,10 +216,26 @@ def _report_steps(pending: list[dict[str, jax.Array]], step: int, steps: int, re
 
 def _evaluate(callbacks: Sequence[Callback], step: int, state: TrainState, reporter: Reporter) -> None:
     """Evaluates, and leaves the time that it takes out of the step's."""
-    started = time.perf_counter()
-    with reporter.meter.clock.during("evaluate"):
+    with _aside(reporter):
         for callback in callbacks:
             found = callback.evaluate(state)
             if found is not None:
                 reporter.evaluation(step, *found)
+
+
+def _benchmark(callbacks: Sequence[Callback], step: int, state: TrainState, reporter: Reporter) -> None:
+    """Answers and scores benchmarks, and leaves the time that it takes out of the step's."""
+    with _aside(reporter):
+        for callback in callbacks:
+            found = callback.benchmark(state)
+            if found is not None:
+                reporter.benchmark(step, found)
+
+
+@contextlib.contextmanager
+def _aside(reporter: Reporter) -> Iterator[None]:
+    """Counts time as evaluation, and not to the step."""
+    started = time.perf_counter()
+    with reporter.meter.clock.during("evaluate"):
+        yield
     reporter.meter.skip(time.perf_counter() - started)

@@ -338,6 +338,11 @@ class Reporter:
             self.writer.write(step, {f"evaluation/{name}": score for name, score in scores.items()})
         self.image("evaluation", step, image)
 
+    def benchmark(self, step: int, scores: Mapping[str, float]) -> None:
+        """Reports scores of benchmarks, such as `benchmark/pope/f1`."""
+        if self.writer is not None:
+            self.writer.write(step, {f"benchmark/{name}": score for name, score in scores.items()})
+
 
 def duration(seconds: float) -> str:
     """`12 s`, `34 min`, `5.6 h`."""

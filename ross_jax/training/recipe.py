@@ -46,7 +46,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Reconstruction of held-out images, every `loop.evaluate` steps.
+    """Reconstruction of held-out images every `loop.evaluate` steps, and benchmarks every `loop.benchmark` steps.
 
     Attributes:
       sources: where the images are, as `data.sources`; text in them is ignored.
@@ -54,6 +54,9 @@ class EvaluationConfig:
       rows: images that are computed at once; rounded up to a multiple of the mesh's replicas.
       shown: images in TensorBoard.
       sampling: how a denoiser samples.
+      benchmarks: (name, file or folder) of each benchmark of `ross_jax.evaluation.benchmarks`.
+      benchmark_images: folders of their images, where the files' own folders do not have them.
+      benchmark_limit: number of questions of each benchmark that are asked; None: all.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -61,6 +64,9 @@ class EvaluationConfig:
     rows: Size = 16
     shown: Size = 8
     sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling("dpm", 20))
+    benchmarks: tuple[tuple[str, str], ...] = ()
+    benchmark_images: tuple[str, ...] = ()
+    benchmark_limit: Count | None = None
 
     def __post_init__(self):
         for name in ("count", "rows", "shown"):
@@ -111,6 +117,8 @@ class RunConfig:
             raise ValueError("loop.evaluate is set, but evaluation.sources is empty; name images, or set it to 0")
         if self.loop.evaluate and reconstructor(self.model) is None:
             raise ValueError("loop.evaluate is set, but the model makes no images; set it to 0")
+        if self.loop.benchmark and not self.evaluation.benchmarks:
+            raise ValueError("loop.benchmark is set, but evaluation.benchmarks is empty; name some, or set it to 0")
 
     @property
     def images(self) -> ImageConfig:

@@ -113,6 +113,7 @@ TEMPLATES = {
     "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}": "takes more than 2 s",
     "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}": "memory",
     "{{ 'a' * 99999999999 }}": "memory",
+    "{{ raise_exception('no') }}{{ '%999999999d' % 1 }}": "memory",  # computed when the template is compiled
     "{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}": "prints more than 1048576",
     "{% for x %}": "TemplateSyntaxError",
     "{{ 1 // 0 }}": "ZeroDivisionError",

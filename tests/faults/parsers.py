@@ -323,7 +323,8 @@ def _parse_recipe(folder: Path, rng: random.Random) -> None:
     from ross_jax.command_line import load_recipe
 
     flags = (folder / "flags.txt").read_bytes().decode("utf-8", "surrogateescape")
-    load_recipe(str(folder / "recipe.py"), flags.splitlines())
+    longest = 2**17 - 1  # characters of an argument that Linux passes on to a program
+    load_recipe(str(folder / "recipe.py"), [flag[:longest] for flag in flags.splitlines()])
 
 
 def _parse_run(folder: Path, rng: random.Random) -> None:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ross_jax.inference.generate import generate
-from ross_jax.models.language import LanguageConfig
+from ross_jax.inference.generate import Decoding, Prompts, generate
+from ross_jax.models.language import LanguageConfig, unstack
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import Ross, RossConfig
 from ross_jax.models.vision import VisionConfig
@@ -17,7 +17,8 @@ CONFIG = RossConfig(
     language=LanguageConfig(50, 24, 32, 2, 4, 2, 6, 1e4, 1e-6, qkv_bias=True),
 )
 COUNT = CONFIG.vision.num_tokens
-compiled = jax.jit(generate, static_argnums=(0, 6, 7, 8, 9))
+compiled = jax.jit(generate, static_argnums=(0, 3, 4))
+DECODING = Decoding(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,13 @@ def params():
     )
 
 
-def prompt(rng: np.random.Generator, text: int, padding: int = 0):
-    """A row of `padding` pads, two ids, an image and `text` more ids."""
-    length = padding + 2 + COUNT + text
-    tokens = np.zeros((1, length), np.int32)
-    tokens[0, padding : padding + 2] = rng.integers(1, 50, 2)
-    tokens[0, padding + 2 + COUNT :] = rng.integers(1, 50, text)
-    segments = (np.arange(length) >= padding).astype(np.int32)[None]
-    return tokens, segments, np.array([[padding + 2]], np.int32)
+def prompt(rng: np.random.Generator, text: int, padding: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, length and image start of a row of two ids, an image, `text` more ids and `padding` pads."""
+    length = 2 + COUNT + text
+    tokens = np.zeros((1, length + padding), np.int32)
+    tokens[0, :2] = rng.integers(1, 50, 2)
+    tokens[0, 2 + COUNT : length] = rng.integers(1, 50, text)
+    return tokens, np.array([length], np.int32), np.array([[2]], np.int32)
 
 
 def greedy_by_full_forward(params, tokens, image, start, steps):
@@ -61,55 +61,52 @@ def greedy_by_full_forward(params, tokens, image, start, steps):
 
 def test_equals_the_full_forward_pass(params):
     rng = np.random.default_rng(0)
-    tokens, segments, start = prompt(rng, 3)
+    tokens, length, start = prompt(rng, 3)
     image = rng.normal(size=(1, 1, 28, 28, 3)).astype(np.float32)
-    result = compiled(CONFIG, params, tokens, segments, image, start, 6, None, jnp.float32, True)
+    result = compiled(DECODING, params, Prompts(tokens, length, image, start), 6, True)
     expected = greedy_by_full_forward(params, tokens, image, start, 6)
     assert result.tokens[0].tolist() == expected
     assert len(set(expected)) > 1  # constant answers would hide errors
     assert result.logits.argmax(-1)[0].tolist() == expected
 
 
-def test_left_padding_changes_nothing(params):
+def test_padding_changes_nothing(params):
     rng = np.random.default_rng(1)
     image = rng.normal(size=(2, 1, 28, 28, 3)).astype(np.float32)
     short, long = prompt(np.random.default_rng(2), 1, padding=4), prompt(np.random.default_rng(3), 5)
-    both = [np.concatenate(pair) for pair in zip(short, long, strict=True)]
-    together = compiled(CONFIG, params, both[0], both[1], image, both[2], 5)
-    for i, (tokens, segments, start) in enumerate([prompt(np.random.default_rng(2), 1), long]):
-        alone = compiled(CONFIG, params, tokens, segments, image[i : i + 1], start, 5)
+    tokens, lengths, starts = (np.concatenate(pair) for pair in zip(short, long, strict=True))
+    together = compiled(DECODING, params, Prompts(tokens, lengths, image, starts), 5)
+    for i, (tokens, lengths, starts) in enumerate([prompt(np.random.default_rng(2), 1), long]):
+        alone = compiled(DECODING, params, Prompts(tokens, lengths, image[i : i + 1], starts), 5)
         assert together.tokens[i].tolist() == alone.tokens[0].tolist()
 
 
 def test_stop_token_ends_a_row(params):
     rng = np.random.default_rng(0)
-    tokens, segments, start = prompt(rng, 3)
-    image = rng.normal(size=(1, 1, 28, 28, 3)).astype(np.float32)
-    free = compiled(CONFIG, params, tokens, segments, image, start, 6).tokens[0].tolist()
+    tokens, length, start = prompt(rng, 3)
+    prompts = Prompts(tokens, length, rng.normal(size=(1, 1, 28, 28, 3)).astype(np.float32), start)
+    free = compiled(DECODING, params, prompts, 6).tokens[0].tolist()
     stop = free[2]
     first = free.index(stop)
-    result = compiled(CONFIG, params, tokens, segments, image, start, 6, stop)
-    assert result.tokens[0].tolist() == free[: first + 1] + [stop] * (5 - first)
-    assert result.lengths.tolist() == [first + 1]
-    several = compiled(CONFIG, params, tokens, segments, image, start, 6, (49, stop), jnp.float32)
-    assert several.tokens[0, : first + 1].tolist() == free[: first + 1] and several.lengths.tolist() == [first + 1]
-
-
-def test_each_row_has_its_own_limit(params):
-    tokens = np.tile(np.array([[3, 4, 5]], np.int32), (3, 1))
-    none, empty = np.zeros((3, 0, 28, 28, 3), np.float32), np.zeros((3, 0), np.int32)
-    limit = jax.jit(generate, static_argnums=(0, 6))
-    result = limit(CONFIG, params, tokens, np.ones_like(tokens), none, empty, 4, limits=np.array([4, 0, 2]))
-    assert result.lengths.tolist() == [4, 0, 2]
-    assert result.tokens[2, :2].tolist() == result.tokens[0, :2].tolist()
+    for stops in ((stop,), (49, stop)):
+        result = compiled(Decoding(CONFIG, stops=stops), params, prompts, 6)
+        assert result.tokens[0].tolist() == free[: first + 1] + [stop] * (5 - first)
+        assert result.lengths.tolist() == [first + 1]
 
 
 def test_text_without_images(params):
-    tokens = np.array([[3, 4, 5]], np.int32)
-    none = np.zeros((1, 0, 28, 28, 3), np.float32)
-    empty = np.zeros((1, 0), np.int32)
-    result = compiled(CONFIG, params, tokens, np.ones_like(tokens), none, empty, 4)
-    unused = compiled(
-        CONFIG, params, tokens, np.ones_like(tokens), np.ones((1, 1, 28, 28, 3)), np.array([[3]], np.int32), 4
-    )
-    assert result.tokens.tolist() == unused.tokens.tolist()
+    tokens, lengths = np.array([[3, 4, 5]], np.int32), np.array([3], np.int32)
+    none = Prompts(tokens, lengths, np.zeros((1, 0, 28, 28, 3), np.float32), np.zeros((1, 0), np.int32))
+    unused = Prompts(tokens, lengths, np.ones((1, 1, 28, 28, 3), np.float32), np.array([[3]], np.int32))
+    assert compiled(DECODING, params, none, 4).tokens.tolist() == compiled(DECODING, params, unused, 4).tokens.tolist()
+
+
+def test_layers_apart_equal_stacked_layers(params):
+    rng = np.random.default_rng(5)
+    tokens, length, start = prompt(rng, 3)
+    prompts = Prompts(tokens, length, rng.normal(size=(1, 1, 28, 28, 3)).astype(np.float32), start)
+    stacked = compiled(DECODING, params, prompts, 6, True)
+    apart = {**params, "language": unstack(params["language"])}
+    result = compiled(Decoding(CONFIG, stacked=False), apart, prompts, 6, True)
+    np.testing.assert_allclose(result.logits, stacked.logits, atol=1e-4)
+    assert result.tokens.tolist() == stacked.tokens.tolist()

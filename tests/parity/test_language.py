@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from parity.helpers import assert_bfloat16, assert_close, difference, imported, numpy, randomise, torch
-from ross_jax.inference.generate import generate
+from ross_jax.inference.generate import Decoding, Prompts, generate
 from ross_jax.models.language import LanguageModel, empty_cache, rotary_frequencies, rotate
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import RossConfig
@@ -194,7 +194,7 @@ def test_decoding_with_a_cache(saved, name):
     """Reading a padded batch in pieces equals one forward pass, ours and torch's."""
     module, folder = saved(name)
     config, params = imported(folder)
-    tokens, mask, positions = padded([6, 12, 9], left=True)
+    tokens, mask, positions = padded([6, 12, 9], left=False)
     model, tree = LanguageModel(config), {"params": params}
 
     @jax.jit
@@ -210,7 +210,7 @@ def test_decoding_with_a_cache(saved, name):
         pieces.append(output.hidden)
     hidden = np.concatenate(pieces, axis=1)
     valid = mask.astype(bool)
-    assert int(cache.length) == 12
+    assert cache.lengths.tolist() == [6, 12, 9]
     assert_close(hidden[valid], np.asarray(run(config, params, tokens, positions, mask)[0][-1])[valid])
     assert_close(hidden[valid], run_torch(module, tokens, positions, mask)[0][-1][valid])
 
@@ -285,7 +285,7 @@ def speaker(saved, tmp_path_factory):
 @pytest.mark.parametrize("image_count", [0, 2])
 @pytest.mark.parametrize("stops", [False, True])
 def test_greedy_generation(speaker, image_count, stops):
-    """Tokens and logits equal transformers' for left-padded prompts with no, one or two images."""
+    """Tokens and logits equal transformers' for padded prompts with no, one or two images."""
     config, params, module, embed = speaker
     new = 12
     tokens, mask, _ = padded([22, 25, 14, 5], left=True)
@@ -313,23 +313,22 @@ def test_greedy_generation(speaker, image_count, stops):
     stop = int(free[1, 5]) if stops else None
     expected = theirs(stop)
     ids = expected.sequences.numpy()
-    ours = jax.jit(generate, static_argnums=(0, 6, 7), static_argnames=("return_logits",))(
-        config,
-        params,
-        jnp.asarray(tokens, jnp.int32),
-        jnp.asarray(mask, jnp.int32),
+    lengths = mask.sum(1)
+    padding = tokens.shape[1] - lengths  # theirs stands before a prompt, ours behind it
+    prompts = Prompts(
+        jnp.asarray([np.roll(row, -shift) for row, shift in zip(tokens, padding, strict=True)], jnp.int32),
+        jnp.asarray(lengths, jnp.int32),
         jnp.asarray(images),
-        jnp.asarray(starts, jnp.int32),
-        new,
-        stop,
-        return_logits=True,
+        jnp.asarray(np.where(starts < tokens.shape[1], starts - padding[:, None], starts), jnp.int32),
     )
+    decoding = Decoding(config, stops=() if stop is None else (stop,))
+    ours = jax.jit(generate, static_argnums=(0, 3, 4))(decoding, params, prompts, new, True)
     stopped = [list(row).index(stop) + 1 if stop in row else new for row in ids]
     assert list(ours.lengths) == stopped
     assert ours.tokens.shape == (4, new)
     logits = torch.stack(expected.logits, 1)
     for row, length in enumerate(stopped):
         assert list(ours.tokens[row, :length]) == list(ids[row, :length])
-        assert (ours.tokens[row, length:] == (stop or 0)).all()
+        assert (ours.tokens[row, length:] == ours.tokens[row, length - 1]).all()
         assert_close(ours.logits[row, :length], numpy(logits[row, :length]))
     assert not stops or min(stopped) < max(stopped)

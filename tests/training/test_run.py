@@ -224,6 +224,10 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+NAMED = r"(array \S+ is damaged|d/\S+: damaged)"
+"""What is said of a file with values: chunks have a checksum each, and Orbax's merged file has a digest."""
+
+
 def largest(folder: Path) -> Path:
     return max((path for path in folder.rglob("d/*")), key=lambda path: path.stat().st_size)
 
@@ -238,10 +242,10 @@ def test_falls_back_to_a_sound_step(data, whole, tmp_path, caplog):
     flip(largest(folder / "steps" / str(newest) / "params"))
     run = Run(config, folder)
     assert run.step == before
-    said = rf"step {newest} is damaged.* {before}: .*/steps/{newest}/params.*array \S+ is damaged"
+    said = rf"step {newest} is damaged.* {before}: .*/steps/{newest}/params.*{NAMED}"
     assert re.search(said, caplog.text)
     mark = folder / "steps" / str(newest) / "DAMAGED"
-    assert "is damaged" in mark.read_text()
+    assert "damaged" in mark.read_text()
     assert checkpoints.parameter_folders(folder)[-1] == folder / "steps" / str(before) / "params"
     assert run.train() == newest and not mark.exists()
     for path, leaf in parameters(Run(config, folder)).items():
@@ -257,9 +261,9 @@ def test_no_sound_step(data, whole, tmp_path):
         Run(make_config(data), folder)
     assert not list(folder.rglob("DAMAGED"))
     flip(largest(folder / "frozen"))
-    with pytest.raises(UserError, match=r"/frozen: cannot be read: array \S+ is damaged"):
+    with pytest.raises(UserError, match=rf"/frozen.*{NAMED}"):
         Run(make_config(data), folder)
-    with pytest.raises(UserError, match=r"/frozen: cannot be read: array \S+ is damaged"):
+    with pytest.raises(UserError, match=rf"/frozen.*{NAMED}"):
         load_model(folder)
 
 

@@ -1,0 +1,99 @@
+"""Scores a model on benchmarks, continuing where it was interrupted.
+
+python launch/evaluate.py --checkpoint runs/ross-7b --benchmark pope mmbench_en --data benchmarks --output scores
+python launch/evaluate.py --rescore --output scores --scorer vlmeval
+"""
+
+import sys
+from pathlib import Path
+
+from ross_jax import checkpoints
+from ross_jax.arguments import SIZE, Parser
+from ross_jax.config import Range, UserError
+from ross_jax.evaluation import vlmevalkit
+from ross_jax.evaluation.answering import Asking, answer_benchmark
+from ross_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, find_files, load_questions
+from ross_jax.evaluation.predictions import Share
+from ross_jax.evaluation.questions import Questions
+from ross_jax.evaluation.report import score_folder, write_reports
+from ross_jax.inference.model import TEXT_COMPONENTS, load
+from ross_jax.inference.prompts import MAX_NEW_TOKENS
+
+_PROCESSES = Range(1, 2**16)
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a model or a run's directory")
+    known = f"{', '.join(BENCHMARKS)}; NAME=PATH names its file"
+    parser.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help=known)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the benchmarks' files")
+    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="DIR", help="folders of their images")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of predictions and scores")
+    parser.add_argument("--rescore", action="store_true", help="score the predictions of --output; nothing is asked")
+    parser.add_argument("--scorer", default="ross_jax", choices=("ross_jax", "vlmeval"), help="vlmeval: its code, too")
+    parser.add_argument("--prompts", default="reference", choices=("reference", "question"), help="question: it alone")
+    parser.add_argument("--max-new-tokens", type=int, within=Range(1, MAX_NEW_TOKENS), help="default: the benchmark's")
+    parser.add_argument("--limit", type=int, within=SIZE, help="asks only the first so many questions")
+    parser.add_argument("--rows", type=int, default=8, within=Range(1, 4096), help="questions at once (default 8)")
+    parser.add_argument("--template", help="conversation template; default: the one that the model was trained with")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--processes", type=int, default=1, within=_PROCESSES, help="processes that share the work")
+    parser.add_argument("--process", type=int, default=0, within=Range(0, 2**16), help="number of this one, from 0")
+    return parser
+
+
+def read_all(args) -> dict[str, Questions]:
+    """Questions of each benchmark that the command line names."""
+    found = {}
+    for text in args.benchmark:
+        name, _, path = text.partition("=")
+        find_benchmark(name)
+        if not path and args.data is None:
+            raise UserError(f"--benchmark {name}: name its file, {name}=FILE, or the folder of the files: --data DIR")
+        paths = [Path(path)] if path else find_files(name, args.data)
+        found[name.lower()] = load_questions(name, paths, args.images)
+    return found
+
+
+def answer(args) -> list[str]:
+    """Asks the questions of all benchmarks. Returns their names."""
+    if args.checkpoint is None or not args.benchmark:
+        raise UserError("--checkpoint and --benchmark are needed, unless --rescore scores what --output holds")
+    if args.process >= args.processes:
+        raise UserError(f"--process {args.process}: must be less than --processes {args.processes}")
+    benchmarks = read_all(args)
+    model = load(args.checkpoint, TEXT_COMPONENTS, args.template, args.dtype)
+    share = Share(args.process, args.processes)
+    asking = Asking(args.prompts, args.max_new_tokens, args.rows, args.limit, share)
+    step = checkpoints.latest_step(args.checkpoint)
+    facts = {"checkpoint": str(args.checkpoint), "step": step, "template": model.template, "dtype": args.dtype}
+    for name, questions in benchmarks.items():
+        if questions.broken:
+            count, first = len(questions.broken), questions.broken[0]
+            print(f"warning: {name}: {count} broken records, first {first.place}: {first.reason}", file=sys.stderr)
+        answer_benchmark(model, name, questions, args.output, asking, facts)
+    return list(benchmarks)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = make_parser().parse_args(argv)
+        names = [] if args.rescore else answer(args)
+        if args.rescore:
+            names = [text.partition("=")[0].lower() for text in args.benchmark]
+        scored = score_folder(args.output, names if args.rescore else ())
+        if args.processes > 1 and any(each.predictions.missing for each in scored if each.name in names):
+            print(f"process {args.process} is done; the last one writes the scores", file=sys.stderr)
+            return 0
+        if args.scorer == "vlmeval":
+            scored = vlmevalkit.add_scores(scored, args.output / "vlmeval")
+        print(write_reports(args.output, scored), end="")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
