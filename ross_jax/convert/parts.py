@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ross_jax.config import ConfigError, UserError
+from ross_jax.config import ConfigError, UserError, from_dict, to_dict
 from ross_jax.convert import autoencoder, denoiser, fields, generation, known, language, projector, vision
 from ross_jax.convert.mapping import collecting
 from ross_jax.convert.settings import Settings
 from ross_jax.convert.sources import ROSS_FAMILIES, Source, read_json, resolve_settings
 from ross_jax.convert.tensors import TensorFiles
+from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.ross import TARGET_PIXELS
 from ross_jax.models.vision import VisionConfig
 
@@ -325,4 +326,6 @@ def _read_projector(part: Part, about: Settings) -> dict[str, Any]:
 def _read_denoiser(part: Part, about: Settings, num_heads: int) -> dict[str, Any]:
     kind = about.text("mm_inv_projector_type", "") or None
     num_heads = about.size("mm_inv_num_heads", num_heads)
-    return {"denoiser": denoiser.read_denoiser_config(part.shapes(), kind, num_heads)}
+    config = denoiser.read_denoiser_config(part.shapes(), kind, num_heads)
+    kinds = {name: about.text(f"mm_inv_{name}", getattr(config, name)) for name in ("prediction", "schedule")}
+    return {"denoiser": from_dict(DenoiserConfig, {**to_dict(config), **kinds}, f"{about.where}: mm_inv_")}
