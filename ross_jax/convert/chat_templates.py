@@ -7,9 +7,9 @@ Images stand where `data.conversation` puts them: a single one before or after a
 own line. Names of special tokens inside a message are not text for these programs, as they are in training.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -79,6 +79,20 @@ def chat_template(template: Template | str, tokenizer: Any) -> str:
     # Training encodes the text behind an image as a new text, which has a space in front in SentencePiece.
     begins_anew = encoder.encode("\na") != encoder.encode("\na", continues=True)
     return _TEXT + (_QUESTION + body).replace("GAP", " " if begins_anew else "")
+
+
+def recognise(text: str, tokenizer: Callable[[], Any]) -> str | None:
+    """The conversation template that `chat_template` made a text from; None if it made none of that text.
+
+    Args:
+      tokenizer: loads the tokenizer beside the text.
+    """
+    if not text.startswith(_TEXT):
+        return None
+    if _AS_TEXT.strip() in text:
+        return "chatml"
+    loaded = tokenizer()
+    return next((name for name in get_args(Template) if name != "chatml" and chat_template(name, loaded) == text), None)
 
 
 def differences(template: str, tokenizer: Any, folder: Path, image_id: int) -> list[str]:

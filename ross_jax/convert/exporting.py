@@ -255,7 +255,8 @@ def _folders_inside(model: Described, output: Path, layout: str) -> dict[str, Pa
     folders, vision_config = {}, model.config.vision
     if vision_config is not None and not model.came_with("vision", "ross"):
         kind, origin = vision_config.kind, str(model.foreign["vision"].get("origin", "")).lower()
-        if kind not in origin or (kind == "siglip" and "clip" in origin):
+        inside = model.foreign["vision"].get("within")
+        if inside or kind not in origin or (kind == "siglip" and "clip" in origin):
             folders["vision"] = output / (FOLDERS["vision"] if layout == "components" else f"{kind}_vision_tower")
             if kind == "siglip" and "clip" in str(output).lower():
                 folders["vision"] = Path(folders["vision"].name)  # for a reference that runs in the checkpoint's folder
