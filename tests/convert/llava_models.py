@@ -26,8 +26,8 @@ KINDS: dict[str, dict[str, Any]] = {
         **{"vision_feature_layer": -1, "tie_word_embeddings": True},
     },
 }
-"""As LLaVA-1.5, whose images are cropped, and as LLaVA-Interleave, whose tower lacks its last layer and whose images are
-squashed."""
+"""As LLaVA-1.5, whose images are cropped, and as LLaVA-Interleave, whose tower lacks its last layer and whose images
+are squashed."""
 
 
 def make_model(kind: str) -> Any:
