@@ -32,6 +32,7 @@ from ross_jax.convert.export_weights import (
 )
 from ross_jax.convert.importing import SCOPES
 from ross_jax.convert.mapping import raise_all
+from ross_jax.convert.model_card import write_card
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.settings import Settings
 from ross_jax.convert.torch_writer import TorchWriter
@@ -187,6 +188,7 @@ def export(
         if layout == "llava":
             folder = stack.enter_context(complete_directory(output))
             write_llava(folder, model, described, opened, dtype, progress)
+            write_card(folder, model, described, opened, layout, output.name)
             write_sums(folder, (path for path in folder.rglob("*") if path.is_file()))
             return
         folders = _folders_inside(described, output.resolve(), layout)
@@ -216,9 +218,9 @@ def export(
             writer.write_adapters(inside, _ADAPTER_LAYOUTS.get(layout, SafetensorsWriter))
         for name in parts:
             writer.write_component(name, folder / (folders[name].name if layout in _FULL else FOLDERS[name]))
-        for each in (
-            list(folder.iterdir()) if layout == "components" else [folder]
-        ):  # folders that are read on their own
+        alone = list(folder.iterdir()) if layout == "components" else [folder]
+        write_card(folder, model, described, opened, layout, output.name)
+        for each in alone:  # folders that are read on their own
             write_sums(each, (path for path in each.rglob("*") if path.is_file()))
 
 

@@ -1,10 +1,20 @@
-"""Exports in the layout of transformers' LLaVA, loaded and run by transformers alone."""
+"""Exports in the layout of transformers' LLaVA, loaded and run by transformers alone.
+
+`ROSS_DEMO=runs/demo pytest -m slow tests/parity/test_llava.py` asks the demo's model, too, which `launch/demo.sh` makes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from convert.foreign import golden, import_model
+from launcher import load_script
 from ross_jax import load
 from ross_jax.convert.exporting import export
 from ross_jax.inference.prompts import Request
@@ -17,17 +27,17 @@ QUESTIONS = ("What is it?", "How many marks are at the top of this picture?", "W
 LENGTH = 12
 
 
-def our_ids(model, images, questions) -> list[list[int]]:
+def our_ids(model, images, questions, rows: int = 8) -> list[list[int]]:
     """Greedy ids of our engine, one list for each question."""
     requests = [Request(image, text, max_new_tokens=LENGTH) for image, text in zip(images, questions, strict=True)]
     prompts = [model.prepare(request)[0] for request in requests]
     found: dict[int, list[int]] = {}
 
     def receive(number: int, ids, ended: bool) -> bool:
-        found[number] = list(ids)
+        found[number] = [int(each) for each in ids]
         return ended
 
-    model.engine.run(prompts, len(prompts), receive)
+    model.engine.run(prompts, min(rows, len(prompts)), receive)
     return [found[i] for i in range(len(prompts))]
 
 
@@ -70,3 +80,27 @@ def test_transformers_answers_as_we_do(name, template, tmp_path):
     assert len({tuple(ids) for ids in answers}) == len(answers)
     assert their_ids(theirs, processor, images, QUESTIONS) == answers
     assert their_ids(theirs, processor, images[1:2], QUESTIONS[1:2]) == answers[1:2]
+
+
+@pytest.mark.slow
+def test_the_demo_answers_as_we_do(tmp_path):
+    """Held-out questions of the demo, asked by a process without our code: equal ids, one at a time and in batches."""
+    root = Path(os.environ.get("ROSS_DEMO", "absent"))
+    run = root / "denoise" / "seed0" / "finetune"
+    if not run.is_dir():
+        pytest.skip("set ROSS_DEMO to the folder of a finished demo, such as runs/demo")
+    convert = load_script("convert").main
+    assert convert(["export", "--from", str(run), "--format", "llava", "--output", str(tmp_path / "llava")]) == 0
+    records = json.loads((root / "data" / "heldout.json").read_text())[::41][:60]
+    questions = [each["conversations"][0]["value"].removeprefix("<image>\n") for each in records]
+    images = [root / "data" / "images" / each["image"] for each in records]
+    answers = our_ids(load(run), images, questions)
+    assert len({tuple(ids) for ids in answers}) > 10
+    asked = [{"image": str(i), "question": q} for i, q in zip(images, questions, strict=True)]
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
+    for rows in (1, 7):
+        script = Path(__file__).with_name("ask_transformers.py")
+        arguments = [str(tmp_path / "llava"), str(tmp_path / "questions.json"), str(rows)]
+        done = subprocess.run([sys.executable, "-I", str(script), *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout.splitlines()[-1]) == answers
