@@ -1,6 +1,6 @@
 """Exports in the layout of transformers' LLaVA, loaded and run by transformers alone.
 
-`ROSS_DEMO=runs/demo pytest -m slow tests/parity/test_llava.py` asks the demo's model, too, which `launch/demo.sh` makes.
+`ROSS_DEMO=runs/demo pytest -m slow tests/parity/test_llava.py` asks the model of `launch/demo.sh`, too.
 """
 
 import json
