@@ -171,8 +171,12 @@ def export(
     Raises:
       UserError: nothing to export, components that the layout cannot hold, or an output that cannot be written.
     """
+    if template is not None and layout not in ("llava", "original-llava"):
+        raise UserError(f"--template {template}: only --format llava and original-llava have a chat template")
     foreign, config = _read_foreign(model), _leave_out(model, read_config(model), without)
     names = [name for name in COMPONENTS if getattr(config, name) is not None and name in LAYOUTS[layout]]
+    if not names:
+        raise UserError(f"{model}: has none of {', '.join(LAYOUTS[layout])}, which --format {layout} would hold")
     held = config if layout in _ADAPTER_LAYOUTS else _only(config, names)
     _check_layout(model, _only(config, names), layout)
     saved = saved_leaves(model, config, names)

@@ -1,5 +1,6 @@
 """Import of what transformers saves as LLaVA: the same parameters under every naming, and the same answers."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -12,9 +13,14 @@ from PIL import Image
 from convert.foreign import identical, import_model, import_tree, refused, state_of
 from parity.test_llava import QUESTIONS, our_ids
 from ross_jax import load
-from ross_jax.convert.exporting import export
+from ross_jax.convert.exporting import export, read_config
 from ross_jax.convert.importing import plan_import
 from ross_jax.data.conversation import V1_SYSTEM
+from ross_jax.models.denoiser import DenoiserConfig
+from ross_jax.training.run import Run
+from ross_jax.tree import flatten, merge
+from tiny import CONFIG
+from training.test_run import data, make_config  # noqa: F401
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -169,3 +175,26 @@ def test_what_cannot_be_read_is_named(tmp_path):
     )
     edit_tensors(folder / "model.safetensors", image_newline=np.zeros(32, np.float32))
     assert_says(refused(folder), "image_newline belongs to no component of LLaVA")
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_it(data, tmp_path):  # noqa: F811
+    """A Ross run begins with the imported parameters, trains, and its export is LLaVA again."""
+    from convert.llava_models import make_model, make_processor
+
+    make_model("siglip_qwen2").save_pretrained(tmp_path / "foreign")
+    make_processor("siglip_qwen2").save_pretrained(tmp_path / "foreign")
+    model = import_model(tmp_path / "model", tmp_path / "foreign")
+    sizes = dataclasses.replace(
+        read_config(model), denoiser=DenoiserConfig(32, 64, 2, 32, 2, num_heads=4), autoencoder=CONFIG.autoencoder
+    )
+    run = Run(make_config(data, model=sizes, init=(str(model),), image_mode="square"), tmp_path / "run")
+    imported, begun = import_tree(tmp_path / "foreign"), flatten(merge(run.state.params, run.state.frozen))
+    for path, values in imported.items():
+        np.testing.assert_array_equal(np.asarray(begun[path]), values, err_msg=path)
+    run.train(stop_at=lambda step: step == 2)  # the first step's learning rate is zero
+    export(tmp_path / "run", tmp_path / "back", "llava")
+    moved = {
+        path for path, values in import_tree(tmp_path / "back").items() if not np.array_equal(values, imported[path])
+    }
+    assert moved and all(path.startswith(("language/", "projector/")) for path in moved)
