@@ -1,20 +1,23 @@
 """Converts checkpoints: from Hugging Face, diffusers and the reference to a ross_jax model directory, and back.
 
 python launch/convert.py import --from DIR_OR_ID [--from ...] [--teacher DIR_OR_ID] --output DIR
-python launch/convert.py export --from DIR --format ross|components [--without NAME ...] --output DIR
+python launch/convert.py export --from DIR --format LAYOUT [--without NAME ...] --output DIR
 """
 
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion is host work; accelerators stay free
 
 from ross_jax.arguments import Parser
 from ross_jax.config import UserError
-from ross_jax.convert.exporting import COMPONENTS, DTYPE_NAMES, export
+from ross_jax.convert.export_weights import DTYPE_NAMES
+from ross_jax.convert.exporting import COMPONENTS, LAYOUTS, export
 from ross_jax.convert.importing import plan_import, write
+from ross_jax.data.conversation import Template
 
 
 def say(text: str) -> None:
@@ -33,7 +36,7 @@ def import_command(args: argparse.Namespace) -> None:
 
 
 def export_command(args: argparse.Namespace) -> None:
-    export(args.model, args.output, args.format, args.dtype, say, args.without)
+    export(args.model, args.output, args.format, args.dtype, say, args.without, args.template)
     print(args.output)
 
 
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     importer.set_defaults(run=import_command)
     exporter = commands.add_parser("export", help="model directory to a foreign layout")
     exporter.add_argument("--from", dest="model", type=Path, required=True, metavar="DIR", help="a model directory")
-    exporter.add_argument("--format", choices=("ross", "components"), required=True)
+    exporter.add_argument("--format", choices=tuple(LAYOUTS), required=True)
     exporter.add_argument("--output", type=Path, required=True, metavar="DIR")
     exporter.add_argument(
         "--without",
@@ -69,6 +72,11 @@ def main(argv: list[str] | None = None) -> int:
         default=[],
         metavar="NAME",
         help=f"components to leave out, of {', '.join(COMPONENTS)}",
+    )
+    exporter.add_argument(
+        "--template",
+        choices=get_args(Template),
+        help="conversation template of the chat template in llava and original-llava; default: the one of the training",
     )
     exporter.add_argument("--dtype", choices=sorted(DTYPE_NAMES), help="default: as imported")
     exporter.set_defaults(run=export_command)

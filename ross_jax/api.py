@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import get_args
 
 from ross_jax.config import UserError
-from ross_jax.convert.exporting import DTYPE_NAMES, export
+from ross_jax.convert.export_weights import DTYPE_NAMES
+from ross_jax.convert.exporting import LAYOUTS, export
 from ross_jax.convert.importing import plan_import, write
+from ross_jax.data.conversation import Template
 from ross_jax.evaluation.reconstruction import make_callbacks
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run, only_writer
-
-LAYOUTS = ("ross", "components")
 
 
 def train(config: RunConfig, workdir: str | Path, *, accept_changed_data: bool = False) -> Run:
@@ -82,6 +83,7 @@ def export_model(
     layout: str = "ross",
     dtype: str | None = None,
     without: Collection[str] = (),
+    template: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Writes a model directory in a foreign layout, completely or not at all.
@@ -89,9 +91,12 @@ def export_model(
     Args:
       model: a model directory, or the directory of a run.
       output: the folder to write. It must not exist.
-      layout: `ross`, a checkpoint that the reference loads, or `components`, a folder for each component.
+      layout: `ross`, a checkpoint that the reference loads, `components`, a folder for each component, `llava`,
+        transformers' LlavaForConditionalGeneration, `original-llava`, a checkpoint of the first LLaVA code, or
+        `adapters` and `adapters-bin`, projector and denoiser alone.
       dtype: `float32`, `bfloat16` or `float16`. None: the dtypes of the import.
       without: names of components to leave out.
+      template: conversation template of the chat template. None: the one of the training.
       progress: receives a line of text after each parameter.
 
     Returns:
@@ -100,8 +105,9 @@ def export_model(
     Raises:
       UserError: nothing to export, or an output that cannot be written.
     """
-    for name, value, choices in (("layout", layout, LAYOUTS), ("dtype", dtype, (*DTYPE_NAMES, None))):
+    known = (("layout", layout, LAYOUTS), ("dtype", dtype, (*DTYPE_NAMES, None)))
+    for name, value, choices in (*known, ("template", template, (*get_args(Template), None))):
         if value not in choices:
             raise UserError(f"{name} {value!r}: one of {list(choices)}")
-    export(Path(model), Path(output), layout, dtype, progress, without)
+    export(Path(model), Path(output), layout, dtype, progress, without, template)
     return Path(output)

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from ross_jax.config import UserError
 from ross_jax.convert import autoencoder, language, vision
 from ross_jax.convert.sources import ROSS_FAMILIES, read_json
+from ross_jax.data.tokenizer import find_tokenizer, save_tokenizer
 from ross_jax.models.denoiser import NUM_HEADS
 from ross_jax.models.ross import RossConfig
 
@@ -35,6 +38,7 @@ class Described:
       image_mode: how images become square, by the run or by the imported checkpoint. None if neither says it.
       trained: whether the model is a run's.
       tokens: `bos_token_id`, `eos_token_id` and `pad_token_id` of the tokenizer, as far as it has them.
+      template: conversation template, as the user names it or training used it. None if neither says it.
     """
 
     files: Path
@@ -44,6 +48,7 @@ class Described:
     image_mode: str | None
     trained: bool
     tokens: Mapping[str, int]
+    template: str | None = None
 
     def came_with(self, component: str, layout: str) -> bool:
         """Whether import read the component from a checkpoint of the layout: `ross`, `adapters`, `vision`, ..."""
@@ -92,14 +97,15 @@ def processor_settings(model: Described, name: str) -> dict[str, Any] | None:
     return vision.processor_settings(getattr(config, name), mean, std, resample)
 
 
-def ross_settings(model: Described, folders: Mapping[str, str] | None = None) -> dict[str, Any]:
+def full_settings(model: Described, layout: str, folders: Mapping[str, str] | None = None) -> dict[str, Any]:
     """config.json of a full checkpoint: as imported, with the fields of all components that came from elsewhere.
 
     Args:
+      layout: `ross`, or `original-llava`, which has no fields of the reconstruction.
       folders: component -> folder that the config points to for it, if it is another than the origin of the import.
 
     Raises:
-      UserError: the reference has no such language model.
+      UserError: the layout has no such language model.
     """
     config, folders = model.config, folders or {}
     if model.came_with("language", "ross"):
@@ -127,10 +133,13 @@ def ross_settings(model: Described, folders: Mapping[str, str] | None = None) ->
     if "denoiser" in added:
         seen = _component_fields(model, "vision") if config.vision else {}
         settings = {**seen, **settings, "ross_enable": True}  # LLaVA's config.json lacks some of what Ross reads
-    if "denoiser" in added or not model.came_with("language", "ross"):
-        if f"ross_{family}" not in _ARCHITECTURES:
-            raise UserError(f"the reference has no ross_{family}; use --format components")
-        settings |= {"model_type": f"ross_{family}", "architectures": [_ARCHITECTURES[f"ross_{family}"]]}
+    if layout == "original-llava":
+        settings = {name: value for name, value in settings.items() if not name.startswith(_OF_RECONSTRUCTION)}
+    if layout != "ross" or "denoiser" in added or not model.came_with("language", "ross"):
+        if family not in _ARCHITECTURES[layout]:
+            raise UserError(f"{_READERS[layout]} has no language model {family}; use --format components or llava")
+        name, architecture = _ARCHITECTURES[layout][family]
+        settings |= {"model_type": name, "architectures": [architecture]}
     return settings
 
 
@@ -144,11 +153,21 @@ def adapters_settings(model: Described, folders: Mapping[str, str], without: Col
     made = [n for n in ("vision", "projector", "denoiser") if getattr(model.config, n) and not model.foreign[n]]
     if made and model.config.language is not None:
         with contextlib.suppress(UserError):  # the reference has no such language model
-            return settings_without(ross_settings(model, folders), without)
+            return settings_without(full_settings(model, "ross", folders), without)
     return settings_without(read_json(imported), without) if imported and without else None
 
 
-_ARCHITECTURES = {"ross_qwen2": "RossQwen2ForCausalLM", "ross_llama": "RossLlamaForCausalLM"}
+_ARCHITECTURES = {
+    "ross": {"qwen2": ("ross_qwen2", "RossQwen2ForCausalLM"), "llama": ("ross_llama", "RossLlamaForCausalLM")},
+    "original-llava": {
+        "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+        "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    },
+}
+"""Layout -> family of the language model -> `model_type` and architecture."""
+_READERS = {"ross": "the reference", "original-llava": "the first LLaVA code"}
+_OF_RECONSTRUCTION = ("ross_", "mm_inv_", "use_mm_inv_", "mm_pixel_", "decode_image_size", "image_embed_len")
+"""Beginnings of the names of fields that only the reference has."""
 _POINTERS = {"vision": "mm_vision_tower", "autoencoder": "mm_pixel_decoder"}
 """Component -> field of a full checkpoint's config.json that names a folder or hub id with its settings."""
 
@@ -170,8 +189,9 @@ def _component_fields(model: Described, name: str) -> dict[str, Any]:
     if name == "projector":
         return {"use_mm_proj": True, "mm_projector_type": _projector_type(model)}
     if name == "denoiser":
-        heads = {"mm_inv_num_heads": config.denoiser.num_heads} if config.denoiser.num_heads != NUM_HEADS else {}
-        return heads | {
+        own = {"num_heads": NUM_HEADS, "prediction": "epsilon", "schedule": "cosine"}
+        found = {f"mm_inv_{name}": getattr(config.denoiser, name) for name in own}
+        return {name: value for name, value in found.items() if value != own[name.removeprefix("mm_inv_")]} | {
             "use_mm_inv_proj": True,
             "mm_inv_projector_type": f"denoiser_vit{config.denoiser.depth}x",
             "mm_inv_hidden_size": config.denoiser.latent_size,
@@ -207,3 +227,28 @@ def _projector_type(model: Described) -> str:
         return "identity"
     numbered = "0.weight" in (model.foreign["projector"].get("keys") or {})  # LLaVA's mlp1x_gelu: a list of one layer
     return "linear" if projector.depth == 1 and not numbered else f"mlp{projector.depth}x_gelu"
+
+
+def copy_files(folders: list[Path], target: Path, names: Collection[str] | None = None) -> None:
+    """Copies extra files: all, or only `names`. Where two folders have a file of the same name, the first one's."""
+    for folder in reversed(folders):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.is_file() and (names is None or path.name in names):
+                shutil.copyfile(path, target / path.name)
+
+
+def copy_tokenizer(files: Path, target: Path) -> None:
+    """Copies the model's tokenizer, in place of what other sources of the model had beside their weights."""
+    folder = find_tokenizer(files)
+    if folder is not None:
+        save_tokenizer(folder, target)
+
+
+def write_config(folder: Path, settings: dict[str, Any], dtype: str | None) -> None:
+    """Writes config.json with `dtype`, if it has a dtype. A file that says the same already keeps its bytes."""
+    for name in ("torch_dtype", "dtype"):
+        if dtype and name in settings:
+            settings = {**settings, name: dtype}
+    path = folder / "config.json"
+    if not path.is_file() or read_json(path) != settings:
+        path.write_text(json.dumps(settings, indent=2) + "\n")

@@ -3,87 +3,64 @@
 import contextlib
 import dataclasses
 import json
-import math
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import ml_dtypes
-import numpy as np
-
 from ross_jax import checkpoints
 from ross_jax.config import UserError, from_dict, nearest
-from ross_jax.convert import vision
-from ross_jax.convert.dtypes import DTYPES, TAGS
+from ross_jax.convert import llava
+from ross_jax.convert.dtypes import DTYPES
 from ross_jax.convert.export_configs import (
     Described,
     adapters_settings,
     component_settings,
+    copy_files,
+    copy_tokenizer,
+    full_settings,
     processor_settings,
-    ross_settings,
     settings_without,
+    write_config,
 )
-from ross_jax.convert.importing import SCOPES, TABLES, is_finite
-from ross_jax.convert.mapping import Piece, expand, raise_all
+from ross_jax.convert.export_llava import grown, read_texts, write_llava, write_texts
+from ross_jax.convert.export_weights import (
+    Component,
+    Progress,
+    open_component,
+    saved_leaves,
+    write_weights,
+)
+from ross_jax.convert.importing import SCOPES
+from ross_jax.convert.mapping import raise_all
+from ross_jax.convert.model_card import write_card
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.settings import Settings
-from ross_jax.convert.sources import read_json
-from ross_jax.convert.tensors import TensorFiles, open_tensors
-from ross_jax.data.tokenizer import find_tokenizer, load_tokenizer, save_tokenizer
+from ross_jax.convert.torch_writer import TorchWriter
+from ross_jax.data.tokenizer import find_tokenizer, load_tokenizer
 from ross_jax.directories import complete_directory, write_sums
-from ross_jax.models.ross import RossConfig, abstract_params
-from ross_jax.tree import flatten, unflatten
+from ross_jax.models.ross import RossConfig
 
-Progress = Callable[[str], None]
-
-DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 COMPONENTS = (*SCOPES, "regressor", "teacher")
 """Every component that a model can have, in the order of export."""
 FOLDERS = {"vision": "vision_tower", "language": "llm", "autoencoder": "vae", "teacher": "teacher"}
 """Component -> its folder in the `components` layout. Projector and denoiser are in `adapters/`."""
 _STEMS = {"autoencoder": "diffusion_pytorch_model"}
 _ADAPTERS = {"projector": "mm_projector", "denoiser": "mm_inv_projector"}
-_GROUP_BYTES = 2**28
-_FLOATS = {np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Component:
-    """A component to export.
-
-    Attributes:
-      name: name of the component.
-      shapes: path -> shape and dtype of the parameter.
-      pieces: path -> [(piece, key below the scope, tag of the dtype)].
-      unused: key below the scope -> key in `files`, for the tensors that import kept aside.
-      files: the tensors that import kept aside, if there are any.
-      absent: key below the scope -> values, for tensors that transformers expects and the model never had.
-    """
-
-    name: str
-    shapes: dict[str, jax.ShapeDtypeStruct]
-    pieces: dict[str, list[tuple[Piece, str, str]]]
-    unused: dict[str, str]
-    files: TensorFiles | None
-    absent: dict[str, np.ndarray]
-
-    def declare(self, scope: str, dtype: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Lists the tensors to write: key -> (tag of the dtype, shape).
-
-        Args:
-          scope: prefix of the keys.
-          dtype: tag for all floating-point tensors. None keeps the dtypes of the import.
-        """
-        infos = {scope + key: (tag, piece.shape) for pieces in self.pieces.values() for piece, key, tag in pieces}
-        for key, name in self.unused.items():
-            infos[scope + key] = (self.files[name].tag, self.files[name].shape)
-        for key, values in self.absent.items():
-            infos[scope + key] = (next(tag for tag, _ in infos.values()), values.shape)
-        if dtype is None:
-            return infos
-        return {key: (dtype if DTYPES[tag] in _FLOATS else tag, shape) for key, (tag, shape) in infos.items()}
+_ANSWERING = ("vision", "projector", "language")
+LAYOUTS: dict[str, Collection[str]] = {
+    "ross": COMPONENTS,
+    "components": COMPONENTS,
+    "llava": _ANSWERING,
+    "original-llava": _ANSWERING,
+    "adapters": _ADAPTERS,
+    "adapters-bin": _ADAPTERS,
+}
+"""Layout -> the components that it holds or refuses; it leaves out all others. A checkpoint as the reference saves it,
+a folder for each component, transformers' `LlavaForConditionalGeneration`, a checkpoint of the first LLaVA code, and
+the adapters of stage 1 as safetensors or as the reference saves them.
+"""
+_FULL = ("ross", "original-llava")
+_ADAPTER_LAYOUTS = {"adapters": SafetensorsWriter, "adapters-bin": TorchWriter}
 
 
 def read_config(model: Path) -> RossConfig:
@@ -109,114 +86,6 @@ def _read_foreign(model: Path) -> dict[str, Any]:
     return {name: part.values for name, part in parts.items()}
 
 
-def _saved_leaves(model: Path, config: RossConfig, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Reads shapes and dtypes of the saved parameters: component -> path -> leaf. They must fit the config."""
-    saved, expected = checkpoints.model_abstract(model), abstract_params(config)
-    leaves, wrong = {}, set()
-    for name in names:
-        leaves[name] = flatten(saved.get(name, {}))
-        both = [{(path, leaf.shape) for path, leaf in flat.items()} for flat in (leaves[name], flatten(expected[name]))]
-        wrong |= {f"{name}/{path}" for path, _ in both[0] ^ both[1]}
-    if wrong:
-        raise UserError(f"{model}: config and parameters differ: {', '.join(sorted(wrong))}")
-    return leaves
-
-
-def _open_component(
-    model: Path, name: str, config: Any, leaves: Mapping[str, Any], foreign: Mapping[str, Any], layout: str
-) -> Component:
-    table = TABLES[name](config)
-    shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    unused = model / "unused" / f"{name}.safetensors"
-    files = open_tensors(unused) if unused.is_file() else None
-    kept = {key: key for key in files or ()}
-    prefix = imported = foreign.get("prefix") or ""
-    absent = {}
-    if name in ("vision", "teacher") and not foreign:
-        prefix = "" if config.kind == "dinov2" else vision.PREFIXES[0]
-        absent = {prefix + key: values for key, values in vision.absent_tensors(config).items()}
-    keys = foreign.get("keys") or {}
-    # A full checkpoint has the keys of the libraries that the reference was written for. Those of a component's folder
-    # can be older or newer, and a full checkpoint has no place for the text model of SigLIP and CLIP.
-    standard = layout == "ross" and foreign.get("layout") in ("vision", "autoencoder")
-    if standard and name == "vision":
-        prefix = vision.PREFIXES[0]
-        kept = {prefix + key.removeprefix(imported): key for key in kept if key.startswith(imported)}
-    pieces: dict[str, list[tuple[Piece, str, str]]] = {}
-    by_key = {}
-    for piece in expand(table, shapes):
-        old = piece.alias is not None and imported + piece.alias in keys
-        found = piece.alias if old else piece.hf_key
-        tag = keys.get(imported + found, TAGS[np.dtype(leaves[piece.path].dtype)])
-        pieces.setdefault(piece.path, []).append((piece, prefix + (piece.hf_key if standard else found), tag))
-        by_key[piece.hf_key] = piece
-    for key, of in table.copies.items():
-        if imported + key in keys:
-            pieces[by_key[of].path].append((by_key[of], prefix + key, keys[imported + key]))
-    return Component(name, leaves, pieces, kept, files, absent)
-
-
-def _leaves(model: Path, component: Component) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the path and values of every parameter, restored when asked for."""
-    for group in _groups(component):
-        tree = unflatten({f"{component.name}/{path}": component.shapes[path] for path in group})
-        leaves = flatten(checkpoints.restore_model(model, tree))
-        for path in group:
-            yield path, leaves.pop(f"{component.name}/{path}")
-
-
-def _groups(component: Component) -> Iterator[list[str]]:
-    """Yields paths to restore together. Small parameters come in groups, because every restore takes some time."""
-    group, size = [], 0
-    for path in component.pieces:
-        leaf = component.shapes[path]
-        bytes_ = math.prod(leaf.shape) * leaf.dtype.itemsize
-        if group and size + bytes_ > _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(path)
-        size += bytes_
-    if group:
-        yield group
-
-
-def _write_weights(
-    model: Path, folder: Path, stem: str, components: Mapping[str, Component], dtype: str | None, progress: Progress
-) -> None:
-    """Writes components as one checkpoint. `components`: scope -> component."""
-    infos = {
-        key: info for scope, component in components.items() for key, info in component.declare(scope, dtype).items()
-    }
-    if not infos:
-        return  # an identity projector
-    with SafetensorsWriter(folder, stem, infos) as writer:
-
-        def put(key: str, values: np.ndarray) -> None:
-            writer.write(key, _cast(values, infos[key][0], key))
-
-        for scope, component in components.items():
-            for path, leaf in _leaves(model, component):
-                for piece, key, _ in component.pieces[path]:
-                    part = leaf if piece.layer is None else leaf[piece.layer]
-                    put(scope + key, np.ascontiguousarray(piece.transform.to_hf(part)))
-                progress(f"{component.name}/{path}")
-                del leaf, part  # frees the memory before the next is restored
-            for key, name in component.unused.items():
-                put(scope + key, component.files.read(name))
-            for key, values in component.absent.items():
-                put(scope + key, values)
-
-
-def _cast(values: np.ndarray, tag: str, key: str) -> np.ndarray:
-    if values.dtype == DTYPES[tag]:
-        return values
-    with np.errstate(over="ignore"):
-        cast = values.astype(DTYPES[tag])
-    if not is_finite(cast):
-        raise UserError(f"{key}: has values that {DTYPES[tag]} cannot hold; choose another --dtype")
-    return cast
-
-
 def _leave_out(model: Path, config: RossConfig, without: Collection[str]) -> RossConfig:
     """Removes the named components from the config."""
     have = [name for name in COMPONENTS if getattr(config, name) is not None]
@@ -231,32 +100,37 @@ def _leave_out(model: Path, config: RossConfig, without: Collection[str]) -> Ros
 
 def _check_layout(model: Path, config: RossConfig, layout: str) -> None:
     """Refuses components that the layout cannot hold."""
-    problems = []
+    if layout == "llava":
+        raise_all(str(model), [UserError(f"{model}: {problem}") for problem in llava.problems(config)])
+        return
+    full, problems = layout in _FULL, []
     if config.regressor is not None:
         problems.append("foreign layouts have no place for its regressor; leave it out with --without regressor")
     for name, known in {"prediction": "epsilon", "schedule": "cosine", "block": "adaln"}.items():
+        if layout == "adapters" and name != "block":
+            continue  # in fields of config.json that import reads
         found = getattr(config.denoiser, name, known)
         if found != known:
             problems.append(
                 f"its denoiser has {name} {found!r}, foreign layouts know only {known!r}; leave it out with "
                 "--without denoiser"
             )
-    if layout == "ross" and config.teacher is not None:
+    if full and config.teacher is not None:
         problems.append(
             "a full checkpoint has no place for its teacher; use --format components, or leave it out with "
             "--without teacher"
         )
-    if layout == "ross" and config.vision is not None and (config.vision.kind == "dinov2" or config.vision.final_norm):
+    if full and config.vision is not None and (config.vision.kind == "dinov2" or config.vision.final_norm):
         what = config.vision.kind + (" with final norm" if config.vision.final_norm else "")
         problems.append(f"the reference has no vision tower {what}; use --format components")
-    if layout == "ross" and config.autoencoder is not None and config.autoencoder.kind != "kl":
+    if full and config.autoencoder is not None and config.autoencoder.kind != "kl":
         problems.append(
             "its autoencoder is an AutoencoderTiny; the reference loads only diffusers' AutoencoderKL, so use --format "
             "components"
         )
-    if layout == "ross" and config.language is None:
+    if full and config.language is None:
         problems.append("has no language model, so it is no full Ross checkpoint; use --format components")
-    elif layout == "ross":
+    elif full:
         language = config.language
         if language.rope_scaling and language.qkv_bias and not language.out_bias:
             problems.append("the reference's Qwen2 does not scale rotary frequencies; use --format components")
@@ -265,7 +139,7 @@ def _check_layout(model: Path, config: RossConfig, layout: str) -> None:
                 f"its language model has {language.num_heads} heads of {language.head_dim} in width "
                 f"{language.hidden_size}, which the reference cannot have; use --format components"
             )
-    siglip = layout == "ross" and config.vision is not None and config.vision.kind == "siglip"
+    siglip = full and config.vision is not None and config.vision.kind == "siglip"
     if siglip and config.vision.layers_used != config.vision.num_layers - 1:
         problems.append(
             f"the reference always takes SigLIP's hidden state -2, this model {config.vision.select_layer}; use "
@@ -281,38 +155,56 @@ def export(
     dtype: str | None = None,
     progress: Progress = lambda _: None,
     without: Collection[str] = (),
+    template: str | None = None,
 ) -> None:
     """Writes a model directory in a foreign layout, completely or not at all.
 
     Args:
       model: model directory, made by import or training.
       output: folder to write. It must not exist.
-      layout: `ross`, one checkpoint as the reference saves it, or `components`, a folder for each component.
+      layout: one of `LAYOUTS`.
       dtype: `float32`, `bfloat16` or `float16` for all floating-point tensors. None keeps the dtypes of the import.
       progress: called with a line of text after each parameter.
       without: components to leave out, together with what config.json says about them.
+      template: conversation template, from which `llava` makes the chat template. None: the one of the training.
 
     Raises:
       UserError: nothing to export, components that the layout cannot hold, or an output that cannot be written.
     """
+    if template is not None and layout not in ("llava", "original-llava"):
+        raise UserError(f"--template {template}: only --format llava and original-llava have a chat template")
     foreign, config = _read_foreign(model), _leave_out(model, read_config(model), without)
-    names = [name for name in COMPONENTS if getattr(config, name) is not None]
-    _check_layout(model, config, layout)
-    saved = _saved_leaves(model, config, names)
+    names = [name for name in COMPONENTS if getattr(config, name) is not None and name in LAYOUTS[layout]]
+    if not names:
+        raise UserError(f"{model}: has none of {', '.join(LAYOUTS[layout])}, which --format {layout} would hold")
+    held = config if layout in _ADAPTER_LAYOUTS else _only(config, names)
+    _check_layout(model, _only(config, names), layout)
+    saved = saved_leaves(model, config, names)
+    standard = layout in _FULL
     opened = {
-        name: _open_component(model, name, getattr(config, name), saved[name], foreign[name], layout) for name in names
+        name: open_component(model, name, getattr(config, name), saved[name], foreign[name], standard) for name in names
     }
     with contextlib.ExitStack() as stack:
         for component in opened.values():
             if component.files:
                 stack.enter_context(component.files)
-        described = _describe(model, config, foreign, saved)
+        described = _describe(model, held, foreign, saved, template)
+        if layout == "llava":
+            folder = stack.enter_context(complete_directory(output))
+            write_llava(folder, model, described, opened, dtype, progress)
+            write_card(folder, model, described, opened, layout, output.name)
+            write_sums(folder, (path for path in folder.rglob("*") if path.is_file()))
+            return
         folders = _folders_inside(described, output.resolve(), layout)
         pointers = {name: str(path) for name, path in folders.items()}
-        parts = [name for name in (folders if layout == "ross" else names) if name not in _ADAPTERS]
-        configs = {name: component_settings(described, name) for name in parts}
-        if layout == "ross":
-            configs["ross"] = settings_without(ross_settings(described, pointers), without)
+        parts = [name for name in (folders if layout in _FULL else names) if name not in _ADAPTERS]
+        configs: dict[str, Any] = {name: component_settings(described, name) for name in parts}
+        if layout in _FULL:
+            configs["ross"] = settings_without(full_settings(described, layout, pointers), without)
+            texts = read_texts(described) if layout == "original-llava" else None
+            if texts is not None:
+                configs["ross"] |= {"image_token_index": texts.image_id, "vocab_size": texts.rows}
+                opened["language"] = grown(opened["language"], texts.rows)
             if described.image_mode == "crop" and config.vision and config.vision.kind != "clip":
                 progress(
                     "warning: images are cropped here (image_mode 'crop'); the reference squashes them to a square"
@@ -321,18 +213,32 @@ def export(
             configs["adapters"] = adapters_settings(described, pointers, without)
         folder = stack.enter_context(complete_directory(output))
         writer = _Writer(model, described, opened, configs, dtype, progress)
-        if layout == "ross":
+        if layout in _FULL:
             writer.write_full(folder)
+            if texts is not None:
+                write_texts(folder, described, texts, progress)
         elif any(name in _ADAPTERS for name in names):
-            writer.write_adapters(folder / "adapters")
+            inside = folder if layout in _ADAPTER_LAYOUTS else folder / "adapters"
+            writer.write_adapters(inside, _ADAPTER_LAYOUTS.get(layout, SafetensorsWriter))
         for name in parts:
-            writer.write_component(name, folder / (folders[name].name if layout == "ross" else FOLDERS[name]))
-        for each in [folder] if layout == "ross" else list(folder.iterdir()):  # folders that are read on their own
+            writer.write_component(name, folder / (folders[name].name if layout in _FULL else FOLDERS[name]))
+        alone = list(folder.iterdir()) if layout == "components" else [folder]
+        write_card(folder, model, described, opened, layout, output.name)
+        for each in alone:  # folders that are read on their own
             write_sums(each, (path for path in each.rglob("*") if path.is_file()))
 
 
+def _only(config: RossConfig, names: Collection[str]) -> RossConfig:
+    """The config without all components but the named ones."""
+    return dataclasses.replace(config, **{name: None for name in COMPONENTS if name not in names})
+
+
 def _describe(
-    model: Path, config: RossConfig, foreign: Mapping[str, Any], saved: Mapping[str, dict[str, Any]]
+    model: Path,
+    config: RossConfig,
+    foreign: Mapping[str, Any],
+    saved: Mapping[str, dict[str, Any]],
+    template: str | None,
 ) -> Described:
     files, tokens = model / "files", {}
     tokenizer = find_tokenizer(files)
@@ -342,7 +248,8 @@ def _describe(
     dtypes = {name: str(next(iter(leaves.values())).dtype) for name, leaves in saved.items() if leaves}
     manifest = checkpoints.read_manifest(model)
     trained = "reconstruction" in manifest
-    return Described(files, config, foreign, dtypes, manifest.get("image_mode"), trained, tokens)
+    mode, template = manifest.get("image_mode"), template or manifest.get("template")
+    return Described(files, config, foreign, dtypes, mode, trained, tokens, template)
 
 
 def _folders_inside(model: Described, output: Path, layout: str) -> dict[str, Path]:
@@ -354,7 +261,8 @@ def _folders_inside(model: Described, output: Path, layout: str) -> dict[str, Pa
     folders, vision_config = {}, model.config.vision
     if vision_config is not None and not model.came_with("vision", "ross"):
         kind, origin = vision_config.kind, str(model.foreign["vision"].get("origin", "")).lower()
-        if kind not in origin or (kind == "siglip" and "clip" in origin):
+        inside = model.foreign["vision"].get("within")
+        if inside or kind not in origin or (kind == "siglip" and "clip" in origin):
             folders["vision"] = output / (FOLDERS["vision"] if layout == "components" else f"{kind}_vision_tower")
             if kind == "siglip" and "clip" in str(output).lower():
                 folders["vision"] = Path(folders["vision"].name)  # for a reference that runs in the checkpoint's folder
@@ -381,56 +289,36 @@ class _Writer:
     def write_full(self, folder: Path) -> None:
         files = self.described.files
         self._write_weights(folder, "model", {SCOPES[name]: component for name, component in self.opened.items()})
-        _copy_files([files / "ross", files / "language", files / "adapters"], folder)
-        _copy_tokenizer(files, folder)
-        _write_config(folder, self.configs["ross"], self.dtype)
+        copy_files([files / "ross", files / "language", files / "adapters"], folder)
+        copy_tokenizer(files, folder)
+        write_config(folder, self.configs["ross"], self.dtype)
 
-    def write_adapters(self, folder: Path) -> None:
-        folder.mkdir()
+    def write_adapters(self, folder: Path, writer: type[SafetensorsWriter | TorchWriter]) -> None:
+        folder.mkdir(exist_ok=True)
         for name, stem in _ADAPTERS.items():
             if name in self.opened:
-                self._write_weights(folder, stem, {SCOPES[name]: self.opened[name]})
-        _copy_files([self.described.files / "adapters", self.described.files / "ross"], folder, ["config.json"])
+                self._write_weights(folder, stem, {SCOPES[name]: self.opened[name]}, writer)
+        copy_files([self.described.files / "adapters", self.described.files / "ross"], folder, ["config.json"])
         if self.configs["adapters"] is not None:
-            _write_config(folder, self.configs["adapters"], None)
+            write_config(folder, self.configs["adapters"], None)
 
     def write_component(self, name: str, folder: Path) -> None:
         files = self.described.files
         folder.mkdir()
         self._write_weights(folder, _STEMS.get(name, "model"), {"": self.opened[name]})
-        _copy_files([files / name, *([files / "ross"] if name == "language" else [])], folder)
+        copy_files([files / name, *([files / "ross"] if name == "language" else [])], folder)
         if name == "language":
-            _copy_tokenizer(files, folder)
+            copy_tokenizer(files, folder)
         processor = processor_settings(self.described, name)
         if processor is not None:
             (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-        _write_config(folder, self.configs[name], self.dtype)
+        write_config(folder, self.configs[name], self.dtype)
 
-    def _write_weights(self, folder: Path, stem: str, components: Mapping[str, Component]) -> None:
-        tag = DTYPE_NAMES[self.dtype] if self.dtype else None
-        _write_weights(self.model, folder, stem, components, tag, self.progress)
-
-
-def _copy_files(folders: list[Path], target: Path, names: Collection[str] | None = None) -> None:
-    """Copies extra files: all, or only `names`. Where two folders have a file of the same name, the first one's."""
-    for folder in reversed(folders):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.is_file() and (names is None or path.name in names):
-                shutil.copyfile(path, target / path.name)
-
-
-def _copy_tokenizer(files: Path, target: Path) -> None:
-    """Copies the model's tokenizer, in place of what other sources of the model had beside their weights."""
-    folder = find_tokenizer(files)
-    if folder is not None:
-        save_tokenizer(folder, target)
-
-
-def _write_config(folder: Path, settings: dict[str, Any], dtype: str | None) -> None:
-    """Writes config.json with `dtype`, if it has a dtype. A file that says the same already keeps its bytes."""
-    for name in ("torch_dtype", "dtype"):
-        if dtype and name in settings:
-            settings = {**settings, name: dtype}
-    path = folder / "config.json"
-    if not path.is_file() or read_json(path) != settings:
-        path.write_text(json.dumps(settings, indent=2) + "\n")
+    def _write_weights(
+        self,
+        folder: Path,
+        stem: str,
+        components: Mapping[str, Component],
+        writer: type[SafetensorsWriter | TorchWriter] = SafetensorsWriter,
+    ) -> None:
+        write_weights(self.model, folder, stem, components, self.dtype, self.progress, writer)

@@ -152,7 +152,8 @@ FULL = Fields(  # parts.py, beside the fields of the language model
     read=_names(
         """
         mm_vision_tower mm_pixel_decoder mm_hidden_size mm_projector_type mm_inv_projector_type
-        mm_vision_select_layer image_aspect_ratio image_mean image_std image_embed_len decode_image_size
+        mm_vision_select_layer vision_feature_layer image_aspect_ratio image_mean image_std image_embed_len
+        decode_image_size mm_inv_num_heads mm_inv_prediction mm_inv_schedule
         """
     ),
     fixed={
@@ -171,6 +172,27 @@ FULL = Fields(  # parts.py, beside the fields of the language model
         tokenizer_padding_side image_grid_pinpoints image_crop_resolution image_split_resolution
         vision_tower_pretrained pretrain_mm_mlp_adapter use_pos_skipping pos_skipping_range
         mm_newline_position
+        """
+    ),
+)
+LLAVA = Fields(  # llava_source.py: config.json of transformers' LLaVA
+    read=_names(
+        """
+        model_type text_config vision_config vision_feature_layer vision_feature_select_strategy
+        tie_word_embeddings dtype torch_dtype
+        """
+    ),
+    fixed={
+        "projector_hidden_act": ("gelu",),
+        "multimodal_projector_bias": (True,),
+        "quantization_config": (),
+    },
+    # The tokenizer tells the image's token, and the inner configs all sizes.
+    irrelevant=_COMMON
+    | _names(
+        """
+        image_token_index image_token_id image_seq_length ignore_index vocab_size hidden_size eos_token_id
+        is_encoder_decoder add_cross_attention pruned_heads attention_dropout
         """
     ),
 )

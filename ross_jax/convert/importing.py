@@ -12,7 +12,7 @@ import numpy as np
 from ross_jax import checkpoints
 from ross_jax.checkpoints import StreamedLeaf
 from ross_jax.config import ConfigError, UserError, to_dict
-from ross_jax.convert import autoencoder, denoiser, language, projector, vision
+from ross_jax.convert import autoencoder, denoiser, language, llava_source, projector, vision
 from ross_jax.convert.dtypes import DTYPES
 from ross_jax.convert.mapping import ConversionError, Piece, Table, collecting, match, raise_all
 from ross_jax.convert.parts import SCOPES as SCOPES
@@ -96,7 +96,7 @@ def plan_import(
     errors: list[UserError] = []
     for origin in origins:
         with collecting(errors):
-            sources.append(open_source(origin))
+            sources += llava_source.split(open_source(origin))
     if teacher:
         with collecting(errors):
             sources.append(open_teacher(teacher))
@@ -259,8 +259,9 @@ def write(plan: Plan, output: Path, progress: Progress = lambda _: None) -> None
             raise ConversionError(_origins(plan), plan.problems)
         _write_files(plan, folder / "files")
         manifest = {"config": to_dict(plan.config), "foreign": _foreign(plan)}
-        mode = _image_mode(plan)
-        checkpoints.write_manifest(folder, manifest | ({"image_mode": mode} if mode else {}))
+        template = next((source.template for source in plan.sources if source.template), None)
+        known = {"image_mode": _image_mode(plan), "template": template}
+        checkpoints.write_manifest(folder, manifest | {name: value for name, value in known.items() if value})
 
 
 def _image_mode(plan: Plan) -> str | None:
@@ -329,7 +330,9 @@ def _write_files(plan: Plan, folder: Path) -> None:
             copy = target / path.relative_to(source.folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-        if source.settings:
+        for name, value in source.contents.items():
+            (target / name).write_text(json.dumps(value, indent=2) + "\n")
+        if source.settings and not source.contents:
             shutil.copyfile(source.folder / "config.json", target / "config.json")
     for component, part in plan.parts.items():
         if part.source.kind != "ross" or part.settings is None:
@@ -353,5 +356,5 @@ def _foreign(plan: Plan) -> dict[str, Any]:
             "layout": part.source.kind,
             "prefix": part.prefix,
             "keys": {key: part.files[part.scope + key].tag for key in part.keys if key not in unused},
-        }
+        } | ({"within": part.source.within} if part.source.within else {})
     return foreign

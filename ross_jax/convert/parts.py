@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ross_jax.config import ConfigError, UserError
+from ross_jax.config import ConfigError, UserError, from_dict, to_dict
 from ross_jax.convert import autoencoder, denoiser, fields, generation, known, language, projector, vision
 from ross_jax.convert.mapping import collecting
 from ross_jax.convert.settings import Settings
 from ross_jax.convert.sources import ROSS_FAMILIES, Source, read_json, resolve_settings
 from ross_jax.convert.tensors import TensorFiles
+from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.ross import TARGET_PIXELS
 from ross_jax.models.vision import VisionConfig
 
@@ -246,11 +247,12 @@ def _read_tower(part: Part, about: Settings) -> dict[str, Any]:
         kind = part.settings.get("model_type")
         raise ConfigError(f"{where}: model_type {kind!r} is no vision tower; expected one of {vision.model_types()}")
     config = vision.vision_config(part.settings, where)
-    if config.kind != "siglip":  # the reference ignores the setting for SigLIP
+    name = "vision_feature_layer" if "vision_feature_layer" in about.values else "mm_vision_select_layer"
+    if config.kind != "siglip" or name == "vision_feature_layer":  # the reference ignores its setting for SigLIP
         try:
-            config = dataclasses.replace(config, select_layer=about.integer("mm_vision_select_layer", -2))
+            config = dataclasses.replace(config, select_layer=about.integer(name, -2))
         except ValueError as error:
-            raise ConfigError(f"{about.where}: mm_vision_{error}") from error
+            raise ConfigError(f"{about.where}: {name.removesuffix('select_layer')}{error}") from error
     mean, std = _normalisation(part, config.kind, about)
     resample = _resample(part, config, about)
     return {"vision": config, "image_mean": mean, "image_std": std, "image_resample": resample}
@@ -280,6 +282,9 @@ def _normalisation(part: Part, kind: str, about: Settings) -> tuple[tuple[float,
 def _processor(part: Part) -> Settings | None:
     """The preprocessor_config.json of a vision encoder, if it has one."""
     path = part.folder / "preprocessor_config.json" if part.folder else None
+    if part.source.within:
+        found = part.source.contents.get("preprocessor_config.json")
+        return None if found is None else Settings(found, str(path))
     return Settings(read_json(path), str(path)) if path and path.is_file() else None
 
 
@@ -325,4 +330,6 @@ def _read_projector(part: Part, about: Settings) -> dict[str, Any]:
 def _read_denoiser(part: Part, about: Settings, num_heads: int) -> dict[str, Any]:
     kind = about.text("mm_inv_projector_type", "") or None
     num_heads = about.size("mm_inv_num_heads", num_heads)
-    return {"denoiser": denoiser.read_denoiser_config(part.shapes(), kind, num_heads)}
+    config = denoiser.read_denoiser_config(part.shapes(), kind, num_heads)
+    kinds = {name: about.text(f"mm_inv_{name}", getattr(config, name)) for name in ("prediction", "schedule")}
+    return {"denoiser": from_dict(DenoiserConfig, {**to_dict(config), **kinds}, f"{about.where}: mm_inv_")}

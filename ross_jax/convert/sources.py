@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from ross_jax.directories import check_sums
 from ross_jax.hub import SECONDS, is_hub_id, say_asked
 from ross_jax.json_text import load_json
 
-Kind = Literal["ross", "adapters", "vision", "language", "autoencoder", "teacher"]
+Kind = Literal["ross", "adapters", "vision", "language", "autoencoder", "teacher", "llava"]
 
 ADAPTERS = ("mm_projector", "mm_inv_projector")
 """File names, without suffix, of the adapters that stage 1 of the reference saves."""
@@ -31,6 +31,7 @@ _PASSED_THROUGH = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _NOT_PASSED = {"config.json", "model_index.json", "trainer_state.json"}
 
 
+_LLAVA = "LlavaForConditionalGeneration"
 _LORA = re.compile(r"\blora_(A|B|E|embedding_[AB])\b")
 
 
@@ -45,9 +46,13 @@ class Source:
     Attributes:
       origin: folder or hub id as the user named it.
       folder: where its files are.
-      kind: what it holds: one component, the adapters of stage 1, or a full checkpoint ("ross").
+      kind: what it holds: one component, the adapters of stage 1, a full checkpoint ("ross"), or transformers' LLaVA.
       settings: parsed config.json. Empty for adapters without one.
       files: opened weights.
+      within: "llava" for a component of transformers' LLaVA, which has no folder of its own.
+      contents: name -> JSON object, for files that such a component would have.
+      copied: its share of the extra files.
+      template: conversation template, if the folder tells it.
     """
 
     origin: str
@@ -55,9 +60,15 @@ class Source:
     kind: Kind
     settings: dict[str, Any]
     files: list[TensorFiles]
+    within: str = ""
+    contents: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    copied: Sequence[Path] = ()
+    template: str | None = None
 
     def extra_files(self) -> list[Path]:
         """Files that import and export copy: tokenizer, processor, generation settings."""
+        if self.within:
+            return list(self.copied)
         templates = sorted(self.folder.glob("additional_chat_templates/*.jinja"))
         return [path for path in sorted(self.folder.iterdir()) if _travels(path)] + templates
 
@@ -183,8 +194,8 @@ def _kind(settings: Mapping[str, Any], folder: Path) -> Kind:
     model_type = settings.get("model_type")
     if not isinstance(model_type, str):
         raise SourceError(f"{where}: model_type is {model_type!r}, expected a string")
-    if model_type == "llava" and "text_config" in settings:
-        raise SourceError(f"{where}: transformers' own LLaVA layout is not read; use the original liuhaotian/llava one")
+    if model_type == "llava" and ("text_config" in settings or _LLAVA in str(settings.get("architectures"))):
+        return "llava"
     if model_type in ROSS_FAMILIES:
         return "ross"
     if model_type in language.FAMILIES:

@@ -158,6 +158,14 @@ class TensorFiles(Mapping[str, TensorInfo]):
         except (SafetensorError, torch_pickle.TorchFileError, OSError, ValueError) as error:
             raise TensorError(f"{file}: cannot read the tensor {key!r} ({error})") from error
 
+    def renamed(self, names: Mapping[str, str]) -> "TensorFiles":
+        """Some of the tensors under other names: new name -> name here. Closing either closes the files of both."""
+        view = TensorFiles(())
+        view._infos = {new: self._infos[old] for new, old in names.items()}
+        view._readers = {new: self._readers[old] for new, old in names.items()}
+        view._opened = self._opened
+        return view
+
     def close(self) -> None:
         """Closes the files."""
         self._opened.close()

@@ -181,8 +181,9 @@ def state_of(path: Path) -> dict[str, np.ndarray]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Name -> content of all files but the digests, which exports have and most checkpoints do not."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    """Name -> content of all files but digests and model cards, which exports have and most checkpoints do not."""
+    own = ("SHA256SUMS", "README.md")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in own)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

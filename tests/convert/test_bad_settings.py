@@ -237,7 +237,7 @@ def test_tiny_autoencoder_settings(changes, patterns, tmp_path):
         ({"model_type": "ross_lama"}, [r"'ross_lama' is not supported \(did you mean 'ross_llama'\?\)"]),
         ({"model_type": "mistral"}, ["model_type 'mistral' is not supported.*expected one of .*'qwen2'"]),
         ({"model_type": None}, ["model_type is None, expected a string"]),
-        ({"model_type": "llava", "text_config": {}}, ["transformers' own LLaVA layout is not read; use the original"]),
+        ({"model_type": "llava", "text_config": {}}, ["belongs to no component of LLaVA"]),
         (
             {"hidden_act": "gelu", "image_aspect_ratio": "anyres", "mm_use_im_start_end": True, "mm_vision_tower": "x"},
             [

@@ -240,6 +240,6 @@ def test_a_model_is_exported_only_as_what_it_is(tmp_path):
     ):
         export(model, tmp_path / "out", "ross")
     model = import_model(tmp_path / "qwen3", component(tmp_path / "llm", QWEN3))
-    with pytest.raises(UserError, match="the reference has no ross_qwen3; use --format components"):
+    with pytest.raises(UserError, match="the reference has no language model qwen3; use --format components"):
         export(model, tmp_path / "out", "ross")
     assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ By default Qwen2-7B has four of its layers: the largest tensors, which memory de
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -29,8 +30,17 @@ from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.tree import flatten
+from tokenizer_fixtures import byte_level_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
+META = """
+import sys, torch, transformers
+with torch.device("meta"):
+    model, found = transformers.AutoModelForImageTextToText.from_pretrained(
+        sys.argv[1], output_loading_info=True, device_map="meta"
+    )
+print({name: sorted(keys) for name, keys in found.items() if keys}, sum(p.numel() for p in model.parameters()))
+"""
 TOWER, AUTOENCODER = "google/siglip-so400m-patch14-384", "black-forest-labs/FLUX.1-dev/vae"
 WHOLE = "ROSS_TEST_FULL" in os.environ
 QWEN2_7B = {
@@ -151,3 +161,53 @@ def test_full_size_round_trip(tmp_path, settings, disk, limit):
     finally:
         for folder in (source, model, back):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_full_size_llava(tmp_path):
+    """An export of SigLIP and Qwen2-7B to transformers' LLaVA needs less than 8 GB; transformers finds every tensor."""
+    pytest.importorskip("torch")
+    if shutil.disk_usage(tmp_path).free < (40 if WHOLE else 14) * 1e9:
+        pytest.skip("needs 14 GB of free disk, 40 with ROSS_TEST_FULL=1")
+    source, model, back = tmp_path / "source", tmp_path / "model", tmp_path / "back"
+    digests = write_checkpoint(source, {**ROSS, **QWEN2_7B})
+    byte_level_tokenizer().save_pretrained(source)
+    try:
+        convert("import", "--from", str(source), "--output", str(model))
+        shutil.rmtree(source)
+        command = ("export", "--from", str(model), "--format", "llava", "--template", "v1", "--output", str(back))
+        peak = convert(*command)
+        shutil.rmtree(model)
+        print(f"\npeak memory: export to LLaVA {peak:.2f} GB")
+        assert peak < 8
+        done = subprocess.run([sys.executable, "-c", META, str(back)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        expected = sum(map(math.prod, _llava_shapes().values()))
+        assert done.stdout.split() == ["{}", str(expected)]
+        with open_tensors(back) as files:
+            for key, digest in digests.items():
+                name = llava_name(key)
+                if name is not None:
+                    assert hashlib.blake2b(files.read(name).tobytes(), digest_size=16).hexdigest() == digest, key
+    finally:
+        for folder in (source, model, back):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def llava_name(key: str) -> str | None:
+    """Name in transformers' LLaVA of a tensor of a full checkpoint; None for one that stays behind."""
+    names = {
+        SCOPES["vision"] + "vision_model.head": None,
+        SCOPES["vision"]: "vision_tower.",
+        "model.mm_projector.0": "multi_modal_projector.linear_1",
+        "model.mm_projector.2": "multi_modal_projector.linear_2",
+        "model.mm_inv": None,
+        "model.pixel_decoder": None,
+        "": "language_model.",
+    }
+    begin = next(each for each in names if key.startswith(each))
+    return None if names[begin] is None else names[begin] + key.removeprefix(begin)
+
+
+def _llava_shapes() -> dict[str, tuple[int, ...]]:
+    return {key: shape for key, shape in shapes({**ROSS, **QWEN2_7B}).items() if llava_name(key) is not None}

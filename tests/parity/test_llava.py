@@ -1,0 +1,106 @@
+"""Exports in the layout of transformers' LLaVA, loaded and run by transformers alone.
+
+`ROSS_DEMO=runs/demo pytest -m slow tests/parity/test_llava.py` asks the model of `launch/demo.sh`, too.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from convert.foreign import golden, import_model
+from launcher import load_script
+from ross_jax import load
+from ross_jax.convert.exporting import export
+from ross_jax.inference.prompts import Request
+from tokenizer_fixtures import byte_level_tokenizer
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+QUESTIONS = ("What is it?", "How many marks are at the top of this picture?", "Why?")
+LENGTH = 12
+
+
+def our_ids(model, images, questions, rows: int = 8) -> list[list[int]]:
+    """Greedy ids of our engine, one list for each question."""
+    requests = [Request(image, text, max_new_tokens=LENGTH) for image, text in zip(images, questions, strict=True)]
+    prompts = [model.prepare(request)[0] for request in requests]
+    found: dict[int, list[int]] = {}
+
+    def receive(number: int, ids, ended: bool) -> bool:
+        found[number] = [int(each) for each in ids]
+        return ended
+
+    model.engine.run(prompts, min(rows, len(prompts)), receive)
+    return [found[i] for i in range(len(prompts))]
+
+
+def their_ids(model, processor, images, questions) -> list[list[int]]:
+    """Greedy ids of transformers for one batch, padded on the left, from the chat template."""
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+            add_generation_prompt=True,
+        )
+        for question in questions
+    ]
+    inputs = processor(images=list(images), text=texts, padding=True, return_tensors="pt")
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=LENGTH)[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    return [row[: next((i + 1 for i, each in enumerate(row) if each in ends), LENGTH)] for row in ids]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [("siglip_qwen2", "qwen_2"), ("clip_vicuna", "v1")],
+)
+def test_transformers_answers_as_we_do(name, template, tmp_path):
+    """Greedy ids of a left-padded batch and of single prompts are equal; no tensor is missing, and none left over."""
+    checkpoint = golden(name, tmp_path)
+    byte_level_tokenizer().save_pretrained(checkpoint)
+    model = import_model(tmp_path / "model", checkpoint)
+    own, lines = load(model, template=template), []
+    export(model, tmp_path / "llava", "llava", template=template, progress=lines.append)
+    assert not [line for line in lines if line.startswith("warning")]
+    folder = str(tmp_path / "llava")
+    processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+    theirs, loading = transformers.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values())
+    arrays = np.random.default_rng(0).integers(0, 256, (3, 40, 70, 3), np.uint8)
+    images = [Image.fromarray(array) for array in arrays]
+    answers = our_ids(own, images, QUESTIONS)
+    assert len({tuple(ids) for ids in answers}) == len(answers)
+    assert their_ids(theirs, processor, images, QUESTIONS) == answers
+    assert their_ids(theirs, processor, images[1:2], QUESTIONS[1:2]) == answers[1:2]
+
+
+@pytest.mark.slow
+def test_the_demo_answers_as_we_do(tmp_path):
+    """Held-out questions of the demo, asked by a process without our code: equal ids, one at a time and in batches."""
+    root = Path(os.environ.get("ROSS_DEMO", "absent"))
+    run = root / "denoise" / "seed0" / "finetune"
+    if not run.is_dir():
+        pytest.skip("set ROSS_DEMO to the folder of a finished demo, such as runs/demo")
+    convert = load_script("convert").main
+    assert convert(["export", "--from", str(run), "--format", "llava", "--output", str(tmp_path / "llava")]) == 0
+    records = json.loads((root / "data" / "heldout.json").read_text())[::41][:60]
+    questions = [each["conversations"][0]["value"].removeprefix("<image>\n") for each in records]
+    images = [root / "data" / "images" / each["image"] for each in records]
+    answers = our_ids(load(run), images, questions)
+    assert len({tuple(ids) for ids in answers}) > 10
+    asked = [{"image": str(i), "question": q} for i, q in zip(images, questions, strict=True)]
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
+    for rows in (1, 7):
+        script = Path(__file__).with_name("ask_transformers.py")
+        arguments = [str(tmp_path / "llava"), str(tmp_path / "questions.json"), str(rows)]
+        done = subprocess.run([sys.executable, "-I", str(script), *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout.splitlines()[-1]) == answers
