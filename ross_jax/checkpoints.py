@@ -39,6 +39,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from ross_jax.directories import SUMS, CheckpointError, DamagedError, check_sums, write_sums
 from ross_jax.json_text import load_json
+from ross_jax.lora import hide_factors, restore_merged
 from ross_jax.orbax_calls import checkpoint_error, orbax_call, silence
 from ross_jax.tree import flatten, unflatten
 from ross_jax.upgrade import upgrade
@@ -326,26 +327,38 @@ def parameter_folders(model: Path) -> list[Path]:
     return [path for path in (model / "frozen", model / "steps" / str(latest) / "params") if path.is_dir()]
 
 
-def model_abstract(model: Path) -> dict[str, Any]:
-    """Shapes and dtypes of a model directory's parameters; errors as `parameter_folders` and `abstract`."""
+def model_abstract(model: Path, factors: bool = False) -> dict[str, Any]:
+    """Shapes and dtypes of a model directory's parameters; errors as `parameter_folders` and `abstract`.
+
+    Args:
+      factors: whether factors of low-rank updates are listed. False: shapes after merging.
+    """
     flat: dict[str, Any] = {}
     for folder in parameter_folders(model):
         flat |= flatten(abstract(folder))
-    return unflatten(flat)
+    return unflatten(flat if factors else hide_factors(flat))
 
 
 def restore_model(model: Path, tree: Any) -> Any:
-    """`restore` of leaves that may lie in any of the model directory's checkpoints."""
+    """`restore` of leaves that may lie in any of the model directory's checkpoints.
+
+    A kernel with a low-rank update has the update merged into it, unless the tree names the update's factors.
+    """
     folders = parameter_folders(model)
-    leaves, restored = flatten(tree), {}
-    for folder in folders:
-        last = folder == folders[-1]
-        present = flatten(abstract(folder))
-        # The last folder is asked for leaves that no folder has, and names them in its error.
-        part = {path: leaf for path, leaf in leaves.items() if path in present or (last and path not in restored)}
-        if part:
-            restored |= flatten(restore(folder, unflatten(part)))
-    return unflatten(restored)
+    present = {folder: flatten(abstract(folder)) for folder in folders}
+
+    def read(leaves: dict[str, Any]) -> dict[str, Any]:
+        restored = {}
+        for folder in folders:
+            last = folder == folders[-1]
+            # The last folder is asked for leaves that no folder has, and names them in its error.
+            part = {p: leaf for p, leaf in leaves.items() if p in present[folder] or (last and p not in restored)}
+            if part:
+                restored |= flatten(restore(folder, unflatten(part)))
+        return restored
+
+    stored = {path: leaf for leaves in present.values() for path, leaf in leaves.items()}
+    return unflatten(restore_merged(flatten(tree), stored, read))
 
 
 class RunCheckpoints:

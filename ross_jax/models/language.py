@@ -173,6 +173,7 @@ class Decoder(nn.Module):
     collect: bool = False
     taps: tuple[int, ...] = ()
     keep: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, carry, layer, cos, sin, segments, mask, lengths):
@@ -216,8 +217,8 @@ class Decoder(nn.Module):
         return (x, keys, values, tapped), (x if self.collect else None, (key, value) if self.keep else None)
 
     def _dense(self, features: int, bias: bool, name: str) -> Dense:
-        init = nn.initializers.normal(0.02)
-        return Dense(features, use_bias=bias, dtype=self.dtype, kernel_init=init, gathered=True, name=name)
+        settings = {"dtype": self.dtype, "kernel_init": nn.initializers.normal(0.02), "dropout": self.dropout}
+        return Dense(features, use_bias=bias, gathered=True, name=name, **settings)
 
     def _heads(self, x: Float[Array, "batch seq embed"], heads: int, name: str):
         y = self._dense(heads * self.config.head_dim, self.config.qkv_bias, name)(x)
@@ -240,12 +241,14 @@ class LanguageModel(nn.Module):
       stacked: parameters of all layers are stacked, and program size does not grow with depth. False: parameters are
         those that `unstack` returns. XLA copies a layer's stacked parameters on CPU before it multiplies with them,
         which costs more than the product of a few tokens.
+      dropout: of low-rank updates, as in `models.layers.Dense`.
     """
 
     config: LanguageConfig
     dtype: DTypeLike = jnp.float32
     remat: RematPolicy = "none"
     stacked: bool = True
+    dropout: float = 0.0
 
     def input_spec(self, batch: int = 1, length: int = 2) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of the arguments of `__call__`."""
@@ -319,7 +322,7 @@ class LanguageModel(nn.Module):
         inner = tuple(sorted({number for number in numbers.values() if 0 < number < cfg.num_layers}))
         constants = (jnp.cos(angles), jnp.sin(angles), segments, mask, lengths)
         tapped = tuple(jnp.zeros_like(x) for _ in inner)
-        settings = (cfg, self.dtype, hidden_states, inner, keep)
+        settings = (cfg, self.dtype, hidden_states, inner, keep, self.dropout)
         if self.stacked:
             layers = stack(Decoder, cfg.num_layers, self.remat, scanned=1, constant=len(constants))
             (x, keys, values, tapped), (states, new) = layers(*settings, name="layers")(
