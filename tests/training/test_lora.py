@@ -11,7 +11,7 @@ import pytest
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError
 from ross_jax.lora import LoraConfig, factors_of, is_factor, updated_kernels
-from ross_jax.models.ross import abstract_params
+from ross_jax.models.ross import TARGET_ENCODERS, abstract_params
 from ross_jax.objectives.loss import make_loss
 from ross_jax.objectives.reconstruction import ReconstructionConfig
 from ross_jax.sharding import MeshConfig
@@ -42,8 +42,8 @@ def test_equals_a_dense_run_whose_update_is_a_product(name):
     The dense model has no factors: its kernels are computed from A and B, which its gradients reach by autodiff.
     """
     config, reconstruction = MODELS[name], ReconstructionConfig(name.split()[0])
-    run = Run(MeshConfig(2, 2, 2), 8, 2, config=config, reconstruction=reconstruction, updates=BOTH, remat="full")
-    trained, frozen = jax.device_get((run.state.params, run.state.frozen))
+    run = Run(MeshConfig(1, 2, 2), 4, 2, config=config, reconstruction=reconstruction, updates=BOTH, remat="full")
+    trained, frozen = jax.tree.map(jnp.asarray, jax.device_get((run.state.params, run.state.frozen)))
     flat = flatten(trained)
     factors = [path for path in flat if path.startswith(("language/", "projector/"))]
     assert len(factors) == 8 and all(is_factor(path) for path in factors)
@@ -51,13 +51,14 @@ def test_equals_a_dense_run_whose_update_is_a_product(name):
     width = flat["language/layers/down/lora_a"]
     assert np.abs(width).max() <= 128**-0.5 and width.std() == pytest.approx((3 * 128) ** -0.5, rel=0.1)
 
+    encoders = {name: frozen[name] for name in TARGET_ENCODERS if name in frozen}
     loss = make_loss(config, reconstruction)
     optimizer = make_optimizer(OptimizerConfig(1e-3, ((r"denoiser/.*", 1e-4),)), steps=10)
     moments = optimizer.init(trained)
 
     @jax.jit
     def step(params, moments, batch, key):
-        function = jax.value_and_grad(lambda p: loss(dense(p, frozen), {}, batch, loss.counts(batch), key)[0])
+        function = jax.value_and_grad(lambda p: loss(dense(p, frozen), encoders, batch, loss.counts(batch), key)[0])
         value, gradients = function(params)
         updates, moments = optimizer.update(gradients, moments, params)
         return optax.apply_updates(params, updates), moments, value, optax.tree.norm(gradients)
@@ -71,8 +72,8 @@ def test_equals_a_dense_run_whose_update_is_a_product(name):
         assert found["gradient_norm"] == pytest.approx(float(norm), rel=2e-4)
     for path, leaf in flatten(params).items():
         moved = np.abs(leaf - flat[path]).max()
-        assert moved > 1e-5 or path.endswith("position_embedding"), path
-        np.testing.assert_allclose(flatten(run.state.params)[path], leaf, atol=0.05 * moved, err_msg=path)
+        assert moved > (1e-4 if is_factor(path) else 0) or path.endswith("position_embedding"), path
+        np.testing.assert_allclose(flatten(run.state.params)[path], leaf, atol=0.05 * moved + 1e-7, err_msg=path)
     for path, leaf in flatten(run.state.frozen).items():
         np.testing.assert_array_equal(leaf, flatten(frozen)[path], err_msg=path)
 
@@ -103,17 +104,15 @@ def test_the_base_has_no_float32_copy_and_no_moments():
 
 
 def test_dropout_zeroes_inputs_of_updates_in_training():
-    """Without B the masks change nothing; with B they differ by step, and the mean loss stays."""
-    dropping = dataclasses.replace(BOTH, dropout=0.5)
-    runs = [Run(updates=updates, learning_rate=0.0) for updates in (BOTH, dropping, dropping)]
-    assert runs[1].run(make_batch())["loss"] == runs[0].run(make_batch())["loss"]
+    """Without B the masks change nothing. With B the loss differs from that without dropout, and from step to step."""
+    batch = make_batch()
+    runs = [Run(updates=dataclasses.replace(BOTH, dropout=share), learning_rate=0.0) for share in (0.0, 0.5)]
+    assert runs[1].run(batch)["loss"] == runs[0].run(batch)["loss"]
     for run in runs:
         layer = run.state.params["language"]["layers"]["down"]
         layer["lora_b"] = layer["lora_b"] + 0.3
-    losses = [[run.run(make_batch())["text_loss"] for _ in range(2)] for run in runs]
-    assert losses[0][0] == losses[0][1] and losses[1][0] != losses[1][1] and losses[1][0] != losses[0][0]
-    runs[2].run(make_batch())
-    assert losses[1][1] == losses[2][1]
+    (plain, again), (dropped, later) = [[run.run(batch)["text_loss"] for _ in range(2)] for run in runs]
+    assert plain == again and len({plain, dropped, later}) == 3
 
 
 @pytest.mark.parametrize(
