@@ -4,6 +4,7 @@ A model directory appears under its name complete or not at all:
 
     ross_jax.json   manifest: what the model is and where its tensors came from
     params/         Orbax checkpoint of the parameter tree
+    lora/           Orbax checkpoint of an imported adapter; its leaves come before others of the same path
     unused/         tensors of the imported checkpoint that are never computed with, for export
     files/          configs, tokenizer
 
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "ross_jax.json"
 FORMAT = 2
 """Version of the directory's layout. Version 1 had no digests."""
+UPDATES = "lora"
+"""Folder of a model directory with an imported adapter."""
 DAMAGED = "DAMAGED"
 """File that marks a step that is skipped."""
 _FIELDS = dict.fromkeys(("config", "foreign", "reconstruction", "tokenizer"), dict)
@@ -319,12 +322,13 @@ def parameter_folders(model: Path) -> list[Path]:
     Raises:
       CheckpointError: there is none.
     """
-    if (model / "params").is_dir():
-        return [model / "params"]
-    latest = latest_step(model)
-    if latest is None:
-        raise CheckpointError(f"{model}: holds no parameters: neither params/ nor a completed step in steps/")
-    return [path for path in (model / "frozen", model / "steps" / str(latest) / "params") if path.is_dir()]
+    folders = [model / "params"]
+    if not folders[0].is_dir():
+        latest = latest_step(model)
+        if latest is None:
+            raise CheckpointError(f"{model}: holds no parameters: neither params/ nor a completed step in steps/")
+        folders = [model / "frozen", model / "steps" / str(latest) / "params"]
+    return [path for path in (*folders, model / UPDATES) if path.is_dir()]
 
 
 def model_abstract(model: Path, factors: bool = False) -> dict[str, Any]:
