@@ -35,6 +35,8 @@ from ross_jax.inference.prompts import AnyImage, AnyImages, Request, Resized, pr
 from ross_jax.inference.reconstruct import reconstruct, visual_outputs
 from ross_jax.inference.text import Answer
 from ross_jax.models.language import unstack
+from ross_jax.models.quantization import Kind, check_quantization, is_quantised
+from ross_jax.models.quantization import quantize as quantize_kernel
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.objectives.objective import DEFAULT_SAMPLING, Sampling
 from ross_jax.objectives.reconstruction import reconstructor
@@ -233,14 +235,19 @@ class Model:
     def engine(self) -> Engine:
         """The parameters that answer, ready to generate.
 
-        On a single CPU the language model's weights are copied: layer by layer, and in float32, because CPUs are slow
-        with stacked layers and with bfloat16.
+        On a single CPU the language model's weights are copied: layer by layer, and in float32 unless they are
+        quantised, because CPUs are slow with stacked layers and with bfloat16.
         """
         params = {name: tree for name, tree in self.params.items() if name in TEXT_COMPONENTS}
         unstacked = self.mesh is None and jax.default_backend() == "cpu"
         dtype = "float32" if unstacked else self.dtype
         if unstacked:
-            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+            params = unflatten(
+                {
+                    p: leaf.astype(jnp.float32) if isinstance(leaf, jax.Array) else leaf
+                    for p, leaf in flatten(params).items()
+                }
+            )
             params["language"] = unstack(params["language"])
         decoding = Decoding(self.config, dtype, self._stops, stacked=not unstacked)
         return Engine(decoding, params, self.mesh, self.mesh_config)
@@ -294,6 +301,7 @@ def load(
     template: str | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: MeshConfig | None = None,
+    quantize: Kind | None = None,
 ) -> Model:
     """Restores a model.
 
@@ -304,12 +312,14 @@ def load(
       template: conversation template. None: the one that the model was trained with.
       dtype: dtype of parameters and activations. None: parameters as they are stored, activations in float32.
       mesh: splits the parameters over all devices, of all processes. None: the default device alone.
+      quantize: `int8` or `fp8`: the language model's matrices are kept in 8 bits; needs qwix. None: they are not.
 
     Raises:
       ConfigError: a mesh that does not fit the devices.
-      UserError: no model there, or one without such a component.
+      UserError: no model there, or one without such a component; qwix is not installed.
     """
     folder = Path(folder)
+    check_quantization(quantize)
     manifest = checkpoints.read_manifest(folder)
     config = from_dict(RossConfig, manifest["config"], f"{folder}: config")
     missing = [name for name in components or ("language",) if getattr(config, name) is None]
@@ -331,9 +341,19 @@ def load(
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or stored[path].dtype), sharding=shardings[path])
         for path, leaf in shapes.items()
     }
-    params = checkpoints.restore_model(folder, unflatten(leaves))
+    params = _restore(folder, leaves, quantize)
     how = (config.image_mean, config.image_std, manifest.get("image_mode", "pad"), config.image_resample)
     images = config.vision and encoder_image_config(config.vision.kind, config.vision.image_size, *how)
     dropout = manifest.get("reconstruction", {}).get("condition_dropout", 0.0)
     settings = (template or manifest.get("template"), dtype or "float32", dropout, devices, mesh)
     return Model(folder, config, params, images, *settings)
+
+
+def _restore(folder: Path, leaves: dict[str, jax.ShapeDtypeStruct], kind: Kind | None) -> dict[str, Any]:
+    """Parameters. Those that are quantised are restored one after another, so that one at most has its full size."""
+    alone = {path: leaf for path, leaf in leaves.items() if kind and is_quantised(path)}
+    params = flatten(checkpoints.restore_model(folder, unflatten({p: x for p, x in leaves.items() if p not in alone})))
+    for path, leaf in alone.items():
+        restored = flatten(checkpoints.restore_model(folder, unflatten({path: leaf})))
+        params[path] = quantize_kernel(restored.pop(path), required(kind))
+    return unflatten(params)

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ross_jax import lora
+from ross_jax.models.quantization import dequantize
 from ross_jax.sharding import gather, logical_axes, scatter
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
@@ -108,7 +109,8 @@ class Dense(nn.Module):
         own product, which costs less than splitting the result of one product.
       dropout: share of the low-rank update's inputs that are zeroed, where there is an rng named `dropout`.
 
-    Parameters beside the kernel that `ross_jax.lora` names are a low-rank update. `init` makes none.
+    Parameters beside the kernel that `ross_jax.lora` names are a low-rank update. `init` makes none. The kernel may be
+    one of 8 bits, see `models.quantization`.
     """
 
     features: int
@@ -122,7 +124,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]):
         """`[*batch, features]`. With several outputs: a list of `[*batch, features / outputs]`."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = dequantize(kernel, self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.use_bias else None
         axes = self._axes("kernel", kernel)
         x = x.astype(self.dtype)
