@@ -34,6 +34,7 @@ EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],  # libtpu: runs on TPU, and compiles for TPU on any host
     "cuda": [f"jax[cuda12]{JAX}"],  # plugin for CUDA 12: runs on GPUs, and compiles for GPUs on any host
     "cuda13": [f"jax[cuda13]{JAX}"],  # the same for CUDA 13; choose one of the two
+    "quantize": ["qwix>=0.1.8"],  # weights of 8 bits for inference, through its functions of arrays
     "demo": [
         "scikit-image>=0.24",  # nine photographs in its wheel; SSIM
         "scikit-learn>=1.5",  # two photographs in its wheel
@@ -53,6 +54,7 @@ EXTRAS = {
     "parity": [
         "torch==2.13.0",  # runs the reference implementations; the goldens were recorded with this version
         "diffusers>=0.30",  # reference implementations of AutoencoderKL and AutoencoderTiny
+        "peft>=0.17",  # the adapters that export writes and import reads, loaded by their own library
     ],
 }
 

@@ -4,6 +4,7 @@
 
   stage   pretrain (all components but the autoencoder learn, on captions)
           | finetune (all components but the autoencoder learn, on questions)
+          | lora (in place of finetune: low-rank updates of the language model; projector and head learn in full)
           | denoiser (after both: only the denoiser learns, on images without text, as in a small version of
             `configs/imagenet_denoiser.py`)
   kind    reconstruction: denoise (Ross) | pixel | latent | latent2pixel | none (LLaVA)
@@ -25,7 +26,7 @@ from ross_jax.config import ConfigError, to_dict
 from ross_jax.convert.autoencoder import autoencoder_config
 from ross_jax.models.language import LanguageConfig
 from ross_jax.models.projector import ProjectorConfig
-from ross_jax.models.ross import RossConfig
+from ross_jax.models.ross import HEADS, RossConfig
 from ross_jax.models.vision import VisionConfig
 from ross_jax.objectives.reconstruction import add_heads, find_objective, kinds
 from ross_jax.training.recipe import complete, parse_parts
@@ -36,6 +37,15 @@ PARTS = ("pretrain", "finetune", "heldout")
 STAGES = {
     "pretrain": {"data": ("pretrain",), "template": "plain", "epochs": 5, "length": 256, "images": 4},
     "finetune": {"data": ("finetune",), "template": "qwen_2", "epochs": 6, "length": 66, "after": "pretrain"},
+    "lora": {
+        "data": ("finetune",),
+        "template": "qwen_2",
+        "epochs": 6,
+        "length": 66,
+        "after": "pretrain",
+        "trainable": rf"(projector|{'|'.join(HEADS)})/.*",
+        "rank": 16,
+    },
     "denoiser": {
         "data": ("pretrain", "finetune"),
         "template": "qwen_2",
@@ -52,13 +62,14 @@ STAGES = {
 EVERY_STAGE = {
     "text_weight": 1.0,
     "trainable": ".*",
+    "rank": 0,
     "draws": 2,
     "learning_rate": 3e-3,
     "images": 1,
     "after": None,
     "evaluate": 0,
 }
-"""Default settings of a stage. `after`: the stage whose model a stage starts from."""
+"""Default settings of a stage. `after`: the stage whose model a stage starts from. `rank`: of low-rank updates."""
 CHOICES = {"stage": tuple(STAGES), "kind": kinds()}
 
 
@@ -136,6 +147,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "cache": str(root / "cache"),
             },
             "freeze": {"trainable": [stage["trainable"]], "dtype": "float32", "autoencoder_dtype": "float32"},
+            "lora": {"rank": stage["rank"]},
             "optimizer": {"algorithm": "muon", "learning_rate": stage["learning_rate"], "b2": 0.98},
             "reconstruction": {"kind": kind, "draws": stage["draws"], "remat": "none"},
             "step": {"dtype": "float32", "remat": "none"},

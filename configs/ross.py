@@ -5,6 +5,7 @@
   encoder   siglip (SO400M/14@384) | clip (ViT-L/14@336)
   llm       qwen2_7b | vicuna_7b | vicuna_13b | llama3_8b
   stage     pretrain (projector and denoiser learn) | finetune (all components but vision encoder and autoencoder learn)
+  tune      full | lora (stage=finetune: low-rank updates of the language model; projector and head learn in full)
   vision    frozen | trained (the vision encoder learns too)
   kind      reconstruction: denoise (Ross^D) | pixel | latent | latent2pixel (Ross^R) | none (LLaVA), or another
             objective of the registry
@@ -59,6 +60,14 @@ STAGES = {
     },
 }
 """Stage -> hyper-parameters. `expected`: kind -> range of the reconstruction loss that is reported for it."""
+TUNE = {
+    "full": {},
+    "lora": {
+        "lora": {"rank": 128, "alpha": 256.0},
+        "optimizer": {"learning_rate": 2e-4, "groups": [[rf"projector/.*|{HEADS_PATTERN}", 2e-5]]},
+    },
+}
+"""How the language model learns -> sections of the config that differ. Those of LoRA are LLaVA's."""
 VISION = {"frozen": (), "trained": (r"vision/.*",)}
 TEACHERS = {
     "autoencoder": None,
@@ -72,6 +81,7 @@ DEFAULTS = {
     "encoder": "siglip",
     "llm": "qwen2_7b",
     "stage": "finetune",
+    "tune": "full",
     "vision": "frozen",
     "kind": "denoise",
     "teacher": "autoencoder",
@@ -84,6 +94,7 @@ def choices() -> dict[str, Collection[str]]:
         "encoder": ENCODERS,
         "llm": LLMS,
         "stage": STAGES,
+        "tune": TUNE,
         "vision": VISION,
         "teacher": TEACHERS,
         "kind": kinds(),
@@ -94,12 +105,14 @@ def parse(arguments: str | None) -> dict[str, str]:
     """Parts of the recipe from `encoder=...,llm=...,...`; parts that are not named have their defaults.
 
     Raises:
-      ConfigError: a part or a value is unknown (the message names the nearest), or a teacher is given for another kind
-        than `latent`.
+      ConfigError: a part or a value is unknown (the message names the nearest), a teacher is given for another kind
+        than `latent`, or low-rank updates for a stage in which the language model does not learn.
     """
     chosen = parse_parts(arguments, DEFAULTS, choices())
     if chosen["teacher"] != DEFAULTS["teacher"] and chosen["kind"] != "latent":
         raise ConfigError(f"teacher={chosen['teacher']!r} is of kind=latent, not kind={chosen['kind']}")
+    if chosen["tune"] != DEFAULTS["tune"] and chosen["stage"] == "pretrain":
+        raise ConfigError(f"tune={chosen['tune']}: stage=pretrain does not train the language model")
     return chosen
 
 
@@ -136,6 +149,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     _, template = LLMS[parts["llm"]]
     annotations, images = stage["data"]
     groups = stage["groups"] if find_objective(kind) else ()
+    tune = TUNE[parts["tune"]]
     return complete(
         {
             "model": to_dict(model_config(parts["encoder"], parts["llm"], kind, parts["teacher"])),
@@ -157,7 +171,9 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "groups": [list(group) for group in groups],
                 "warmup_ratio": 0.03,
                 "weight_decay": 0.0,
+                **tune.get("optimizer", {}),
             },
+            "lora": tune.get("lora", {}),
             "reconstruction": {"kind": kind},
             "step": {"dtype": "bfloat16", "remat": "full"},
             "loop": {"expected_reconstruction": stage["expected"].get(kind)},

@@ -12,11 +12,13 @@ from typing import get_args
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion is host work; accelerators stay free
 
+from ross_jax import checkpoints
+from ross_jax.api import LAYOUTS, export_model, import_model
 from ross_jax.arguments import Parser
 from ross_jax.config import UserError
 from ross_jax.convert.export_weights import DTYPE_NAMES
-from ross_jax.convert.exporting import COMPONENTS, LAYOUTS, export
-from ross_jax.convert.importing import plan_import, write
+from ross_jax.convert.exporting import COMPONENTS
+from ross_jax.convert.peft import EXPORTED
 from ross_jax.data.conversation import Template
 
 
@@ -26,18 +28,22 @@ def say(text: str) -> None:
 
 
 def import_command(args: argparse.Namespace) -> None:
-    plan = plan_import(args.origins, args.vision_tower, args.autoencoder, teacher=args.teacher)
-    try:
-        write(plan, args.output, say)
-    finally:
-        plan.close()
-    have = [name for name in plan.parts if plan.leaves.get(name)]
-    print(f"{args.output}: {', '.join(have)}")
+    import_model(
+        args.origins,
+        args.output,
+        teacher=args.teacher,
+        vision_tower=args.vision_tower,
+        autoencoder=args.autoencoder,
+        progress=say,
+    )
+    found, foreign = checkpoints.model_abstract(args.output), checkpoints.read_manifest(args.output)["foreign"]
+    print(f"{args.output}: {', '.join(name for name in dict.fromkeys([*foreign, *found]) if name in found)}")
 
 
 def export_command(args: argparse.Namespace) -> None:
-    export(args.model, args.output, args.format, args.dtype, say, args.without, args.template)
-    print(args.output)
+    settings = {"layout": args.format, "dtype": args.dtype, "without": args.without}
+    settings |= {"template": args.template, "base": args.base}
+    print(export_model(args.model, args.output, **settings, progress=say))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         default=[],
         metavar="DIR_OR_ID",
         help="a full Ross/LLaVA checkpoint, stage-1 adapters, or a SigLIP, CLIP, DINOv2, Qwen, Llama, AutoencoderKL or "
-        "AutoencoderTiny folder or hub id; repeat to compose a model of several",
+        "AutoencoderTiny folder or hub id; repeat to compose a model of several. Or an adapter of peft, and its base, "
+        "which may be a model directory",
     )
     importer.add_argument(
         "--teacher",
@@ -64,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     importer.set_defaults(run=import_command)
     exporter = commands.add_parser("export", help="model directory to a foreign layout")
     exporter.add_argument("--from", dest="model", type=Path, required=True, metavar="DIR", help="a model directory")
-    exporter.add_argument("--format", choices=tuple(LAYOUTS), required=True)
+    exporter.add_argument("--format", choices=LAYOUTS, required=True)
     exporter.add_argument("--output", type=Path, required=True, metavar="DIR")
     exporter.add_argument(
         "--without",
@@ -77,6 +84,12 @@ def main(argv: list[str] | None = None) -> int:
         "--template",
         choices=get_args(Template),
         help="conversation template of the chat template in llava and original-llava; default: the one of the training",
+    )
+    exporter.add_argument(
+        "--base",
+        choices=EXPORTED,
+        default=EXPORTED[0],
+        help="with --format peft: what the adapter extends (default llava); language is the language model alone",
     )
     exporter.add_argument("--dtype", choices=sorted(DTYPE_NAMES), help="default: as imported")
     exporter.set_defaults(run=export_command)

@@ -1,6 +1,6 @@
 """The demo: makes a data set, trains a tiny Ross in both stages, and reports what it learned.
 
-  python launch/demo.py [--kind latent] [--baseline] [--denoiser] [--seeds 0 1 2] [--quick] [--root runs/demo]
+  python launch/demo.py [--kind latent] [--baseline] [--lora] [--denoiser] [--seeds 0 1 2] [--quick] [--root runs/demo]
 
 `bash launch/demo.sh` does the same and installs everything first. After an interruption the same command continues.
 """
@@ -18,6 +18,7 @@ from ross_jax.demo.dataset import DatasetConfig
 from ross_jax.demo.prepare import prepare
 from ross_jax.demo.report import (
     DENOISER,
+    LORA,
     STAGES,
     draw_losses,
     format_denoisers,
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     help_text = f"objectives: {', '.join(choices)} (default denoise)"
     parser.add_argument("--kind", nargs="+", choices=choices, default=["denoise"], metavar="KIND", help=help_text)
     parser.add_argument("--baseline", action="store_true", help="also train without reconstruction, and compare")
+    parser.add_argument("--lora", action="store_true", help="also train stage 2 with low-rank updates, and compare")
     parser.add_argument("--denoiser", action="store_true", help="then train the denoiser alone, without text")
     parser.add_argument("--seeds", type=int, within=SEED, nargs="+", default=[0], metavar="SEED", help="default 0")
     parser.add_argument("--quick", action="store_true", help="very little data, to check that everything runs")
@@ -60,9 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         prepare(root, dataset, fit, say)
         for seed in args.seeds:
             for kind in kinds:
-                for stage in STAGES:
+                for stage in (*STAGES, *([LORA] if args.lora else [])):
                     train_stage(root, kind, seed, stage)
-        scores = summarise(root, kinds, args.seeds)
+        names = [*kinds, *(f"{kind}+{LORA}" for kind in kinds if args.lora)]
+        scores = summarise(root, names, args.seeds)
         draw_losses(root / "losses.png", root, kinds, args.seeds[0])
         denoisers = {}
         for seed in args.seeds if args.denoiser else ():
@@ -83,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join([format_report(scores), *format_denoisers(denoisers)]))
     print(f"{cost['seconds']:.0f} s, at most {cost['peak_memory_gb']} GB of memory")
     images = [f"{kind}/seed{args.seeds[0]}/pictures.png" for kind in kinds if kind != "none"]
+    if args.lora:
+        images += [f"{kind}/seed{args.seeds[0]}/{LORA}.png" for kind in kinds if kind != "none"]
     if denoisers:
         images.append(f"denoise/seed{args.seeds[0]}/{DENOISER}.png")
     for name in ("summary.json", "losses.png", *images):

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs everything, trains a tiny Ross on real pictures on the CPU, and reports what it learned, under runs/demo.
-# Usage: bash launch/demo.sh [--kind KIND ...] [--denoiser] [--baseline] [--seeds 0 1 2] [--quick] [--root DIR]
+# Usage: bash launch/demo.sh [--kind KIND ...] [--denoiser] [--baseline] [--lora] [--seeds 0 1 2] [--quick] [--root DIR]
 #   --kind      objective: denoise (default), pixel, latent, latent2pixel or none
 #   --denoiser  afterwards train the denoiser alone     --baseline  also train without reconstruction
+#   --lora      also train stage 2 with low-rank updates
 #   --quick     very little data, to check that everything runs
 set -euo pipefail
 cd "$(dirname "$0")/.."

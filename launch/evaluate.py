@@ -38,6 +38,7 @@ def make_parser() -> Parser:
     parser.add_argument("--rows", type=int, default=8, within=Range(1, 4096), help="questions at once (default 8)")
     parser.add_argument("--template", help="conversation template; default: the one that the model was trained with")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits")
     parser.add_argument("--processes", type=int, default=1, within=_PROCESSES, help="processes that share the work")
     parser.add_argument("--process", type=int, default=0, within=Range(0, 2**16), help="number of this one, from 0")
     return parser
@@ -63,11 +64,12 @@ def answer(args) -> list[str]:
     if args.process >= args.processes:
         raise UserError(f"--process {args.process}: must be less than --processes {args.processes}")
     benchmarks = read_all(args)
-    model = load(args.checkpoint, TEXT_COMPONENTS, args.template, args.dtype)
+    model = load(args.checkpoint, TEXT_COMPONENTS, args.template, args.dtype, quantize=args.quantize)
     share = Share(args.process, args.processes)
     asking = Asking(args.prompts, args.max_new_tokens, args.rows, args.limit, share)
     step = checkpoints.latest_step(args.checkpoint)
     facts = {"checkpoint": str(args.checkpoint), "step": step, "template": model.template, "dtype": args.dtype}
+    facts |= {"quantize": args.quantize} if args.quantize else {}
     for name, questions in benchmarks.items():
         if questions.broken:
             count, first = len(questions.broken), questions.broken[0]

@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, within=Range(1, 4096), default=8, help="questions of --input at once")
     parser.add_argument("--mesh", metavar="AXES", help="splits the model over all devices: data=2,fsdp=1,tensor=4")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits")
     try:
         return run(parser.parse_args(argv))
     except UserError as error:
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     request = Request(args.image, args.prompt or "", **settings, on_text=show)
     sees = bool(args.image) if args.prompt is not None else has_vision(args.checkpoint)
     components = TEXT_COMPONENTS if sees else ("language",)
-    model = load(args.checkpoint, components, args.template, args.dtype, args.mesh and parse_mesh(args.mesh))
+    mesh = args.mesh and parse_mesh(args.mesh)
+    model = load(args.checkpoint, components, args.template, args.dtype, mesh, args.quantize)
     if args.interactive:
         converse(model, args.image, settings)
     elif args.input:

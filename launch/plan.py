@@ -6,9 +6,9 @@
   python launch/plan.py --config=configs/ross.py --topology=v5e:8x8 --cached=targets
 
 XLA compiles the config's own jitted step for the topology, on this machine's CPU. Nothing runs and no array is made.
-TPU slices (v4, v5e, v5p, v6e, v7x: chips along each axis) need the extra `tpu`, GPUs (a100, h100, h200, b200: slices x
-hosts x GPUs of a host) the extra `cuda`. Times are estimates; the output says how they are made. A 7B model takes up to
-7 GB of memory and some minutes.
+TPU slices (v4, v5e, v5p, v6e, v7x: chips along each axis) need the extra `tpu`, GPUs (rtx4090, a100, h100, h200, b200:
+slices x hosts x GPUs of a host) the extra `cuda`. Times are estimates; the output says how they are made. A 7B model
+takes up to 7 GB of memory and some minutes.
 
 Exit status: 0 it fits, 1 it does not, or an error. With --search: 0 if anything fits.
 """

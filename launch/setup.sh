@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv, or brings it up to date, with everything that tests and demo need. A second run takes seconds.
-# Usage: bash launch/setup.sh [extra ...]     extras of setup.py beyond test and demo: tpu, cuda, cuda13, parity
+# Usage: bash launch/setup.sh [extra ...]     extras of setup.py beyond test and demo: tpu, cuda, cuda13, quantize, parity
 #        bash launch/setup.sh --env NAME      makes .venv-NAME instead, with launch/environments/NAME.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -4,14 +4,19 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import get_args
 
+from ross_jax import checkpoints
 from ross_jax.config import UserError
 from ross_jax.convert.export_weights import DTYPE_NAMES
-from ross_jax.convert.exporting import LAYOUTS, export
+from ross_jax.convert.exporting import LAYOUTS as WHOLE_LAYOUTS
+from ross_jax.convert.exporting import export
 from ross_jax.convert.importing import plan_import, write
+from ross_jax.convert.peft import EXPORTED, export_adapter, import_adapter, is_adapter
 from ross_jax.data.conversation import Template
 from ross_jax.evaluation.reconstruction import make_callbacks
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run, only_writer
+
+LAYOUTS = (*WHOLE_LAYOUTS, "peft")
 
 
 def train(config: RunConfig, workdir: str | Path, *, accept_changed_data: bool = False) -> Run:
@@ -51,7 +56,8 @@ def import_model(
     """Writes a model directory from foreign checkpoints, completely or not at all.
 
     Args:
-      sources: folders or hub ids. Together they make one model, each component from one of them.
+      sources: folders or hub ids. Together they make one model, each component from one of them. A folder with an
+        adapter of peft updates the model; its base may be a model directory.
       output: the model directory. It must not exist.
       teacher: folder or hub id of a vision encoder whose features are reconstruction targets.
       vision_tower: folder with the config.json of the vision tower, for a checkpoint that only names it.
@@ -67,10 +73,20 @@ def import_model(
     origins = [str(each) for each in ([sources] if isinstance(sources, str | Path) else sources)]
     if not origins and teacher is None:
         raise UserError("import_model: neither sources nor a teacher")
+    adapters = [origin for origin in origins if is_adapter(origin)]
+    origins = [origin for origin in origins if origin not in adapters]
+    if len(adapters) > 1 or (adapters and not origins):
+        raise UserError(f"{adapters[-1]}: is an adapter of peft; import it with its base, one adapter at a time")
+    if adapters and len(origins) == 1 and (Path(origins[0]) / checkpoints.MANIFEST).is_file():
+        import_adapter(Path(adapters[0]), Path(origins[0]), Path(output), progress)
+        return Path(output)
     tower, decoder = (Path(each) if each else None for each in (vision_tower, autoencoder))
     plan = plan_import(origins, tower, decoder, teacher=str(teacher) if teacher else None)
     try:
-        write(plan, Path(output), progress)
+        if adapters:
+            import_adapter(Path(adapters[0]), plan, Path(output), progress)
+        else:
+            write(plan, Path(output), progress)
     finally:
         plan.close()
     return Path(output)
@@ -84,6 +100,7 @@ def export_model(
     dtype: str | None = None,
     without: Collection[str] = (),
     template: str | None = None,
+    base: str = EXPORTED[0],
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Writes a model directory in a foreign layout, completely or not at all.
@@ -91,12 +108,13 @@ def export_model(
     Args:
       model: a model directory, or the directory of a run.
       output: the folder to write. It must not exist.
-      layout: `ross`, a checkpoint that the reference loads, `components`, a folder for each component, `llava`,
-        transformers' LlavaForConditionalGeneration, `original-llava`, a checkpoint of the first LLaVA code, or
-        `adapters` and `adapters-bin`, projector and denoiser alone.
+      layout: `ross`, a checkpoint that the reference loads; `components`, a folder for each component; `llava`,
+        transformers' LlavaForConditionalGeneration; `original-llava`, a checkpoint of the first LLaVA code; `adapters`
+        and `adapters-bin`, projector and denoiser alone; or `peft`, the low-rank updates as an adapter.
       dtype: `float32`, `bfloat16` or `float16`. None: the dtypes of the import.
       without: names of components to leave out.
       template: conversation template of the chat template. None: the one of the training.
+      base: with `peft`: what the adapter extends: `llava`, `language` (the language model alone) or `original-llava`.
       progress: receives a line of text after each parameter.
 
     Returns:
@@ -105,9 +123,18 @@ def export_model(
     Raises:
       UserError: nothing to export, or an output that cannot be written.
     """
-    known = (("layout", layout, LAYOUTS), ("dtype", dtype, (*DTYPE_NAMES, None)))
-    for name, value, choices in (*known, ("template", template, (*get_args(Template), None))):
+    fields = {"layout": (layout, LAYOUTS), "dtype": (dtype, (*DTYPE_NAMES, None)), "base": (base, EXPORTED)}
+    fields["template"] = (template, (*get_args(Template), None))
+    for name, (value, choices) in fields.items():
         if value not in choices:
             raise UserError(f"{name} {value!r}: one of {list(choices)}")
-    export(Path(model), Path(output), layout, dtype, progress, without, template)
+    if layout == "peft":
+        for name, value in {"dtype": dtype, "without": without, "template": template}.items():
+            if value:
+                raise UserError(
+                    f"{name} {value!r}: is of whole models; an adapter is float32, and has what was updated"
+                )
+        export_adapter(Path(model), Path(output), base, progress)
+    else:
+        export(Path(model), Path(output), layout, dtype, progress, without, template)
     return Path(output)

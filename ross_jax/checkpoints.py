@@ -4,6 +4,7 @@ A model directory appears under its name complete or not at all:
 
     ross_jax.json   manifest: what the model is and where its tensors came from
     params/         Orbax checkpoint of the parameter tree
+    lora/           Orbax checkpoint of an imported adapter; its leaves come before others of the same path
     unused/         tensors of the imported checkpoint that are never computed with, for export
     files/          configs, tokenizer
 
@@ -39,6 +40,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from ross_jax.directories import SUMS, CheckpointError, DamagedError, check_sums, write_sums
 from ross_jax.json_text import load_json
+from ross_jax.lora import hide_factors, restore_merged
 from ross_jax.orbax_calls import checkpoint_error, orbax_call, silence
 from ross_jax.tree import flatten, unflatten
 from ross_jax.upgrade import upgrade
@@ -48,6 +50,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "ross_jax.json"
 FORMAT = 2
 """Version of the directory's layout. Version 1 had no digests."""
+UPDATES = "lora"
+"""Folder of a model directory with an imported adapter."""
 DAMAGED = "DAMAGED"
 """File that marks a step that is skipped."""
 _FIELDS = dict.fromkeys(("config", "foreign", "reconstruction", "tokenizer"), dict)
@@ -318,34 +322,47 @@ def parameter_folders(model: Path) -> list[Path]:
     Raises:
       CheckpointError: there is none.
     """
-    if (model / "params").is_dir():
-        return [model / "params"]
-    latest = latest_step(model)
-    if latest is None:
-        raise CheckpointError(f"{model}: holds no parameters: neither params/ nor a completed step in steps/")
-    return [path for path in (model / "frozen", model / "steps" / str(latest) / "params") if path.is_dir()]
+    folders = [model / "params"]
+    if not folders[0].is_dir():
+        latest = latest_step(model)
+        if latest is None:
+            raise CheckpointError(f"{model}: holds no parameters: neither params/ nor a completed step in steps/")
+        folders = [model / "frozen", model / "steps" / str(latest) / "params"]
+    return [path for path in (*folders, model / UPDATES) if path.is_dir()]
 
 
-def model_abstract(model: Path) -> dict[str, Any]:
-    """Shapes and dtypes of a model directory's parameters; errors as `parameter_folders` and `abstract`."""
+def model_abstract(model: Path, factors: bool = False) -> dict[str, Any]:
+    """Shapes and dtypes of a model directory's parameters; errors as `parameter_folders` and `abstract`.
+
+    Args:
+      factors: whether factors of low-rank updates are listed. False: shapes after merging.
+    """
     flat: dict[str, Any] = {}
     for folder in parameter_folders(model):
         flat |= flatten(abstract(folder))
-    return unflatten(flat)
+    return unflatten(flat if factors else hide_factors(flat))
 
 
 def restore_model(model: Path, tree: Any) -> Any:
-    """`restore` of leaves that may lie in any of the model directory's checkpoints."""
+    """`restore` of leaves that may lie in any of the model directory's checkpoints.
+
+    A kernel with a low-rank update has the update merged into it, unless the tree names the update's factors.
+    """
     folders = parameter_folders(model)
-    leaves, restored = flatten(tree), {}
-    for folder in folders:
-        last = folder == folders[-1]
-        present = flatten(abstract(folder))
-        # The last folder is asked for leaves that no folder has, and names them in its error.
-        part = {path: leaf for path, leaf in leaves.items() if path in present or (last and path not in restored)}
-        if part:
-            restored |= flatten(restore(folder, unflatten(part)))
-    return unflatten(restored)
+    present = {folder: flatten(abstract(folder)) for folder in folders}
+
+    def read(leaves: dict[str, Any]) -> dict[str, Any]:
+        restored = {}
+        for folder in folders:
+            last = folder == folders[-1]
+            # The last folder is asked for leaves that no folder has, and names them in its error.
+            part = {p: leaf for p, leaf in leaves.items() if p in present[folder] or (last and p not in restored)}
+            if part:
+                restored |= flatten(restore(folder, unflatten(part)))
+        return restored
+
+    stored = {path: leaf for leaves in present.values() for path, leaf in leaves.items()}
+    return unflatten(restore_merged(flatten(tree), stored, read))
 
 
 class RunCheckpoints:

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ross_jax import lora
 from ross_jax.config import ConfigError, Range, nearest
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*", ()),
 )
 """Path pattern -> logical axis of each dimension; the first match counts. The only declaration of a parameter's axes:
-`models.layers.Dense` looks its kernel up here too."""
+`models.layers.Dense` looks its kernel up here too. Low-rank factors have the axes of their kernel."""
 LARGE = 2**22
 """Elements from which a replicated array is worth a line in the log."""
 FSDP_AT_MOST = 64
@@ -201,7 +202,12 @@ def logical_axes(path: str, ndim: int | None = None) -> tuple[str | None, ...]:
     Args:
       ndim: dimensions of the array at hand, if it is one layer of a stacked parameter. None: of the whole parameter.
     """
-    axes = next(axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path))
+    layer, _, name = path.rpartition("/")
+    if name in (lora.A, lora.B):  # the kernel's rows or columns, and the rank
+        axes = logical_axes(f"{layer}/kernel")
+        axes = (*axes[:-1], None) if name == lora.A else (*axes[:-2], None, *axes[-1:])
+    else:
+        axes = next(axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, path))
     return axes if ndim is None else axes[max(0, len(axes) - ndim) :]
 
 

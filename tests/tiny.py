@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ross_jax.lora import LoraConfig
 from ross_jax.models.autoencoder import AutoencoderConfig
 from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import LanguageConfig
@@ -23,10 +24,12 @@ from ross_jax.training.state import (
     FreezeConfig,
     abstract_tree,
     init_components,
+    init_factors,
     split,
     state_shardings,
 )
 from ross_jax.training.step import compile_step, make_state, make_train_step
+from ross_jax.tree import merge
 
 CONFIG = RossConfig(
     vision=VisionConfig("siglip", 28, 14, 32, 48, 2, 4, "gelu_tanh", 1e-6),
@@ -82,10 +85,14 @@ def make_batch(rows: int = 8, length: int = 24, seed: int = 0) -> dict[str, np.n
 
 
 @functools.cache
-def _initial(config: RossConfig, freeze: FreezeConfig, seed: int):
+def _initial(config: RossConfig, freeze: FreezeConfig, updates: LoraConfig, seed: int):
     """Initial parameters as NumPy arrays, computed on one device."""
-    tree = abstract_tree(config, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]))
-    return jax.tree.map(np.asarray, init_components(config, tree, tree, jax.random.key(seed)))
+    tree, key = (
+        abstract_tree(config, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]), None, updates),
+        jax.random.key(seed),
+    )
+    made = merge(init_components(config, tree, tree, key), init_factors(tree, updates, key))
+    return {name: jax.tree.map(np.asarray, made.get(name, {})) for name in tree}
 
 
 def _place(params, tree):
@@ -111,11 +118,14 @@ class Run:
         supervised: int | None = None,
         platform: str | None = None,
         sources: int = 0,
+        updates: LoraConfig | None = None,
     ):
         self.mesh = make_mesh(mesh, jax.devices(platform)[:devices])
         key = jax.random.key(seed)
-        self.tree = abstract_tree(config, freeze, self.mesh)
-        made = _place(_initial(config, freeze, seed), self.tree)
+        updates = updates or LoraConfig()
+        freeze = freeze.with_updates(config, updates)
+        self.tree = abstract_tree(config, freeze, self.mesh, None, updates)
+        made = _place(_initial(config, freeze, updates, seed), self.tree)
         settings = OptimizerConfig(learning_rate, ((r"denoiser/.*", learning_rate / 10),))
         optimizer = make_optimizer(settings, steps=10)
         params, frozen = split(made, freeze)
@@ -123,7 +133,7 @@ class Run:
         self.shardings = state_shardings(shapes, self.tree, self.mesh)
         self.state = jax.jit(lambda p, f: make_state(p, f, optimizer), out_shardings=self.shardings)(params, frozen)
         text = {"text_weight": text_weight, "chunk": 32, "supervised": supervised, "sources": sources}
-        loss = make_loss(config, reconstruction, dtype, remat, **text)
+        loss = make_loss(config, reconstruction, dtype, remat, updates.dropout, **text)
         step = make_train_step(loss, optimizer, jax.random.fold_in(key, 1), accumulate, learning_rates(settings, 10))
         self.step = compile_step(step, self.shardings, batch_sharding(self.mesh))
 

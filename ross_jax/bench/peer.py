@@ -177,6 +177,7 @@ def check(config: RunConfig) -> None:
             or bool(optimizer.weight_decay)
         ),
         "text.weight must be positive": not config.text.weight,
+        "lora.rank must be 0": bool(config.lora.rank),
         "the mesh must be one device, a CPU or a GPU": (
             jax.device_count() != 1 or jax.default_backend() not in ("cpu", "gpu")
         ),

@@ -14,13 +14,12 @@ import numpy as np
 from ross_jax.bench.workload import Workload, make_workload
 from ross_jax.config import UserError
 from ross_jax.data.packing import PackingConfig
-from ross_jax.models.ross import RossConfig
 from ross_jax.sharding import batch_sharding, make_mesh, use_mesh
 from ross_jax.training.build import build_step
 from ross_jax.training.cached import objective_of
 from ross_jax.training.metrics import PEAK_FLOPS, matrix_sizes, peak_memory, step_flops
 from ross_jax.training.recipe import RunConfig
-from ross_jax.training.state import Tree, init_components, split
+from ross_jax.training.state import Tree, init_components, init_factors, split
 from ross_jax.training.step import make_state
 from ross_jax.tree import merge
 
@@ -57,7 +56,7 @@ class Stepper:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
         self._batch = jax.device_put(self.workload.batch(), batch_sharding(self.mesh))
         with use_mesh(self.mesh, config.mesh):
-            params, frozen = split(random_parameters(config.model, built.tree, config.seed), config.freeze)
+            params, frozen = split(random_parameters(config, built.tree), config.freezing)
             start = jax.jit(lambda p, f: make_state(p, f, built.optimizer), out_shardings=shardings, donate_argnums=0)
             self.state = start(params, frozen)
             self._step = built.train_step.lower(self.state, self._batch).compile()
@@ -101,10 +100,10 @@ class Stepper:
         return figures
 
 
-def random_parameters(config: RossConfig, tree: Tree, seed: int) -> Tree:
+def random_parameters(config: RunConfig, tree: Tree) -> Tree:
     """A run's first parameters, except that no parameter of the denoiser is zero: zero gates would hide its blocks."""
-    key = jax.random.key(seed)
-    made = init_components(config, tree, tree, key)
+    key = jax.random.key(config.seed)
+    made = merge(init_components(config.model, tree, tree, key), init_factors(tree, config.lora, key))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def move(component: Tree) -> Tree:

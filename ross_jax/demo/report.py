@@ -18,15 +18,19 @@ from ross_jax.objectives.reconstruction import find_objective, reconstructor
 STAGES = ("pretrain", "finetune")
 DENOISER = "denoiser"
 """Optional stage after `STAGES`, which trains the denoiser alone."""
+LORA = "lora"
+"""Stage in place of the last one, with low-rank updates. A model of it is called `KIND+lora`."""
 SHOWN = 8
 """Number of pictures in a grid."""
-_SCORES = "scores.json"
+_FILES = {STAGES[-1]: ("scores.json", "pictures.png"), LORA: (f"{LORA}.json", f"{LORA}.png")}
+"""Last stage of a model -> its files of scores and of pictures."""
 
 
-def kind_title(kind: str) -> str:
-    """Name of a kind of objective in tables."""
+def kind_title(name: str) -> str:
+    """Name in tables of a model, `KIND` or `KIND+lora`."""
+    kind, _, lora = name.partition("+")
     objective = find_objective(kind)
-    return objective.title if objective else "LLaVA"
+    return (objective.title if objective else "LLaVA") + (", LoRA" if lora else "")
 
 
 def run_folder(root: Path, kind: str, seed: int, stage: str) -> Path:
@@ -34,23 +38,28 @@ def run_folder(root: Path, kind: str, seed: int, stage: str) -> Path:
     return root / kind / f"seed{seed}" / stage
 
 
-def score_run(root: Path, kind: str, seed: int) -> dict[str, Any]:
+def score_run(root: Path, name: str, seed: int) -> dict[str, Any]:
     """Scores a finished model and draws its reconstructions; a second call reads the stored scores.
+
+    Args:
+      name: `KIND` or `KIND+lora`.
 
     Returns:
       `answers`: the fields of an `Accuracy` for each question type. `reconstruction`: `Reconstructions.scores()`, or
       None for a model that makes no pictures.
     """
-    path = root / kind / f"seed{seed}" / _SCORES
+    kind, _, stage = name.partition("+")
+    folder = run_folder(root, kind, seed, stage or STAGES[-1])
+    path, pictures = (folder.with_name(file) for file in _FILES[folder.name])
     if path.is_file():
         return json.loads(path.read_text())
-    model = load(run_folder(root, kind, seed, STAGES[-1]))
+    model = load(folder)
     scores: dict[str, Any] = {"answers": [to_dict(each) for each in answer_heldout(model, root / "data")]}
     scores["reconstruction"] = None
     if reconstructor(model.config) is not None:
         images = reconstruct_heldout(model, root / "data")
         scores["reconstruction"] = images.scores()
-        draw_images(path.with_name("pictures.png"), images)
+        draw_images(pictures, images)
     path.write_text(json.dumps(scores, indent=1) + "\n")
     return scores
 
@@ -100,9 +109,9 @@ def draw_losses(path: Path, root: Path, kinds: Sequence[str], seed: int) -> None
     plot_losses(path, curves)
 
 
-def summarise(root: Path, kinds: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Scores of every model: kind -> seed -> result of `score_run`."""
-    return {kind: {str(seed): score_run(root, kind, seed) for seed in seeds} for kind in kinds}
+def summarise(root: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Scores of every model: its name -> seed -> result of `score_run`."""
+    return {name: {str(seed): score_run(root, name, seed) for seed in seeds} for name in names}
 
 
 def format_report(scores: Mapping[str, Mapping[str, Any]]) -> str:

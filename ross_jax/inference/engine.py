@@ -33,6 +33,7 @@ from ross_jax.inference.sampling import Drawing
 from ross_jax.models.language import Cache, unstack
 from ross_jax.models.ross import normalise
 from ross_jax.sharding import MeshConfig, constrain, use_mesh
+from ross_jax.tree import flatten, unflatten
 
 STEPS = 32
 """Most tokens that rows are extended by before the host looks at them."""
@@ -342,14 +343,18 @@ def make_engine(
 ) -> Engine:
     """An engine for the devices there are.
 
-    On a single CPU the language model's weights are copied: layer by layer, and in float32, because CPUs are slow with
-    stacked layers and with bfloat16.
+    On a single CPU the language model's weights are copied: layer by layer, and in float32 unless they are quantised,
+    because CPUs are slow with stacked layers and with bfloat16.
 
     Args:
       params: parameters with stacked layers.
     """
     if mesh is None and jax.default_backend() == "cpu":
         decoding = dataclasses.replace(decoding, dtype="float32", stacked=False)
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        widened = {
+            path: leaf.astype(jnp.float32) if isinstance(leaf, jax.Array) else leaf
+            for path, leaf in flatten(params).items()
+        }
+        params = unflatten(widened)
         params["language"] = unstack(params["language"])
     return Engine(decoding, params, mesh, mesh_config)

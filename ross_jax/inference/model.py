@@ -34,6 +34,8 @@ from ross_jax.inference.generate import Decoding
 from ross_jax.inference.prompts import AnyImage, AnyImages, Request, Resized, prompt_batches, read_images
 from ross_jax.inference.reconstruct import reconstruct, visual_outputs
 from ross_jax.inference.text import Answer
+from ross_jax.models.quantization import Kind, check_quantization, is_quantised
+from ross_jax.models.quantization import quantize as quantize_kernel
 from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.objectives.objective import DEFAULT_SAMPLING, Sampling
 from ross_jax.objectives.reconstruction import reconstructor
@@ -294,6 +296,7 @@ def load(
     template: str | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: MeshConfig | None = None,
+    quantize: Kind | None = None,
 ) -> Model:
     """Restores a model.
 
@@ -304,12 +307,14 @@ def load(
       template: conversation template. None: the one that the model was trained with.
       dtype: dtype of parameters and activations. None: parameters as they are stored, activations in float32.
       mesh: splits the parameters over all devices, of all processes. None: the default device alone.
+      quantize: `int8` or `fp8`: the language model's matrices are kept in 8 bits; needs qwix. None: they are not.
 
     Raises:
       ConfigError: a mesh that does not fit the devices.
-      UserError: no model there, or one without such a component.
+      UserError: no model there, or one without such a component; qwix is not installed.
     """
     folder = Path(folder)
+    check_quantization(quantize)
     manifest = checkpoints.read_manifest(folder)
     config = from_dict(RossConfig, manifest["config"], f"{folder}: config")
     missing = [name for name in components or ("language",) if getattr(config, name) is None]
@@ -331,9 +336,19 @@ def load(
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or stored[path].dtype), sharding=shardings[path])
         for path, leaf in shapes.items()
     }
-    params = checkpoints.restore_model(folder, unflatten(leaves))
+    params = _restore(folder, leaves, quantize)
     how = (config.image_mean, config.image_std, manifest.get("image_mode", "pad"), config.image_resample)
     images = config.vision and encoder_image_config(config.vision.kind, config.vision.image_size, *how)
     dropout = manifest.get("reconstruction", {}).get("condition_dropout", 0.0)
     settings = (template or manifest.get("template"), dtype or "float32", dropout, devices, mesh)
     return Model(folder, config, params, images, *settings)
+
+
+def _restore(folder: Path, leaves: dict[str, jax.ShapeDtypeStruct], kind: Kind | None) -> dict[str, Any]:
+    """Parameters. Those that are quantised are restored one after another, so that one at most has its full size."""
+    alone = {path: leaf for path, leaf in leaves.items() if kind and is_quantised(path)}
+    params = flatten(checkpoints.restore_model(folder, unflatten({p: x for p, x in leaves.items() if p not in alone})))
+    for path, leaf in alone.items():
+        restored = flatten(checkpoints.restore_model(folder, unflatten({path: leaf})))
+        params[path] = quantize_kernel(restored.pop(path), required(kind))
+    return unflatten(params)

@@ -181,6 +181,7 @@ class Decoder(nn.Module):
     taps: tuple[int, ...] = ()
     keep: bool = False
     transposed: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, carry, layer, cos, sin, segments, mask, lengths):
@@ -227,8 +228,8 @@ class Decoder(nn.Module):
         )
 
     def _dense(self, features: int, bias: bool, name: str) -> Dense:
-        init = nn.initializers.normal(0.02)
-        return Dense(features, bias, self.dtype, init, gathered=True, transposed=self.transposed, name=name)
+        settings = {"gathered": True, "transposed": self.transposed, "dropout": self.dropout}
+        return Dense(features, bias, self.dtype, nn.initializers.normal(0.02), name=name, **settings)
 
     def _heads(self, x: Float[Array, "batch seq embed"], heads: int, name: str):
         y = self._dense(heads * self.config.head_dim, self.config.qkv_bias, name)(x)
@@ -256,12 +257,14 @@ class LanguageModel(nn.Module):
       stacked: parameters of all layers are stacked, and program size does not grow with depth. False: parameters are
         those that `unstack` returns, with which a few tokens are quick on CPU. XLA copies a layer's stacked parameters
         there before it multiplies with them, and reads kernels faster along their inputs.
+      dropout: of low-rank updates, as in `models.layers.Dense`.
     """
 
     config: LanguageConfig
     dtype: DTypeLike = jnp.float32
     remat: RematPolicy = "none"
     stacked: bool = True
+    dropout: float = 0.0
 
     def input_spec(self, batch: int = 1, length: int = 2) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of the arguments of `__call__`."""
@@ -339,7 +342,7 @@ class LanguageModel(nn.Module):
         inner = tuple(sorted({number for number in numbers.values() if 0 < number < cfg.num_layers}))
         constants = (jnp.cos(angles), jnp.sin(angles), segments, mask, lengths)
         tapped = tuple(jnp.zeros_like(x) for _ in inner)
-        settings = (cfg, self.dtype, hidden_states, inner, keep)
+        settings = (cfg, self.dtype, hidden_states, inner, keep, self.dropout)
         if self.stacked:
             layers = stack(Decoder, cfg.num_layers, self.remat, scanned=1, constant=len(constants))
             (x, keys, values, tapped), (states, new) = layers(*settings, name="layers")(
@@ -383,7 +386,7 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
         rest["head"] = rest["head"].T
 
     def pick(i: int, path: tuple[Any, ...], leaf: Array) -> Array:
-        return leaf[i].T if path[-1].key == "kernel" else leaf[i]
+        return leaf[i].T if jax.tree_util.DictKey("kernel") in path else leaf[i]
 
     count = jax.tree.leaves(layers)[0].shape[0]
     return rest | {f"layers_{i}": jax.tree_util.tree_map_with_path(partial(pick, i), layers) for i in range(count)}

@@ -11,6 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ross_jax import lora
+from ross_jax.models.quantization import dequantize
 from ross_jax.sharding import gather, logical_axes, scatter
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
@@ -125,6 +127,10 @@ class Dense(nn.Module):
       outputs: number of arrays that the features are split into. Each array has the same width and is computed by its
         own product, which costs less than splitting the result of one product.
       transposed: the kernel is stored as `[features, inputs]`, and has no gradient. See `transposed_linear`.
+      dropout: share of the low-rank update's inputs that are zeroed, where there is an rng named `dropout`.
+
+    Parameters beside the kernel that `ross_jax.lora` names are a low-rank update. `init` makes none. The kernel may be
+    one of 8 bits, see `models.quantization`.
     """
 
     features: int
@@ -134,22 +140,33 @@ class Dense(nn.Module):
     gathered: bool = False
     outputs: int = 1
     transposed: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]):
         """`[*batch, features]`. With several outputs: a list of `[*batch, features / outputs]`."""
         shape = (self.features, x.shape[-1]) if self.transposed else (x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        kernel = dequantize(self.param("kernel", self.kernel_init, shape), self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.use_bias else None
-        axes = logical_axes("/".join((*self.path, "kernel")), kernel.ndim) if self.gathered else ()
+        axes = self._axes("kernel", kernel)
         x = x.astype(self.dtype)
-        if self.transposed:
-            return transposed_linear(x, kernel, bias)
         if self.outputs == 1:
-            return linear(x, kernel, bias, axes)
+            y = transposed_linear(x, kernel, bias) if self.transposed else linear(x, kernel, bias, axes)
+            return y + self._update(x) if self.has_variable("params", lora.A) else y
         kernels = jnp.split(kernel, self.outputs, axis=-1)
         biases = jnp.split(bias, self.outputs) if self.use_bias else [None] * self.outputs
         return [linear(x, *each, axes) for each in zip(kernels, biases, strict=True)]
+
+    def _axes(self, name: str, leaf: Array) -> tuple[str | None, ...]:
+        return logical_axes("/".join((*self.path, name)), leaf.ndim) if self.gathered else ()
+
+    def _update(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        """The low-rank update of the output."""
+        a, b, scale = (self.get_variable("params", name) for name in (lora.A, lora.B, lora.SCALE))
+        if self.dropout and self.has_rng("dropout"):
+            x = nn.Dropout(self.dropout, deterministic=False)(x)
+        inner = linear(x, a.astype(self.dtype), None, self._axes(lora.A, a))
+        return linear((scale * inner).astype(self.dtype), b.astype(self.dtype), None, self._axes(lora.B, b))
 
 
 @jax.custom_vjp
@@ -233,7 +250,7 @@ def stack(block: type[nn.Module], length: int, remat: RematPolicy = "none", scan
     return nn.scan(
         block,
         variable_axes={"params": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, "dropout": True},
         in_axes=(0,) * scanned + (nn.broadcast,) * constant,
         length=length,
     )

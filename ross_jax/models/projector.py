@@ -39,6 +39,7 @@ class Projector(nn.Module):
 
     config: ProjectorConfig
     dtype: DTypeLike = jnp.float32
+    dropout: float = 0.0
 
     def input_spec(self, batch: int = 1, tokens: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of the arguments of `__call__`."""
@@ -49,7 +50,8 @@ class Projector(nn.Module):
         """Projects `[..., in_size]` to `[..., out_size]`."""
         if self.config.kind == "identity":
             return features.astype(self.dtype)
-        x = Dense(self.config.out_size, dtype=self.dtype, name="linear_0")(features)
-        for i in range(1, self.config.depth):
-            x = Dense(self.config.out_size, dtype=self.dtype, name=f"linear_{i}")(activate("gelu", x))
+        x = features
+        for i in range(self.config.depth):
+            x = activate("gelu", x) if i else x
+            x = Dense(self.config.out_size, dtype=self.dtype, dropout=self.dropout, name=f"linear_{i}")(x)
         return x

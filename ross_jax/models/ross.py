@@ -146,11 +146,16 @@ def normalise(
 
 
 class Ross(nn.Module):
-    """Vision encoder, projector and language model as one function of (parameters, batch)."""
+    """Vision encoder, projector and language model as one function of (parameters, batch).
+
+    Attributes:
+      dropout: of low-rank updates, as in `models.layers.Dense`.
+    """
 
     config: RossConfig
     dtype: DTypeLike = jnp.float32
     remat: RematPolicy = "none"
+    dropout: float = 0.0
 
     def input_spec(self, batch: int = 1, images: int = 1, length: int | None = None):
         """Shapes of the arguments of `__call__`."""
@@ -163,8 +168,8 @@ class Ross(nn.Module):
         cfg = self.config
         # Remat costs a frozen encoder nothing, because a frozen encoder has no backward pass.
         self.vision = VisionEncoder(cfg.vision, self.dtype, self.remat)
-        self.projector = Projector(cfg.projector, self.dtype)
-        self.language = LanguageModel(cfg.language, self.dtype, self.remat)
+        self.projector = Projector(cfg.projector, self.dtype, self.dropout)
+        self.language = LanguageModel(cfg.language, self.dtype, self.remat, dropout=self.dropout)
 
     def encode_images(
         self, images: Float[Array, "batch images height width 3"]

@@ -22,6 +22,9 @@ from ross_jax.objectives.text import IGNORE, gather_supervised, supervised_order
 from ross_jax.sharding import constrain
 from ross_jax.tree import merge
 
+NO_IMAGE = 0
+"""The identity of empty image slots, which no image has."""
+
 
 def real_images(batch: Batch) -> Bool[Array, "batch images"]:
     """True where a slot holds an image."""
@@ -122,6 +125,8 @@ class Loss:
       chunk: memory for logits, as in `next_token_loss`.
       supervised: most supervised positions of a row, if the packing plan has such a limit; no logits beyond it.
       sources: number of sources whose losses are summed apart; 0: none are.
+
+    Low-rank updates with dropout draw their masks by place in the batch, unlike all other noise.
     """
 
     model: Ross
@@ -145,7 +150,13 @@ class Loss:
         return self.text_weight * losses.text + reconstruction
 
     def __call__(
-        self, params: Params, frozen: Params, batch: Batch, counts: Counts, key: Shaped[Array, ""]
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        counts: Counts,
+        key: Shaped[Array, ""],
+        part: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, ""], Losses]:
         """The loss and its two parts, of a batch or of a micro-batch.
 
@@ -153,6 +164,7 @@ class Loss:
           params, frozen: the trained part of the parameters and the rest.
           counts: of the whole batch, also where `batch` is a micro-batch.
           key: of the step; an image's noise comes from the key and the image's identity.
+          part: number of the micro-batch.
         """
         tree = merge(params, frozen)
         images = normalise(self.model.config, batch["images"]) if "images" in batch else None
@@ -164,6 +176,7 @@ class Loss:
             batch["image_start"],
             features=batch.get("image_features"),
             taps=self.objective.taps if self.objective else (),
+            rngs={"dropout": jax.random.fold_in(jax.random.fold_in(key, NO_IMAGE), part)} if self.model.dropout else {},
         )
         tokens = self._text(tree, output.hidden, batch)
         text = jnp.sum(tokens) / jnp.maximum(counts.tokens, 1)
@@ -246,15 +259,17 @@ def make_loss(
     reconstruction: ReconstructionConfig,
     dtype: DTypeLike = jnp.float32,
     remat: RematPolicy = "none",
+    dropout: float = 0.0,
     **text: Any,
 ) -> Loss:
     """The loss of a run.
 
     Args:
       dtype, remat: of encoder and language model.
+      dropout: of low-rank updates.
       text: `text_weight`, `chunk`, `supervised` and `sources` of `Loss`.
     """
     dtype = jnp.dtype(dtype)
     objective = make_objective(model, reconstruction, dtype)
     reduction = make_reduction(reconstruction.compat, objective)
-    return Loss(Ross(model, dtype, remat), objective, reduction, weight=reconstruction.weight, **text)
+    return Loss(Ross(model, dtype, remat, dropout), objective, reduction, weight=reconstruction.weight, **text)

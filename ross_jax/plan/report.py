@@ -15,7 +15,6 @@ from ross_jax.plan.targets import GPU_SHARE, GPU_UTILISATION, KERNEL_UTILISATION
 from ross_jax.sharding import use_mesh, why_replicated
 from ross_jax.training.cached import objective_of, spared_components
 from ross_jax.training.metrics import matrix_sizes, step_flops
-from ross_jax.training.state import abstract_tree
 from ross_jax.tree import flatten
 
 ARRAYS = 12
@@ -87,7 +86,7 @@ def describe(job: Job, needed: int | None = None) -> Report:
     counts: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"trainable": 0, "frozen": 0})
     replicated = []
     used = {name.split("/")[1] for name in job.program.arguments if name.startswith(("parameters/", "frozen/"))}
-    leaves = flatten(abstract_tree(config.model, config.freeze, mesh, config.mesh))
+    leaves, freezing = flatten(config.abstract_tree(mesh)), config.freezing
     with use_mesh(mesh, config.mesh):
         reasons = {path: why_replicated(path, leaf.shape, mesh) for path, leaf in leaves.items()}
     for path, leaf in leaves.items():
@@ -95,7 +94,7 @@ def describe(job: Job, needed: int | None = None) -> Report:
         if component not in used:
             continue
         size = math.prod(leaf.shape)
-        counts[component]["trainable" if job.trains and config.freeze.trains(path) else "frozen"] += size
+        counts[component]["trainable" if job.trains and freezing.trains(path) else "frozen"] += size
         if reasons[path] and mesh.size > 1:
             line = {"path": path, "shape": list(leaf.shape), "bytes": size * leaf.dtype.itemsize}
             replicated.append(line | {"why": reasons[path]})
@@ -177,9 +176,7 @@ def _with_training_rates(job: Job, report: Report) -> Report:
     noise_levels = objective.noise_levels if objective else 0
     trained = {name for name, counts in report.parameters.items() if counts["trainable"]}
     spared = spared_components(config, report.cached)
-    sizes = matrix_sizes(
-        abstract_tree(config.model, config.freeze, job.mesh, config.mesh), logits=bool(config.text.weight)
-    )
+    sizes = matrix_sizes(config.abstract_tree(job.mesh), logits=bool(config.text.weight))
     sizes = {path: size for path, size in sizes.items() if path.partition("/")[0] not in spared}
     useful = step_flops(config.model, sizes, trained, noise_levels, workload.tokens, workload.images)
     steps = math.ceil(workload.epoch / workload.conversations) if workload.epoch else None

@@ -90,6 +90,7 @@ class Gpu(Chip):
       cache: bytes of L2 cache.
       ghz: clock.
       shared: bytes of shared memory per multiprocessor.
+      threads: most threads per multiprocessor.
     """
 
     capability: tuple[int, int] = (0, 0)
@@ -99,12 +100,13 @@ class Gpu(Chip):
     cache: int = 0
     ghz: float = 0.0
     shared: int = 233472
+    threads: int = 2048
 
     def target_config(self) -> str:
         """XLA's `GpuTargetConfigProto` as text."""
         major, minor = self.capability
         return f"""gpu_device_info {{
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: {self.threads}
   shared_memory_per_block: 49152  shared_memory_per_core: {self.shared}
   shared_memory_per_block_optin: {self.shared - 1024}
   core_count: {self.cores}  fpus_per_core: {self.units}  clock_rate_ghz: {self.ghz}
@@ -125,6 +127,19 @@ def _gpu(kind: str, installed: int, link: float, network: float = 50e9, **rest) 
 
 
 GPUS = {
+    "rtx4090": _gpu(
+        "NVIDIA GeForce RTX 4090",
+        25757220864,
+        32e9,  # PCIe
+        capability=(8, 9),
+        cores=128,
+        bandwidth=1.008e12,
+        cache=75497472,
+        ghz=2.52,
+        shared=102400,
+        threads=1536,
+        network=3e9,
+    ),
     "a100": _gpu(
         "NVIDIA A100-SXM4-80GB",
         85100068864,

@@ -12,7 +12,6 @@ from ross_jax.data.batches import RowShape, empty_batch
 from ross_jax.sharding import batch_sharding
 from ross_jax.training.cached import compute, needs_pixels, spared_components
 from ross_jax.training.recipe import RunConfig
-from ross_jax.training.state import abstract_tree
 
 EPOCHS = {"blip_laion_cc_sbu_558k": 558_128, "llava_v1_5_mix665k": 665_298, "cambrian737k": 737_000}
 """Published data sets: name of their file -> conversations."""
@@ -159,7 +158,7 @@ def abstract_batch(
     one = empty_batch(1, RowShape(packing.length, packing.images, vision.num_tokens, vision.image_size))
     if not needs_pixels(config, cached):
         del one["images"]
-    tree = abstract_tree(config.model, config.freeze, mesh, config.mesh)
+    tree = config.abstract_tree(mesh)
     params = {name: tree[name] for name in spared_components(config, cached)}
     side = vision.image_size
     images = jax.ShapeDtypeStruct((packing.images, side, side, 3), "uint8")

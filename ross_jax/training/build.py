@@ -10,7 +10,7 @@ from ross_jax.objectives.loss import make_loss
 from ross_jax.sharding import batch_sharding
 from ross_jax.training.optimizer import learning_rates, make_optimizer
 from ross_jax.training.recipe import RunConfig
-from ross_jax.training.state import TrainState, Tree, abstract_tree, split, state_shardings
+from ross_jax.training.state import TrainState, Tree, split, state_shardings
 from ross_jax.training.step import compile_step, make_state, make_train_step
 
 
@@ -32,9 +32,9 @@ class StepProgram(NamedTuple):
 
 def build_step(config: RunConfig, mesh: Mesh, steps: int) -> StepProgram:
     """The step of a run of `steps` steps on `mesh`, whose devices need not exist."""
-    tree = abstract_tree(config.model, config.freeze, mesh, config.mesh)
+    tree = config.abstract_tree(mesh)
     optimizer = make_optimizer(config.optimizer, steps)
-    params, frozen = split(tree, config.freeze)
+    params, frozen = split(tree, config.freezing)
     shapes = jax.eval_shape(lambda p, f: make_state(p, f, optimizer), params, frozen)
     shardings = state_shardings(shapes, tree, mesh)
     state = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
@@ -43,6 +43,7 @@ def build_step(config: RunConfig, mesh: Mesh, steps: int) -> StepProgram:
         config.reconstruction,
         config.step.dtype,
         config.step.remat,
+        config.lora.dropout if config.lora.rank else 0.0,
         text_weight=config.text.weight,
         chunk=config.step.text_chunk,
         supervised=config.data.packing.supervised,

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from ross_jax import process
+from ross_jax import lora, process
 from ross_jax.checkpoints import writing
 from ross_jax.models.ross import RossConfig
 from ross_jax.training.goodput import Clock, Log, read_lines
@@ -33,6 +33,7 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,  # a core; a chip has two
+    "NVIDIA GeForce RTX 4090": 165e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
@@ -42,7 +43,8 @@ PEAK_FLOPS = {
 
 _ORDER = ("teacher", "vision", "projector", "language", "denoiser", "regressor")
 _FIRST = re.compile(
-    r"((vision|teacher)/patch_embedding|projector/linear_0|denoiser/condition_embedding|regressor/linear_0)/kernel"
+    r"((vision|teacher)/patch_embedding|projector/linear_0|denoiser/condition_embedding|regressor/linear_0)"
+    rf"/(kernel|{lora.A})"
 )
 """Matrices that come first in their component."""
 _DATA = re.compile(r"denoiser/(latent_embedding|timestep_in)/kernel")
@@ -63,7 +65,8 @@ def matrix_sizes(params: Mapping[str, Any], logits: bool = True) -> dict[str, in
     return {
         path: math.prod(leaf.shape)
         for path, leaf in flat.items()
-        if (path == head and logits) or (path.endswith("/kernel") and path.partition("/")[0] in _ORDER)
+        if (path == head and logits)
+        or (path.rpartition("/")[2] in ("kernel", lora.A, lora.B) and path.partition("/")[0] in _ORDER)
     }
 
 
@@ -77,12 +80,14 @@ def step_flops(
 
     Args:
       sizes: from `matrix_sizes`.
-      trained: components that train. A frozen component still passes gradients on to components before it.
+      trained: components that train; of those with low-rank updates, only factors. A frozen component still passes
+        gradients on to components before it.
       draws: noise levels per image; 0 if no denoiser is used.
       tokens: number of text and image tokens, without padding.
       images: number of images, without empty slots.
     """
     image_tokens = images * config.vision.num_tokens
+    updated = {path.partition("/")[0] for path in lora.updated_kernels(sizes)}
 
     def uses(path: str) -> float:
         """Number of vectors that the matrix is multiplied with."""
@@ -99,9 +104,10 @@ def step_flops(
     def passes(path: str) -> int:
         """1 for forward, plus 1 for each gradient that is needed."""
         component = path.partition("/")[0]
-        learns, before = component in trained, _ORDER[: _ORDER.index(component)]
+        before = _ORDER[: _ORDER.index(component)]
         # Gradients flow into a matrix's inputs if they reach something that learns.
-        onward = any(name in trained for name in before) or (learns and not _FIRST.fullmatch(path))
+        onward = any(name in trained for name in before) or (component in trained and not _FIRST.fullmatch(path))
+        learns = component in trained and (component not in updated or lora.is_factor(path))
         return 1 + learns + (onward and not _DATA.fullmatch(path))
 
     return sum(2 * size * uses(path) * passes(path) for path, size in sizes.items())

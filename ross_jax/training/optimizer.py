@@ -10,6 +10,7 @@ import jax
 import optax
 import optax.contrib
 
+from ross_jax import lora
 from ross_jax.config import Decay, Factor, Positive, Share, check_patterns
 from ross_jax.tree import flatten, unflatten
 
@@ -80,7 +81,7 @@ def learning_rates(config: OptimizerConfig, steps: int) -> Callable[[jax.Array],
 
 
 def _is_kernel(path: tuple[Any, ...]) -> bool:
-    return path[-1].key == "kernel"
+    return path[-1].key in ("kernel", lora.A, lora.B)
 
 
 def _decayed(params: Any) -> Any:
@@ -89,7 +90,7 @@ def _decayed(params: Any) -> Any:
 
 
 def _matrices(params: Any) -> Any:
-    """Axes of each kernel that are the rows and columns of a matrix, layer by layer where layers are stacked."""
+    """Axes that are rows and columns of each kernel and factor, layer by layer where layers are stacked."""
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         if not _is_kernel(path):

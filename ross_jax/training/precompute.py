@@ -35,7 +35,7 @@ from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from ross_jax.training.cached import PartName, compute, describe, find_part, parameters_hash, refuse_differences
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import initial_parameters, open_data
-from ross_jax.training.state import Tree, abstract_tree
+from ross_jax.training.state import Tree
 
 Report = Callable[[str], None]
 
@@ -107,7 +107,7 @@ def precompute(config: RunConfig, folder: Path, settings: CacheConfig, report: R
     pipeline = open_data(config, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     rows = -(-settings.rows // mesh.size) * mesh.size
-    tree = abstract_tree(config.model, config.freeze, mesh)
+    tree = config.abstract_tree(mesh)
     tree = {name: leaves for name, leaves in tree.items() if name in components}
 
     def compute_stored(params: Tree, images: Any) -> Tree:

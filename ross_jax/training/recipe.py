@@ -5,6 +5,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -12,13 +13,14 @@ from ross_jax.config import ConfigError, Count, Factor, Size, Whole, from_dict, 
 from ross_jax.data.images import ImageConfig, encoder_image_config
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
+from ross_jax.lora import LoraConfig
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.objective import Sampling
 from ross_jax.objectives.reconstruction import ReconstructionConfig, find_objective, reconstructor
 from ross_jax.sharding import MeshConfig
 from ross_jax.training.loop import LoopConfig
 from ross_jax.training.optimizer import OptimizerConfig
-from ross_jax.training.state import FreezeConfig
+from ross_jax.training.state import FreezeConfig, Tree, abstract_tree
 from ross_jax.training.step import StepConfig
 
 
@@ -89,6 +91,7 @@ class RunConfig:
     data: DataConfig
     freeze: FreezeConfig
     optimizer: OptimizerConfig
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     init: tuple[str, ...] = ()
     image_mode: Literal["pad", "square", "crop"] = "pad"
     reconstruction: ReconstructionConfig = dataclasses.field(default_factory=ReconstructionConfig)
@@ -103,6 +106,7 @@ class RunConfig:
         if missing:
             raise ValueError(f"model has no {', '.join(missing)}, which every run needs")
         self.reconstruction.check(self.model)
+        self.freeze.with_updates(self.model, self.lora)  # names targets that match nothing
         if not self.text.weight and find_objective(self.reconstruction.kind) is None:
             raise ValueError("text.weight is 0 and reconstruction.kind 'none': there is no loss; set one of them")
         if self.reconstruction.compat == "official":
@@ -119,6 +123,15 @@ class RunConfig:
             raise ValueError("loop.evaluate is set, but the model makes no images; set it to 0")
         if self.loop.benchmark and not self.evaluation.benchmarks:
             raise ValueError("loop.benchmark is set, but evaluation.benchmarks is empty; name some, or set it to 0")
+
+    @property
+    def freezing(self) -> FreezeConfig:
+        """`freeze` and what `lora` adds to it."""
+        return self.freeze.with_updates(self.model, self.lora)
+
+    def abstract_tree(self, mesh: Mesh) -> Tree:
+        """Shapes of all parameters, with the dtype and sharding that training keeps them in."""
+        return abstract_tree(self.model, self.freezing, mesh, self.mesh, self.lora)
 
     @property
     def images(self) -> ImageConfig:

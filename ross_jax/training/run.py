@@ -24,6 +24,7 @@ from ross_jax.data.sources import source_names
 from ross_jax.data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, save_tokenizer
 from ross_jax.directories import DamagedError, lock
 from ross_jax.json_text import load_json
+from ross_jax.lora import is_factor
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
@@ -37,9 +38,9 @@ from ross_jax.training.metrics import LossRangeMonitor, Meter, Reporter, Writer,
 from ross_jax.training.optimizer import warmup_steps
 from ross_jax.training.preprocessing import make_preprocessing
 from ross_jax.training.recipe import RunConfig
-from ross_jax.training.state import TrainState, Tree, init_components, split
+from ross_jax.training.state import TrainState, Tree, init_components, init_factors, split
 from ross_jax.training.step import make_state
-from ross_jax.tree import flatten, merge
+from ross_jax.tree import flatten, merge, unflatten
 from ross_jax.upgrade import upgrade
 
 logger = logging.getLogger(__name__)
@@ -143,10 +144,24 @@ def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, P
                 origins[name] = folder
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     params = init_components(config.model, tree, [name for name in tree if name not in origins], key)
+    factors = init_factors(tree, config.lora, key)
     for folder in dict.fromkeys(origins.values()):
-        names = [name for name, origin in origins.items() if origin == folder and tree[name]]
-        params |= checkpoints.restore_model(folder, {name: tree[name] for name in names})
-    return {name: params.get(name, {}) for name in tree}, origins
+        asked = {name: tree[name] for name, origin in origins.items() if origin == folder and tree[name]}
+        params |= checkpoints.restore_model(folder, _stored_as(asked, checkpoints.model_abstract(folder, factors=True)))
+    return {name: merge(factors.get(name, {}), params.get(name, {})) for name in tree}, origins
+
+
+def _stored_as(tree: Tree, stored: Tree) -> Tree:
+    """The leaves of a tree that are restored: all, or of components with other low-rank updates all but factors.
+
+    Without its factors, a kernel is restored with the stored update merged into it.
+    """
+    kept = {}
+    for name, component in tree.items():
+        flat, there = flatten(component), flatten(stored.get(name, {}))
+        wanted, found = ({(p, leaf.shape) for p, leaf in each.items() if is_factor(p)} for each in (flat, there))
+        kept[name] = component if wanted == found else {p: leaf for p, leaf in flat.items() if not is_factor(p)}
+    return {name: unflatten(flatten(component)) for name, component in kept.items()}
 
 
 _IMAGES = {"vision": ("image_mean", "image_std", "image_resample"), "teacher": ("teacher_mean", "teacher_std")}
@@ -243,7 +258,7 @@ class Run:
         """The state before the first step. Writes what makes the directory a model, and the frozen parameters."""
         initial, origins = initial_parameters(self.config, tree)
         check_parameters(self.config, self.data.precomputed, initial)
-        params, frozen = split(initial, self.config.freeze)
+        params, frozen = split(initial, self.config.freezing)
         make = jax.jit(lambda p, f: make_state(p, f, self._optimizer), out_shardings=self.shardings)
         with use_mesh(self.mesh, self.config.mesh):
             state = make(params, frozen)

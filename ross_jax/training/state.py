@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from ross_jax import lora
 from ross_jax.config import ConfigError, Dtype, check_patterns
+from ross_jax.lora import LoraConfig
 from ross_jax.models.ross import HEADS, TARGET_ENCODERS, RossConfig, abstract_params, components
 from ross_jax.sharding import MeshConfig, parameter_shardings
 from ross_jax.tree import flatten, unflatten
@@ -62,10 +64,23 @@ class FreezeConfig:
         return trainable and not any(re.fullmatch(pattern, path) for pattern in self.fixed)
 
     def storage_dtype(self, path: str) -> jnp.dtype:
-        """float32 for trained parameters and heads, else the frozen dtype."""
-        if self.trains(path) or path.partition("/")[0] in HEADS:
+        """float32 for trained parameters, heads and factors, else the frozen dtype."""
+        if self.trains(path) or path.partition("/")[0] in HEADS or lora.is_factor(path):
             return jnp.dtype(jnp.float32)
         return jnp.dtype(self.autoencoder_dtype if path.startswith("autoencoder/") else self.dtype)
+
+    def with_updates(self, config: RossConfig, lora_config: LoraConfig) -> "FreezeConfig":
+        """This config where kernels have low-rank updates: in their components, factors train and nothing else.
+
+        Raises:
+          ConfigError: a target matches no kernel.
+        """
+        kernels = lora_config.kernels(flatten(abstract_params(config))) if lora_config.rank else []
+        if not kernels:
+            return self
+        components = "|".join(sorted({path.partition("/")[0] for path in kernels}))
+        trainable, fixed = (*self.trainable, lora.TRAINED), (*self.fixed, rf"({components})/(?!{lora.TRAINED}$).*")
+        return dataclasses.replace(self, trainable=trainable, fixed=fixed)
 
 
 def split(tree: Mapping[str, Any], freeze: FreezeConfig) -> tuple[Tree, Tree]:
@@ -81,13 +96,22 @@ def split(tree: Mapping[str, Any], freeze: FreezeConfig) -> tuple[Tree, Tree]:
     return unflatten(params), unflatten({path: leaf for path, leaf in flat.items() if path not in params})
 
 
-def abstract_tree(config: RossConfig, freeze: FreezeConfig, mesh: Mesh, rules: MeshConfig | None = None) -> Tree:
+def abstract_tree(
+    config: RossConfig,
+    freeze: FreezeConfig,
+    mesh: Mesh,
+    rules: MeshConfig | None = None,
+    updates: LoraConfig | None = None,
+) -> Tree:
     """Shapes of all parameters, with the dtype and sharding that training keeps them in.
 
     Args:
       rules: config of the mesh whose rules count. None: the ambient rules.
+      updates: low-rank updates, whose factors are among the parameters.
     """
     flat = flatten(abstract_params(config))
+    if updates is not None:
+        flat = lora.add_factors(flat, updates)
     shardings = parameter_shardings(flat, mesh, rules)
     return unflatten(
         {
@@ -98,7 +122,7 @@ def abstract_tree(config: RossConfig, freeze: FreezeConfig, mesh: Mesh, rules: M
 
 
 def init_components(config: RossConfig, tree: Tree, names: Iterable[str], key: Array) -> Tree:
-    """Random parameters of the named components, created with their final sharding.
+    """Random parameters of the named components, without factors, created with their final sharding.
 
     Args:
       tree: of `abstract_tree`.
@@ -109,7 +133,7 @@ def init_components(config: RossConfig, tree: Tree, names: Iterable[str], key: A
     for name in names:
         if not tree.get(name):
             continue
-        specs = tree[name]
+        specs = unflatten({path: spec for path, spec in flatten(tree[name]).items() if not lora.is_factor(path)})
 
         def init(key: Array, module=modules[name], specs=specs) -> Tree:
             inputs = [jnp.zeros(spec.shape, spec.dtype) for spec in module.input_spec()]
@@ -117,9 +141,27 @@ def init_components(config: RossConfig, tree: Tree, names: Iterable[str], key: A
             return jax.tree.map(lambda leaf, spec: leaf.astype(spec.dtype), params, specs)
 
         shardings = jax.tree.map(lambda spec: spec.sharding, specs)
-        number = sum(ord(letter) * 257**i for i, letter in enumerate(name)) % 2**31
-        made[name] = jax.jit(init, out_shardings=shardings)(jax.random.fold_in(key, number))
+        made[name] = jax.jit(init, out_shardings=shardings)(_fold(key, name))
     return made
+
+
+def init_factors(tree: Tree, updates: LoraConfig, key: Array) -> Tree:
+    """The first factors of low-rank updates, created with their final sharding.
+
+    Args:
+      tree: of `abstract_tree`.
+      key: of the run; each path is folded in.
+    """
+    specs = {path: spec for path, spec in flatten(tree).items() if lora.is_factor(path)}
+
+    def init(key: Array) -> dict[str, Array]:
+        return {path: lora.init_factor(path, spec.shape, updates, _fold(key, path)) for path, spec in specs.items()}
+
+    return unflatten(jax.jit(init, out_shardings={path: spec.sharding for path, spec in specs.items()})(key))
+
+
+def _fold(key: Array, name: str) -> Array:
+    return jax.random.fold_in(key, sum(ord(letter) * 257**i for i, letter in enumerate(name)) % 2**31)
 
 
 def state_shardings(state: TrainState, params: Tree, mesh: Mesh) -> TrainState:

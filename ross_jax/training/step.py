@@ -58,13 +58,14 @@ def gradients(
     micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
     micro = jax.tree.map(lambda x: constrain(x, None, "batch"), micro)
 
-    def add(carry: tuple[Losses, Tree], rows: Batch):
-        (_, losses), grads = function(state.params, state.frozen, rows, counts, key)
+    def add(carry: tuple[Losses, Tree], part: tuple[Batch, Array]):
+        rows, number = part
+        (_, losses), grads = function(state.params, state.frozen, rows, counts, key, number)
         return jax.tree.map(jnp.add, carry, (losses, grads)), None
 
-    shapes = jax.eval_shape(function, state.params, state.frozen, jax.tree.map(lambda x: x[0], micro), counts, key)
+    shapes = jax.eval_shape(function, state.params, state.frozen, jax.tree.map(lambda x: x[0], micro), counts, key, 0)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
-    (losses, grads), _ = jax.lax.scan(add, zeros, micro)
+    (losses, grads), _ = jax.lax.scan(add, zeros, (micro, jnp.arange(accumulate)))
     return losses, grads
 
 

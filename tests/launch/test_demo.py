@@ -37,24 +37,30 @@ def test_interrupted_and_continued(tmp_path):
     assert process.returncode and not (root / "summary.json").exists()
     first = (root / "denoise/seed0/pretrain/metrics.jsonl").read_bytes()
 
-    process = start(root, "--baseline", "--denoiser")
+    process = start(root, "--baseline", "--denoiser", "--lora")
     output, log = process.communicate(timeout=900)
     assert process.returncode == 0, log
     assert (root / "denoise/seed0/pretrain/metrics.jsonl").read_bytes() == first  # stage 1 is not repeated
     summary = json.loads((root / "summary.json").read_text())
-    for kind in ("denoise", "none"):
+    for kind in ("denoise", "none", "denoise+lora"):
         answers = summary["scores"][kind]["0"]["answers"]
         assert [row["type"] for row in answers] == list(ANSWERS) and {row["count"] for row in answers} == {12}
-        model = load(root / kind / "seed0" / "finetune")
+        kind, _, stage = kind.partition("+")
+        model = load(root / kind / "seed0" / (stage or "finetune"))
         assert model.template == "qwen_2"
     assert load(root / "denoise/seed0/finetune").params.keys() >= {"denoiser", "autoencoder"}
     scores = summary["scores"]["denoise"]["0"]["reconstruction"]
     assert 0 <= scores["nearest"] <= 1 and scores["psnr_autoencoder"] > scores["psnr_own"]
     assert summary["scores"]["none"]["0"]["reconstruction"] is None
-    assert "Ross^D" in output and "LLaVA" in output and "brighter_end" in output
+    assert (
+        "Ross^D" in output
+        and "Ross^D, LoRA: mean accuracy" in output
+        and "LLaVA" in output
+        and "brighter_end" in output
+    )
     assert set(summary["denoisers"]) == {"0"} and "seed 0, denoiser alone" in output
     assert summary["denoisers"]["0"]["psnr_autoencoder"] == scores["psnr_autoencoder"]
-    for name in ("losses.png", "denoise/seed0/pictures.png", "denoise/seed0/denoiser.png"):
+    for name in ("losses.png", "denoise/seed0/pictures.png", "denoise/seed0/denoiser.png", "denoise/seed0/lora.png"):
         assert str(root / name) in output
         assert np.asarray(Image.open(root / name)).std() > 10
 
