@@ -2,8 +2,10 @@
 
   --config=configs/ross.py:encoder=siglip,llm=qwen2_7b,stage=finetune
 
-  encoder   siglip (SO400M/14@384) | clip (ViT-L/14@336)
-  llm       qwen2_7b | vicuna_7b | vicuna_13b | llama3_8b
+  encoder   siglip (SO400M/14@384) | siglip2 (the same size) | clip (ViT-L/14@336)
+  llm       qwen2_7b | vicuna_7b | vicuna_13b | llama3_8b, those of the paper
+            | qwen2_5_0_5b | qwen2_5_1_5b | qwen2_5_3b | qwen2_5_7b | qwen3_0_6b | qwen3_1_7b | qwen3_4b | qwen3_8b
+            | llama3_1_8b | llama3_2_1b | llama3_2_3b
   stage     pretrain (projector and denoiser learn) | finetune (all components but vision encoder and autoencoder learn)
   vision    frozen | trained (the vision encoder learns too)
   kind      reconstruction: denoise (Ross^D) | pixel | latent | latent2pixel (Ross^R) | none (LLaVA), or another
@@ -30,12 +32,29 @@ from ross_jax.models.ross import HEADS, RossConfig
 from ross_jax.objectives.reconstruction import add_heads, find_objective, kinds
 from ross_jax.training.recipe import complete, parse_parts
 
-ENCODERS = {"siglip": "google/siglip-so400m-patch14-384", "clip": "openai/clip-vit-large-patch14-336"}
+ENCODERS = {
+    "siglip": "google/siglip-so400m-patch14-384",
+    "siglip2": "google/siglip2-so400m-patch14-384",
+    "clip": "openai/clip-vit-large-patch14-336",
+}
+RESAMPLE = {"siglip2": 2}
+"""Encoder -> Pillow's filter with which its images are resized; bicubic for all others."""
 LLMS = {
     "qwen2_7b": ("Qwen/Qwen2-7B-Instruct", "qwen_2"),
     "vicuna_7b": ("lmsys/vicuna-7b-v1.5", "v1"),
     "vicuna_13b": ("lmsys/vicuna-13b-v1.5", "v1"),
     "llama3_8b": ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
+    "qwen2_5_0_5b": ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2_5"),
+    "qwen2_5_1_5b": ("Qwen/Qwen2.5-1.5B-Instruct", "qwen2_5"),
+    "qwen2_5_3b": ("Qwen/Qwen2.5-3B-Instruct", "qwen2_5"),
+    "qwen2_5_7b": ("Qwen/Qwen2.5-7B-Instruct", "qwen2_5"),
+    "qwen3_0_6b": ("Qwen/Qwen3-0.6B", "qwen3"),
+    "qwen3_1_7b": ("Qwen/Qwen3-1.7B", "qwen3"),
+    "qwen3_4b": ("Qwen/Qwen3-4B", "qwen3"),
+    "qwen3_8b": ("Qwen/Qwen3-8B", "qwen3"),
+    "llama3_1_8b": ("meta-llama/Llama-3.1-8B-Instruct", "llama3"),
+    "llama3_2_1b": ("meta-llama/Llama-3.2-1B-Instruct", "llama3"),
+    "llama3_2_3b": ("meta-llama/Llama-3.2-3B-Instruct", "llama3"),
 }
 """Name -> hub id and conversation template."""
 HEADS_PATTERN = rf"({'|'.join(HEADS)})/.*"
@@ -115,6 +134,7 @@ def model_config(encoder: str, llm: str, kind: str = "denoise", teacher: str = "
         language=language,
         image_mean=mean,
         image_std=std,
+        image_resample=RESAMPLE.get(encoder, 3),
     )
     objective = find_objective(kind)
     if TEACHERS[teacher]:
@@ -146,7 +166,6 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "sources": [{"path": annotations, "images": [images]}],
                 "packing": {"length": 2048, "images": 2},
                 "batch": stage["batch"],
-                "cache": "cache",
             },
             "freeze": {
                 "trainable": [*stage["trainable"], *VISION[parts["vision"]]],

@@ -19,6 +19,7 @@ import numpy as np
 from grain.sources import RandomAccessDataSource
 
 from ross_jax.config import Count, Range, Share, Size, UserError, Whole, to_dict
+from ross_jax.console import Progress, working
 from ross_jax.data.archives import MAX_IMAGE_BYTES
 from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, expand, place
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
@@ -53,7 +54,8 @@ class DataConfig:
         enough, because decoding and resizing images release the interpreter lock.
       threads: threads that read, each one batch at a time, if there are no workers.
       prefetch: batches that each worker, or all threads together, hold ready.
-      cache: folder for lengths and plans, shared by all processes. None: they are made at every start.
+      cache: folder for lengths and plans, shared by all processes. None: `cache` in the run's directory; what has none
+        makes them anew.
       precomputed: folder that `launch/cache.py` wrote. Targets and features are read from it instead of computed, and
         pixels are only decoded if a component still looks at them.
     """
@@ -172,9 +174,11 @@ def measure_lengths(source: Source, preprocessing: Preprocessing, config: DataCo
     iterator = _read_in_order(_Measure(source, preprocessing, config.packing), 0, config)
     chunks = []
     try:
-        for lengths, broken in iterator:
-            broken_samples.update(lengths.shape[1], broken)
-            chunks.append(lengths)
+        with Progress("measuring lengths", len(source), "samples") as progress:
+            for lengths, broken in iterator:
+                broken_samples.update(lengths.shape[1], broken)
+                chunks.append(lengths)
+                progress.update(lengths.shape[1])
     finally:
         iterator.close()
     broken_samples.summarise()
@@ -284,9 +288,17 @@ class Pipeline:
         self.shape = RowShape(packing.length, packing.images, preprocessing.image_tokens, image_size)
         self._first_steps = np.cumsum([0, *(plan.steps for plan in plans)])
         self.steps = int(self._first_steps[-1])
-        parts = [lengths.hash, *(plan.hash for plan in plans), str(self.shape)]
-        self.hash = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        self.hash = self.hash_of(len(plans))
         self.broken = 0
+
+    def hash_of(self, epochs: int) -> str:
+        """Identifies the sequence of batches of the first `epochs` epochs."""
+        parts = [self.lengths.hash, *(plan.hash for plan in self.plans[:epochs]), str(self.shape)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def steps_of(self, epochs: int) -> int:
+        """Number of steps of the first `epochs` epochs."""
+        return int(self._first_steps[epochs])
 
     def locate(self, step: int) -> tuple[PackingPlan, int]:
         """The plan of the epoch that `step` is in, and the first row of that step."""
@@ -423,7 +435,8 @@ def open_pipeline(
             f"the run has {rows_per_step} rows per step, which {multiple} (devices along data and fsdp, times "
             "step.accumulate) does not divide; continue it on another number of devices"
         )
-    source, versions = open_sources(config.sources, known, config.max_image_bytes)
+    with working(f"reading {len(config.sources)} data source{'s' if len(config.sources) > 1 else ''}"):
+        source, versions = open_sources(config.sources, known, config.max_image_bytes)
     opened(source.fingerprint, versions)
     report_fields(source, config.max_broken)
     if config.cache and preprocessing.encode_key:
@@ -434,10 +447,11 @@ def open_pipeline(
     is_new = rows_per_step is None
     for epoch in range(config.epochs):
         settings = PlanSettings(config.packing, config.batch, multiple, rows_per_step, config.seed, epoch)
-        if config.cache:
-            plans.append(cached_plan(config.cache, lengths, settings, writer))
-        else:
-            plans.append(make_plan(lengths, settings))
+        with working(f"packing {len(lengths):,} conversations of epoch {epoch + 1}"):
+            if config.cache:
+                plans.append(cached_plan(config.cache, lengths, settings, writer))
+            else:
+                plans.append(make_plan(lengths, settings))
         rows_per_step = plans[0].rows_per_step
     report_plan(plans[0], lengths, config.packing, config.max_dropped if is_new else 1.0)
     return Pipeline(source, preprocessing, lengths, plans, config, versions)

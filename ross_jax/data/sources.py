@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from ross_jax.config import UserError
+from ross_jax.console import LOCAL
 from ross_jax.data.archives import MAX_IMAGE_BYTES, ImageStore, file_mode, open_store, reading
 from ross_jax.data.conversation import no_conversations, sample_name
 from ross_jax.data.fields import Survey, record_images
@@ -359,9 +360,10 @@ class BrokenSamples:
                 "Repair the data (do the image folder and the template fit it?), or raise max_broken"
             )
         for index, reason in logged.items():
-            logger.warning("broken sample skipped (index %d): %s", index, reason)
+            logger.warning("broken sample skipped (index %d): %s", index, reason, **LOCAL)
         if self.count > _LOGGED >= self.count - len(new):
-            logger.warning("more broken samples are skipped and only counted; launch/inspect_data.py lists bad records")
+            said = "more broken samples are skipped and only counted; launch/inspect_data.py lists bad records"
+            logger.warning(said, **LOCAL)
 
     def summarise(self) -> None:
         """Logs how many samples are broken, if the log does not name them all."""

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ross_jax.checkpoints import writing
 from ross_jax.config import UserError
+from ross_jax.console import duration
 from ross_jax.training.goodput import ACTIVITIES, GOODPUT, LOSSES, Account, goodput, make_account, read_lines
-from ross_jax.training.metrics import duration
 
 _LOSSES = ("text_loss", "reconstruction_loss")
 
