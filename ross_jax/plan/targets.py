@@ -125,6 +125,18 @@ def _gpu(kind: str, installed: int, link: float, network: float = 50e9, **rest) 
 
 
 GPUS = {
+    "rtx4090": _gpu(
+        "NVIDIA GeForce RTX 4090",
+        25757220864,
+        25e9,
+        capability=(8, 9),
+        cores=128,
+        bandwidth=1.008e12,
+        cache=75497472,
+        ghz=2.52,
+        shared=102400,
+        network=12.5e9,
+    ),
     "a100": _gpu(
         "NVIDIA A100-SXM4-80GB",
         85100068864,

@@ -48,7 +48,7 @@ def said(caplog):
 
 
 def test_the_first_steps(data, whole, tmp_path, said):  # noqa: F811
-    """A run that stops after three steps says so and goes on without the field, to the parameters of one that did not."""
+    """A run that stops after three steps goes on without the field, to the parameters of one that did not stop."""
     folder, stopped = tmp_path / "run", LoopConfig(log=1, save=2, keep=2, stop_after=3)
     run = Run(make_config(data, loop=stopped), folder)
     assert run.train() == 3 and run.ended.startswith("stopped after step 3 (config.loop.stop_after)")
@@ -91,7 +91,7 @@ def test_more_epochs_are_as_a_run_that_begins_with_this_step(data, whole, tmp_pa
     assert lines(folder)[: len(lines(whole[0]))] == lines(whole[0])
     rates = [line["learning_rate/rest"] for line in lines(tmp_path / "forked")]
     assert rates == [line["learning_rate/rest"] for line in lines(folder)[-len(rates) :]] and rates[0] > rates[-1] > 0
-    with pytest.raises(ConfigError, match="data.epochs: 3 there, 2 now"):
+    with pytest.raises(ConfigError, match=r"data.epochs: 3 there, 2 now"):
         Run(make_config(data), folder)
 
 
@@ -118,7 +118,7 @@ def test_a_run_that_begins_with_a_step_of_another(data, whole, tmp_path, said): 
 
 def test_another_learning_rate_from_here_on(data, whole, tmp_path):  # noqa: F811
     """The step stays, and with it the schedule; what is reset begins anew."""
-    old, params, steps = whole
+    old, _, steps = whole
     before = {line["step"]: line for line in lines(old)}
     faster = make_config(data, optimizer=OptimizerConfig(2e-3, ((r"denoiser/.*", 1e-4),)))
     for reset in ([], ["optimizer"], ["step"], ["optimizer", "step"]):
