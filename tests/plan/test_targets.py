@@ -94,7 +94,7 @@ def test_every_chip_is_described():
     ("text", "message"),
     [
         ("v5x:8x8", "no chip 'v5x' .did you mean 'v7x"),
-        ("tpu", "known are v4, v5e, v5p, v6e, v7x, a100, h100, h200, b200"),
+        ("tpu", "known are v4, v5e, v5p, v6e, v7x, rtx4090, a100, h100, h200, b200"),
         ("v5e", "2 sizes are needed .chips along each axis., as in v5e:8x8"),
         ("v5p:8x8", "3 sizes are needed .*v5p:4x4x4"),
         ("v5e:8x0", "2 sizes are needed"),
