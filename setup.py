@@ -34,6 +34,7 @@ EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],  # libtpu: runs on TPU, and compiles for TPU on any host
     "cuda": [f"jax[cuda12]{JAX}"],  # plugin for CUDA 12: runs on GPUs, and compiles for GPUs on any host
     "cuda13": [f"jax[cuda13]{JAX}"],  # the same for CUDA 13; choose one of the two
+    "wandb": ["wandb>=0.19"],  # metrics on Weights & Biases, with config.loop.wandb
     "demo": [
         "scikit-image>=0.24",  # nine photographs in its wheel; SSIM
         "scikit-learn>=1.5",  # two photographs in its wheel

@@ -17,7 +17,10 @@ Hyper-parameters come from the paper and the reference. Point `config.data.sourc
 """
 
 import dataclasses
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -122,10 +125,31 @@ def parse(arguments: str | None) -> dict[str, str]:
     return chosen
 
 
-def model_config(encoder: str, llm: str, kind: str = "denoise", teacher: str = "autoencoder") -> RossConfig:
-    """Sizes of the published components, put together."""
-    vision = vision_config(known.VISION_TOWERS[ENCODERS[encoder]], encoder)
-    settings = known.LANGUAGE_MODELS[LLMS[llm][0]]
+def _settings(part: str, published: Mapping[str, Any], folders: Mapping[str, str]) -> Mapping[str, Any]:
+    """The config.json of a part: the one in its folder, or the published one."""
+    if part not in folders:
+        return published
+    path = Path(folders[part]) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+
+
+def model_config(
+    encoder: str,
+    llm: str,
+    kind: str = "denoise",
+    teacher: str = "autoencoder",
+    folders: Mapping[str, str] = {},
+) -> RossConfig:
+    """Sizes of the published components, put together.
+
+    Args:
+      folders: `encoder`, `llm` or `autoencoder` -> folder with the config.json of its sizes. Others: published.
+    """
+    vision = vision_config(_settings("encoder", known.VISION_TOWERS[ENCODERS[encoder]], folders), encoder)
+    settings = _settings("llm", known.LANGUAGE_MODELS[LLMS[llm][0]], folders)
     language = language_config(settings["model_type"], settings, llm)
     mean, std = NORMALISATION[vision.kind]
     config = RossConfig(
@@ -142,14 +166,15 @@ def model_config(encoder: str, llm: str, kind: str = "denoise", teacher: str = "
         mean, std = NORMALISATION[tower.kind]
         config = dataclasses.replace(config, teacher=tower, teacher_mean=mean, teacher_std=std)
     elif objective and "autoencoder" in objective.requires(config):
-        autoencoder = autoencoder_config(known.AUTOENCODERS[AUTOENCODER], AUTOENCODER)
+        published = known.AUTOENCODERS[AUTOENCODER]
+        autoencoder = autoencoder_config(_settings("autoencoder", published, folders), AUTOENCODER)
         config = dataclasses.replace(config, autoencoder=autoencoder)
     denoiser = {"width": default_width(3), "depth": 3}
     return add_heads(config, kind, denoiser=denoiser, regressor={"width": language.hidden_size})
 
 
-def get_config(arguments: str | None = None) -> ConfigDict:
-    """The recipe as a ConfigDict that command-line flags can override."""
+def get_config(arguments: str | None = None, folders: Mapping[str, str] = {}) -> ConfigDict:
+    """The recipe as a ConfigDict that command-line flags can override. `folders` are those of `model_config`."""
     parts = parse(arguments)
     kind = parts["kind"]
     stage = STAGES[parts["stage"]]
@@ -158,7 +183,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     groups = stage["groups"] if find_objective(kind) else ()
     return complete(
         {
-            "model": to_dict(model_config(parts["encoder"], parts["llm"], kind, parts["teacher"])),
+            "model": to_dict(model_config(parts["encoder"], parts["llm"], kind, parts["teacher"], folders)),
             "init": [],
             "text": {"template": "plain" if parts["stage"] == "pretrain" else template, "tokenizer": "tokenizer"},
             "image_mode": "pad",

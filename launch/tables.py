@@ -36,7 +36,9 @@ from ross_jax.training.recipe import RunConfig
 
 ROOT = Path(__file__).parents[1]
 
-_TABLES = flags.DEFINE_list("tables", ["costs", "kinds", "batches", "scaling", "paper", "small", "recipes"], "Tables to make.")
+_TABLES = flags.DEFINE_list(
+    "tables", ["costs", "kinds", "batches", "scaling", "paper", "small", "recipes"], "Tables to make."
+)
 _ONLY = flags.DEFINE_string("only", "", "Make the rows whose names contain this text, as v5e:8x8.")
 _OUTPUT = flags.DEFINE_string("output", str(ROOT / "launch" / "RESULTS.md"), "The Markdown file.")
 _PLANS = flags.DEFINE_string("plans", "runs/plans", "The folder of plans.")

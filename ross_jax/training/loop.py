@@ -33,6 +33,7 @@ class LoopConfig:
       benchmark: questions of `evaluation.benchmarks` are answered and scored, also after the last step; 0: never.
       stop_after: the run stops after this step, as if a signal had come. Started again without it, it goes on. None: it
         goes on to its end.
+      wandb: `PROJECT` or `ENTITY/PROJECT` of Weights & Biases, where metrics and images go, too. None: nowhere.
       expected_reconstruction: lowest and highest reconstruction loss after the warmup, averaged over ten logs. Outside,
         a warning is printed. None: no warning.
     """
@@ -44,6 +45,7 @@ class LoopConfig:
     evaluate: Whole = 0
     benchmark: Whole = 0
     stop_after: Count | None = None
+    wandb: str | None = None
     expected_reconstruction: tuple[Factor, Factor] | None = None
 
     def __post_init__(self):

@@ -23,6 +23,7 @@ from ross_jax.checkpoints import writing
 from ross_jax.console import duration, say
 from ross_jax.models.ross import RossConfig
 from ross_jax.training.goodput import Clock, Log, read_lines
+from ross_jax.training.wandb import WandbRun
 from ross_jax.tree import flatten
 
 PEAK_FLOPS = {
@@ -243,7 +244,7 @@ class _Board:
 
 
 class Writer:
-    """Appends to `metrics.jsonl` and TensorBoard files in a run's directory, on one process.
+    """Appends to `metrics.jsonl` and TensorBoard files in a run's directory, and sends to W&B, on one process.
 
     Lines that an interrupted run wrote after the step that it continues from are dropped.
 
@@ -251,8 +252,13 @@ class Writer:
       CheckpointError: from every method: a file that cannot be written.
     """
 
-    def __init__(self, folder: Path, start: int, stream: TextIO | None = None):
-        """Opens the files of the run in `folder` that continues after step `start`. Progress goes to stderr."""
+    def __init__(self, folder: Path, start: int, stream: TextIO | None = None, wandb: WandbRun | None = None):
+        """Opens the files of the run in `folder` that continues after step `start`. Progress goes to stderr.
+
+        Args:
+          wandb: where metrics and images go, too.
+        """
+        self._wandb = wandb
         self._folder, self._path = folder, folder / "metrics.jsonl"
         self._stream, self._next = stream or sys.stderr, 0.0
         with writing(self._path, self._folder):
@@ -277,6 +283,8 @@ class Writer:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
         with writing(self._board.path, self._folder):
             self._board.add(step, *(scalar(name, value) for name, value in values.items()))
+        if self._wandb is not None:
+            self._wandb.write(step, values)
 
     def image(self, name: str, step: int, grid: Any) -> None:
         """Writes an image, uint8[height, width, 3], to TensorBoard."""
@@ -284,6 +292,8 @@ class Writer:
 
         with writing(self._board.path, self._folder):
             self._board.add(step, image(name, grid, dataformats="HWC"))
+        if self._wandb is not None:
+            self._wandb.image(name, step, grid)
 
     def warn(self, text: str) -> None:
         """Prints a warning."""
@@ -310,7 +320,7 @@ class Writer:
 
     def close(self) -> None:
         """Flushes and closes. A full disk was reported when a line was written."""
-        for file in (self._file, self._board):
+        for file in (self._file, self._board, *([self._wandb] if self._wandb is not None else [])):
             with contextlib.suppress(OSError):
                 file.close()
 

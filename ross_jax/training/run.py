@@ -40,6 +40,7 @@ from ross_jax.training.recipe import RunConfig
 from ross_jax.training.record import RECORD, read_record, recorded_config, write_record
 from ross_jax.training.state import TrainState, Tree, init_components, split
 from ross_jax.training.step import make_state
+from ross_jax.training.wandb import WandbRun
 from ross_jax.tree import flatten, merge
 
 logger = logging.getLogger(__name__)
@@ -349,7 +350,9 @@ class Run:
             return Reporter(meter)
         expected, warmup = config.loop.expected_reconstruction, warmup_steps(self.steps, config.optimizer.warmup_ratio)
         monitor = LossRangeMonitor(expected, warmup) if expected and objective else None
-        writer, log = Writer(self.folder, self.step), Log(self.folder, self.clock)
+        project, log = config.loop.wandb, Log(self.folder, self.clock)
+        wandb = WandbRun(self.folder, project, flatten_config(config)) if project else None
+        writer = Writer(self.folder, self.step, wandb=wandb)
         if log.note:
             writer.warn(log.note)
         return Reporter(meter, writer, monitor, log)
