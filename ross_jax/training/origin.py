@@ -1,7 +1,7 @@
 """Where a run's first parameters come from: model directories, chance, or a step of another run (`--from`)."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def at_step(opt_state: Any, step: int) -> Any:
     return jax.tree.map(place, opt_state, is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByScheduleState))
 
 
-def refuse_random(config: RunConfig, tree: Mapping[str, Any], random: Iterable[str]) -> None:
+def refuse_random(config: RunConfig, tree: Mapping[str, Any], random: Collection[str]) -> None:
     """Refuses a run in which a component would be random that is expected to have been trained before.
 
     Those are all but the head that learns to reconstruct and, where the language model is frozen, the projector.
@@ -148,10 +148,9 @@ def refuse_random(config: RunConfig, tree: Mapping[str, Any], random: Iterable[s
     Raises:
       ConfigError: `init_random` does not name them.
     """
-    names = [name for name in tree if tree[name]]
     trains = any(config.freeze.trains(f"language/{path}") for path in flatten(tree["language"]))
     allowed = {*config.init_random, *HEADS, *([] if trains else ["projector"])}
-    found = [name for name in random if name in names and name not in allowed]
+    found = [name for name in tree if tree[name] and name in random and name not in allowed]
     if found:
         listed = ", ".join(map(repr, [*config.init_random, *found]))
         raise ConfigError(

@@ -57,7 +57,7 @@ class Runs:
         self._names = _short_names(folders)
 
     def write(self, output: Path) -> Path:
-        """Writes `report.html` and `report.png` into a folder, which is made if it is absent. Returns the page's path."""
+        """Writes `report.html` and `report.png` into a folder, made if it is absent. Returns the page's path."""
         chart = self._draw()
         page = output / "report.html"
         with writing(page, self._folders[0]):
@@ -152,7 +152,7 @@ def _spread(images: list[Any]) -> Iterator[Any]:
 
 
 def _board_images(folder: Path) -> list[tuple[int, str, bytes]]:
-    """(step, name, PNG) of each image in a run's TensorBoard files, in order: those of evaluations, if there are any."""
+    """(step, name, PNG) of each image in a run's TensorBoard files, in order: those of evaluations, if it has any."""
     from tensorboardX.proto.event_pb2 import Event
 
     found: dict[tuple[int, str], bytes] = {}

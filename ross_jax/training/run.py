@@ -38,7 +38,7 @@ from ross_jax.training.optimizer import warmup_steps
 from ross_jax.training.origin import Origin, at_step, recorded_origin, refuse_random
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.record import RECORD, read_record, recorded_config, write_record
-from ross_jax.training.state import TrainState, Tree, init_components, split
+from ross_jax.training.state import TrainState, Tree, abstract_tree, init_components, split
 from ross_jax.training.step import make_state
 from ross_jax.training.wandb import WandbRun
 from ross_jax.tree import flatten, merge
@@ -131,17 +131,8 @@ def _check_unchanged(known: Known, versions: Sequence[Version]) -> None:
         logger.warning(listed)
 
 
-def initial_parameters(config: RunConfig, tree: Tree, begin: Origin | None = None) -> tuple[Tree, dict[str, Path]]:
-    """The parameters before the first step, and the model directory of each component that comes from one.
-
-    Args:
-      tree: shapes, dtypes and shardings of the parameters by component; from `abstract_tree`.
-      begin: a step of another run, whose parameters come before those of `config.init`.
-
-    Raises:
-      UserError: a model directory cannot be read, or a component in it has another config; or a component would be
-        random that must not.
-    """
+def find_origins(config: RunConfig, tree: Tree, begin: Origin | None = None) -> dict[str, Path]:
+    """The model directory of each component that comes from one. Arguments and errors as `initial_parameters`."""
     origins: dict[str, Path] = {}
     for folder in [*map(Path, config.init), *([begin.folder] if begin else [])]:
         manifest = checkpoints.read_manifest(folder)
@@ -153,8 +144,21 @@ def initial_parameters(config: RunConfig, tree: Tree, begin: Origin | None = Non
                     folder, name, *({f: getattr(m, f) for f in _IMAGES.get(name, ())} for m in (model, config.model))
                 )
                 origins[name] = folder
+    return origins
+
+
+def initial_parameters(config: RunConfig, tree: Tree, begin: Origin | None = None) -> tuple[Tree, dict[str, Path]]:
+    """The parameters before the first step, and the model directory of each component that comes from one.
+
+    Args:
+      tree: shapes, dtypes and shardings of the parameters by component; from `abstract_tree`.
+      begin: a step of another run, whose parameters come before those of `config.init`.
+
+    Raises:
+      UserError: a model directory cannot be read, or a component in it has another config.
+    """
+    origins = find_origins(config, tree, begin)
     random = [name for name in tree if name not in origins]
-    refuse_random(config, tree, random)
     params = init_components(config.model, tree, random, jax.random.fold_in(jax.random.key(config.seed), 0))
     for folder in dict.fromkeys(origins.values()):
         names = [name for name, origin in origins.items() if origin == folder and tree[name]]
@@ -222,6 +226,9 @@ class Run:
         self.step = latest or (self.origin.first_step if self.origin else 0)
         if latest:
             checkpoints.read_manifest(folder)  # compares digests
+        else:
+            tree = abstract_tree(config.model, config.freeze, self.mesh, config.mesh)
+            refuse_random(config, tree, set(tree) - set(find_origins(config, tree, self.origin)))
         self.data = open_data(self._with_cache(), self.mesh, self._known(record, accept_changed_data), timeout)
         self.steps = self.data.steps
         before = recorded_config(record, folder / RECORD) if record else config

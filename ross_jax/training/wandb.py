@@ -1,6 +1,7 @@
 """A run's metrics on Weights & Biases. The only file that knows wandb, which the extra `wandb` installs."""
 
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class WandbRun:
             raise ConfigError("config.loop.wandb: wandb is not installed; pip install -e '.[wandb]'") from error
         entity, _, name = project.rpartition("/")
         path = folder / _ID
-        identity = path.read_text().strip() if path.is_file() else wandb.util.generate_id()
+        identity = path.read_text().strip() if path.is_file() else secrets.token_hex(4)
         with writing(path, folder):
             path.write_text(identity + "\n")
         os.environ.setdefault("WANDB_SILENT", "true")

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 GOLDEN = REPOSITORY / "tests" / "golden" / "siglip_qwen2"
 SMALL = (
     "--config.model.denoiser.width=32 --config.model.denoiser.num_heads=4 --config.model.denoiser.depth=1 "
-    "--config.step.dtype=float32 --config.step.remat=none --config.data.packing.length=128 --config.data.batch=4 "
+    "--config.step.dtype=float32 --config.step.remat=none --config.data.packing.length=256 --config.data.batch=4 "
     "--config.loop.log=1"
 )
 ARCHIVES = ("coco", "gqa", "ocr_vqa", "textvqa", "vg", "ai2d", "chartqa", "docvqa", "dvqa")
