@@ -116,7 +116,7 @@ def train() -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_writer(folder))
         run = Run(config, folder, _START_TIMEOUT.value, _ACCEPT.value, _ADOPT.value, begin)
-        stack.enter_context(StallWatch(run.clock, _STALL_TIMEOUT.value))
+        stack.enter_context(StallWatch(run.clock, float(_STALL_TIMEOUT.value)))
         callbacks = make_callbacks(config, run.mesh, folder)
         if traced:
             callbacks.append(stack.enter_context(Tracer(folder / "profile", *traced, run.step, run.steps)))

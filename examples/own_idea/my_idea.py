@@ -49,7 +49,7 @@ class PatchEncoder(nn.Module):
         return (jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32),)
 
     @nn.compact
-    def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch tokens width"]:
+    def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch tokens features"]:
         side = (self.config.patch_size, self.config.patch_size)
         patches = nn.Conv(self.config.hidden_size, side, side, "VALID", dtype=self.dtype, name="patch_embedding")(
             images
