@@ -35,6 +35,7 @@ EXTRAS = {
     "cuda": [f"jax[cuda12]{JAX}"],  # plugin for CUDA 12: runs on GPUs, and compiles for GPUs on any host
     "cuda13": [f"jax[cuda13]{JAX}"],  # the same for CUDA 13; choose one of the two
     "quantize": ["qwix>=0.1.8"],  # weights of 8 bits for inference, through its functions of arrays
+    "wandb": ["wandb>=0.19"],  # metrics on Weights & Biases, with config.loop.wandb
     "demo": [
         "scikit-image>=0.24",  # nine photographs in its wheel; SSIM
         "scikit-learn>=1.5",  # two photographs in its wheel

@@ -56,6 +56,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
         {
             "model": to_dict(demo.model_config(root / "autoencoder", kind)),
             "init": init,
+            "init_random": ["vision", "projector", "language"] if base else [],
             "text": {"template": stage["template"], "tokenizer": str(root / "tokenizer")},
             "image_mode": "square",
             "data": {

@@ -132,6 +132,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
         {
             "model": to_dict(model_config(root / "autoencoder", kind)),
             "init": init,
+            "init_random": [] if stage["after"] else ["vision", "projector", "language"],
             "text": {
                 "template": stage["template"],
                 "tokenizer": str(root / "tokenizer"),

@@ -56,7 +56,6 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "packing": {"length": length, "images": 1, "layout": "pad"},
                 "batch": 256,
                 "epochs": 5,
-                "cache": "cache",
             },
             "freeze": {"trainable": [r"denoiser/.*"], "autoencoder_dtype": "bfloat16"},
             "optimizer": {"learning_rate": 1e-4, "warmup_ratio": 0.03, "weight_decay": 0.0},

@@ -15,4 +15,5 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config = ross.get_config(",".join(filter(None, [arguments, "kind=none"])))
     config.data.packing.images = 0
     config.freeze.trainable = ("language/.*",)
+    config.init_random = ("vision", "projector")
     return config

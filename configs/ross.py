@@ -2,8 +2,10 @@
 
   --config=configs/ross.py:encoder=siglip,llm=qwen2_7b,stage=finetune
 
-  encoder   siglip (SO400M/14@384) | clip (ViT-L/14@336)
-  llm       qwen2_7b | vicuna_7b | vicuna_13b | llama3_8b
+  encoder   siglip (SO400M/14@384) | siglip2 (the same size) | clip (ViT-L/14@336)
+  llm       qwen2_7b | vicuna_7b | vicuna_13b | llama3_8b, those of the paper
+            | qwen2_5_0_5b | qwen2_5_1_5b | qwen2_5_3b | qwen2_5_7b | qwen3_0_6b | qwen3_1_7b | qwen3_4b | qwen3_8b
+            | llama3_1_8b | llama3_2_1b | llama3_2_3b
   stage     pretrain (projector and denoiser learn) | finetune (all components but vision encoder and autoencoder learn)
   tune      full | lora (stage=finetune: low-rank updates of the language model; projector and head learn in full)
   vision    frozen | trained (the vision encoder learns too)
@@ -16,7 +18,10 @@ Hyper-parameters come from the paper and the reference. Point `config.data.sourc
 """
 
 import dataclasses
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -31,12 +36,29 @@ from ross_jax.models.ross import HEADS, RossConfig
 from ross_jax.objectives.reconstruction import add_heads, find_objective, kinds
 from ross_jax.training.recipe import complete, parse_parts
 
-ENCODERS = {"siglip": "google/siglip-so400m-patch14-384", "clip": "openai/clip-vit-large-patch14-336"}
+ENCODERS = {
+    "siglip": "google/siglip-so400m-patch14-384",
+    "siglip2": "google/siglip2-so400m-patch14-384",
+    "clip": "openai/clip-vit-large-patch14-336",
+}
+BILINEAR = ("siglip2",)
+"""Encoders whose images are resized bilinearly; those of others bicubically."""
 LLMS = {
     "qwen2_7b": ("Qwen/Qwen2-7B-Instruct", "qwen_2"),
     "vicuna_7b": ("lmsys/vicuna-7b-v1.5", "v1"),
     "vicuna_13b": ("lmsys/vicuna-13b-v1.5", "v1"),
     "llama3_8b": ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
+    "qwen2_5_0_5b": ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2_5"),
+    "qwen2_5_1_5b": ("Qwen/Qwen2.5-1.5B-Instruct", "qwen2_5"),
+    "qwen2_5_3b": ("Qwen/Qwen2.5-3B-Instruct", "qwen2_5"),
+    "qwen2_5_7b": ("Qwen/Qwen2.5-7B-Instruct", "qwen2_5"),
+    "qwen3_0_6b": ("Qwen/Qwen3-0.6B", "qwen3"),
+    "qwen3_1_7b": ("Qwen/Qwen3-1.7B", "qwen3"),
+    "qwen3_4b": ("Qwen/Qwen3-4B", "qwen3"),
+    "qwen3_8b": ("Qwen/Qwen3-8B", "qwen3"),
+    "llama3_1_8b": ("meta-llama/Llama-3.1-8B-Instruct", "llama3"),
+    "llama3_2_1b": ("meta-llama/Llama-3.2-1B-Instruct", "llama3"),
+    "llama3_2_3b": ("meta-llama/Llama-3.2-3B-Instruct", "llama3"),
 }
 """Name -> hub id and conversation template."""
 HEADS_PATTERN = rf"({'|'.join(HEADS)})/.*"
@@ -116,10 +138,31 @@ def parse(arguments: str | None) -> dict[str, str]:
     return chosen
 
 
-def model_config(encoder: str, llm: str, kind: str = "denoise", teacher: str = "autoencoder") -> RossConfig:
-    """Sizes of the published components, put together."""
-    vision = vision_config(known.VISION_TOWERS[ENCODERS[encoder]], encoder)
-    settings = known.LANGUAGE_MODELS[LLMS[llm][0]]
+def _settings(part: str, published: Mapping[str, Any], folders: Mapping[str, str]) -> Mapping[str, Any]:
+    """The config.json of a part: the one in its folder, or the published one."""
+    if part not in folders:
+        return published
+    path = Path(folders[part]) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+
+
+def model_config(
+    encoder: str,
+    llm: str,
+    kind: str = "denoise",
+    teacher: str = "autoencoder",
+    folders: Mapping[str, str] = {},
+) -> RossConfig:
+    """Sizes of the published components, put together.
+
+    Args:
+      folders: `encoder`, `llm` or `autoencoder` -> folder with the config.json of its sizes. Others: published.
+    """
+    vision = vision_config(_settings("encoder", known.VISION_TOWERS[ENCODERS[encoder]], folders), encoder)
+    settings = _settings("llm", known.LANGUAGE_MODELS[LLMS[llm][0]], folders)
     language = language_config(settings["model_type"], settings, llm)
     mean, std = NORMALISATION[vision.kind]
     config = RossConfig(
@@ -128,6 +171,7 @@ def model_config(encoder: str, llm: str, kind: str = "denoise", teacher: str = "
         language=language,
         image_mean=mean,
         image_std=std,
+        image_resample=2 if encoder in BILINEAR else 3,
     )
     objective = find_objective(kind)
     if TEACHERS[teacher]:
@@ -135,14 +179,15 @@ def model_config(encoder: str, llm: str, kind: str = "denoise", teacher: str = "
         mean, std = NORMALISATION[tower.kind]
         config = dataclasses.replace(config, teacher=tower, teacher_mean=mean, teacher_std=std)
     elif objective and "autoencoder" in objective.requires(config):
-        autoencoder = autoencoder_config(known.AUTOENCODERS[AUTOENCODER], AUTOENCODER)
+        published = known.AUTOENCODERS[AUTOENCODER]
+        autoencoder = autoencoder_config(_settings("autoencoder", published, folders), AUTOENCODER)
         config = dataclasses.replace(config, autoencoder=autoencoder)
     denoiser = {"width": default_width(3), "depth": 3}
     return add_heads(config, kind, denoiser=denoiser, regressor={"width": language.hidden_size})
 
 
-def get_config(arguments: str | None = None) -> ConfigDict:
-    """The recipe as a ConfigDict that command-line flags can override."""
+def get_config(arguments: str | None = None, folders: Mapping[str, str] = {}) -> ConfigDict:
+    """The recipe as a ConfigDict that command-line flags can override. `folders` are those of `model_config`."""
     parts = parse(arguments)
     kind = parts["kind"]
     stage = STAGES[parts["stage"]]
@@ -152,7 +197,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     tune = TUNE[parts["tune"]]
     return complete(
         {
-            "model": to_dict(model_config(parts["encoder"], parts["llm"], kind, parts["teacher"])),
+            "model": to_dict(model_config(parts["encoder"], parts["llm"], kind, parts["teacher"], folders)),
             "init": [],
             "text": {"template": "plain" if parts["stage"] == "pretrain" else template, "tokenizer": "tokenizer"},
             "image_mode": "pad",
@@ -160,7 +205,6 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "sources": [{"path": annotations, "images": [images]}],
                 "packing": {"length": 2048, "images": 2},
                 "batch": stage["batch"],
-                "cache": "cache",
             },
             "freeze": {
                 "trainable": [*stage["trainable"], *VISION[parts["vision"]]],

@@ -6,7 +6,8 @@
 
 costs    the language model alone, LLaVA and Ross, on 64 chips     batches   the largest batch that fits
 kinds    of reconstruction                                         scaling   more chips, the same rows on each
-recipes  all of them compile, for a TPU and a GPU topology
+recipes  all of them compile, for a TPU and a GPU topology          small     stage 2 on one GPU, or on eight chips
+paper    both stages of Ross-7B at the paper's batches
 
 The figures are those of `launch/plan.py`. Rows that are not remade stay as they are, and so does everything else in the
 file. Each plan is a file in --plans, named after recipe, topology, options, source code and compilers: the same command
@@ -35,11 +36,14 @@ from ross_jax.training.recipe import RunConfig
 
 ROOT = Path(__file__).parents[1]
 
-_TABLES = flags.DEFINE_list("tables", ["costs", "kinds", "batches", "scaling", "recipes"], "Tables to make.")
+_TABLES = flags.DEFINE_list(
+    "tables", ["costs", "kinds", "batches", "scaling", "paper", "small", "recipes"], "Tables to make."
+)
 _ONLY = flags.DEFINE_string("only", "", "Make the rows whose names contain this text, as v5e:8x8.")
 _OUTPUT = flags.DEFINE_string("output", str(ROOT / "launch" / "RESULTS.md"), "The Markdown file.")
 _PLANS = flags.DEFINE_string("plans", "runs/plans", "The folder of plans.")
 
+STAGES = ("pretrain", "finetune")
 PARTS = "encoder=siglip,llm=qwen2_7b,stage=finetune"
 PEER = {"v5e:8x8": 1.80, "v5p:4x4x4": 0.70, "v6e:8x8": 0.72}
 """Topology -> seconds that a step of a language model of this size was estimated to take elsewhere, in the same way."""
@@ -174,11 +178,51 @@ def scaling() -> Table:
     return Table("scaling", head, [(topology,) for topology in chips], row)
 
 
+def paper() -> Table:
+    """Both stages of Ross-7B at the paper's batches of conversations."""
+    policies = {"v5e:8x8": "full", "v6e:4x4": "full", "h100:1x1x8": "attention"}
+
+    def row(topology: str, stage: str) -> tuple[str, ...]:
+        name = f"ross:encoder=siglip,llm=qwen2_7b,stage={stage}"
+        return _hours(planned(Case(name, topology, set=(("step.remat", policies[topology]),))))
+
+    return Table("paper", ("topology", "stage", *_HOURS), [(at, stage) for at in policies for stage in STAGES], row)
+
+
+def small() -> Table:
+    """Stage 2 on one GPU, and on eight chips."""
+    settings = {
+        ("rtx4090:1x1x1", "qwen3_0_6b"): (4, "full"),
+        ("a100:1x1x1", "qwen2_5_3b"): (8, "full"),
+        ("v5e:2x4", "qwen2_5_3b"): (16, "full"),
+        ("v6e:2x4", "qwen2_5_7b"): (16, "full"),
+    }
+
+    def row(topology: str, llm: str) -> tuple[str, ...]:
+        rows, remat = settings[topology, llm.strip("`")]
+        name = f"ross:encoder=siglip2,llm={llm.strip('`')},stage=finetune"
+        return _hours(planned(Case(name, topology, rows, set=(("step.remat", remat),))))
+
+    return Table("small", ("topology", "llm", *_HOURS), [(at, f"`{llm}`") for at, llm in settings], row)
+
+
+_HOURS = ("rows", "remat", "mesh", "step, s", "GiB per device", "conversations/s", "hours per epoch")
+
+
+def _hours(report: Report) -> tuple[str, ...]:
+    each, hours = report.rates.get("conversations"), report.hours_per_epoch
+    told = (f"{each:.1f}" if each else "-", f"{hours:.1f}" if hours else "-")
+    return str(report.rows), report.remat, _mesh(report), f"{_seconds(report):.3f}", _memory(report), *told
+
+
 def recipes() -> Table:
     """All recipes compile; whether they fit."""
     llms = ("qwen2_7b", "vicuna_7b", "vicuna_13b", "llama3_8b")
     full = [f"encoder={encoder},llm={llm}" for encoder in ("siglip", "clip") for llm in llms]
     names = [f"ross:{parts},stage={stage}" for parts in full for stage in ("pretrain", "finetune")]
+    newer = ("qwen2_5_0_5b", "qwen2_5_1_5b", "qwen2_5_3b", "qwen2_5_7b", "qwen3_0_6b", "qwen3_1_7b", "qwen3_4b")
+    newer += ("qwen3_8b", "llama3_1_8b", "llama3_2_1b", "llama3_2_3b")
+    names += [f"ross:encoder=siglip2,llm={llm},stage=finetune" for llm in newer]
     names += [f"ross:{PARTS},kind={kind}" for kind in OBJECTIVES if kind != ReconstructionConfig.kind]
     names += [f"ross:{PARTS},kind=latent,teacher={teacher}" for teacher in ("siglip", "clip", "dinov2")]
     names += [f"ross:{PARTS},vision=trained", f"llava:{PARTS}", f"language_only:{PARTS}"]
@@ -191,7 +235,7 @@ def recipes() -> Table:
     return Table("recipes", ("recipe", *topologies), [(f"`{name}`",) for name in names], row)
 
 
-TABLES = {table.name: table for table in (costs(), kinds(), batches(), scaling(), recipes())}
+TABLES = {table.name: table for table in (costs(), kinds(), batches(), scaling(), paper(), small(), recipes())}
 
 
 def make(name: str, only: str, output: Path) -> None:

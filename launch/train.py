@@ -17,11 +17,13 @@ from absl import flags
 
 from ross_jax import command_line
 from ross_jax.config import UserError, from_dict
+from ross_jax.console import talk, without_native_output
 from ross_jax.evaluation.reconstruction import make_callbacks
 from ross_jax.process import say
 from ross_jax.training import agreement
+from ross_jax.training.origin import find_origin
 from ross_jax.training.profile import Tracer, parse_steps
-from ross_jax.training.recipe import RunConfig
+from ross_jax.training.recipe import RunConfig, relative_paths
 from ross_jax.training.run import Run, flatten_config, only_writer
 from ross_jax.training.watch import StallWatch
 
@@ -56,6 +58,10 @@ _ACCEPT = flags.DEFINE_bool("accept_changed_data", False, "Continue although the
 _ADOPT = flags.DEFINE_bool(
     "adopt", False, "Continue steps whose run.json is missing or damaged: it is rebuilt from this config."
 )
+_FROM = flags.DEFINE_string(
+    "from", None, "RUN or RUN@STEP: a new run begins with this step of another run, its optimizer and its position."
+)
+_RESET = flags.DEFINE_list("reset", [], "What of --from begins anew: optimizer, step, or both.")
 _PROFILE = flags.DEFINE_string("profile", None, "START:COUNT: writes an xprof trace of these steps to WORKDIR/profile.")
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -76,35 +82,48 @@ def use_cache(folder: Path) -> None:
 def main() -> int:
     # On virtual CPU devices, overlapping steps may wait for each other's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    try:
-        traced = parse_steps(_PROFILE.value) if _PROFILE.value is not None else None
-        if _DISTRIBUTED.value:
-            place = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-            agreement.join(*place, _START_TIMEOUT.value, _LOST_HOST_TIMEOUT.value)
-        config, folder = from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value)
-        facts = {f"config.{name}": value for name, value in flatten_config(config).items()}
-        agreement.agree(facts | agreement.code_version(), _START_TIMEOUT.value)
-        agreement.check_shared(folder, _START_TIMEOUT.value)
-        use_cache(folder)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(only_writer(folder))
-            run = Run(config, folder, _START_TIMEOUT.value, _ACCEPT.value, _ADOPT.value)
-            stack.enter_context(StallWatch(run.clock, _STALL_TIMEOUT.value))
-            callbacks = make_callbacks(config, run.mesh, folder)
-            if traced:
-                callbacks.append(stack.enter_context(Tracer(folder / "profile", *traced, run.step, run.steps)))
-            done = run.train(callbacks)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if _DISTRIBUTED.value:
-            agreement.leave(error)
-        return 1
-    except Exception as error:
-        if _DISTRIBUTED.value:
-            agreement.leave_unexpectedly(error, _LOST_HOST_TIMEOUT.value)
-        raise
-    skipped = f", {run.data.broken} broken samples skipped" if run.data.broken else ""
-    say(f"{_WORKDIR.value}: {done} of {run.steps} steps{skipped}", sys.stdout)
+    with without_native_output() if _DISTRIBUTED.value else contextlib.nullcontext():
+        try:
+            return train()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            if _DISTRIBUTED.value:
+                agreement.leave(error)
+            return 1
+        except Exception as error:
+            if _DISTRIBUTED.value:
+                agreement.leave_unexpectedly(error, _LOST_HOST_TIMEOUT.value)
+            raise
+
+
+def train() -> int:
+    """Opens the run and trains it. Returns the exit status."""
+    traced = parse_steps(_PROFILE.value) if _PROFILE.value is not None else None
+    config, folder = from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value)
+    if _DISTRIBUTED.value:
+        place = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+        agreement.join(*place, _START_TIMEOUT.value, _LOST_HOST_TIMEOUT.value)
+        talk(agreement.is_first())
+        agreement.enter_directory(relative_paths(config, [_WORKDIR.value, _FROM.value]), _START_TIMEOUT.value)
+    facts = {f"config.{name}": value for name, value in flatten_config(config).items()}
+    facts |= {"--from": _FROM.value, "--reset": _RESET.value}
+    agreement.agree(facts | agreement.code_version(), _START_TIMEOUT.value)
+    agreement.check_shared(folder, _START_TIMEOUT.value)
+    use_cache(folder)
+    if _RESET.value and not _FROM.value:
+        raise UserError("--reset: only with --from, which names the run that is begun with")
+    begin = find_origin(_FROM.value, _RESET.value) if _FROM.value else None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_writer(folder))
+        run = Run(config, folder, _START_TIMEOUT.value, _ACCEPT.value, _ADOPT.value, begin)
+        stack.enter_context(StallWatch(run.clock, float(_STALL_TIMEOUT.value)))
+        callbacks = make_callbacks(config, run.mesh, folder)
+        if traced:
+            callbacks.append(stack.enter_context(Tracer(folder / "profile", *traced, run.step, run.steps)))
+        done = run.train(callbacks)
+    if agreement.is_first():
+        skipped = f", {run.data.broken} broken samples skipped" if run.data.broken else ""
+        say(f"{_WORKDIR.value}: {done} of {run.steps} steps{skipped}: {run.ended}", sys.stdout)
     return 0 if done == run.steps else _STOPPED_STATUS.value
 
 

@@ -9,6 +9,7 @@ Names are imported when they are first used, so that `import ross_jax` is quick 
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ if TYPE_CHECKING:
     from ross_jax.training.step import StepConfig as StepConfig
 
 __version__ = "0.1.0"
+
+if _checked := [name for name in os.environ.get("ROSS_JAX_CHECK_SHAPES", "").split(",") if name not in ("", "0")]:
+    from jaxtyping import install_import_hook
+
+    # 1 means this package; other names are modules of yours.
+    install_import_hook(["ross_jax" if name == "1" else name for name in _checked], "beartype.beartype")
 
 _MODULES = {
     "api": ("export_model", "import_model", "train"),

@@ -308,23 +308,27 @@ def _kept(run: Path) -> str:
 
 def latest_step(run: Path) -> int | None:
     """The newest step of a run's directory that is complete on disk and not marked as damaged."""
-    return max(_steps(run), default=None)
+    return max(sound_steps(run), default=None)
 
 
-def _steps(run: Path) -> list[int]:
+def sound_steps(run: Path) -> list[int]:
+    """All steps of a run's directory that are complete on disk and not marked as damaged, in order."""
     folders = (path for path in (run / "steps").glob("*") if path.name.isdigit())
     return sorted(int(path.name) for path in folders if not (path / DAMAGED).exists())
 
 
-def parameter_folders(model: Path) -> list[Path]:
-    """The Orbax checkpoints that together hold a model directory's parameters; of a run, those of its latest step.
+def parameter_folders(model: Path, step: int | None = None) -> list[Path]:
+    """The Orbax checkpoints that together hold a model directory's parameters; of a run, those of a step.
+
+    Args:
+      step: of a run. None: its latest one.
 
     Raises:
       CheckpointError: there is none.
     """
     folders = [model / "params"]
     if not folders[0].is_dir():
-        latest = latest_step(model)
+        latest = latest_step(model) if step is None else step
         if latest is None:
             raise CheckpointError(f"{model}: holds no parameters: neither params/ nor a completed step in steps/")
         folders = [model / "frozen", model / "steps" / str(latest) / "params"]
@@ -343,12 +347,12 @@ def model_abstract(model: Path, factors: bool = False) -> dict[str, Any]:
     return unflatten(flat if factors else hide_factors(flat))
 
 
-def restore_model(model: Path, tree: Any) -> Any:
-    """`restore` of leaves that may lie in any of the model directory's checkpoints.
+def restore_model(model: Path, tree: Any, step: int | None = None) -> Any:
+    """`restore` of leaves that may lie in any of the model directory's checkpoints; of a run, of a step of it.
 
     A kernel with a low-rank update has the update merged into it, unless the tree names the update's factors.
     """
-    folders = parameter_folders(model)
+    folders = parameter_folders(model, step)
     present = {folder: flatten(abstract(folder)) for folder in folders}
 
     def read(leaves: dict[str, Any]) -> dict[str, Any]:
@@ -363,6 +367,21 @@ def restore_model(model: Path, tree: Any) -> Any:
 
     stored = {path: leaf for leaves in present.values() for path, leaf in leaves.items()}
     return unflatten(restore_merged(flatten(tree), stored, read))
+
+
+def restore_optimizer(step: Path, state: Any) -> dict[str, Any]:
+    """`opt_state` and `step` from the directory of a run's step; errors as `restore`.
+
+    Args:
+      state: shapes, dtypes and shardings.
+    """
+    return _restore_all(step / "optimizer", {"opt_state": state.opt_state, "step": state.step})
+
+
+def _restore_all(folder: Path, tree: Any) -> Any:
+    abstract(folder)  # compares digests
+    options = ocp.checkpoint_utils.construct_restore_args(tree)
+    return _read(folder, ocp.args.PyTreeRestore(tree, restore_args=options))
 
 
 class RunCheckpoints:
@@ -459,7 +478,7 @@ class RunCheckpoints:
         """
         frozen = restore(self._folder / "frozen", state.frozen) if jax.tree.leaves(state.frozen) else {}
         damaged: dict[int, str] = {}
-        for step in reversed(_steps(self._folder)):
+        for step in reversed(sound_steps(self._folder)):
             found, error = {}, ""
             try:
                 found = self._restore_step(step, state)
@@ -475,13 +494,7 @@ class RunCheckpoints:
 
     def _restore_step(self, step: int, state: Any) -> dict[str, Any]:
         folder = self._folder / "steps" / str(step)
-        optimizer = {"opt_state": state.opt_state, "step": state.step}
-        found = {}
-        for name, tree in (("params", state.params), ("optimizer", optimizer)):
-            abstract(folder / name)  # compares digests
-            options = ocp.checkpoint_utils.construct_restore_args(tree)
-            found[name] = _read(folder / name, ocp.args.PyTreeRestore(tree, restore_args=options))
-        return {"params": found["params"], **found["optimizer"]}
+        return {"params": _restore_all(folder / "params", state.params), **restore_optimizer(folder, state)}
 
     def _mark(self, damaged: Mapping[int, str], step: int) -> None:
         for number, error in damaged.items():

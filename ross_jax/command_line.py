@@ -21,6 +21,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from ross_jax.config import ConfigError, UserError, from_dict, nearest, shortened
+from ross_jax.console import talk
 from ross_jax.training.recipe import RunConfig
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +152,7 @@ def run(main: Callable[[], int]) -> None:
 
 def _until_nobody_reads(main: Callable[[], int]) -> int:
     """The status of `main`, or 1 if its output goes nowhere, as behind `| head`."""
+    talk()
     try:
         status = main()
         sys.stdout.flush()

@@ -13,7 +13,7 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -96,6 +96,44 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+_EXTENSIONS: dict[tuple[type, str, str], type] = {}
+"""(config class, field, value of the field) -> the class outside the package that is meant; see `extends`."""
+
+
+def extends(base: type, field: str = "kind") -> Callable[[type[T]], type[T]]:
+    """Decorator: wherever a config has a field of type `base`, this subclass is meant if `field` has its value.
+
+        @extends(VisionConfig)
+        @dataclasses.dataclass(frozen=True)
+        class Mine(VisionConfig):
+            kind: Literal["mine"]
+
+    A module that is imported, as by a recipe, adds its classes in this way.
+
+    Raises:
+      ValueError: another class has this value.
+    """
+
+    def add(cls: type[T]) -> type[T]:
+        (value,) = typing.get_args(typing.get_type_hints(cls)[field])
+        taken = _EXTENSIONS.setdefault((base, field, value), cls)
+        if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{field} {value!r} of {base.__name__} is taken by {taken.__qualname__}")
+        _EXTENSIONS[base, field, value] = cls
+        return cls
+
+    return add
+
+
+def _extended(cls: type, values: Any) -> type:
+    """The class that a mapping means where `cls` is expected."""
+    if isinstance(values, Mapping):
+        for (base, field, value), found in _EXTENSIONS.items():
+            if base is cls and values.get(field) == value:
+                return found
+    return cls
+
+
 def from_dict(cls: type[T], values: Any, path: str = "config") -> T:
     """Builds the dataclass `cls` from a nested mapping.
 
@@ -112,6 +150,7 @@ def from_dict(cls: type[T], values: Any, path: str = "config") -> T:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected a mapping for {cls.__name__}, found {type(values).__name__}")
+    cls = _extended(cls, values)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in fields:
@@ -164,7 +203,7 @@ def variant(options: Sequence[type], values: Any, path: str) -> type:
       ConfigError: no dataclass has this `kind`.
     """
     if len(options) == 1 or not isinstance(values, Mapping) or "kind" not in values:
-        return options[0]
+        return _extended(options[0], values)
     kinds = {kind: option for option in options for kind in typing.get_args(typing.get_type_hints(option)["kind"])}
     return kinds[_convert(typing.Literal[tuple(kinds)], values["kind"], f"{path}.kind")]
 

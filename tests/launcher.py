@@ -35,6 +35,7 @@ from ross_jax.training.recipe import complete
 def get_config():
     return complete({{
         "model": {model!r},
+        "init_random": ["vision", "projector", "language", "autoencoder"],
         "text": {{"template": "qwen_2", "tokenizer": {data!r} + "/tokenizer"}},
         "data": {{
             "sources": [{{"path": {data!r} + "/data.json", "images": [{data!r}]}}],

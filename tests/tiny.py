@@ -55,6 +55,8 @@ MODELS = {
 }
 """Name -> model. The first word of a name is the kind of reconstruction."""
 COUNT = CONFIG.vision.num_tokens
+RANDOM = ("vision", "projector", "language", "autoencoder", "teacher")
+"""`init_random` of runs that begin with nothing."""
 ONE_DEVICE, DENOISE = MeshConfig(1, 1, 1), ReconstructionConfig()
 STAGE2 = FreezeConfig(
     (r"language/.*", r"projector/.*", r"(denoiser|regressor)/.*"), dtype="float32", autoencoder_dtype="float32"

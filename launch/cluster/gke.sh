@@ -4,7 +4,7 @@
 #          ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=4x8 HOSTS=8 CHIPS=4 SLICES=2 \
 #          bash launch/cluster/gke.sh --workdir=/shared/runs/ross-7b --config.mesh.data=2 TRAIN_FLAG ...
 #   IMAGE: image built from launch/cluster/Dockerfile.     CLAIM: ReadWriteMany volume claim, mounted at /shared on all hosts
-#   HOSTS: hosts per slice.     CHIPS: chips per host.     KUBECTL=cat prints the manifest instead of applying it
+#   HOSTS: hosts per slice.     CHIPS: chips per host.     DRY_RUN=1 prints the manifest instead of applying it
 #
 # The cluster restarts a job that failed, up to 20 times, and the job continues from its last checkpoint. It does not
 # restart after an error of config, code or data. To restart by hand: kubectl delete jobset NAME, then the same command.
@@ -16,4 +16,4 @@ FLAGS=$(printf '%q ' "$@")
 export FLAGS
 # shellcheck disable=SC2016  # envsubst takes the names of the variables to replace
 envsubst '$NAME $IMAGE $CLAIM $ACCELERATOR $TOPOLOGY $HOSTS $CHIPS $SLICES $FLAGS' \
-  <"$(dirname "$0")/gke_jobset.yaml" | ${KUBECTL:-kubectl apply -f -}
+  <"$(dirname "$0")/gke_jobset.yaml" | if [ -n "${DRY_RUN:-}" ]; then cat; else ${KUBECTL:-kubectl apply -f -}; fi

@@ -3,6 +3,7 @@
 # Usage: bash launch/cluster/ssh_hosts.sh HOSTFILE -- TRAIN_FLAG ...
 #   HOSTFILE: one host or user@host per line; # begins a comment. The first host is the coordinator, which the others
 #   must reach by this name on PORT (default 8476). On every host the repository is at the same path as here, or at DIR.
+#   DRY_RUN=1 prints the command of each host instead of starting it.
 #
 # A signal to this script, or its end, makes every host save and end, because each ssh reads from a pipe that closes then.
 set -euo pipefail
@@ -30,6 +31,10 @@ children=()
 for process in "${!hosts[@]}"; do
   command=("${PYTHON:-.venv/bin/python}" launch/train.py --distributed "--coordinator=$coordinator"
     "--processes=${#hosts[@]}" "--process=$process" "$@")
+  if [ -n "${DRY_RUN:-}" ]; then
+    echo "${hosts[process]}: $(printf '%q ' "${command[@]}")"
+    continue
+  fi
   # The shell on the host turns the end of its input into a SIGTERM for Python.
   remote="cd $(printf %q "${DIR:-$PWD}") || exit; exec 3<&0; $(printf '%q ' "${command[@]}") </dev/null 3<&- & child=\$!;"
   remote+=" { cat <&3; kill -TERM \$child; } >/dev/null 2>&1 & exec 3<&-; wait \$child"

@@ -1,30 +1,86 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU VMs: on all hosts of one slice, or on all slices of a queued resource.
-# Usage: bash launch/cluster/tpu_pod.sh slice NAME ZONE -- TRAIN_FLAG ...
+# Usage: bash launch/cluster/tpu_pod.sh create NAME ZONE TYPE          asks for a slice, such as v5litepod-64 or v6e-16
+#        bash launch/cluster/tpu_pod.sh setup NAME ZONE                installs on all hosts, and mounts BUCKET
+#        bash launch/cluster/tpu_pod.sh slice NAME ZONE -- TRAIN_FLAG ...
 #        bash launch/cluster/tpu_pod.sh slices QUEUED_RESOURCE ZONE -- TRAIN_FLAG ...
-#   DIR: the repository on every host, with .venv made by `bash launch/setup.sh tpu` (default: ~/ross_jax).
+#        bash launch/cluster/tpu_pod.sh log|stop NAME ZONE             of a run that was started with DETACH=1
+#   DIR: the repository on every host (default: ~/ross_jax).
+#   DETACH=1: the run goes on when ssh ends; what it says goes to DIR/train.log on each host.
+#   REPO: what `setup` clones where DIR is not there. BUCKET: mounted at ~/shared with gcsfuse by `setup`.
+#   DRY_RUN=1 prints the commands instead of running them. ALL_SLICES=1: setup, log and stop act on all slices.
 #   --workdir is a directory that all hosts share: Filestore, or a bucket mounted with gcsfuse.
 #   Several slices, made by `gcloud compute tpus queued-resources create ... --node-count=2`, need
 #   --config.mesh.data=2 or a multiple: only that axis crosses them.
 #
-# The same command continues the run. To save and end: the same gcloud ssh with --command="pkill -TERM -f launch/train.py".
+# The same command continues the run. To save and end: `stop`.
 set -euo pipefail
 
-if [ $# -lt 5 ] || [ "$4" != -- ]; then
+usage() {
   sed -n 's/^# Usage/usage/p; s/^#        bash/       bash/p' "$0" >&2
   exit 2
-fi
-case $1 in
-  slice) ssh=(tpu-vm ssh "$2" --worker=all) ;;
-  slices) ssh=(queued-resources ssh "$2" --worker=all --node=all) ;;
+}
+
+call() {
+  if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "$@" && echo
+  else
+    "$@"
+  fi
+}
+
+on_hosts() { # KIND NAME ZONE COMMAND: runs a command on all hosts
+  local where=(tpu-vm ssh "$2" --worker=all)
+  [ "$1" = slice ] || where=(queued-resources ssh "$2" --worker=all --node=all)
+  call gcloud compute tpus "${where[@]}" --zone="$3" --command="$4"
+}
+
+[ $# -ge 3 ] || usage
+kind=$1 name=$2 zone=$3 dir=$(printf %q "${DIR:-ross_jax}")
+scope=slice
+[ -z "${ALL_SLICES:-}" ] || scope=slices
+shift 3
+
+case $kind in
+  create)
+    [ $# = 1 ] || usage
+    case $1 in # the images that Cloud TPU states for each kind
+      v5litepod-*) image=v2-alpha-tpuv5-lite ;;
+      v5p-*) image=v2-alpha-tpuv5 ;;
+      v6e-*) image=v2-alpha-tpuv6e ;;
+      *) image=tpu-ubuntu2204-base ;;
+    esac
+    call gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone" \
+      --accelerator-type="$1" --runtime-version="${IMAGE:-$image}"
+    ;;
+  setup)
+    # The images come with Python 3.10, so uv brings a newer one.
+    remote="set -e; export PATH=\$HOME/.local/bin:\$PATH;"
+    remote+=" command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh;"
+    [ -z "${REPO:-}" ] || remote+=" [ -d $dir ] || git clone $(printf %q "$REPO") $dir;"
+    remote+=" cd $dir; uv python install 3.12; PYTHON=\$(uv python find 3.12) bash launch/setup.sh tpu;"
+    if [ -n "${BUCKET:-}" ]; then
+      remote+=" command -v gcsfuse >/dev/null || { echo 'error: gcsfuse is not installed on this image' >&2; exit 1; };"
+      remote+=" mkdir -p ~/shared; mountpoint -q ~/shared || gcsfuse --implicit-dirs $(printf %q "$BUCKET") ~/shared;"
+    fi
+    on_hosts "$scope" "$name" "$zone" "$remote"
+    ;;
+  slice | slices)
+    { [ $# -ge 2 ] && [ "$1" = -- ]; } || usage
+    shift
+    # JAX finds the coordinator, and with several slices the MEGASCALE settings, in the metadata of each VM.
+    train=".venv/bin/python launch/train.py --distributed $(printf '%q ' "$@")"
+    if [ -n "${DETACH:-}" ]; then
+      remote="cd $dir && { setsid nohup $train >>train.log 2>&1 </dev/null & }"
+    else
+      remote="cd $dir && exec $train"
+    fi
+    on_hosts "$kind" "$name" "$zone" "$remote"
+    ;;
+  log) on_hosts "$scope" "$name" "$zone" "tail -n 40 $dir/train.log" ;;
+  stop) on_hosts "$scope" "$name" "$zone" "pkill -TERM -f launch/train.py" ;;
   *)
-    echo "error: $1: expected slice or slices" >&2
+    echo "error: $kind: expected create, setup, slice, slices, log or stop" >&2
     exit 2
     ;;
 esac
-zone=$3
-shift 4
-
-# JAX finds the coordinator, and with several slices the MEGASCALE settings, in the metadata of each VM.
-remote="cd $(printf %q "${DIR:-ross_jax}") && exec .venv/bin/python launch/train.py --distributed $(printf '%q ' "$@")"
-exec gcloud compute tpus "${ssh[@]}" --zone="$zone" --command="$remote"

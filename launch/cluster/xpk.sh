@@ -4,6 +4,7 @@
 #          bash launch/cluster/xpk.sh NAME --workdir=/shared/runs/ross-7b --config.mesh.data=2 TRAIN_FLAG ...
 #   IMAGE: image built from launch/cluster/Dockerfile.
 #   STORAGE: name given to `xpk storage attach`; mounted on all hosts, and --workdir is in it
+#   DRY_RUN=1 prints the command instead of running it.
 #
 # The cluster restarts a job that failed, up to 20 times, and the job continues from its last checkpoint. It does not
 # restart after an error of config, code or data. To restart by hand: xpk workload delete, then the same command.
@@ -12,6 +13,6 @@ set -euo pipefail
 name=${1:?usage: see the head of this script}
 shift
 command="exec .venv/bin/python launch/train.py --distributed --start_timeout=1800 --stopped_status=75 $(printf '%q ' "$@")"
-exec xpk workload create --cluster="${CLUSTER:?}" --zone="${ZONE:?}" --workload="$name" --tpu-type="${TPU_TYPE:?}" \
+exec ${DRY_RUN:+echo} xpk workload create --cluster="${CLUSTER:?}" --zone="${ZONE:?}" --workload="$name" --tpu-type="${TPU_TYPE:?}" \
   --num-slices="${SLICES:-1}" --docker-image="${IMAGE:?}" --storage="${STORAGE:?}" --max-restarts=20 \
   --restart-on-exit-codes=75 --termination-grace-period-seconds=600 --command="$command"

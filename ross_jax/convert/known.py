@@ -174,26 +174,52 @@ def _llama(hidden: int, mlp: int, layers: int, heads: int, **more: Any) -> dict[
     }
 
 
-LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2-7B-Instruct": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
+def _qwen(kind: str, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    names = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    own = {"head_dim": 128, "max_position_embeddings": 40960} if kind == "qwen3" else {}
+    sizes = _llama(hidden, mlp, layers, heads, num_key_value_heads=kv_heads, rope_theta=1000000.0)
+    return sizes | {
+        "architectures": [names[kind]],
+        "model_type": kind,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
         "max_position_embeddings": 32768,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        **own,
+        **more,
+    }
+
+
+def _llama3(hidden: int, mlp: int, layers: int, heads: int, factor: float | None = None, **more: Any) -> dict[str, Any]:
+    scaling: dict[str, Any] = {}
+    if factor is not None:
+        bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        scaling = {"rope_scaling": {"rope_type": "llama3", "factor": factor, **bands}}
+    common = {"num_key_value_heads": 8, "rope_theta": 500000.0, "vocab_size": 128256}
+    return _llama(hidden, mlp, layers, heads, **common, **scaling, **more)
+
+
+_UNTIED = {"vocab_size": 152064, "tie_word_embeddings": False}
+_LONG = {"max_position_embeddings": 131072}
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2-7B-Instruct": _qwen("qwen2", 3584, 18944, 28, 28, 4, **_UNTIED),
+    "Qwen/Qwen2.5-0.5B-Instruct": _qwen("qwen2", 896, 4864, 24, 14, 2),
+    "Qwen/Qwen2.5-1.5B-Instruct": _qwen("qwen2", 1536, 8960, 28, 12, 2),
+    "Qwen/Qwen2.5-3B-Instruct": _qwen("qwen2", 2048, 11008, 36, 16, 2),
+    "Qwen/Qwen2.5-7B-Instruct": _qwen("qwen2", 3584, 18944, 28, 28, 4, **_UNTIED),
+    "Qwen/Qwen3-0.6B": _qwen("qwen3", 1024, 3072, 28, 16, 8),
+    "Qwen/Qwen3-1.7B": _qwen("qwen3", 2048, 6144, 28, 16, 8),
+    "Qwen/Qwen3-4B": _qwen("qwen3", 2560, 9728, 36, 32, 8),
+    "Qwen/Qwen3-8B": _qwen("qwen3", 4096, 12288, 36, 32, 8, tie_word_embeddings=False),
     "lmsys/vicuna-7b-v1.5": _llama(4096, 11008, 32, 32),
     "lmsys/vicuna-13b-v1.5": _llama(5120, 13824, 40, 40),
-    "meta-llama/Meta-Llama-3-8B-Instruct": _llama(
-        4096, 14336, 32, 32, num_key_value_heads=8, rope_theta=500000.0, max_position_embeddings=8192, vocab_size=128256
+    "meta-llama/Meta-Llama-3-8B-Instruct": _llama3(4096, 14336, 32, 32, max_position_embeddings=8192),
+    "meta-llama/Llama-3.1-8B-Instruct": _llama3(4096, 14336, 32, 32, 8.0, **_LONG),
+    "meta-llama/Llama-3.2-1B-Instruct": _llama3(
+        2048, 8192, 16, 32, 32.0, head_dim=64, tie_word_embeddings=True, **_LONG
+    ),
+    "meta-llama/Llama-3.2-3B-Instruct": _llama3(
+        3072, 8192, 28, 24, 32.0, head_dim=128, tie_word_embeddings=True, **_LONG
     ),
 }
 """Hub id -> config.json of the language model."""

@@ -42,7 +42,7 @@ IMAGE_ID = -200
 IGNORE = -100
 """Label or target of a position where nothing is to be predicted."""
 
-Template = Literal["plain", "v1", "qwen_2", "llama3", "chatml"]
+Template = Literal["plain", "v1", "qwen_2", "llama3", "qwen2_5", "qwen3", "chatml"]
 Compat = Literal["default", "official"]
 
 
@@ -238,6 +238,38 @@ class Llama3:
         return [Segment(self.start_header), Segment(role), Segment(self.end_header), Segment("\n\n")]
 
 
+@dataclass(frozen=True)
+class ChatML:
+    r"""Renderer of `qwen2_5` and `qwen3`: ChatML, whatever the tokenizer's own template says.
+
+        <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
+
+    Qwen3's own template puts a block of thoughts before the last answer alone. Here no answer has one.
+
+    Attributes:
+      system: system prompt; empty for none.
+      start, stop: ids of the special tokens around a message.
+    """
+
+    system: str
+    start: int
+    stop: int
+
+    def __call__(self, conversation: Conversation) -> list[Segment]:
+        turns = conversation.turns
+        if self.system and turns[0].role != "system":
+            turns = (Turn("system", (self.system,)), *turns)
+        segments = []
+        for turn in turns:
+            answer = turn.role == "assistant"
+            segments += [Segment(self.start), Segment(f"{turn.role}\n")]
+            segments += [segment._replace(supervised=answer) for segment in _content(turn)]
+            segments += [Segment(self.stop, answer), Segment("\n")]
+        if turns[-1].role != "assistant":
+            segments += [Segment(self.start), Segment("assistant\n")]
+        return segments
+
+
 def render_plain(conversation: Conversation) -> list[Segment]:
     """Renderer of `plain`, for stage 1: the images, then the caption and a newline. The question's text is dropped."""
     turns = conversation.turns
@@ -260,6 +292,7 @@ V1_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 QWEN_2_SYSTEM = V1_SYSTEM.replace("user", "human")
+QWEN2_5_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
 # Encoding

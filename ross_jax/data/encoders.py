@@ -13,8 +13,10 @@ from ross_jax.data.conversation import (
     IGNORE,
     IMAGE_ID,
     IMAGE_MARKER,
+    QWEN2_5_SYSTEM,
     QWEN_2_SYSTEM,
     V1_SYSTEM,
+    ChatML,
     Compat,
     ConversationEncoder,
     ConversationError,
@@ -50,6 +52,9 @@ def build_renderer(template: str, encoder: TextEncoder) -> Renderer:
     if template == "llama3":
         names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
         return Llama3(*(encoder.special_id(name, purpose) for name in names))
+    if template in ("qwen2_5", "qwen3"):
+        system = QWEN2_5_SYSTEM if template == "qwen2_5" else ""
+        return ChatML(system, *(encoder.special_id(name, purpose) for name in ("<|im_start|>", "<|im_end|>")))
     if template == "chatml":
         return ChatTemplate(encoder)
     names = get_args(Template)

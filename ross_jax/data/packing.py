@@ -267,7 +267,7 @@ def explain_dropped(plan: PackingPlan, lengths: Lengths, packing: PackingConfig)
 
 
 def report_plan(plan: PackingPlan, lengths: Lengths, packing: PackingConfig, max_dropped: float = 1.0) -> None:
-    """Logs how full rows are, and warns of conversations that exceed a row.
+    """Warns of conversations that exceed a row.
 
     Args:
       max_dropped: largest share of the samples that may exceed a row.
@@ -275,8 +275,6 @@ def report_plan(plan: PackingPlan, lengths: Lengths, packing: PackingConfig, max
     Raises:
       UserError: more do.
     """
-    for name, value in plan.statistics(lengths, packing).items():
-        logger.info("packing plan: %s %s", name, f"{value:.3f}" if isinstance(value, float) else value)
     dropped = explain_dropped(plan, lengths, packing)
     if plan.dropped > max_dropped * len(lengths):
         raise UserError(f"{dropped}; or allow a larger share than data.max_dropped = {max_dropped:.1%}")

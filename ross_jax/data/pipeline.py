@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ross_jax.config import UserError, to_dict
+from ross_jax.console import working
 from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, place
 from ross_jax.data.cache import hash_arrays
 from ross_jax.data.images import ImageError, preprocess
@@ -129,9 +130,17 @@ class Pipeline:
         self.shape = RowShape(packing.length, packing.images, preprocessing.image_tokens, image_size)
         self._first_steps = np.cumsum([0, *(plan.steps for plan in plans)])
         self.steps = int(self._first_steps[-1])
-        parts = [lengths.hash, *(plan.hash for plan in plans), str(self.shape)]
-        self.hash = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        self.hash = self.hash_of(len(plans))
         self.broken = 0
+
+    def hash_of(self, epochs: int) -> str:
+        """Identifies the sequence of batches of the first `epochs` epochs."""
+        parts = [self.lengths.hash, *(plan.hash for plan in self.plans[:epochs]), str(self.shape)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def steps_of(self, epochs: int) -> int:
+        """Number of steps of the first `epochs` epochs."""
+        return int(self._first_steps[epochs])
 
     def locate(self, step: int) -> tuple[PackingPlan, int]:
         """The plan of the epoch that `step` is in, and the first row of that step."""
@@ -272,7 +281,9 @@ def open_pipeline(
             f"the run has {rows_per_step} rows per step, which {multiple} (devices along data and fsdp, times "
             "step.accumulate) does not divide; continue it on another number of devices"
         )
-    source, versions = open_sources(config.sources, known, Limits(config.max_image_bytes, config.shuffle_memory))
+    with working(f"reading {len(config.sources)} data source{'s' if len(config.sources) > 1 else ''}"):
+        limits = Limits(config.max_image_bytes, config.shuffle_memory)
+        source, versions = open_sources(config.sources, known, limits)
     opened(source.fingerprint, versions)
     report_fields(source, config.max_broken)
     if config.cache and preprocessing.encode_key:
@@ -284,10 +295,11 @@ def open_pipeline(
     is_new = rows_per_step is None
     for epoch in range(config.epochs):
         settings = PlanSettings(config.packing, config.batch, multiple, rows_per_step, config.seed, epoch)
-        if config.cache:
-            plans.append(cached_plan(config.cache, lengths, settings, writer, mixture))
-        else:
-            plans.append(make_plan(lengths, settings, mixture))
+        with working(f"packing {len(lengths):,} conversations of epoch {epoch + 1}"):
+            if config.cache:
+                plans.append(cached_plan(config.cache, lengths, settings, writer, mixture))
+            else:
+                plans.append(make_plan(lengths, settings, mixture))
         rows_per_step = plans[0].rows_per_step
     report_plan(plans[0], lengths, config.packing, config.max_dropped if is_new else 1.0)
     report_sources(plans[0], mixture)

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 
 from ross_jax.config import Factor, UserError
+from ross_jax.console import LOCAL
 from ross_jax.data.archives import MAX_IMAGE_BYTES, open_store, reading
 from ross_jax.data.fields import Survey, record_images, turns_field
 from ross_jax.data.images import ImageError
@@ -74,6 +75,9 @@ class SourceConfig:
         if self.weight is not None and self.repeat != 1:
             raise ValueError(f"weight is {self.weight} and repeat {self.repeat}; set one of them")
 
+    def open(self, max_image_bytes: int) -> "Source | None":
+        """The source of a subclass outside the package, see `config.extends`; None for the kinds above."""
+
 
 def check_mixture(configs: Sequence[SourceConfig]) -> None:
     """Raises ValueError if some sources have a weight and others have none, or nothing is left."""
@@ -116,6 +120,8 @@ def open_source(config: SourceConfig, known: Version | None = None, limits: Limi
     Raises:
       UserError: the source does not exist, is empty, or is corrupt (with line and column).
     """
+    if (own := config.open(max_image_bytes)) is not None:
+        return own
     if config.kind == "images":
         return ImageSource(config.path, limits.image_bytes)
     if config.kind == "tfds":
@@ -358,9 +364,10 @@ class BrokenSamples:
                 "Repair the data (do the image folder and the template fit it?), or raise max_broken"
             )
         for index, reason in logged.items():
-            logger.warning("broken sample skipped (index %d): %s", index, reason)
+            logger.warning("broken sample skipped (index %d): %s", index, reason, **LOCAL)
         if self.count > _LOGGED >= self.count - len(new):
-            logger.warning("more broken samples are skipped and only counted; launch/inspect_data.py lists bad records")
+            said = "more broken samples are skipped and only counted; launch/inspect_data.py lists bad records"
+            logger.warning(said, **LOCAL)
 
     def summarise(self) -> None:
         """Logs how many samples are broken, if the log does not name them all."""

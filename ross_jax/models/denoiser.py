@@ -75,6 +75,10 @@ class DenoiserConfig:
         if self.width % 4:
             raise ValueError(f"width {self.width} is not a multiple of 4, which the position table needs")
 
+    def build(self, dtype: DTypeLike = jnp.float32, remat: RematPolicy = "none") -> "Denoiser":
+        """The module of this config. A subclass outside the package, see `config.extends`, has its own."""
+        return Denoiser(self, dtype, remat)
+
     @property
     def num_tokens(self) -> int:
         """Latent tokens per image."""

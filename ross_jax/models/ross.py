@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ross_jax.config import Finite, Positive
 from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from ross_jax.models.denoiser import Denoiser, DenoiserConfig
+from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.image_tokens import scatter_images
 from ross_jax.models.language import FINAL, ImagePlaces, LanguageConfig, LanguageModel
 from ross_jax.models.layers import RematPolicy
 from ross_jax.models.projector import Projector, ProjectorConfig
 from ross_jax.models.regressor import Regressor, RegressorConfig
 from ross_jax.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
-from ross_jax.models.vision import VisionConfig, VisionEncoder
+from ross_jax.models.vision import VisionConfig
 
 TARGET_PIXELS = 16
 """Pixels per image token, along a side, of the images that reconstruction targets are made of."""
@@ -167,7 +167,7 @@ class Ross(nn.Module):
     def setup(self):
         cfg = self.config
         # Remat costs a frozen encoder nothing, because a frozen encoder has no backward pass.
-        self.vision = VisionEncoder(cfg.vision, self.dtype, self.remat)
+        self.vision = cfg.vision.build(self.dtype, self.remat)
         self.projector = Projector(cfg.projector, self.dtype, self.dropout)
         self.language = LanguageModel(cfg.language, self.dtype, self.remat, dropout=self.dropout)
 
@@ -254,13 +254,13 @@ def build_autoencoder(
 def components(config: RossConfig) -> dict[str, nn.Module]:
     """The module of every component that the config has, by its name in the parameter tree."""
     builders = {
-        "vision": VisionEncoder,
+        "vision": lambda config: config.build(),
         "projector": Projector,
         "language": LanguageModel,
-        "denoiser": Denoiser,
+        "denoiser": lambda config: config.build(),
         "autoencoder": build_autoencoder,
         "regressor": Regressor,
-        "teacher": VisionEncoder,
+        "teacher": lambda config: config.build(),
     }
     return {name: build(getattr(config, name)) for name, build in builders.items() if getattr(config, name) is not None}
 

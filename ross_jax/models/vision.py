@@ -66,6 +66,10 @@ class VisionConfig:
                 f"registers {self.registers} and swiglu {self.swiglu} are dinov2's; {self.kind} has neither"
             )
 
+    def build(self, dtype: DTypeLike = jnp.float32, remat: RematPolicy = "none") -> nn.Module:
+        """The module of this config. A subclass outside the package, see `config.extends`, has its own."""
+        return VisionEncoder(self, dtype, remat)
+
     @property
     def grid(self) -> int:
         """Patches per side. A remainder of the image is not seen, as in 384 = 27 * 14 + 6."""

@@ -101,7 +101,7 @@ class DenoiseObjective(Objective):
     @property
     def denoiser(self) -> Denoiser:
         """The denoiser's module."""
-        return Denoiser(required(self.config.denoiser), jnp.dtype(self.dtype), self.remat)
+        return required(self.config.denoiser).build(jnp.dtype(self.dtype), self.remat)
 
     @functools.cached_property
     def process(self) -> Diffusion:

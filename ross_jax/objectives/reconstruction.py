@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from jax.typing import DTypeLike
 
-from ross_jax.config import Factor, Range, Share, nearest, required
+from ross_jax.config import Factor, Range, Share, from_dict, nearest, required
 from ross_jax.models.denoiser import DenoiserConfig
 from ross_jax.models.language import tap_number
 from ross_jax.models.layers import RematPolicy
@@ -138,7 +138,7 @@ def add_heads(model: RossConfig, kind: str, denoiser: dict[str, Any], regressor:
     needed = objective.requires(model) if objective else {}
     heads: dict[str, Any] = {}
     if "denoiser" in needed:
-        heads["denoiser"] = DenoiserConfig(**needed["denoiser"], **denoiser)
+        heads["denoiser"] = from_dict(DenoiserConfig, {**needed["denoiser"], **denoiser}, "model.denoiser")
     if "regressor" in needed:
         heads["regressor"] = RegressorConfig(**needed["regressor"], **regressor)
     return dataclasses.replace(model, **heads)

@@ -13,7 +13,6 @@ from ross_jax.config import required, to_dict
 from ross_jax.models.autoencoder import Posterior
 from ross_jax.models.layers import apply, layer_norm
 from ross_jax.models.ross import TARGET_PIXELS, RossConfig, build_autoencoder
-from ross_jax.models.vision import VisionEncoder
 from ross_jax.objectives.objective import Params
 from ross_jax.sharding import partition
 
@@ -164,7 +163,7 @@ def teacher_features(
         (images.shape[0], teacher.image_size, teacher.image_size, 3),
         "linear",
     )
-    features = apply(VisionEncoder(teacher, dtype), params["teacher"], (pixels - mean) / std)
+    features = apply(teacher.build(dtype), params["teacher"], (pixels - mean) / std)
     features = rearrange(features.astype(jnp.float32), "b (h w) c -> b h w c", h=teacher.grid)
     if teacher.grid != grid:
         features = _resize(features, grid)

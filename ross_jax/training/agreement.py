@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from jax._src import distributed  # JAX has no public way to the coordinator's k
 
 from ross_jax.checkpoints import writing
 from ross_jax.config import ConfigError, UserError
+from ross_jax.console import PATIENCE, say
 from ross_jax.training.heartbeat import FAILURES, LEAVE, POLL, TRY_AGAIN, Heartbeat
 
 _SHARED = 60
@@ -62,20 +63,20 @@ def join(coordinator: str | None, processes: int | None, process: int | None, ti
     together = threading.Event()
 
     def give_up() -> None:
-        if not together.wait(timeout):
-            state = distributed.global_state
+        state = distributed.global_state
+        if not together.wait(PATIENCE) and state.process_id == 0:
+            say(f"process 0 of {state.num_processes} on {socket.gethostname()} waits for the others")
+        if not together.wait(timeout - PATIENCE):
             print(
                 f"error: --distributed: process {state.process_id} of {state.num_processes} on {socket.gethostname()} "
                 f"waited {timeout} s at {state.coordinator_address}, and not all others came. Look at the process that "
-                "has not written 'waits for the others', or give them longer with --start_timeout",
+                "has not written this, or give them longer with --start_timeout",
                 file=sys.stderr,
                 flush=True,
             )
             os._exit(TRY_AGAIN)
 
     threading.Thread(target=give_up, daemon=True).start()
-    name = f"process {'?' if process is None else process} on {socket.gethostname()}"
-    print(f"{name} waits for the others", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -95,6 +96,37 @@ def join(coordinator: str | None, processes: int | None, process: int | None, ti
 def alone() -> bool:
     """Whether this process trains by itself."""
     return distributed.global_state.client is None or distributed.global_state.num_processes == 1
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which speaks for all. Asks no device, so it is known before there are any."""
+    return distributed.global_state.process_id == 0
+
+
+def enter_directory(relative: Sequence[str], timeout: int) -> None:
+    """Changes to the working directory of process 0, from which relative paths count on all processes.
+
+    Args:
+      relative: paths that count from the working directory.
+
+    Raises:
+      PeerError: on all processes: a host has no such directory, and there are relative paths. Other errors are those of
+        `agree`.
+    """
+    if alone():
+        return
+    place = _exchange({"directory": str(Path.cwd())}, timeout)[0]["directory"]
+    there = Path(place).is_dir()
+    if there:
+        os.chdir(place)
+    said = _exchange({"there": str(there)}, timeout)
+    blind = [process for process, facts in said.items() if facts["there"] != "True"]
+    if blind and relative:
+        raise PeerError(
+            f"{place}, the working directory of {_names([0], said)}, is not there on {_names(blind, said)}, and these "
+            f"paths count from it: {', '.join(relative[:_SHOWN])}. Make them absolute, or start in a directory that "
+            "all hosts have"
+        )
 
 
 def leave(error: UserError) -> None:

@@ -24,7 +24,6 @@ from ross_jax.config import ConfigError, UserError, nearest, to_dict
 from ross_jax.data.pipeline import Pipeline
 from ross_jax.data.precomputed import Precomputed, differences
 from ross_jax.models.ross import abstract_params, normalise
-from ross_jax.models.vision import VisionEncoder
 from ross_jax.objectives.objective import Objective
 from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.training.recipe import RunConfig
@@ -94,7 +93,7 @@ def compute(
         batch = {"images": images[:, None], "image_start": slots, "tokens": slots}
         computed["targets"] = objective.pack(objective.targets(params, batch))
     if "features" in parts:
-        encoder = VisionEncoder(config.model.vision, jnp.dtype(config.step.dtype))
+        encoder = config.model.vision.build(jnp.dtype(config.step.dtype))
         features = encoder.apply({"params": params["vision"]}, normalise(config.model, images))
         computed["features"] = {"image_features": features}
     return computed

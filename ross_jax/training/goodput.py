@@ -149,6 +149,7 @@ class Log:
 
     Attributes:
       note: on lines of earlier starts that cannot be read; empty if there is none.
+      last_compile: seconds that compiling took in the last start that came so far; 0 if there is none.
 
     Raises:
       CheckpointError: from every method: the file cannot be written.
@@ -158,6 +159,7 @@ class Log:
         self._folder, self._path, self._clock, self._written = folder, folder / GOODPUT, clock, 0.0
         with writing(self._path, self._folder):
             before, self.note = read_lines(self._path, ("start", "time", "step", *ACTIVITIES))
+            self.last_compile = next((line["compile"] for line in reversed(before) if line["compile"]), 0.0)
             if self._path.is_file():
                 with self._path.open("a") as file:
                     file.write("\n")  # ends what a killed process may have left; empty lines are no lines

@@ -31,6 +31,9 @@ class LoopConfig:
       evaluate: images of `evaluation.sources` are reconstructed and scored, also before the first step and after the
         last one; 0: never.
       benchmark: questions of `evaluation.benchmarks` are answered and scored, also after the last step; 0: never.
+      stop_after: the run stops after this step, as if a signal had come. Started again without it, it goes on. None: it
+        goes on to its end.
+      wandb: `PROJECT` or `ENTITY/PROJECT` of Weights & Biases, where metrics and images go, too. None: nowhere.
       expected_reconstruction: lowest and highest reconstruction loss after the warmup, averaged over ten logs. Outside,
         a warning is printed. None: no warning.
     """
@@ -41,6 +44,8 @@ class LoopConfig:
     images: Whole = 0
     evaluate: Whole = 0
     benchmark: Whole = 0
+    stop_after: Count | None = None
+    wandb: str | None = None
     expected_reconstruction: tuple[Factor, Factor] | None = None
 
     def __post_init__(self):
@@ -66,13 +71,13 @@ class LoopSettings:
 
 
 @contextlib.contextmanager
-def stop_signals(*numbers: int) -> Iterator[Callable[[], bool]]:
-    """Yields a function: whether one of these signals has come. The second one of a kind does what it usually does."""
-    requested = False
+def stop_signals(*numbers: int) -> Iterator[Callable[[], str]]:
+    """Yields a function: name of the signal that has come, or nothing. The second one of a kind does what is usual."""
+    requested = ""
 
     def handle(number: int, frame: Any) -> None:
         nonlocal requested
-        requested = True
+        requested = signal.Signals(number).name
         signal.signal(number, previous[number])
 
     previous = {number: signal.signal(number, handle) for number in numbers}
@@ -165,18 +170,23 @@ def run_loop(
     """
     config, clock = settings.config, reporter.meter.clock
     clock.enter("steps")
+    end = min(settings.steps, config.stop_after or settings.steps)
     pending: list[dict[str, jax.Array]] = []
     saved = step = settings.start
     if config.evaluate and step == 0:
         _evaluate(callbacks, step, state, reporter)
-    for batch in batches:
-        with clock.during("compile" if step == settings.start else "steps"):
+    for batch in batches if step < end else ():
+        if step == settings.start:
+            with reporter.compiling(step + 1):
+                state, metrics = train_step(state, batch)
+                jax.block_until_ready(metrics)
+        else:
             state, metrics = train_step(state, batch)
         step += 1
         pending.append(metrics)
         reporter.meter.running = metrics["loss"]
         clock.begun(step, metrics["loss"])
-        last = settings.stop_at(step) or step == settings.steps
+        last = settings.stop_at(step) or step == end
         saving = last or step % config.save == 0
         evaluating = config.evaluate and (step % config.evaluate == 0 or step == settings.steps)
         answering = config.benchmark and (step % config.benchmark == 0 or step == settings.steps)
@@ -202,7 +212,7 @@ def run_loop(
             break
     with clock.during("save"):
         saver.wait()
-    if step < settings.steps and saved < step:
+    if step < end and saved < step:
         raise UserError(f"the data ended at step {step} of {settings.steps}")
     return state, step
 

@@ -20,8 +20,10 @@ from jaxtyping import UInt8
 
 from ross_jax import lora, process
 from ross_jax.checkpoints import writing
+from ross_jax.console import duration, say
 from ross_jax.models.ross import RossConfig
 from ross_jax.training.goodput import Clock, Log, read_lines
+from ross_jax.training.wandb import WandbRun
 from ross_jax.tree import flatten
 
 PEAK_FLOPS = {
@@ -33,7 +35,7 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,  # a core; a chip has two
-    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 4090": 165e12,  # with sums in float32
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
@@ -41,6 +43,8 @@ PEAK_FLOPS = {
 }
 """Device kind -> dense bfloat16 FLOP/s that its vendor states."""
 
+_BETWEEN = 10.0
+"""Least number of seconds between two lines of progress."""
 _ORDER = ("teacher", "vision", "projector", "language", "denoiser", "regressor")
 _FIRST = re.compile(
     r"((vision|teacher)/patch_embedding|projector/linear_0|denoiser/condition_embedding|regressor/linear_0)"
@@ -119,6 +123,7 @@ class Meter:
 
     Attributes:
       config, sizes, trained, draws: as in `step_flops`.
+      compiled: whether the first step since the last reading was compiled.
       waited: seconds since the last reading in which the device was idle, waiting for input.
       running: a metric of the step that was started last; not ready while the step runs.
       clock: measures the activities of this process.
@@ -128,10 +133,12 @@ class Meter:
     sizes: Mapping[str, int]
     trained: set[str]
     draws: int
+    compiled: bool = False
     waited: float = 0.0
     running: jax.Array | None = None
     clock: Clock = dataclasses.field(default_factory=Clock)
     _last: float = dataclasses.field(default_factory=time.perf_counter)
+    _first: float = 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -145,13 +152,22 @@ class Meter:
         else:
             self.clock.move(seconds, "input", "steps")
 
+    def first_done(self) -> None:
+        """Notes that the first step is done, which was compiled."""
+        self.compiled, self._first = True, time.perf_counter()
+        self.waited = 0.0
+
     def skip(self, seconds: float) -> None:
         """Leaves `seconds` since the last reading, in which no step ran, out of the rates."""
         self._last += seconds
+        self._first += seconds
 
     def read(self, steps: list[dict[str, float]]) -> dict[str, float]:
-        """Rates over the steps since the last reading, from their metrics."""
+        """Rates over the steps since the last reading, from their metrics. A compiled one among others is left out."""
         now = time.perf_counter()
+        if self.compiled and len(steps) > 1:
+            steps, self._last = steps[1:], self._first
+        self.compiled = False
         seconds, self._last = now - self._last, now
         tokens, images = (sum(step[name] for step in steps) for name in ("tokens", "images"))
         rates = {
@@ -233,7 +249,7 @@ class _Board:
 
 
 class Writer:
-    """Appends to `metrics.jsonl` and TensorBoard files in a run's directory, on one process.
+    """Appends to `metrics.jsonl` and TensorBoard files in a run's directory, and sends to W&B, on one process.
 
     Lines that an interrupted run wrote after the step that it continues from are dropped.
 
@@ -241,10 +257,15 @@ class Writer:
       CheckpointError: from every method: a file that cannot be written.
     """
 
-    def __init__(self, folder: Path, start: int, stream: TextIO | None = None):
-        """Opens the files of the run in `folder` that continues after step `start`. Progress goes to stderr."""
+    def __init__(self, folder: Path, start: int, stream: TextIO | None = None, wandb: WandbRun | None = None):
+        """Opens the files of the run in `folder` that continues after step `start`. Progress goes to stderr.
+
+        Args:
+          wandb: where metrics and images go, too.
+        """
+        self._wandb = wandb
         self._folder, self._path = folder, folder / "metrics.jsonl"
-        self._stream = stream or sys.stderr
+        self._stream, self._next = stream or sys.stderr, 0.0
         with writing(self._path, self._folder):
             folder.mkdir(parents=True, exist_ok=True)
             # A run that starts anew writes the evaluation before its first step again.
@@ -267,6 +288,8 @@ class Writer:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
         with writing(self._board.path, self._folder):
             self._board.add(step, *(scalar(name, value) for name, value in values.items()))
+        if self._wandb is not None:
+            self._wandb.write(step, values)
 
     def image(self, name: str, step: int, grid: Any) -> None:
         """Writes an image, uint8[height, width, 3], to TensorBoard."""
@@ -274,25 +297,35 @@ class Writer:
 
         with writing(self._board.path, self._folder):
             self._board.add(step, image(name, grid, dataformats="HWC"))
+        if self._wandb is not None:
+            self._wandb.image(name, step, grid)
 
     def warn(self, text: str) -> None:
         """Prints a warning."""
         process.say(f"warning: {text}", self._stream)
 
-    def progress(self, step: int, steps: int, values: dict[str, Any]) -> None:
-        """Prints one line of progress."""
-        rest = (steps - step) * values["seconds_per_step"]
+    def progress(self, step: int, steps: int, values: dict[str, Any], timed: bool = True) -> None:
+        """Prints one line of progress, unless one was printed a moment ago.
+
+        Args:
+          timed: whether `seconds_per_step` says how long the steps that are left will take.
+        """
+        now = time.monotonic()
+        if now < self._next and step < steps:
+            return
+        self._next = now + _BETWEEN
+        pace = values["seconds_per_step"]
+        left = f"  {pace:.2f} s/step  {duration((steps - step) * pace)} left" if timed else ""
         text_loss = f"  text {values['text_loss']:.4f}" if "text_loss" in values else ""
         text = (
             f"step {step}/{steps}{text_loss}  reconstruction {values['reconstruction_loss']:.4f}  "
-            f"gradient {values['gradient_norm']:.2f}  {values['seconds_per_step']:.2f} s/step  "
-            f"{duration(rest)} left"
+            f"gradient {values['gradient_norm']:.2f}{left}"
         )
         process.say(text, self._stream)
 
     def close(self) -> None:
         """Flushes and closes. A full disk was reported when a line was written."""
-        for file in (self._file, self._board):
+        for file in (self._file, self._board, *([self._wandb] if self._wandb is not None else [])):
             with contextlib.suppress(OSError):
                 file.close()
 
@@ -330,6 +363,19 @@ class Reporter:
     log: Log | None = None
     sources: Sequence[str] = ()
 
+    @contextlib.contextmanager
+    def compiling(self, step: int) -> Iterator[None]:
+        """While the first step of a start is compiled and done."""
+        before = self.log.last_compile if self.log is not None else 0.0
+        if self.writer is not None:
+            say(f"compiling ({f'about {duration(before)}' if before else 'seconds to a few minutes'})")
+        began = time.monotonic()
+        with self.meter.clock.during("compile"):
+            yield
+        self.meter.first_done()
+        if self.writer is not None:
+            say(f"step {step} done after {duration(time.monotonic() - began)}, compilation included")
+
     def report(
         self, step: int, steps: int, values: list[dict[str, float]], by_source: np.ndarray | None = None
     ) -> None:
@@ -338,6 +384,7 @@ class Reporter:
         Args:
           by_source: float[sources, sums], see `objectives.loss.SOURCE_SUMS`, over all of these steps.
         """
+        timed = len(values) > 1 or not self.meter.compiled
         line = {**values[-1], **self.meter.read(values)}
         if self.writer is None:
             return
@@ -346,7 +393,7 @@ class Reporter:
         if self.log is not None:
             line |= self.log.report()
         self.writer.write(step, line)
-        self.writer.progress(step, steps, line)
+        self.writer.progress(step, steps, line, timed)
         if self.monitor is not None:
             losses = [each["reconstruction_loss"] for each in values]
             warning = self.monitor.update(step, sum(losses) / len(losses))
@@ -373,9 +420,3 @@ class Reporter:
         """Reports scores of benchmarks, such as `benchmark/pope/f1`."""
         if self.writer is not None:
             self.writer.write(step, {f"benchmark/{name}": score for name, score in scores.items()})
-
-
-def duration(seconds: float) -> str:
-    """`12 s`, `34 min`, `5.6 h`."""
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if minutes < 1 else f"{minutes:.0f} min" if hours < 1 else f"{hours:.1f} h"

@@ -2,7 +2,8 @@
 
 import dataclasses
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from jax.sharding import Mesh
@@ -14,7 +15,7 @@ from ross_jax.data.images import ImageConfig, encoder_image_config
 from ross_jax.data.pipeline import DataConfig
 from ross_jax.data.sources import SourceConfig
 from ross_jax.lora import LoraConfig
-from ross_jax.models.ross import RossConfig
+from ross_jax.models.ross import HEADS, TARGET_ENCODERS, RossConfig
 from ross_jax.objectives.objective import Sampling
 from ross_jax.objectives.reconstruction import ReconstructionConfig, find_objective, reconstructor
 from ross_jax.sharding import MeshConfig
@@ -29,7 +30,7 @@ class TextConfig:
     """How conversations become ids, and the weight of their loss.
 
     Attributes:
-      template: `plain`, `v1`, `qwen_2`, `llama3` or `chatml`.
+      template: `plain`, `v1`, `qwen_2`, `llama3`, `qwen2_5`, `qwen3`, or `chatml`, which is the tokenizer's own.
       tokenizer: folder of the tokenizer, or its hub id `owner/name`.
       compat: `official` for the reference's ids and labels, labels that it loses included.
       weight: factor of the text loss in the sum. 0: there is no text loss, and a sample is its images alone, each
@@ -76,6 +77,9 @@ class EvaluationConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
+_COMPONENTS = ("vision", "projector", "language", *HEADS, *TARGET_ENCODERS)
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that a training run depends on.
@@ -83,6 +87,8 @@ class RunConfig:
     Attributes:
       model: sizes of every component.
       init: model directories; each component's parameters come from the last one that has it, or are random.
+      init_random: components that may be random although they are expected to have been trained before: all but the
+        head and, while the language model is frozen, the projector.
       image_mode: how an image becomes square.
     """
 
@@ -93,6 +99,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     init: tuple[str, ...] = ()
+    init_random: tuple[str, ...] = ()
     image_mode: Literal["pad", "square", "crop"] = "pad"
     reconstruction: ReconstructionConfig = dataclasses.field(default_factory=ReconstructionConfig)
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
@@ -105,6 +112,11 @@ class RunConfig:
         missing = [name for name in ("vision", "projector", "language") if getattr(self.model, name) is None]
         if missing:
             raise ValueError(f"model has no {', '.join(missing)}, which every run needs")
+        for name in self.init_random:
+            if name not in _COMPONENTS:
+                raise ValueError(
+                    f"init_random: {name!r} is no component{nearest(name, _COMPONENTS)}; one of {list(_COMPONENTS)}"
+                )
         self.reconstruction.check(self.model)
         self.freeze.with_updates(self.model, self.lora)  # names targets that match nothing
         if not self.text.weight and find_objective(self.reconstruction.kind) is None:
@@ -139,6 +151,16 @@ class RunConfig:
         model = self.model
         how = (model.image_mean, model.image_std, self.image_mode, model.image_resample)
         return encoder_image_config(model.vision.kind, model.vision.image_size, *how)
+
+
+def relative_paths(config: RunConfig, more: Iterable[str | None] = ()) -> list[str]:
+    """Paths of a config, and more paths, that count from the working directory. A tokenizer's hub id looks like one."""
+    found = [config.text.tokenizer, config.data.cache, config.data.precomputed, *config.init, *more]
+    for source in (*config.data.sources, *config.evaluation.sources):
+        found += [] if source.kind == "tfds" else [source.path]
+        found += [images.rpartition("=")[2] for images in source.images]
+    found += [path for _, path in config.evaluation.benchmarks] + [*config.evaluation.benchmark_images]
+    return [path for path in found if path and "://" not in path and not Path(path).is_absolute()]
 
 
 def parse_parts(

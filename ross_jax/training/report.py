@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ross_jax.checkpoints import writing
 from ross_jax.config import UserError
+from ross_jax.console import duration
 from ross_jax.training.goodput import ACTIVITIES, GOODPUT, LOSSES, Account, goodput, make_account, read_lines
-from ross_jax.training.metrics import duration
 
 _LOSSES = ("text_loss", "reconstruction_loss")
 
@@ -15,6 +15,7 @@ class Report:
 
     Attributes:
       account: the run's times.
+      lines: of `metrics.jsonl`.
       losses: name of a loss -> the steps at which it was written, and its values.
       notes: on lines that cannot be read.
 
@@ -32,6 +33,7 @@ class Report:
         if not lines:
             raise UserError(f"{folder}: has no {GOODPUT} with the times of a run; give the directory of a run")
         self.account: Account = make_account(lines)
+        self.lines = metrics
         self.notes = [each for each in (note, other) if each]
         self.losses: dict[str, tuple[list[int], list[float]]] = {}
         for name in _LOSSES:

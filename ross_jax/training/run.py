@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import shutil
 import signal
@@ -13,45 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError, from_dict, to_dict
+from ross_jax.console import working
 from ross_jax.data.pipeline import Pipeline, open_pipeline
-from ross_jax.data.precomputed import differences
 from ross_jax.data.records import Version
 from ross_jax.data.sources import source_names
 from ross_jax.data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, save_tokenizer
-from ross_jax.directories import DamagedError, lock
-from ross_jax.json_text import load_json
+from ross_jax.directories import lock
 from ross_jax.lora import is_factor
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
-from ross_jax.training import agreement
-from ross_jax.training.build import build_step
+from ross_jax.training import agreement, banner
+from ross_jax.training.build import StepProgram, build_step
 from ross_jax.training.cached import check_parameters, check_settings, open_cached, spared_components
 from ross_jax.training.callback import Callback
 from ross_jax.training.goodput import Clock, Log
 from ross_jax.training.loop import LoopSettings, global_batches, run_loop, stop_signals
 from ross_jax.training.metrics import LossRangeMonitor, Meter, Reporter, Writer, matrix_sizes
 from ross_jax.training.optimizer import warmup_steps
+from ross_jax.training.origin import Origin, at_step, recorded_origin, refuse_random
 from ross_jax.training.preprocessing import make_preprocessing
 from ross_jax.training.recipe import RunConfig
+from ross_jax.training.record import RECORD, read_record, recorded_config, write_record
 from ross_jax.training.state import TrainState, Tree, init_components, init_factors, split
 from ross_jax.training.step import make_state
+from ross_jax.training.wandb import WandbRun
 from ross_jax.tree import flatten, merge, unflatten
-from ross_jax.upgrade import upgrade
 
 logger = logging.getLogger(__name__)
 
-RECORD = "run.json"
-"""File of a run's directory with its config and what identifies its data."""
-_FREE = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
-_FREE += ("data.precomputed", "data.max_dropped")
-"""Beginnings of the fields that a run may change when it continues."""
-_FORMAT = 2
-"""Version of the record. Version 1 had no checksum."""
 _GO_ON = "continue on it as it is now with --accept_changed_data, or start a new run in another directory"
 
 
@@ -122,17 +115,10 @@ def _check_unchanged(known: Known, versions: Sequence[Version]) -> None:
         logger.warning(listed)
 
 
-def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, Path]]:
-    """The parameters before the first step, and the model directory of each component that comes from one.
-
-    Args:
-      tree: shapes, dtypes and shardings of the parameters by component; from `abstract_tree`.
-
-    Raises:
-      UserError: a model directory cannot be read, or a component in it has another config.
-    """
+def find_origins(config: RunConfig, tree: Tree, begin: Origin | None = None) -> dict[str, Path]:
+    """The model directory of each component that comes from one. Arguments and errors as `initial_parameters`."""
     origins: dict[str, Path] = {}
-    for folder in map(Path, config.init):
+    for folder in [*map(Path, config.init), *([begin.folder] if begin else [])]:
         manifest = checkpoints.read_manifest(folder)
         model = from_dict(RossConfig, manifest["config"], f"{folder}: config")
         for name in tree:
@@ -142,12 +128,29 @@ def initial_parameters(config: RunConfig, tree: Tree) -> tuple[Tree, dict[str, P
                     folder, name, *({f: getattr(m, f) for f in _IMAGES.get(name, ())} for m in (model, config.model))
                 )
                 origins[name] = folder
+    return origins
+
+
+def initial_parameters(config: RunConfig, tree: Tree, begin: Origin | None = None) -> tuple[Tree, dict[str, Path]]:
+    """The parameters before the first step, and the model directory of each component that comes from one.
+
+    Args:
+      tree: shapes, dtypes and shardings of the parameters by component; from `abstract_tree`.
+      begin: a step of another run, whose parameters come before those of `config.init`.
+
+    Raises:
+      UserError: a model directory cannot be read, or a component in it has another config.
+    """
+    origins = find_origins(config, tree, begin)
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     params = init_components(config.model, tree, [name for name in tree if name not in origins], key)
     factors = init_factors(tree, config.lora, key)
     for folder in dict.fromkeys(origins.values()):
         asked = {name: tree[name] for name, origin in origins.items() if origin == folder and tree[name]}
-        params |= checkpoints.restore_model(folder, _stored_as(asked, checkpoints.model_abstract(folder, factors=True)))
+        stored = _stored_as(asked, checkpoints.model_abstract(folder, factors=True))
+        step = begin.step if begin and folder == begin.folder else None
+        with working(f"reading {', '.join(asked)} from {folder}"):
+            params |= checkpoints.restore_model(folder, stored, step)
     return {name: merge(factors.get(name, {}), params.get(name, {})) for name in tree}, origins
 
 
@@ -188,11 +191,13 @@ class Run:
       timeout: seconds that processes wait for one another while the run starts.
       accept_changed_data: whether the run continues on data that has changed. The position in it stays the step number.
       adopt: whether steps without a record are continued as a run of this config, which the record then says.
+      begin: the step of another run that a new run begins with.
 
     Attributes:
       step: number of steps done.
       steps: number of steps of the whole run.
       state: after `step` steps.
+      ended: why the run ended, such as "stopped by SIGTERM"; set by `train`.
       data: the batches.
       clock: measures the activities of this process.
 
@@ -208,94 +213,101 @@ class Run:
         timeout: int = 300,
         accept_changed_data: bool = False,
         adopt: bool = False,
+        begin: Origin | None = None,
     ):
-        self.config, self.folder, self.clock = config, folder, Clock()
+        self.config, self.folder, self.clock, self.ended = config, folder, Clock(), ""
         self.mesh = make_mesh(config.mesh)
-        record = self._read_record(adopt)
+        record = read_record(folder, config, adopt)
+        self.origin = recorded_origin(record, begin, folder)
         self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
         self._checkpoints.probe()
-        self.step = self._checkpoints.latest() or 0
-        if self.step:
+        latest = self._checkpoints.latest()
+        self.step = latest or (self.origin.first_step if self.origin else 0)
+        if latest:
             checkpoints.read_manifest(folder)  # compares digests
-        known = self._known(record, accept_changed_data)
-        self.data = open_data(self._with_cache(), self.mesh, known, timeout)
-        if record.get("data", self.data.hash) != self.data.hash and not accept_changed_data:
-            raise UserError(
-                f"{folder}: was trained on other data or another packing plan; a run continues only with its own. "
-                f"Restore the data, {_GO_ON}"
-            )
+        else:
+            tree = config.abstract_tree(self.mesh)
+            refuse_random(config, tree, set(tree) - set(find_origins(config, tree, self.origin)))
+        self.data = open_data(self._with_cache(), self.mesh, self._known(record, accept_changed_data), timeout)
         self.steps = self.data.steps
+        before = recorded_config(record, folder / RECORD) if record else config
+        self._check_data(record, before.data.epochs, accept_changed_data)
         built = build_step(config, self.mesh, self.steps)
         self._optimizer, self.train_step = built.optimizer, built.train_step
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
-        if self.step:
+        banner.say_start(config, folder, self.mesh, built.tree)
+        if latest:
             agree = functools.partial(agreement.first_error, timeout=timeout)
-            with self.clock.during("restore"):
+            with self.clock.during("restore"), working(f"restoring step {latest}"):
                 self.step, self.state = self._checkpoints.restore(built.state, agree)
             check_parameters(config, self.data.precomputed, self.state.frozen)
             if jax.process_index() == 0:
-                self._write_record(record or self._new_record())
+                self._write_record(record)
+            origins = dict.fromkeys(built.tree, f"step {self.step}")
         else:
-            self.state = self._first_state(built.tree)
+            self.state, origins = self._first_state(built)
+        banner.say_components(built.tree, config.freezing, origins)
+        banner.say_data(self.data)
+        if latest:
+            banner.say_continued(folder, self.step, self.steps)
+            banner.say_changes(before, config, self.step, self.data)
+        elif self.origin:
+            banner.say_origin(self.origin, config, self.step, self.steps)
+
+    def _check_data(self, record: Mapping[str, Any], epochs: int, accept_changed: bool) -> None:
+        """Raises UserError if the data is another than the record says, or too short for the step to begin with."""
+        found = self.data.hash_of(epochs)
+        if record.get("data", found) != found and not accept_changed:
+            raise UserError(
+                f"{self.folder}: was trained on other data or another packing plan; a run continues only with its own. "
+                f"Restore the data, {_GO_ON}"
+            )
+        if self.step > self.steps or (self.origin and self.step == self.steps):
+            raise UserError(
+                f"step {self.step} is where this run would begin, and its data makes {self.steps} steps; raise "
+                "config.data.epochs or, with --from, add --reset=step to begin at the first one"
+            )
 
     def _known(self, record: Mapping[str, Any], accept_changed: bool) -> Known:
-        """What the record and the manifest of the run's directory say of its data."""
+        """What record and manifest say of the data: the run's own, or those of the run that it begins with."""
+        folder = self.folder
+        if not record and self.origin and self.origin.same_rows(self.config):
+            folder, record, accept_changed = self.origin.folder, self.origin.record, True
         if not record:
             return Known()
-        where = f"{self.folder / RECORD}: sources"
+        where = f"{folder / RECORD}: sources"
         sources = tuple(from_dict(Version, each, where) for each in record.get("sources", ()))
-        tokenizer = checkpoints.read_manifest(self.folder).get("tokenizer")
+        tokenizer = checkpoints.read_manifest(folder).get("tokenizer")
         return Known(record.get("rows_per_step"), sources, tokenizer, accept_changed)
 
     def _with_cache(self) -> RunConfig:
-        """The config with a folder for lengths and plans, which processes share; by default in the run's directory."""
-        if self.config.data.cache is not None:
-            return self.config
-        data = dataclasses.replace(self.config.data, cache=str(self.folder / "cache"))
-        return dataclasses.replace(self.config, data=data)
+        """The config with the folder of lengths and plans, which all processes share: by default, in the directory."""
+        cache = self.config.data.cache or str(self.folder / "cache")
+        return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, cache=cache))
 
-    def _first_state(self, tree: Tree) -> TrainState:
-        """The state before the first step. Writes what makes the directory a model, and the frozen parameters."""
-        initial, origins = initial_parameters(self.config, tree)
+    def _first_state(self, built: StepProgram) -> tuple[TrainState, dict[str, str]]:
+        """The state that the run begins with, and where each component comes from.
+
+        Writes what makes the directory a model, and the frozen parameters.
+        """
+        initial, origins = initial_parameters(self.config, built.tree, self.origin)
         check_parameters(self.config, self.data.precomputed, initial)
         params, frozen = split(initial, self.config.freezing)
         make = jax.jit(lambda p, f: make_state(p, f, self._optimizer), out_shardings=self.shardings)
         with use_mesh(self.mesh, self.config.mesh):
             state = make(params, frozen)
+        if self.origin:
+            opt_state = state.opt_state
+            if "optimizer" not in self.origin.reset:
+                opt_state = self.origin.optimizer_state(self.config, built.state)
+            step = jax.device_put(jnp.asarray(self.step, state.step.dtype), state.step.sharding)
+            state = state._replace(step=step, opt_state=at_step(opt_state, self.step))
         if jax.process_index() == 0:
             with checkpoints.writing(self.folder, self.folder):
                 self._write_description(origins)
-        self._checkpoints.save_frozen(frozen)
-        return state
-
-    def _read_record(self, adopt: bool) -> dict[str, Any]:
-        """The record of the run that the directory holds; empty for a new one, and for one that is adopted.
-
-        Raises:
-          ConfigError: it is a run of another config; lists what differs.
-          DamagedError: the record is missing or not as it was written.
-        """
-        path = self.folder / RECORD
-        try:
-            record = _parse_record(path)
-        except DamagedError as error:
-            if adopt:
-                return {}
-            raise DamagedError(f"{error}; restore it from a copy, or let launch/train.py --adopt rebuild it") from error
-        if record is None:
-            if checkpoints.latest_step(self.folder) is not None and not adopt:
-                raise DamagedError(
-                    f"{self.folder}: has steps, but no {RECORD}, which says what run they are of; restore it from a "
-                    "copy, or let launch/train.py --adopt rebuild it from this config"
-                )
-            return {}
-        # A field that is younger than the run has its default.
-        recorded = from_dict(RunConfig, record["config"], f"{path}: config")
-        listed = [line for line in differences(to_dict(recorded), to_dict(self.config)) if not line.startswith(_FREE)]
-        if listed:
-            lines = "\n  ".join(listed)
-            raise ConfigError(f"{self.folder}: holds a run with another config:\n  {lines}\nUse another directory")
-        return record
+        with working("writing the parameters that do not train"):
+            self._checkpoints.save_frozen(frozen)
+        return state, {name: str(origin) for name, origin in origins.items()}
 
     def _write_description(self, origins: dict[str, Path]) -> None:
         """Writes manifest, record, tokenizer, and the files that came with the components.
@@ -323,22 +335,14 @@ class Run:
             "reconstruction": to_dict(self.config.reconstruction),
         }
         checkpoints.write_manifest(self.folder, {"config": to_dict(self.config.model), "foreign": foreign, **settings})
-        self._write_record(self._new_record())
+        self._write_record({})
 
-    def _new_record(self) -> dict[str, Any]:
-        return {"config": to_dict(self.config), "rows_per_step": self.data.rows_per_step}
-
-    def _write_record(self, record: dict[str, Any]) -> None:
-        """Writes the record, with the data as it is now, unless the directory has it already."""
-        current = record | {"data": self.data.hash, "sources": [to_dict(version) for version in self.data.versions]}
-        current["format"] = _FORMAT
-        current["checksum"] = _checksum(current)
-        if current == record:
-            return
-        partial = self.folder / f"{RECORD}.partial"
-        with checkpoints.writing(self.folder, partial):
-            partial.write_text(json.dumps(current, indent=1) + "\n")
-            partial.replace(self.folder / RECORD)
+    def _write_record(self, record: Mapping[str, Any]) -> None:
+        """Writes the record, with config and data as they are now, unless the directory has it already."""
+        now = {"config": to_dict(self.config), "rows_per_step": self.data.rows_per_step, "data": self.data.hash}
+        now["sources"] = [to_dict(version) for version in self.data.versions]
+        ancestors = {"from": self.origin.describe()} if self.origin else {}
+        write_record(self.folder, record, now | ancestors)
 
     def _make_reporter(self) -> Reporter:
         config = self.config
@@ -352,7 +356,9 @@ class Run:
             return Reporter(meter)
         expected, warmup = config.loop.expected_reconstruction, warmup_steps(self.steps, config.optimizer.warmup_ratio)
         monitor = LossRangeMonitor(expected, warmup) if expected and objective else None
-        writer, log = Writer(self.folder, self.step), Log(self.folder, self.clock)
+        project, log = config.loop.wandb, Log(self.folder, self.clock)
+        wandb = WandbRun(self.folder, project, flatten_config(config)) if project else None
+        writer = Writer(self.folder, self.step, wandb=wandb)
         if log.note:
             writer.warn(log.note)
         return Reporter(meter, writer, monitor, log, source_names(config.data.sources))
@@ -377,7 +383,7 @@ class Run:
         hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
         numbers = [signal.SIGTERM, signal.SIGINT, *hangup] if jax.process_count() == 1 else hangup
         with stop_signals(*numbers) as requested:
-            stop_at = stop_at or self._checkpoints.stop_at(requested)
+            stop_at = stop_at or self._checkpoints.stop_at(lambda: bool(requested()))
             settings = LoopSettings(self.step, self.steps, self.config.loop, stop_at)
             try:
                 with use_mesh(self.mesh, self.config.mesh):
@@ -391,33 +397,16 @@ class Run:
                     reporter.saved()
                 if reporter.writer is not None:
                     reporter.writer.close()
+            self.ended = self._why_ended(requested())
         return self.step
 
-
-def _parse_record(path: Path) -> dict[str, Any] | None:
-    """The record in a file, in today's names; None if there is no file.
-
-    Raises:
-      DamagedError: it cannot be read, or is not as it was written.
-    """
-    try:
-        record = load_json(path)
-        if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-            raise ValueError("it has no config")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DamagedError(f"{path}: cannot be read ({reason})") from error
-    if record.get("format", 1) != 1 and record.get("checksum") != _checksum(record):
-        raise DamagedError(f"{path}: damaged: its content does not fit its checksum")
-    return upgrade(RECORD, record)
-
-
-def _checksum(record: Mapping[str, Any]) -> str:
-    """SHA-256 of all other fields."""
-    content = json.dumps({name: value for name, value in record.items() if name != "checksum"}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    def _why_ended(self, number: str) -> str:
+        after = self.config.loop.stop_after
+        if self.step == self.steps:
+            return "finished"
+        if after and self.step >= after:
+            return f"stopped after step {self.step} (config.loop.stop_after); without it, the same command continues"
+        return f"stopped by {number or 'SIGTERM'}; the same command continues"
 
 
 @contextlib.contextmanager

@@ -20,9 +20,24 @@ LANGUAGE_PARAMETERS = {
     "vicuna_7b": 6_738_415_616,
     "vicuna_13b": 13_015_864_320,
     "llama3_8b": 8_030_261_248,
+    "qwen2_5_0_5b": 494_032_768,
+    "qwen2_5_1_5b": 1_543_714_304,
+    "qwen2_5_3b": 3_085_938_688,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_1_7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "llama3_1_8b": 8_030_261_248,
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_2_3b": 3_212_749_824,
 }
 """Published numbers of parameters."""
-PARTS = list(itertools.product(ross.ENCODERS, ross.LLMS, ross.STAGES))
+PAPER = list(LANGUAGE_PARAMETERS)[:4]
+PARTS = [
+    *itertools.product(("siglip", "clip"), PAPER, ross.STAGES),
+    *itertools.product(["siglip2"], sorted(set(ross.LLMS) - set(PAPER)), ["finetune"]),
+]
 
 
 def count(tree) -> int:

@@ -28,6 +28,7 @@ from ross_jax.training.optimizer import OptimizerConfig
 from ross_jax.training.recipe import EvaluationConfig, RunConfig, TextConfig
 from ross_jax.training.state import FreezeConfig
 from ross_jax.training.step import StepConfig
+from tiny import RANDOM
 from tiny_model import SIZED, write_model
 
 SAMPLING = Sampling("ddpm", 4)
@@ -53,6 +54,7 @@ def model(folder):
 def make_config(folder, rows=2, **changes) -> RunConfig:
     source = SourceConfig(str(folder / "images"), "images")
     return RunConfig(
+        init_random=RANDOM,
         model=SIZED,
         text=TextConfig("qwen_2", str(folder / "model" / "files" / "language"), weight=0.0),
         image_mode="square",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -103,7 +104,61 @@ def test_tpu_pod(kind, expected, tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["slice", "name", "zone"], ["slice", "name", "zone", "--x=1", "--y=2"]])
 def test_tpu_pod_usage(arguments):
     done = run("tpu_pod.sh", *arguments)
-    assert done.returncode == 2 and "usage: bash launch/cluster/tpu_pod.sh slice NAME ZONE -- TRAIN_FLAG" in done.stderr
+    assert done.returncode == 2 and "bash launch/cluster/tpu_pod.sh slice NAME ZONE -- TRAIN_FLAG" in done.stderr
+
+
+def test_a_slice_is_made_and_installed(tmp_path):
+    """`create` and `setup` ask gcloud; what `setup` does on a host is checked there, with stand-ins for uv and pip."""
+    gcloud = recorder(tmp_path / "bin" / "gcloud")
+    assert run("tpu_pod.sh", "create", "mine", "z", "v6e-16", path=tmp_path / "bin").returncode == 0
+    made = ["compute", "tpus", "queued-resources", "create", "mine", "--node-id=mine", "--zone=z"]
+    assert recorded(gcloud) == [[*made, "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e"]]
+    settings = {"REPO": "https://host/a repo.git", "BUCKET": "my-bucket", "DIR": "my code"}
+    assert run("tpu_pod.sh", "setup", "mine", "z", path=tmp_path / "bin", **settings).returncode == 0
+    *asked, remote = recorded(gcloud)[1]
+    assert asked == ["compute", "tpus", "tpu-vm", "ssh", "mine", "--worker=all", "--zone=z"]
+    home, tools = tmp_path / "home", tmp_path / "home" / ".local" / "bin"
+    git, fuse = recorder(tools / "git"), recorder(tools / "gcsfuse")
+    write_script(tools / "uv", '#!/bin/sh\n[ "$2" = find ] && echo /opt/python3.12\nexit 0\n')
+    write_script(home / "my code" / "launch" / "setup.sh", 'echo "$PYTHON $PWD $*" >$HOME/installed\n')
+    command = ["bash", "-c", remote.removeprefix("--command=")]
+    found = os.environ | {"HOME": str(home), "PATH": f"{tools}:/usr/bin:/bin"}
+    subprocess.run(command, cwd=home, env=found, check=True, timeout=60)
+    assert (home / "installed").read_text() == f"/opt/python3.12 {home}/my code tpu\n"
+    assert not Path(f"{git}.json").exists()  # the repository is there
+    assert recorded(fuse) == [["--implicit-dirs", "my-bucket", f"{home}/shared"]]
+
+
+def test_a_detached_run(tmp_path):
+    """The run outlives the shell that started it, and writes its log."""
+    gcloud = recorder(tmp_path / "bin" / "gcloud")
+    done = run("tpu_pod.sh", "slice", "mine", "z", "--", *FLAGS, path=tmp_path / "bin", DETACH="1")
+    assert done.returncode == 0, done.stderr
+    remote = recorded(gcloud)[0][-1].removeprefix("--command=")
+    python = tmp_path / "ross_jax" / ".venv" / "bin" / "python"
+    write_script(python, '#!/bin/sh\nsleep 1\nprintf "%s\\n" "$@"\n')
+    subprocess.run(["bash", "-c", remote], cwd=tmp_path, check=True, timeout=60, capture_output=True)
+    log, deadline = tmp_path / "ross_jax" / "train.log", time.monotonic() + 60
+    while len(log.read_text().splitlines()) < 2 + len(FLAGS) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert log.read_text().splitlines() == ["launch/train.py", "--distributed", *FLAGS]
+
+
+def test_dry_runs_start_nothing(tmp_path):
+    """Each script prints what it would start. Nothing of its cluster is on the path."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("one\nuser@two\n")
+    settings = {"CLUSTER": "c", "ZONE": "z", "TPU_TYPE": "t", "IMAGE": "i", "STORAGE": "s"}
+    for script, arguments, environ, expected in (
+        ("multi_gpu.sh", [], {"PYTHON": "python"}, r"^python launch/train\.py --workdir=w$"),
+        ("slurm.sbatch", [], {"SLURM_SUBMIT_DIR": str(tmp_path)}, r"^srun .*train\.py --distributed --workdir=w$"),
+        ("ssh_hosts.sh", [str(hosts), "--"], {}, r"(?s)^one: .*--process=0 .*\nuser@two: .*=one:8476 .*--process=1"),
+        ("tpu_pod.sh", ["slice", "mine", "z", "--"], {}, r"^gcloud compute tpus tpu-vm ssh mine .*--workdir=w"),
+        ("gke.sh", [], GKE, r"kind: JobSet"),
+        ("xpk.sh", ["mine"], settings, r"^xpk workload create .*--workload=mine"),
+    ):
+        done = run(script, *arguments, "--workdir=w", DRY_RUN="1", **environ)
+        assert done.returncode == 0 and re.search(expected, done.stdout), (script, done.stdout, done.stderr)
 
 
 def test_xpk(tmp_path):

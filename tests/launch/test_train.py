@@ -17,11 +17,14 @@ from ross_jax.checkpoints import RunCheckpoints
 @pytest.mark.slow
 def test_a_stopped_run_continues(recipe, whole, tmp_path):
     """SIGTERM saves and exits with 0; the run then ends like an uninterrupted one."""
-    process = subprocess.Popen(command(recipe, tmp_path / "cut"), stderr=subprocess.DEVNULL, env=environment())
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment())
+    process = subprocess.Popen(command(recipe, tmp_path / "cut"), **options)
     while process.poll() is None and len(step_lines(tmp_path / "cut")) < 2:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 0
+    told = process.communicate()[0]
+    assert process.returncode == 0
+    assert re.search(r"cut: \d+ of 24 steps: stopped by SIGTERM; the same command continues$", told.strip())
     assert RunCheckpoints(tmp_path / "cut", 2).latest() == len(step_lines(tmp_path / "cut")) < 24
     done = train(recipe, tmp_path / "cut")
     assert done.returncode == 0, done.stderr
@@ -75,6 +78,16 @@ BAD_FLAGS = {
         lambda new, old: f"--config.text.tokenizer={new}/absent",
         "tokenizer .*/absent: there is no such folder",
     ),
+    "random parts": (
+        lambda new, old: "--config.init_random=('vision',)",
+        "config.init: no model directory has .*language.* which would be random. Name one that has",
+    ),
+    "a misspelled part": (
+        lambda new, old: "--config.init_random=('vison',)",
+        r"init_random: 'vison' is no component \(did you mean 'vision'\?\)",
+    ),
+    "no run": (lambda new, old: f"--from={new}/absent", "--from=.*absent: no run.json in"),
+    "nothing to reset": (lambda new, old: "--reset=step", "--reset: only with --from"),
     "first model": (lambda new, old: f"--config.init=('{new}/absent',)", "absent: no such directory$"),
 }
 """Name -> (function: (new folder, recipe's folder) -> a flag that makes the run fail, pattern of its error)."""
@@ -127,7 +140,7 @@ def test_another_config(recipe, whole, tmp_path):
     differs = ("--config.optimizer.learning_rate=0.5", "--config.seed=1")
     listed = (
         r"run: holds a run with another config:\n  optimizer.learning_rate: 0.001 there, 0.5 now\n"
-        r"  seed: 0 there, 1 now\nUse another directory$"
+        r"  seed: 0 there, 1 now\nUse another directory; --from=\S+ begins there with what this run has learnt$"
     )
     fails(train(recipe, whole, *differs), listed)
     smaller = ("--config.model.denoiser.depth=1", "--config.model.denoiser.num_heads=2", f"--config.init=('{whole}',)")
@@ -140,6 +153,6 @@ def test_a_missing_image_is_skipped_and_counted(recipe, tmp_path):
     flag = sources(tmp_path, missing(1), images=(str(recipe.parent),))
     done = train(recipe, tmp_path / "run", flag)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path}/run: 24 of 24 steps, 1 broken samples skipped\n"
+    assert done.stdout == f"{tmp_path}/run: 24 of 24 steps, 1 broken samples skipped: finished\n"
     said = r"broken sample skipped \(index 0\): .*, record 0: sample '0': absent.png: no such image in"
     assert len(re.findall(said, done.stderr)) == 1, done.stderr

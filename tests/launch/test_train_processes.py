@@ -21,7 +21,7 @@ ACROSS = (*SHORT, "--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # both proc
 
 
 @contextlib.contextmanager
-def two_processes(recipe, workdir, *flags):
+def two_processes(recipe, workdir, *flags, folders=(None, None)):
     """Two processes of two devices each, and their output files. Kills both at the end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -35,6 +35,7 @@ def two_processes(recipe, workdir, *flags):
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=environment(devices=2),
+                cwd=folders[i],
             )
             for i, file in enumerate(files)
         ]
@@ -96,6 +97,21 @@ def test_two_processes_evaluate_as_one(mesh, recipe, tmp_path):
         assert found == pytest.approx(expected, rel=1e-3)
 
 
+def test_two_working_directories(recipe, tmp_path):
+    """Relative paths count from the directory of process 0, which alone speaks, in few lines."""
+    (tmp_path / "other").mkdir()
+    data = f"--config.data.sources=({dict(path='data.json', images=('.',))},)"
+    flags = (data, "--config.text.tokenizer=tokenizer", "--config.loop.stop_after=12", *SPREAD[1:])
+    folders = (recipe.parent, tmp_path / "other")
+    with two_processes(recipe, tmp_path / "run", *flags, folders=folders) as started:
+        text, silent = ends(*started)
+    assert not silent and len(text.splitlines()) <= 28, text  # the banner, 12 steps and the end
+    assert not re.search(r"Gloo|PyTorch|^[IWE]\d{4} |absl", text, re.MULTILINE), text
+    with two_processes(recipe, tmp_path / "run", *flags[:2], *SPREAD[1:], folders=folders) as started:
+        text, silent = ends(*started)
+    assert not silent and re.search(r"continues from step 12 of 24\n", text) and "24 of 24 steps: finished" in text
+
+
 def test_a_signal_to_one_ends_both(recipe, alone, tmp_path):
     """A signal to one process ends both at the same step with a checkpoint, from which one process continues."""
     workdir = tmp_path / "run"
@@ -104,8 +120,8 @@ def test_a_signal_to_one_ends_both(recipe, alone, tmp_path):
             time.sleep(0.05)
         processes[1].send_signal(signal.SIGTERM)
         texts = ends(processes, files)
-    done = [int(re.search(r": (\d+) of 12 steps", text)[1]) for text in texts]
-    assert done[0] == done[1] == latest_step(workdir) < 12
+    said = re.search(r": (\d+) of 12 steps: stopped by SIGTERM; the same command continues$", texts[0].strip())
+    assert int(said[1]) == latest_step(workdir) < 12 and not texts[1]
     finished = train(recipe, workdir, *SPREAD, devices=4)
     assert finished.returncode == 0, finished.stderr
     agree(workdir, alone(SPREAD))
@@ -147,6 +163,7 @@ def test_a_damaged_step(recipe, alone, tmp_path):
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     with two_processes(recipe, workdir, *ACROSS) as (processes, files):
-        for text in ends(processes, files):
-            assert re.search(r"step 12 is damaged, the run continues from step 10: .*array \S+ is damaged", text), text
+        text, silent = ends(processes, files)
+    assert re.search(r"warning: step 12 is damaged, the run continues from step 10: .*array \S+ is damaged", text), text
+    assert not silent
     agree(workdir, alone(ACROSS))

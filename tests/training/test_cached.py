@@ -25,7 +25,7 @@ from ross_jax.training.recipe import RunConfig, TextConfig
 from ross_jax.training.run import Run, open_data
 from ross_jax.training.state import FreezeConfig
 from ross_jax.training.step import StepConfig
-from tiny import CONFIG
+from tiny import CONFIG, RANDOM
 from tokenizer_fixtures import byte_level_tokenizer
 
 TRAINABLE = (r"language/.*", r"projector/.*", r"denoiser/.*", r"regressor/.*")
@@ -67,6 +67,7 @@ def data(tmp_path_factory):
 
 def make_config(data: Path, **changes) -> RunConfig:
     config = RunConfig(
+        init_random=RANDOM,
         model=MODEL,
         text=TextConfig("qwen_2", str(data / "tokenizer")),
         data=DataConfig(

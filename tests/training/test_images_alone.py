@@ -31,7 +31,7 @@ from ross_jax.training.run import Run
 from ross_jax.training.state import FreezeConfig
 from ross_jax.training.step import StepConfig
 from ross_jax.tree import flatten, merge
-from tiny import STAGE2
+from tiny import RANDOM, STAGE2
 from tiny_model import SIZED, write_model
 
 CLASSES = ("n01440764", "n01443537")
@@ -53,6 +53,7 @@ def data(tmp_path_factory):
 
 def make_config(data: Path, **changes) -> RunConfig:
     config = RunConfig(
+        init_random=RANDOM,
         model=SIZED,
         init=(str(data / "model"),),
         text=TextConfig("qwen_2", str(data / "model" / "files" / "language"), weight=0.0),

@@ -40,7 +40,7 @@ from ross_jax.training.run import Run
 from ross_jax.training.state import FreezeConfig
 from ross_jax.training.step import StepConfig
 from ross_jax.tree import flatten, merge
-from tiny import CONFIG, STAGE2
+from tiny import CONFIG, RANDOM, STAGE2
 from tokenizer_fixtures import byte_level_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -73,6 +73,7 @@ def data(tmp_path_factory):
 def make_config(data, mesh: MeshConfig = MeshConfig(1, 2, 4), **changes) -> RunConfig:  # noqa: B008
     model = dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=320))
     config = RunConfig(
+        init_random=RANDOM,
         model=model,
         text=TextConfig("qwen_2", str(data / "tokenizer")),
         data=DataConfig(

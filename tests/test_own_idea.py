@@ -1,0 +1,42 @@
+"""`examples/own_idea`: what a folder outside the package adds is tested and trained as its README says."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launcher import REPOSITORY, environment, step_lines
+from tokenizer_fixtures import byte_level_tokenizer
+
+pytestmark = pytest.mark.slow
+
+FOLDER = REPOSITORY / "examples" / "own_idea"
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    environ = environment() | {"ROSS_JAX_CHECK_SHAPES": "1,my_idea"}
+    environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environ, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_its_unit_tests():
+    assert "4 passed" in run("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(FOLDER)).stdout
+
+
+@pytest.mark.parametrize("idea", ["objective", "denoiser"])
+def test_its_recipe_trains(idea, tmp_path):
+    """The run's record has what the folder registered, so that the same command continues it."""
+    byte_level_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    recipe = f"{FOLDER / 'my_recipe.py'}:idea={idea},tokenizer={tmp_path / 'tokenizer'}"
+    command = ("launch/train.py", f"--config={recipe}", f"--workdir={tmp_path / 'run'}")
+    run(*command, "--config.loop.stop_after=2")
+    assert "4 of 4 steps: finished" in run(*command).stdout
+    lines = step_lines(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["reconstruction_loss"] < lines[0]["reconstruction_loss"]
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert (config["model"]["vision"]["kind"], config["data"]["sources"][0]["kind"]) == ("patches", "colours")
