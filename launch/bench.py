@@ -9,7 +9,7 @@
     python launch/bench.py step --compare padding                  packed rows beside padded ones
     python launch/bench.py step --config=configs/ross.py:stage=finetune --config.data.batch=8
     python launch/bench.py generate                                answers of a language model of 110 M parameters
-    python launch/bench.py generate --compare transformers         beside transformers' generate
+    python launch/bench.py generate --compare torch                beside transformers' generate
 
 Each subcommand prints its figures, and with --json FILE writes them as JSON.
 """
@@ -28,6 +28,7 @@ from ross_jax.command_line import load_recipe
 from ross_jax.config import Range, UserError
 from ross_jax.data.images import ImageConfig
 from ross_jax.data.packing import PackingConfig
+from ross_jax.models.quantization import DTYPES
 
 RECIPE = Path(__file__).parents[1] / "configs" / "bench.py"
 Figures = dict[str, float | int | str]
@@ -108,13 +109,14 @@ def add_generate(parser: Parser) -> None:
     parser.add_argument("--prompt", type=int, within=SIZE, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, within=Range(2, 2**20), default=64, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, within=SIZE, default=5, help="runs of each; their median counts")
-    parser.add_argument("--compare", choices=("transformers",), help="run its generate beside, on equal weights")
+    parser.add_argument("--quantize", choices=tuple(DTYPES), help="keep the matrices of our side in 8 bits")
+    parser.add_argument("--compare", choices=("torch",), help="run transformers' generate beside, on equal weights")
 
 
 def run_generate(arguments: argparse.Namespace, others: list[str]) -> Figures:
     if others:
         raise UserError(f"unexpected arguments {others}")
-    names = ("dtype", "prompt", "new", "repeats")
+    names = ("dtype", "quantize", "prompt", "new", "repeats")
     asked = generate.Generating(
         **{name: getattr(arguments, name) for name in names},
         batches=tuple(arguments.batches),

@@ -18,8 +18,9 @@ from ross_jax.config import UserError
 from ross_jax.inference.engine import Engine, Prompt, make_engine
 from ross_jax.inference.generate import Decoding
 from ross_jax.models.language import LanguageConfig, LanguageModel
+from ross_jax.models.quantization import Kind, check_quantization, is_quantised, quantize
 from ross_jax.models.ross import RossConfig
-from ross_jax.tree import flatten
+from ross_jax.tree import flatten, unflatten
 
 LANGUAGE = LanguageConfig(32000, 768, 2048, 12, 12, 12, 64, 1e6, 1e-6, qkv_bias=True, tied_head=True)
 """A Qwen2 of 110 million parameters."""
@@ -36,6 +37,7 @@ class Generating:
 
     Attributes:
       dtype: dtype of the weights that are given to both.
+      quantize: as in `load`, for our side.
       batches: numbers of prompts that are answered at once.
       prompt: tokens of each prompt.
       new: tokens of each answer.
@@ -44,6 +46,7 @@ class Generating:
     """
 
     dtype: str = "float32"
+    quantize: Kind | None = None
     batches: tuple[int, ...] = (1, 8, 32)
     prompt: int = 128
     new: int = 64
@@ -55,12 +58,13 @@ def measure(asked: Generating) -> Figures:
     """Tokens per second of prompts and answers at each number of rows, and the time of a ragged queue.
 
     Raises:
-      UserError: in float32 transformers chooses other tokens.
+      UserError: in float32 transformers chooses other tokens; weights cannot be quantised.
     """
+    check_quantization(asked.quantize)
     language = LANGUAGE
     config = RossConfig(language=language)
     params = random_parameters(language, asked.dtype)
-    engine = make_engine(Decoding(config, asked.dtype), {"language": params})
+    engine = make_engine(Decoding(config, asked.dtype), _quantised({"language": params}, asked.quantize))
     figures: Figures = {
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cores": os.cpu_count() or 0,
@@ -128,7 +132,7 @@ def _equal_share(runs: dict[str, Callable[[], list[list[int]]]], asked: Generati
     if "torch" not in made:
         return 1.0
     equal = statistics.mean(own == theirs for own, theirs in zip(made["jax"], made["torch"], strict=True))
-    if asked.dtype == "float32" and equal < 1:
+    if asked.dtype == "float32" and not asked.quantize and equal < 1:
         raise UserError(
             f"{name}: {equal:.0%} of the answers are equal to transformers'; they do not compute the same, so their "
             "times say nothing"
@@ -160,11 +164,17 @@ def random_parameters(config: LanguageConfig, dtype: str, seed: int = 0) -> Any:
     return jax.jit(make)()
 
 
+def _quantised(params: dict[str, Any], kind: Kind | None) -> dict[str, Any]:
+    if kind is None:
+        return params
+    flat = flatten(params)
+    return unflatten({p: quantize(jnp.array(leaf), kind) if is_quantised(p) else leaf for p, leaf in flat.items()})
+
+
 def read_bytes(params: Any, config: LanguageConfig) -> int:
     """Bytes of weights that extending rows by one token reads: all but an embedding that is no head as well."""
-    flat = flatten(params)
-    unread = () if config.tied_head else [path for path in flat if path.startswith("embed")]
-    return sum(leaf.nbytes for path, leaf in flat.items() if path not in unread)
+    read = params if config.tied_head else {name: tree for name, tree in params.items() if name != "embedding"}
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
 
 def bandwidth() -> float:

@@ -116,7 +116,7 @@ def test_generation_equals_transformers(tmp_path, monkeypatch, capsys):
     small = LanguageConfig(300, 32, 64, 2, 4, 2, 8, 1e4, 1e-6, qkv_bias=True)
     monkeypatch.setattr(generate, "LANGUAGE", small)
     monkeypatch.setattr(generate, "PROBE_BYTES", 2**20)
-    command = ["generate", "--compare", "transformers", "--batches", "1", "3", "--prompt", "9", "--new", "5"]
+    command = ["generate", "--compare", "torch", "--batches", "1", "3", "--prompt", "9", "--new", "5"]
     assert bench.main([*command, "--repeats", "1", "--json", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["batch_3_equal_tokens"] == found["queue_equal_tokens"] == 1
