@@ -180,8 +180,8 @@ class Decoder(nn.Module):
     collect: bool = False
     taps: tuple[int, ...] = ()
     keep: bool = False
-    transposed: bool = False
     dropout: float = 0.0
+    transposed: bool = False
 
     @nn.compact
     def __call__(self, carry, layer, cos, sin, segments, mask, lengths):
