@@ -62,8 +62,7 @@ def gradients(
         (_, losses), grads = function(state.params, state.frozen, rows, counts, key)
         return jax.tree.map(jnp.add, carry, (losses, grads)), None
 
-    shapes = jax.eval_shape(function, state.params, state.frozen, jax.tree.map(lambda x: x[0], micro), counts, key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+    zeros = loss.zeros(batch), jax.tree.map(jnp.zeros_like, state.params)
     (losses, grads), _ = jax.lax.scan(add, zeros, micro)
     return losses, grads
 
