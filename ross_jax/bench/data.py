@@ -5,6 +5,8 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import multiprocessing
+import os
 import tempfile
 import time
 import zlib
@@ -168,34 +170,40 @@ def against_torch(reading: Reading) -> Figures:
             raise UserError(f"{reading.data}: no image in it")
         per_batch = max(1, round(pipeline.lengths.images.mean() * reading.batch))
         ours = (int(np.count_nonzero(batch["image_ids"])) for batch in pipeline.batches())
-        theirs = Loader(files, reading.image_config, per_batch, reading.workers)
-        rates: list[tuple[float, float]] = []
-        for _ in range(_TURNS):
-            rates.append((_rate(ours, ahead, reading.steps), _rate(iter(theirs), ahead, reading.steps)))
-        used = min(reading.workers, cores())
-        found, other = (float(np.median(column)) for column in zip(*rates, strict=True))
+        theirs = iter(Loader(files, reading.image_config, per_batch, reading.workers))
+        turns = [(*_rates(ours, ahead, reading.steps), *_rates(theirs, ahead, reading.steps)) for _ in range(_TURNS)]
+        median = np.median(turns, axis=0).tolist()
         return {
             "workers": reading.workers,
-            "images_per_s": found,
-            "torch_images_per_s": other,
-            "images_per_s_per_core": found / used,
-            "torch_images_per_s_per_core": other / used,
-            "over_torch": float(np.median([ours / theirs for ours, theirs in rates])),
+            "images_per_s": median[0],
+            "torch_images_per_s": median[2],
+            "images_per_core_s": median[1],
+            "torch_images_per_core_s": median[3],
+            "over_torch_per_core": float(np.median([turn[1] / turn[3] for turn in turns])),
             **shares(pipeline),
         }
 
 
-def _rate(batches: Iterator[int], ahead: int, steps: int) -> float:
-    """Images/s over some batches, after those that are ready.
+def _rates(batches: Iterator[int], ahead: int, steps: int) -> tuple[float, float]:
+    """Images per second, and per second of a core, over some batches after those that are ready.
 
     Args:
       batches: number of images of each.
     """
     for _ in itertools.islice(batches, ahead):
         pass
-    start = time.perf_counter()
+    start, used = time.perf_counter(), _core_seconds()
     images = sum(itertools.islice(batches, steps))
-    return images / (time.perf_counter() - start)
+    return images / (time.perf_counter() - start), images / (_core_seconds() - used)
+
+
+def _core_seconds() -> float:
+    """Seconds that this process and its worker processes have computed."""
+    ticks = 0
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # in user mode and in the kernel
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ Stores are safe in worker processes. No open file is pickled, and a forked proce
 """
 
 import bz2
+import hashlib
 import io
 import os
 import posixpath
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -137,6 +138,12 @@ class FileRange:
     def __del__(self):
         if self._descriptor is not None:
             os.close(self._descriptor)
+
+
+def combined_version(files: Sequence[FileRange]) -> tuple[int, int]:
+    """Size of all files, and a number that changes when the size or the time of any of them does."""
+    described = str([file.version for file in files]).encode()
+    return sum(file.version[0] for file in files), int.from_bytes(hashlib.sha256(described).digest()[:6], "big")
 
 
 class Folder:

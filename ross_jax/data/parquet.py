@@ -28,7 +28,7 @@ import pyarrow
 from pyarrow import parquet
 
 from ross_jax.config import UserError, brief, nearest
-from ross_jax.data.archives import FileRange, reading
+from ross_jax.data.archives import FileRange, combined_version, reading
 from ross_jax.data.fields import IMAGE_FIELDS, KNOWN, READ, TURNS, record_images, turns_field
 from ross_jax.data.mounts import Mounts, image_value
 from ross_jax.data.records import Version
@@ -104,9 +104,9 @@ class ParquetSource:
                 raise UserError(f"{shard.path}: other columns than {shards[0].path}; give them a source each")
         self._texts, self._images, self._unread = shards[0].texts, shards[0].images, shards[0].unread
         found = [
-            (_Group(number, group, first), rows, len(rows) * size // count)
+            (_Group(number, group, first), rows, size)
             for number, shard in enumerate(shards)
-            for group, (first, count, size, rows) in enumerate(shard.groups)
+            for group, (first, size, rows) in enumerate(shard.groups)
             if len(rows)
         ]
         if not found:
@@ -115,7 +115,7 @@ class ParquetSource:
         self._rows = np.concatenate([rows for _, rows, _ in found])
         self.groups = np.array([(len(rows), size) for _, rows, size in found], np.int64)
         self._ends = np.cumsum(self.groups[:, 0])
-        size, time = sum(file.version[0] for file in self._files), max(file.version[1] for file in self._files)
+        size, time = combined_version(self._files)
         if known and (known.size, known.time, known.records) == (size, time, len(self)):
             self.fingerprint = known.fingerprint
         else:
@@ -236,7 +236,7 @@ class _Shard:
       texts: columns without the content of images. A column of images is represented by the paths in it.
       images: columns of images.
       unread: columns that are not read.
-      groups: of each row group: its first row, its rows, bytes when it is decoded, and int32[rows that are samples].
+      groups: of each row group: its first row, bytes when it is decoded, and int32[samples], the rows that are samples.
     """
 
     def __init__(self, path: str, where: Sequence[str], caption: str | None):
@@ -254,14 +254,14 @@ class _Shard:
             unread = set(schema.names) - READ - KNOWN - {caption, *conditions}
             self.unread = sorted(name for name in unread if not name.endswith(_RATINGS))
             self.images = tuple(images)
-            self.texts = tuple(leaf for name in read for leaf in _leaves(name, leaves, name in images))
+            self.texts = tuple(sorted(leaf for name in read for leaf in _leaves(name, leaves, name in images)))
             self.groups, first = [], 0
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)
                 rows = np.arange(group.num_rows, dtype=np.int32)
                 if where:
                     rows = _satisfying(file.read_row_group(number, list(dict.fromkeys(conditions))), where)
-                self.groups.append((first, group.num_rows, group.total_byte_size, rows))
+                self.groups.append((first, group.total_byte_size, rows))
                 first += group.num_rows
 
     def hash(self) -> bytes:

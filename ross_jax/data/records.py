@@ -48,8 +48,8 @@ class Version:
       path: as the source's config has it.
       records: number of samples.
       fingerprint: changes when the text does.
-      size, time: of a single file: its bytes, and when it was changed, in ns. While both are the same, the text counts
-        as the same and is not hashed again.
+      size, time: of a single file: its bytes, and when it was changed, in ns; of several files their
+        `combined_version`. While both are the same, the text counts as the same and is not hashed again.
     """
 
     path: str

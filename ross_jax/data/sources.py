@@ -120,7 +120,7 @@ def open_source(config: SourceConfig, known: Version | None = None, limits: Limi
     Raises:
       UserError: the source does not exist, is empty, or is corrupt (with line and column).
     """
-    if (own := config.open(max_image_bytes)) is not None:
+    if (own := config.open(limits.image_bytes)) is not None:
         return own
     if config.kind == "images":
         return ImageSource(config.path, limits.image_bytes)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ross_jax.config import UserError
-from ross_jax.data.archives import IMAGE_SUFFIXES, FileRange, reading
+from ross_jax.data.archives import IMAGE_SUFFIXES, FileRange, combined_version, reading
 from ross_jax.data.fields import TURNS
 from ross_jax.data.formats import foreign_format
 from ross_jax.data.images import ImageError
@@ -94,7 +94,7 @@ class WebDataset:
             self._files = [FileRange(each) for each in paths]
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror}); give a .tar or a folder") from error
-        size, time = sum(file.version[0] for file in self._files), max(file.version[1] for file in self._files)
+        size, time = combined_version(self._files)
         unchanged = known is not None and (known.size, known.time) == (size, time)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             shards = list(pool.map(lambda file: _index(_copy(file), hashed=not unchanged), self._files))

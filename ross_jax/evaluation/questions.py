@@ -7,8 +7,6 @@ A record that makes no question becomes a `Broken` with its place and the reason
 """
 
 import ast
-import base64
-import binascii
 import csv
 import dataclasses
 import json
@@ -18,9 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pyarrow import parquet
+
 from ross_jax.config import UserError, brief
 from ross_jax.data.formats import foreign_format
-from ross_jax.data.sources import LazyImage
+from ross_jax.data.images import ImageError
+from ross_jax.data.mounts import decode_base64
+from ross_jax.data.parquet import reading_parquet
+from ross_jax.data.samples import LazyImage
 from ross_jax.json_text import parse_json
 
 SUFFIXES = (".tsv", ".jsonl", ".json", ".csv", ".parquet")
@@ -236,17 +239,12 @@ def _renamed(row: Any, extra: Row, prefix: str) -> Row | str:
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
+    with reading_parquet(file):
         number = 0
         for batch in parquet.ParquetFile(file).iter_batches(256):
             for row in batch.to_pylist():
                 yield f"{file}, record {number}", row
                 number += 1
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{file}: no Parquet file that can be read: {brief(str(error))}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,9 +292,9 @@ class _Images:
 
 def _decode(text: str, place: str) -> bytes:
     try:
-        return base64.b64decode(text.partition("base64,")[2] if text.startswith("data:") else text, validate=True)
-    except binascii.Error as error:
-        raise UserError(f"{place}: image is no base64: {error}") from error
+        return decode_base64(text)
+    except ImageError as error:
+        raise UserError(f"{place}: image {error}") from error
 
 
 def _first(row: Row, what: str) -> Any:

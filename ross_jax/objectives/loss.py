@@ -144,6 +144,14 @@ class Loss:
         items = jnp.sum(self.reduction.counted(batch).astype(jnp.float32)) if self.objective else images
         return Counts(tokens, images, items)
 
+    def zeros(self, batch: Batch) -> Losses:
+        """Losses of no row, to which those of micro-batches are added."""
+        sums = jnp.zeros((self.sources, len(SOURCE_SUMS))) if self._counts_sources(batch) else None
+        return Losses(jnp.zeros(()), jnp.zeros(()), sums)
+
+    def _counts_sources(self, batch: Batch) -> bool:
+        return self.sources > 0 and "sources" in batch
+
     def weighted_sum(self, losses: Losses) -> Float[Array, ""]:
         """`text_weight * text + weight * reconstruction`."""
         reconstruction = self.weight * losses.reconstruction if self.objective else 0.0
@@ -194,7 +202,7 @@ class Loss:
           tokens: cross entropies of the positions, or of the places of supervised ones.
           per_image: loss of each image slot.
         """
-        if not self.sources or "sources" not in batch:
+        if not self._counts_sources(batch):
             return None
         at, targets = batch["sources"], batch["targets"]
         starts = jnp.minimum(batch["image_start"], at.shape[1] - 1)

@@ -63,8 +63,7 @@ def gradients(
         (_, losses), grads = function(state.params, state.frozen, rows, counts, key, number)
         return jax.tree.map(jnp.add, carry, (losses, grads)), None
 
-    shapes = jax.eval_shape(function, state.params, state.frozen, jax.tree.map(lambda x: x[0], micro), counts, key, 0)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+    zeros = loss.zeros(batch), jax.tree.map(jnp.zeros_like, state.params)
     (losses, grads), _ = jax.lax.scan(add, zeros, (micro, jnp.arange(accumulate)))
     return losses, grads
 

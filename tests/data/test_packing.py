@@ -4,12 +4,15 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
+from grain.experimental import BestFitPackIterDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ross_jax.config import ConfigError, UserError, from_dict
+from ross_jax.data.best_fit import OPEN_ROWS, best_fit
 from ross_jax.data.packing import Lengths, Location, PackingConfig, PackingPlan, PlanSettings, cached_plan, make_plan
 
 
@@ -73,6 +76,31 @@ def test_plan_never_changes():
     padded = make_plan(lengths, PlanSettings(PackingConfig(256, 3, layout="pad"), 16, seed=1, epoch=2))
     assert packed.hash[:16] == "2c00260f42922c8b"
     assert padded.hash[:16] == "b89d01a79d8ecb23"
+
+
+@pytest.mark.parametrize("limits", [(256,), (256, 3, 120)])
+def test_rows_are_those_of_grain(limits):
+    """Several hundred rows are open at once, and all are closed when nothing fits."""
+    lengths = llava_like(1500)
+    needs = np.stack([lengths.tokens, lengths.images, lengths.supervised][: len(limits)])
+    names = ("tokens", "images", "supervised")[: len(limits)]
+    zero = np.int8(0)
+
+    def arrays(sample):
+        return {n: np.broadcast_to(zero, count[sample]) for n, count in zip(names, needs, strict=True)} | {"at": sample}
+
+    packed = BestFitPackIterDataset(
+        grain.MapDataset.source(range(1500)).map(arrays).to_iter_dataset(),
+        length_struct=dict(zip(names, limits, strict=True)),
+        num_packing_bins=OPEN_ROWS,
+        shuffle_bins=False,
+        meta_features=("at",),
+    )
+    expected = [list(map(int, row["at"])) for row in packed]
+    rows = best_fit(needs, limits)
+    assert [np.flatnonzero(rows == row).tolist() for row in range(rows.max() + 1)] == expected
+    scaled = best_fit(200 * needs, [200 * limit for limit in limits])  # numbers that need 32 bits
+    np.testing.assert_array_equal(scaled, rows)
 
 
 def test_order_depends_on_seed_and_epoch():

@@ -16,6 +16,7 @@ from ross_jax.data.images import ImageConfig, decode_official
 from ross_jax.data.packing import PackingConfig
 from ross_jax.data.pipeline import DataConfig, Pipeline, Preprocessing, open_pipeline
 from ross_jax.data.sources import SourceConfig
+from ross_jax.data.workers import Workers
 
 IMAGE_TOKENS, SIZE = 4, 8
 COUNT = 60
@@ -173,6 +174,15 @@ def test_worker_processes_change_nothing(folder, reference):
     assert len(batches) == len(expected) - 2
     for batch, other in zip(batches, expected[2:], strict=True):
         assert_equal(batch, other)
+
+
+def test_many_samples_are_measured_on_all_cores(folder, reference, monkeypatch):
+    used = []
+    monkeypatch.setattr("ross_jax.data.lengths._MANY", COUNT)
+    monkeypatch.setattr("ross_jax.data.lengths.cores", lambda: 2)
+    monkeypatch.setattr("ross_jax.data.reading.Workers", lambda *args: used.append(args[2]) or Workers(*args))
+    assert open_(config_for(folder, epochs=2)).hash == reference[0].hash
+    assert used == [2]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
