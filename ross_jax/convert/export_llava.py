@@ -100,6 +100,8 @@ def write_llava(
     write_weights(model, folder, "model", components, dtype, progress)
     text, tower = component_settings(described, "language"), component_settings(described, "vision")
     tower = {**(tower.get("vision_config") or tower), "model_type": f"{config.vision.kind}_vision_model"}
+    if dtype:
+        text, tower = ({**each, "dtype": dtype, "torch_dtype": dtype} for each in (text, tower))
     write_config(folder, llava.settings(config, text, tower, texts.image_id, texts.rows), dtype)
     llava.write_processor(config, described.image_mode, folder)
     write_texts(folder, described, texts, progress)

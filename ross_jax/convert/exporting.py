@@ -179,7 +179,7 @@ def export(
         raise UserError(f"{model}: has none of {', '.join(LAYOUTS[layout])}, which --format {layout} would hold")
     held = config if layout in _ADAPTER_LAYOUTS else _only(config, names)
     _check_layout(model, _only(config, names), layout)
-    saved = saved_leaves(model, config, names)
+    saved = saved_leaves(model, config, [name for name in COMPONENTS if getattr(held, name) is not None])
     standard = layout in _FULL
     opened = {
         name: open_component(model, name, getattr(config, name), saved[name], foreign[name], standard) for name in names

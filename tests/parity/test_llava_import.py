@@ -118,7 +118,14 @@ def test_every_naming(kind, tmp_path):
         assert all(identical(tree[path], values) for path, values in first.items())
 
     model = import_model(tmp_path / "model", folders["in_memory"])
-    own = load(model, template="v1")
+    export(model, tmp_path / "back", "llava", template="v1")
+    original, back = state_of(folders["loaded"]), state_of(tmp_path / "back")
+    assert original.keys() == back.keys()
+    assert all(identical(original[key], values) for key, values in back.items())
+    own, again = load(model, template="v1"), load(import_model(tmp_path / "again", tmp_path / "back"))
+    assert (again.template, again.image_config) == ("v1", own.image_config)  # told by chat template and processor
+    if kind == "clip_llama":
+        return  # its answers are those of the golden of this kind
     images = [Image.fromarray(x) for x in np.random.default_rng(0).integers(0, 256, (3, 40, 70, 3), np.uint8)]
     answers = our_ids(own, images, QUESTIONS)
     assert len({tuple(ids) for ids in answers}) == len(answers)
@@ -130,14 +137,6 @@ def test_every_naming(kind, tmp_path):
     )
     ids = ids[:, inputs["input_ids"].shape[1] :].tolist()
     assert [row[: row.index(ends[0]) + 1] if ends[0] in row else row for row in ids] == answers
-
-    export(model, tmp_path / "back", "llava", template="v1")
-    original, back = state_of(folders["loaded"]), state_of(tmp_path / "back")
-    assert original.keys() == back.keys()
-    assert all(identical(original[key], values) for key, values in back.items())
-    again = import_model(tmp_path / "again", tmp_path / "back")
-    assert load(again).template == "v1"  # told by the chat template
-    assert load(again).image_config == own.image_config
 
 
 REFUSED = {
