@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 from configs import language_only, llava, ross
 from ross_jax.config import ConfigError, from_dict
 from ross_jax.models.ross import abstract_params
-from ross_jax.sharding import AXES, parameter_shardings
+from ross_jax.sharding import AXES, MeshConfig, make_mesh, parameter_shardings
 from ross_jax.training.recipe import RunConfig
 from ross_jax.tree import flatten
 
@@ -63,6 +63,20 @@ def test_recipe(recipe, encoder, llm, stage):
     whole = [path for path, leaf in flat.items() if held[path] == math.prod(leaf.shape) > 2**22]
     assert [path for path in whole if not path.startswith("autoencoder")] == []
     assert sum(held.values()) < 0.03 * count(tree)
+
+
+def test_low_rank_updates():
+    """In 7B, 323 million parameters of factors train in place of the language model, and the rest as before."""
+    config = from_dict(RunConfig, ross.get_config("llm=qwen2_7b,tune=lora").to_dict())
+    flat = flatten(config.abstract_tree(make_mesh(MeshConfig(1, 8, 1))))
+    trained = {path: math.prod(leaf.shape) for path, leaf in flat.items() if config.freezing.trains(path)}
+    assert {path.partition("/")[0] for path in trained} == {"language", "projector", "denoiser"}
+    factors = [path for path in trained if path.startswith("language/")]
+    widths = 2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944)
+    assert sum(trained[path] for path in factors) == 28 * 128 * widths and len(factors) == 14
+    assert {config.optimizer.group(path) for path in factors} == {"rest"}
+    with pytest.raises(ConfigError, match="stage=pretrain does not train the language model"):
+        ross.get_config("stage=pretrain,tune=lora")
 
 
 def test_language_only_is_ross_without_images():

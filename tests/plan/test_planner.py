@@ -67,6 +67,18 @@ def test_batch_is_what_the_step_takes():
     assert held["optimizer/mu/language/head"].sharding.shard_shape((64, 96)) == (16, 96)
 
 
+def test_low_rank_updates_leave_the_base_without_moments():
+    """Of the language model, moments and float32 values are those of the factors; the base is bfloat16."""
+    program = train_program(recipe(lora={"rank": 4}), make_mesh(MeshConfig(), jax.devices()[:4]), 8, 10)
+    found = {name: leaf for name, leaf in program.arguments.items() if "/language/" in name}
+    base = {name for name in found if name.startswith("frozen/") and not name.endswith("/lora_scale")}
+    assert {found[name].dtype.name for name in base} == {"bfloat16"} and "frozen/language/layers/up/kernel" in base
+    factors = 2 * 7  # A and B of seven kernels, each with two moments
+    assert len(found) - len(base) - 7 == 3 * factors
+    held = found["optimizer/mu/language/layers/up/lora_a"]
+    assert held.shape == (2, 64, 4) and held.sharding.shard_shape(held.shape) == (2, 16, 4)
+
+
 def test_cached_parts_take_the_place_of_pixels():
     config = recipe()
     mesh = make_mesh(MeshConfig(), jax.devices()[:4])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from ross_jax.lora import LoraConfig
 from ross_jax.models.layers import ONES
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.loss import make_loss
@@ -27,7 +28,9 @@ FREEZE = {
     "stage 2": STAGE2,
     "encoder too": FreezeConfig((r"(?!autoencoder/).*",), dtype="float32"),
     "denoiser alone": FreezeConfig((r"denoiser/.*",), dtype="float32"),
+    "low rank": STAGE2,
 }
+UPDATES = {"low rank": LoraConfig(5, targets=(r"language/layers/(out|up)/kernel", r"projector/.*"))}
 
 
 def products(jaxpr, times: int = 1):
@@ -60,12 +63,17 @@ def products(jaxpr, times: int = 1):
 
 
 def program(
-    model: RossConfig, freeze: FreezeConfig, reconstruction: ReconstructionConfig, batch: dict, text_weight: float = 1.0
+    model: RossConfig,
+    freeze: FreezeConfig,
+    updates: LoraConfig | None,
+    reconstruction: ReconstructionConfig,
+    batch: dict,
+    text_weight: float = 1.0,
 ):
     """The traced step without unused values, and the shapes of its parameters."""
     settings = OptimizerConfig(1e-3)
     optimizer = make_optimizer(settings, 10)
-    tree = abstract_tree(model, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]))
+    tree = abstract_tree(model, freeze, make_mesh(ONE_DEVICE, jax.devices()[:1]), None, updates)
     state = jax.eval_shape(lambda p, f: make_state(p, f, optimizer), *split(tree, freeze))
     loss = make_loss(model, reconstruction, text_weight=text_weight, chunk=32)
     step = make_train_step(loss, optimizer, jax.random.key(0), 1, learning_rates(settings, 10))
@@ -76,7 +84,7 @@ def program(
 @pytest.mark.parametrize(
     ("stage", "kind", "text"),
     [
-        *((stage, "denoise", 1.0) for stage in ("stage 1", "stage 2", "encoder too")),
+        *((stage, "denoise", 1.0) for stage in ("stage 1", "stage 2", "encoder too", "low rank")),
         *(("stage 2", kind, 1.0) for kind in MODELS if kind != "denoise"),
         ("stage 2", "denoise", 0.0),
         ("denoiser alone", "denoise", 0.0),
@@ -85,12 +93,14 @@ def program(
 def test_flops_are_those_of_the_program(stage, kind, text):
     """The FLOPs of a full batch are those of the products with matrices in the traced step.
 
-    Where only the denoiser learns, there are no logits, and the backward pass ends at the denoiser.
+    A kernel with a low-rank update has no gradient of its own. Where only the denoiser learns, there are no logits, and
+    the backward pass ends at the denoiser.
     """
     batch = make_batch()
     batch["segments"][:], batch["image_start"][:] = 1, (2, 11)
-    freeze, model = FREEZE[stage], MODELS[kind]
-    jaxpr, tree = program(model, freeze, ReconstructionConfig(kind.split()[0], remat="none"), batch, text)
+    model, updates = MODELS[kind], UPDATES.get(stage, LoraConfig())
+    freeze = FREEZE[stage].with_updates(model, updates)
+    jaxpr, tree = program(model, freeze, updates, ReconstructionConfig(kind.split()[0], remat="none"), batch, text)
     tokens, images = float(batch["tokens"].size), float(batch["image_start"].size)
     found = 0
     for form, flops, sizes in products(jaxpr):
