@@ -40,8 +40,8 @@ ENCODERS = {
     "siglip2": "google/siglip2-so400m-patch14-384",
     "clip": "openai/clip-vit-large-patch14-336",
 }
-RESAMPLE = {"siglip2": 2}
-"""Encoder -> Pillow's filter with which its images are resized; bicubic for all others."""
+BILINEAR = ("siglip2",)
+"""Encoders whose images are resized bilinearly; those of others bicubically."""
 LLMS = {
     "qwen2_7b": ("Qwen/Qwen2-7B-Instruct", "qwen_2"),
     "vicuna_7b": ("lmsys/vicuna-7b-v1.5", "v1"),
@@ -158,7 +158,7 @@ def model_config(
         language=language,
         image_mean=mean,
         image_std=std,
-        image_resample=RESAMPLE.get(encoder, 3),
+        image_resample=2 if encoder in BILINEAR else 3,
     )
     objective = find_objective(kind)
     if TEACHERS[teacher]:
