@@ -21,7 +21,7 @@ from ross_jax.console import talk, without_native_output
 from ross_jax.evaluation.reconstruction import make_callbacks
 from ross_jax.process import say
 from ross_jax.training import agreement
-from ross_jax.training.origin import find_origin
+from ross_jax.training.origin import begin_with
 from ross_jax.training.profile import Tracer, parse_steps
 from ross_jax.training.recipe import RunConfig, relative_paths
 from ross_jax.training.run import Run, flatten_config, only_writer
@@ -112,7 +112,7 @@ def train() -> int:
     use_cache(folder)
     if _RESET.value and not _FROM.value:
         raise UserError("--reset: only with --from, which names the run that is begun with")
-    begin = find_origin(_FROM.value, _RESET.value) if _FROM.value else None
+    begin = begin_with(_FROM.value, _RESET.value, folder) if _FROM.value else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_writer(folder))
         run = Run(config, folder, _START_TIMEOUT.value, _ACCEPT.value, _ADOPT.value, begin)

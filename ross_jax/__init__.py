@@ -49,11 +49,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-if _checked := [name for name in os.environ.get("ROSS_JAX_CHECK_SHAPES", "").split(",") if name not in ("", "0")]:
-    from jaxtyping import install_import_hook
 
-    # 1 means this package; other names are modules of yours.
-    install_import_hook(["ross_jax" if name == "1" else name for name in _checked], "beartype.beartype")
+def _check_shapes(names: list[str]) -> None:
+    """Compares annotated shapes of modules that are imported later with what comes. `1` means this package."""
+    wanted = ["ross_jax" if name == "1" else name for name in names if name not in ("", "0")]
+    if wanted:
+        from jaxtyping import install_import_hook
+
+        install_import_hook(wanted, "beartype.beartype")
+
+
+_check_shapes(os.environ.get("ROSS_JAX_CHECK_SHAPES", "").split(","))
 
 _MODULES = {
     "api": ("export_model", "import_model", "train"),

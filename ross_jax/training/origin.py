@@ -12,7 +12,7 @@ import optax
 from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError, nearest, to_dict
 from ross_jax.data.precomputed import differences
-from ross_jax.directories import CheckpointError
+from ross_jax.directories import CheckpointError, DamagedError
 from ross_jax.models.ross import HEADS
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.record import RECORD, parse_record, recorded_config
@@ -92,8 +92,7 @@ def find_origin(text: str, reset: Sequence[str] = ()) -> Origin:
     for name in reset:
         if name not in RESETS:
             raise ConfigError(f"--reset={name}: cannot be reset{nearest(name, RESETS)}; one of {list(RESETS)}")
-    path, _, number = text.rpartition("@")
-    folder, wanted = (Path(path), int(number)) if path and number.isdecimal() else (Path(text), None)
+    folder, wanted = _split(text)
     record = parse_record(folder / RECORD)
     if record is None:
         raise CheckpointError(f"--from={text}: no {RECORD} in {folder}; give the directory of a run")
@@ -102,6 +101,40 @@ def find_origin(text: str, reset: Sequence[str] = ()) -> Origin:
         there = f"there are steps {steps}" if steps else "no step is complete"
         raise CheckpointError(f"--from={text}: no step {'' if wanted is None else wanted} in {folder}; {there}")
     return Origin(folder, steps[-1] if wanted is None else wanted, tuple(reset), record)
+
+
+def _split(text: str) -> tuple[Path, int | None]:
+    """Directory and step of `RUN@STEP` or `RUN`."""
+    path, _, number = text.rpartition("@")
+    return (Path(path), int(number)) if path and number.isdecimal() else (Path(text), None)
+
+
+def begin_with(text: str, reset: Sequence[str], folder: Path) -> Origin | None:
+    """`find_origin` for a new run in `folder`; None for one that has begun with this origin and continues by itself.
+
+    So the same command continues a run although the other one has gone on, or has gone.
+
+    Raises:
+      UserError: as `find_origin`; or the run in `folder` has another origin.
+    """
+    try:
+        record = parse_record(folder / RECORD)
+    except DamagedError:
+        return None  # the run names it
+    if not record:
+        return find_origin(text, reset)
+    (other, step), recorded = _split(text), record.get("from")
+    if recorded is None or recorded["run"] != str(other.resolve()) or step not in (None, recorded["step"]):
+        raise _another_origin(recorded, folder)
+    if recorded["reset"] != list(reset):
+        raise _another_origin(recorded, folder)
+    return None
+
+
+def _another_origin(recorded: Mapping[str, Any] | None, folder: Path) -> UserError:
+    reset = f", --reset={','.join(recorded['reset'])}" if recorded and recorded["reset"] else ""
+    was = f"began with step {recorded['step']} of {recorded['run']}{reset}" if recorded else "did not begin with a run"
+    return UserError(f"--from: the run in {folder} {was}; use another directory, or leave --from out to continue it")
 
 
 def recorded_origin(record: Mapping[str, Any], given: Origin | None, folder: Path) -> Origin | None:
@@ -118,8 +151,7 @@ def recorded_origin(record: Mapping[str, Any], given: Origin | None, folder: Pat
         return given
     recorded = record.get("from")
     if given is not None and (recorded is None or given.describe() != recorded):
-        was = f"began with step {recorded['step']} of {recorded['run']}" if recorded else "did not begin with a run"
-        raise UserError(f"--from: the run in {folder} {was}; use another directory, or leave --from out to continue it")
+        raise _another_origin(recorded, folder)
     if given is None and recorded and checkpoints.latest_step(folder) is None:
         return find_origin(f"{recorded['run']}@{recorded['step']}", recorded["reset"])
     return given

@@ -218,10 +218,11 @@ class Run:
         self.config, self.folder, self.clock, self.ended = config, folder, Clock(), ""
         self.mesh = make_mesh(config.mesh)
         record = read_record(folder, config, adopt)
-        self.origin = recorded_origin(record, begin, folder)
+        origin = recorded_origin(record, begin, folder)
         self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
         self._checkpoints.probe()
         latest = self._checkpoints.latest()
+        self.origin = None if latest else origin
         self.step = latest or (self.origin.first_step if self.origin else 0)
         if latest:
             checkpoints.read_manifest(folder)  # compares digests

@@ -14,7 +14,7 @@ from ross_jax.tree import flatten
 from tokenizer_fixtures import tokenizer_folder  # noqa: F401
 
 
-@pytest.mark.parametrize(("encoder", "llm"), list(itertools.product(ross.ENCODERS, ross.LLMS)))
+@pytest.mark.parametrize(("encoder", "llm"), list(itertools.product(("siglip", "clip"), list(ross.LLMS)[:4])))
 def test_recipe(encoder, llm):
     arguments = f"encoder={encoder},llm={llm}"
     config = from_dict(RunConfig, imagenet_denoiser.get_config(f"{arguments},root=/data/imagenet").to_dict())

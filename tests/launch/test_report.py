@@ -1,16 +1,26 @@
 """The report of a run that was killed and continued."""
 
+import base64
+import dataclasses
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from launcher import REPOSITORY, command, environment, load_script, step_lines, train
+from ross_jax.command_line import load_recipe
+from ross_jax.config import to_dict
 from ross_jax.training.goodput import ACTIVITIES, GOODPUT, read_lines
+from ross_jax.training.metrics import Writer
+from ross_jax.training.record import write_record
 
 
 def write(folder, *starts):
@@ -57,6 +67,34 @@ def test_bad_lines_are_named_and_left_out(tmp_path, capsys):
         f"warning: {tmp_path}/{GOODPUT}: line 3 is unreadable, and left out",
         f"warning: {tmp_path}/metrics.jsonl: line 3 and 4 more are unreadable, and left out",
     ]
+
+
+def test_runs_side_by_side(tmp_path, capsys):
+    """The page needs no other file, and has times, differing fields and pictures of each run."""
+    config, folders = (
+        load_recipe(str(REPOSITORY / "configs" / "bench.py")),
+        [tmp_path / "a" / "run", tmp_path / "b" / "run"],
+    )
+    for number, folder in enumerate(folders):
+        writer = Writer(folder, 0)
+        for step in (10, 20):
+            writer.write(step, {"text_loss": 2.0 / step, "reconstruction_loss": 0.5, "tokens_per_second": 100.0})
+            writer.image("evaluation", step, np.full((4, 4, 3), 100 * number + step, np.uint8))
+        writer.close()
+        write(folder, (0.0, 0.0, 0, 0.0), (0.0, 10.0, 20, 8.0 + number))
+        write_record(folder, {}, {"config": to_dict(dataclasses.replace(config, seed=number))})
+    output = tmp_path / "out"
+    assert load_script("report").main([*map(str, folders), "--output", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{output}/report.html"
+    page = (output / "report.html").read_text()
+    assert "<h1>a/run, b/run</h1>" in page and "<code>seed: 0 there, 1 now</code>" in page
+    assert '<td>steps</td><td class="number">8 s</td><td class="number">9 s</td>' in page
+    shown = [base64.b64decode(each) for each in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert shown[0] == (output / "report.png").read_bytes()
+    pixels = [int(np.asarray(Image.open(io.BytesIO(each)))[0, 0, 0]) for each in shown[1:]]
+    assert pixels == [10, 20, 110, 120] and not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert load_script("report").main([*map(str, folders)]) == 1
+    assert "several runs: add --output DIR" in capsys.readouterr().err
 
 
 def test_no_run(tmp_path, capsys):

@@ -14,7 +14,7 @@ from ross_jax import checkpoints
 from ross_jax.config import ConfigError, UserError
 from ross_jax.training.loop import LoopConfig
 from ross_jax.training.optimizer import OptimizerConfig
-from ross_jax.training.origin import find_origin
+from ross_jax.training.origin import begin_with, find_origin
 from ross_jax.training.run import Run
 from ross_jax.training.state import FreezeConfig
 from training.test_run import data, lines, make_config, parameters, whole  # noqa: F401
@@ -112,6 +112,11 @@ def test_a_run_that_begins_with_a_step_of_another(data, whole, tmp_path, said): 
     assert (third.step, third.origin.describe()["from"]) == (0, recorded)
     assert "differs from" in said() and "seed: 0 there, 1 now" in said()
     assert Run(config, tmp_path / "new").step == steps  # it continues by itself
+    for text in (f"{old}@{steps - 2}", str(old)):  # the same command, though the other run has gone on
+        assert begin_with(text, [], tmp_path / "new") is None
+    for text, reset in ((f"{old}@{steps}", []), (str(tmp_path), []), (str(old), ["step"])):
+        with pytest.raises(UserError, match=rf"began with step {steps - 2} of .*use another directory"):
+            begin_with(text, reset, tmp_path / "new")
     with pytest.raises(UserError, match=rf"began with step {steps - 2} of .*use another directory"):
         Run(config, tmp_path / "new", begin=find_origin(str(old)))
 
