@@ -1,4 +1,4 @@
-"""`examples/own_idea`: what a folder outside the package adds is tested and trained as its README says."""
+"""`configs/own_idea`: what a folder outside the package adds is tested and trained as its README says."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tokenizer_fixtures import byte_level_tokenizer
 
 pytestmark = pytest.mark.slow
 
-FOLDER = REPOSITORY / "examples" / "own_idea"
+FOLDER = REPOSITORY / "configs" / "own_idea"
 
 
 def run(*command: str) -> subprocess.CompletedProcess:

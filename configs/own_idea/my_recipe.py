@@ -1,4 +1,4 @@
-"""A recipe that uses `my_idea.py`: --config=examples/own_idea/my_recipe.py:idea=objective,tokenizer=DIR
+"""A recipe that uses `my_idea.py`: --config=configs/own_idea/my_recipe.py:idea=objective,tokenizer=DIR
 
 idea        objective (colours of patches) | denoiser
 tokenizer   folder of a tokenizer with the token <|im_end|>
