@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from ross_jax.config import extends
-from ross_jax.data.sources import LazyImage, Sample, SourceConfig
+from ross_jax.data.samples import LazyImage, Sample
+from ross_jax.data.sources import SourceConfig
 from ross_jax.models.denoiser import Denoiser, DenoiserConfig, timestep_embedding
 from ross_jax.models.regressor import Regressor
 from ross_jax.models.vision import VisionConfig
