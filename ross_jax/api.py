@@ -76,7 +76,10 @@ def import_model(
     adapters = [origin for origin in origins if is_adapter(origin)]
     origins = [origin for origin in origins if origin not in adapters]
     if len(adapters) > 1 or (adapters and not origins):
-        raise UserError(f"{adapters[-1]}: is an adapter of peft; import it with its base, one adapter at a time")
+        raise UserError(
+            f"{adapters[-1]}: is a LoRA adapter of peft; import it with its base, one adapter at a time: "
+            "--from BASE --from ADAPTER. Or merge it into its base with peft"
+        )
     if adapters and len(origins) == 1 and (Path(origins[0]) / checkpoints.MANIFEST).is_file():
         import_adapter(Path(adapters[0]), Path(origins[0]), Path(output), progress)
         return Path(output)

@@ -14,7 +14,6 @@ from ross_jax.data.sources import SourceConfig, open_source
 IMAGE_FOLDER = "images"  # the kind of a source without text
 
 RECORD = {"id": 0, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "cafe"}]}
-MESSAGES = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "cafe"}], "images": []}
 
 LIST = json.dumps([RECORD] * 40, indent=1).encode()
 LINES = b"\n".join([json.dumps(RECORD).encode()] * 40)
@@ -28,8 +27,6 @@ FILES = {
     "data.jsonl.gz": (gzip.compress(LINES), ["g(un)?zip|compress"]),
     "compressed.json": (gzip.compress(LIST), ["g(un)?zip|compress"]),
     "train.parquet": (PARQUET, ["(?i)parquet"]),
-    "messages.json": (json.dumps([MESSAGES] * 3).encode(), ["messages", "conversations", r"\bfrom\b", r"\bvalue\b"]),
-    "messages.jsonl": (json.dumps(MESSAGES).encode(), ["messages", "conversations", r"\bfrom\b", r"\bvalue\b"]),
     "latin1.jsonl": (b"\n".join(LATIN_1), [rf"\bline 31\b|\bbyte {LATIN_1_BYTE}\b"]),
     "latin1.json": (b"[" + b",".join(LATIN_1) + b"]", [rf"\bbyte {LATIN_1_BYTE + 1}\b"]),
     "lines.json": (LINES, [r"JSONL", r"\.jsonl\b"]),
