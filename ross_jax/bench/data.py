@@ -163,7 +163,8 @@ def against_torch(reading: Reading) -> Figures:
     from ross_jax.bench.data_peer import Loader
 
     reading = dataclasses.replace(reading, workers=reading.workers or cores())
-    ahead = reading.workers * DataConfig.prefetch + 2  # batches that are ready when a turn begins
+    # More batches than are ready when a turn begins: those of a worker's queue and pipe, and those already received.
+    ahead = reading.workers * (DataConfig.prefetch + 2) + 2
     per_turn = ahead + reading.steps
     epochs = -(-2 * _TURNS * per_turn * reading.batch // (reading.samples if reading.data is None else 1000))
     with opened(reading, epochs) as pipeline:
