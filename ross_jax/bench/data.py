@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from ross_jax.data.sources import SourceConfig
 from ross_jax.process import cores, peak_memory
 
 _TURNS = 5
+_REST = 0.5
+"""Seconds without work after which workers have read ahead as far as they may."""
 
 Figures = dict[str, float | int | str]
 
@@ -161,7 +163,8 @@ def against_torch(reading: Reading) -> Figures:
     from ross_jax.bench.data_peer import Loader
 
     reading = dataclasses.replace(reading, workers=reading.workers or cores())
-    ahead = reading.workers * DataConfig.prefetch + 2  # batches that are ready when a turn begins
+    # More batches than are ready when a turn begins: those of a worker's queue and pipe, and those already received.
+    ahead = reading.workers * (DataConfig.prefetch + 2) + 2
     per_turn = ahead + reading.steps
     epochs = -(-2 * _TURNS * per_turn * reading.batch // (reading.samples if reading.data is None else 1000))
     with opened(reading, epochs) as pipeline:
@@ -170,8 +173,15 @@ def against_torch(reading: Reading) -> Figures:
             raise UserError(f"{reading.data}: no image in it")
         per_batch = max(1, round(pipeline.lengths.images.mean() * reading.batch))
         ours = (int(np.count_nonzero(batch["image_ids"])) for batch in pipeline.batches())
+        next(ours)
+        our_workers = multiprocessing.active_children()
         theirs = iter(Loader(files, reading.image_config, per_batch, reading.workers))
-        turns = [(*_rates(ours, ahead, reading.steps), *_rates(theirs, ahead, reading.steps)) for _ in range(_TURNS)]
+        their_workers = [worker for worker in multiprocessing.active_children() if worker not in our_workers]
+        turns = []
+        for _ in range(_TURNS):
+            each = [_rates(ours, our_workers, ahead, reading.steps)]
+            each.append(_rates(theirs, their_workers, ahead, reading.steps))
+            turns.append((*each[0], *each[1]))
         median = np.median(turns, axis=0).tolist()
         return {
             "workers": reading.workers,
@@ -184,26 +194,31 @@ def against_torch(reading: Reading) -> Figures:
         }
 
 
-def _rates(batches: Iterator[int], ahead: int, steps: int) -> tuple[float, float]:
+def _rates(batches: Iterator[int], workers: Sequence[Any], ahead: int, steps: int) -> tuple[float, float]:
     """Images per second, and per second of a core, over some batches after those that are ready.
 
     Args:
       batches: number of images of each.
+      workers: processes that read them. Afterwards they are given the time to read ahead, so that they rest later.
     """
     for _ in itertools.islice(batches, ahead):
         pass
-    start, used = time.perf_counter(), _core_seconds()
+    start, used = time.perf_counter(), _core_seconds(workers)
     images = sum(itertools.islice(batches, steps))
-    return images / (time.perf_counter() - start), images / (_core_seconds() - used)
+    rates = images / (time.perf_counter() - start), images / (_core_seconds(workers) - used)
+    before = -1.0
+    while before != (before := _core_seconds(workers)):
+        time.sleep(_REST)
+    return rates
 
 
-def _core_seconds() -> float:
-    """Seconds that this process and its worker processes have computed."""
+def _core_seconds(workers: Sequence[Any]) -> float:
+    """Seconds that processes have computed."""
     ticks = 0
-    for worker in multiprocessing.active_children():
+    for worker in workers:
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])  # in user mode and in the kernel
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
