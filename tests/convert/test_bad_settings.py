@@ -1,5 +1,6 @@
 """Unsupported settings of foreign checkpoints: one error names the file, each field, and what is expected."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
