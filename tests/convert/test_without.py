@@ -107,7 +107,7 @@ def test_a_regressor_left_out(regressing, tmp_path):
     check_ross(tmp_path / "out", ["denoiser"], INVERSE, False)
     export(regressing, tmp_path / "parts", "components", without=["regressor"])
     folders = sorted(path.name for path in (tmp_path / "parts").iterdir())
-    assert folders == ["adapters", "llm", "teacher", "vae", "vision_tower"]
+    assert folders == ["README.md", "adapters", "llm", "teacher", "vae", "vision_tower"]
     assert sorted(path.name for path in (tmp_path / "parts/adapters").iterdir()) == [
         "SHA256SUMS",
         "config.json",
@@ -127,7 +127,7 @@ def test_vision_and_projector_left_out(model, tmp_path):
 
 def test_components_left_out(model, tmp_path):
     export(model, tmp_path / "out", "components", without=["language", "projector", "denoiser", "autoencoder"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["teacher", "vision_tower"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "teacher", "vision_tower"]
 
 
 def refusal(model: Path, output: Path, layout: str, *without: str) -> str:
