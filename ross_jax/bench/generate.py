@@ -131,7 +131,7 @@ def _equal_share(runs: dict[str, Callable[[], list[list[int]]]], asked: Generati
     made = {each: run() for each, run in runs.items()}
     if "torch" not in made:
         return 1.0
-    equal = statistics.mean(own == theirs for own, theirs in zip(made["jax"], made["torch"], strict=True))
+    equal = statistics.fmean(own == theirs for own, theirs in zip(made["jax"], made["torch"], strict=True))
     if asked.dtype == "float32" and not asked.quantize and equal < 1:
         raise UserError(
             f"{name}: {equal:.0%} of the answers are equal to transformers'; they do not compute the same, so their "

@@ -21,8 +21,8 @@ class Echo(Model):
         return answer
 
 
-def echo(*arguments) -> Echo:
-    model = load(*arguments)
+def echo(*arguments, **settings) -> Echo:
+    model = load(*arguments, **settings)
     return Echo(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
 
 
