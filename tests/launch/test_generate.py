@@ -36,7 +36,7 @@ def test_mistakes_end_in_one_line(model_folder, image, tmp_path, capsys):
     for args, message in [
         (("--checkpoint", tmp_path, "--prompt", "x"), "no ross_jax.json in it"),
         (("--checkpoint", model_folder, "--prompt", "x", "--image", tmp_path / "b.png"), "b.png: cannot be read"),
-        (("--checkpoint", model_folder, "--prompt", "x", "--template", "qwen"), "did you mean 'qwen_2'"),
+        (("--checkpoint", model_folder, "--prompt", "x", "--template", "qwen"), "did you mean 'qwen3'"),
         (("--checkpoint", model_folder, "--prompt", "<image> <image>", "--image", image[0]), "<image>"),
         (("--checkpoint", model_folder, "--prompt", "x", "--max-new-tokens", 0), "max_new_tokens 0: must be at least"),
     ]:
