@@ -84,8 +84,8 @@ def test_interrupted_it_continues(common, finished, tmp_path, capsys, monkeypatc
     asked = []
     original = launcher.load
 
-    def counting(*args):
-        model = original(*args)
+    def counting(*args, **settings):
+        model = original(*args, **settings)
         ask = type(model).ask_many
         monkeypatch.setattr(type(model), "ask_many", lambda *a, **k: asked.extend(a[1]) or ask(*a, **k))
         return model
