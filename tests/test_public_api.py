@@ -57,7 +57,7 @@ def test_import_and_export(tmp_path):
     exported = ross_jax.export_model(str(folder), tmp_path / "exported")
     assert (exported / "model.safetensors").is_file() and (exported / "config.json").is_file()
     for settings, message in (
-        ({"layout": "ros"}, r"^layout 'ros': one of \['ross', 'components'\]$"),
+        ({"layout": "ros"}, r"^layout 'ros': one of \['ross', 'components', 'llava', .*\]$"),
         ({"dtype": "float64"}, r"^dtype 'float64': one of .*'bfloat16'"),
     ):
         with pytest.raises(ross_jax.UserError, match=message):

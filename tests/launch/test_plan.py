@@ -66,10 +66,9 @@ def test_full_size(tmp_path):
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("llm", ["qwen2_5_0_5b", "llama3_2_1b"])
-def test_small_language_models(llm, tmp_path):
-    """Recipes of newer parts compile; `launch/tables.py --tables=recipes` compiles all of them."""
-    recipe = REPOSITORY / "configs" / f"ross.py:encoder=siglip2,llm={llm},stage=finetune"
+def test_a_small_language_model(tmp_path):
+    """A recipe of newer parts compiles; `launch/tables.py --tables=recipes` compiles all of them."""
+    recipe = REPOSITORY / "configs" / "ross.py:encoder=siglip2,llm=qwen2_5_0_5b,stage=finetune"
     done = run_plan(str(recipe), "--rows=8", f"--json={tmp_path / 'plan.json'}", topology="v5e:2x4")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert json.loads((tmp_path / "plan.json").read_text())["fits"]
