@@ -230,7 +230,7 @@ class Loss:
     ) -> Float[Array, "batch places"]:
         """Cross entropies of the supervised tokens."""
         if not self.text_weight:
-            return jnp.zeros((1, 1))
+            return jnp.zeros((len(hidden), 1))
         hidden, targets = constrain(hidden, "batch"), batch["targets"]
         with jax.named_scope("text_loss"):
             if self.supervised is not None:
