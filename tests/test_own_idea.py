@@ -39,6 +39,8 @@ def test_its_recipe_trains(idea, tmp_path):
     lines = step_lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     losses = [line["reconstruction_loss"] for line in lines]
-    assert losses[-1] < losses[0] if idea == "objective" else np.isfinite(losses).all()  # four draws of noise tell little
+    assert np.isfinite(losses).all()
+    if idea == "objective":  # four draws of a denoiser's noise tell little
+        assert losses[-1] < losses[0]
     config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert (config["model"]["vision"]["kind"], config["data"]["sources"][0]["kind"]) == ("patches", "colours")
