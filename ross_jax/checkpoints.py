@@ -1,4 +1,4 @@
-"""Checkpoints on disk. Only this file and `orbax_calls.py` know Orbax.
+"""Checkpoints on disk. This file, `run_checkpoints.py` and `orbax_calls.py` alone know Orbax.
 
 A model directory appears under its name complete or not at all:
 
@@ -24,9 +24,7 @@ import functools
 import json
 import logging
 import math
-import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from ross_jax.directories import SUMS, CheckpointError, DamagedError, check_sums, write_sums
 from ross_jax.json_text import load_json
 from ross_jax.lora import hide_factors, restore_merged
-from ross_jax.orbax_calls import checkpoint_error, orbax_call, silence
+from ross_jax.orbax_calls import orbax_call
 from ross_jax.tree import flatten, unflatten
 from ross_jax.upgrade import upgrade
 
@@ -101,7 +99,7 @@ def _checksum_chunks() -> None:
     tensorstore_utils._build_zarr3_metadata = build_with_checksums
 
 
-def _tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
+def tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
     """Writes trees of arrays, with a CRC-32C in each chunk and digests of all other files."""
     _checksum_chunks()
     handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, **options)
@@ -153,13 +151,13 @@ def save_streamed(folder: Path, leaves: Mapping[str, Any]) -> None:
     Raises:
       CheckpointError: it cannot be written: a full disk, no permission.
     """
-    _check_path(folder)
+    check_path(folder)
     handler = _StreamedHandler()
     registry = ocp.type_handlers.create_type_handler_registry((StreamedLeaf, handler))
     request = ocp.args.PyTreeSave(leaves, save_args=jax.tree.map(_path_options, leaves))
     with orbax_call(folder, "cannot be written"):
         try:
-            with ocp.Checkpointer(_tree_handler(type_handler_registry=registry)) as checkpointer:
+            with ocp.Checkpointer(tree_handler(type_handler_registry=registry)) as checkpointer:
                 checkpointer.save(folder.resolve(), args=request)
         finally:
             if handler.failure:
@@ -174,7 +172,7 @@ def abstract(folder: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: there is no complete checkpoint at `folder`; a DamagedError if it is not as it was written.
     """
-    _check_path(folder)
+    check_path(folder)
     with (
         orbax_call(folder, "no complete checkpoint there", DamagedError),
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
@@ -195,7 +193,8 @@ def _say_unverified(folder: Path) -> None:
     logger.warning("%s: was written without checksums: it is read, but damage would go unnoticed", folder)
 
 
-def _check_path(folder: Path) -> None:
+def check_path(folder: Path) -> None:
+    """Raises CheckpointError if Orbax could not read what it writes at this path."""
     found = sorted(_UNREADABLE & set(str(folder.resolve())))
     if found:
         raise CheckpointError(f"{folder}: checkpoints cannot lie in a path with {' or '.join(found)}; choose another")
@@ -298,10 +297,11 @@ def writing(path: Path, run: Path) -> Iterator[None]:
         if not isinstance(error, OSError) and "(os error" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path}: cannot be written ({reason}); {_kept(run)}") from error
+        raise CheckpointError(f"{path}: cannot be written ({reason}); {kept_step(run)}") from error
 
 
-def _kept(run: Path) -> str:
+def kept_step(run: Path) -> str:
+    """A sentence's end: which step of a run is complete."""
     latest = latest_step(run)
     return "no step is complete yet" if latest is None else f"step {latest} is complete, and is continued from"
 
@@ -375,151 +375,11 @@ def restore_optimizer(step: Path, state: Any) -> dict[str, Any]:
     Args:
       state: shapes, dtypes and shardings.
     """
-    return _restore_all(step / "optimizer", {"opt_state": state.opt_state, "step": state.step})
+    return restore_all(step / "optimizer", {"opt_state": state.opt_state, "step": state.step})
 
 
-def _restore_all(folder: Path, tree: Any) -> Any:
+def restore_all(folder: Path, tree: Any) -> Any:
+    """The whole checkpoint, whose structure may be any tree; errors as `restore`."""
     abstract(folder)  # compares digests
     options = ocp.checkpoint_utils.construct_restore_args(tree)
     return _read(folder, ocp.args.PyTreeRestore(tree, restore_args=options))
-
-
-class RunCheckpoints:
-    """Checkpoints of a training run: `frozen/` once, `steps/N/` again and again, written in the background.
-
-    A state is anything with `step`, `params`, `opt_state` and `frozen`, such as `ross_jax.training.state.TrainState`.
-    """
-
-    def __init__(self, folder: Path, keep: int):
-        """Opens a run's directory, which is made if it is absent. The newest `keep` steps stay in it."""
-        self._folder = folder.resolve()
-        self._background = contextlib.ExitStack()  # holds `silence` while a step is being written
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        _check_path(folder)
-        with orbax_call(folder, "cannot be written"):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            handlers = {name: _tree_handler() for name in ("params", "optimizer")}
-            self._manager = ocp.CheckpointManager(self._folder / "steps", options=options, item_handlers=handlers)
-
-    def latest(self) -> int | None:
-        """The newest step that is complete and not marked as damaged."""
-        return latest_step(self._folder)
-
-    def probe(self) -> None:
-        """Writes a small array and reads it back, as a step will be. Called by all processes.
-
-        Raises:
-          CheckpointError: it does not come back.
-        """
-        folder, tree = self._folder / ".probe", {"array": np.arange(1000)}
-        try:
-            with orbax_call(self._folder, "cannot be written"), ocp.Checkpointer(_tree_handler()) as checkpointer:
-                checkpointer.save(folder, args=ocp.args.PyTreeSave(tree), force=True)
-                if not np.array_equal(restore(folder, abstract(folder))["array"], tree["array"]):
-                    raise CheckpointError(f"{folder}: what was written there cannot be read back")
-                ocp.multihost.sync_global_processes("ross_jax probe")
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {_kept(self._folder)}") from error
-        finally:
-            if jax.process_index() == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def save_frozen(self, frozen: Any) -> None:
-        """Writes the parameters that never change. Returns when they are on disk."""
-        if not jax.tree.leaves(frozen):
-            return
-        folder = self._folder / "frozen"
-        with orbax_call(folder, "cannot be written"), ocp.Checkpointer(_tree_handler()) as checkpointer:
-            checkpointer.save(folder, args=ocp.args.PyTreeSave(frozen), force=True)
-
-    def save(self, step: int, state: Any) -> None:
-        """Copies the state off the devices. Writing goes on in the background until `wait` returns.
-
-        Raises:
-          CheckpointError: this step, or the one before it, cannot be written; names the step to continue from.
-        """
-        if step == self.latest():
-            return
-        optimizer = {"opt_state": state.opt_state, "step": state.step}
-        items = ocp.args.Composite(params=ocp.args.PyTreeSave(state.params), optimizer=ocp.args.PyTreeSave(optimizer))
-        self.wait()
-        self._background.enter_context(silence())
-        with self._saving():
-            if step in self._manager.all_steps():
-                self._manager.delete(step)  # damaged
-            self._manager.save(step, args=items, force=True)
-
-    def wait(self) -> None:
-        """Returns when everything is on disk; errors as `save`."""
-        with self._background.pop_all(), silence(), self._saving():
-            self._manager.wait_until_finished()
-
-    @contextlib.contextmanager
-    def _saving(self) -> Iterator[None]:
-        """Adds the step that the run continues from to an error while a step is written."""
-        try:
-            with checkpoint_error(self._folder / "steps", "a checkpoint cannot be written"):
-                yield
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {_kept(self._folder)}") from error
-
-    def restore(self, state: Any, agree: Callable[[str], str] = str) -> tuple[int, Any]:
-        """The newest step that can be read, and the state after it.
-
-        Newer steps, which cannot be read, are marked as damaged.
-
-        Args:
-          state: shapes, dtypes and shardings.
-          agree: function: this process's error, or nothing -> an error of any process, or nothing. All processes call
-            it together.
-
-        Raises:
-          CheckpointError: `frozen/` or all steps are damaged.
-        """
-        frozen = restore(self._folder / "frozen", state.frozen) if jax.tree.leaves(state.frozen) else {}
-        damaged: dict[int, str] = {}
-        for step in reversed(sound_steps(self._folder)):
-            found, error = {}, ""
-            try:
-                found = self._restore_step(step, state)
-            except DamagedError as caught:
-                error = str(caught)
-            error = agree(error)
-            if not error:
-                self._mark(damaged, step)
-                return step, type(state)(**found, frozen=frozen)
-            damaged[step] = error
-        listed = "\n  ".join(damaged.values())
-        raise CheckpointError(f"{self._folder}: no step can be read:\n  {listed}\nRestore one of them from a copy")
-
-    def _restore_step(self, step: int, state: Any) -> dict[str, Any]:
-        folder = self._folder / "steps" / str(step)
-        return {"params": _restore_all(folder / "params", state.params), **restore_optimizer(folder, state)}
-
-    def _mark(self, damaged: Mapping[int, str], step: int) -> None:
-        for number, error in damaged.items():
-            logger.warning("step %d is damaged, the run continues from step %d: %s", number, step, error)
-            if jax.process_index() == 0:
-                mark = self._folder / "steps" / str(number) / DAMAGED
-                with writing(mark, self._folder):
-                    mark.write_text(error + "\n")
-
-    def stop_at(self, requested: Callable[[], bool]) -> Callable[[int], bool]:
-        """Function: step -> whether to end after it, the same on all processes.
-
-        Args:
-          requested: whether a signal asked this process to end. With several processes, JAX's own handler makes all end
-            after the same step.
-        """
-        if jax.process_count() == 1:
-            return lambda step: requested()
-        sent = False
-
-        def stop(step: int) -> bool:
-            nonlocal sent
-            if requested() and not sent:
-                sent = True
-                os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells to the other processes
-            return self._manager.reached_preemption(step)
-
-        return stop

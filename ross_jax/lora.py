@@ -60,7 +60,7 @@ class LoraConfig:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def kernels(self, paths: Iterable[str]) -> list[str]:
-        """Those of the paths that are updated.
+        """Paths of the kernels that have a low-rank update.
 
         Raises:
           ConfigError: a pattern matches no kernel that can be updated.

@@ -24,6 +24,7 @@ from ross_jax import checkpoints
 from ross_jax.checkpoints import StreamedLeaf
 from ross_jax.config import UserError
 from ross_jax.directories import CheckpointError, DamagedError
+from ross_jax.run_checkpoints import RunCheckpoints
 
 
 def names(folder: Path) -> list[str]:
@@ -167,7 +168,7 @@ def test_paths_that_orbax_cannot_read(name, saved, tmp_path):
     with pytest.raises(CheckpointError, match="checkpoints cannot lie in a path with"):
         checkpoints.save_streamed(tmp_path / name / "params", jax.tree.map(streamed, TREE))
     with pytest.raises(CheckpointError, match="checkpoints cannot lie in a path with"):
-        checkpoints.RunCheckpoints(tmp_path / name, 1)
+        RunCheckpoints(tmp_path / name, 1)
     assert not (tmp_path / name).exists()
 
 
@@ -220,7 +221,7 @@ def test_a_full_disk_is_raised_and_not_printed(background, tmp_path, capfd, capl
     logger = logging.getLogger("absl")
     reported = []
     hook, filters = sys.unraisablehook, list(logger.filters)
-    saver = checkpoints.RunCheckpoints(tmp_path / "run", 2)
+    saver = RunCheckpoints(tmp_path / "run", 2)
     try:
         sys.unraisablehook = reported.append
         with largest_file(2**18), pytest.raises(CheckpointError, match=r"cannot be written \(File too large\)"):

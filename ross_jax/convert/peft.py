@@ -353,7 +353,7 @@ def _read_settings(read: Settings) -> tuple[Callable[[str], int], Callable[[str]
 
 
 def _patterns(read: Settings, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of a table's patterns that are followed; the others are noted as problems."""
+    """The entries whose names are patterns that import can follow. Every other name is noted as a problem."""
     for name in list(values):
         problem = not _PATTERN.fullmatch(name)
         with contextlib.suppress(re.error):

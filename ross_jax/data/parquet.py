@@ -73,7 +73,7 @@ class ParquetSource:
       where: conditions such as `relevance_min >= 4`. Rows that do not satisfy all of them are left out. If a column has
         a list with a value for each item of `texts`, items are left out, and rows without any left.
       caption: column that becomes the answer.
-      known: an earlier version, whose fingerprint holds while size and time of the files are the same.
+      known: the version that the run recorded. Its fingerprint is taken if sizes and times of the files are equal.
       memory: bytes of decoded row groups among which samples are shuffled; a process keeps twice as many.
 
     Attributes:

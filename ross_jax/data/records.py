@@ -77,7 +77,7 @@ class RecordFile(Sequence[Record]):
 
     Args:
       path: the file.
-      known: an earlier version, whose fingerprint holds while size and time of the file are the same.
+      known: the version that the run recorded. Its fingerprint is taken if size and time of the file are equal.
       visit: called with every record, once.
 
     Attributes:

@@ -115,7 +115,7 @@ def open_source(config: SourceConfig, known: Version | None = None, limits: Limi
     """Opens one source.
 
     Args:
-      known: an earlier version of its files. While size and time are the same, its fingerprint holds.
+      known: the version that the run recorded. Its fingerprint is taken if sizes and times of the files are equal.
 
     Raises:
       UserError: the source does not exist, is empty, or is corrupt (with line and column).
@@ -140,7 +140,7 @@ def open_sources(
     """Opens sources as one data set, and tells what is to be remembered of each.
 
     Args:
-      known: an earlier version of each source; may be empty.
+      known: the version of each source that the run recorded; may be empty.
 
     Raises:
       UserError: as in `open_source`.

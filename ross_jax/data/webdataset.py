@@ -76,7 +76,7 @@ class WebDataset:
 
     Args:
       path: a .tar file, or a folder whose files that end in .tar, in subfolders too, are read.
-      known: an earlier version, whose fingerprint holds while size and time of the files are the same.
+      known: the version that the run recorded. Its fingerprint is taken if sizes and times of the files are equal.
 
     Attributes:
       version: the files as they were opened.

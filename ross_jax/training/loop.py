@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ross_jax.checkpoints import RunCheckpoints
 from ross_jax.config import Count, Factor, UserError, Whole
+from ross_jax.run_checkpoints import RunCheckpoints
 from ross_jax.training.callback import Callback
 from ross_jax.training.metrics import Meter, Reporter
 from ross_jax.training.state import TrainState

@@ -25,6 +25,7 @@ from ross_jax.directories import lock
 from ross_jax.lora import is_factor
 from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import make_objective
+from ross_jax.run_checkpoints import RunCheckpoints
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
 from ross_jax.training import agreement, banner
 from ross_jax.training.build import StepProgram, build_step
@@ -219,7 +220,7 @@ class Run:
         self.mesh = make_mesh(config.mesh)
         record = read_record(folder, config, adopt)
         origin = recorded_origin(record, begin, folder)
-        self._checkpoints = checkpoints.RunCheckpoints(folder, config.loop.keep)
+        self._checkpoints = RunCheckpoints(folder, config.loop.keep)
         self._checkpoints.probe()
         latest = self._checkpoints.latest()
         self.origin = None if latest else origin

@@ -1,4 +1,4 @@
-"""The same small data set in every layout in which such data is published."""
+"""Twelve samples, written in every layout that the product reads."""
 
 import base64
 import io

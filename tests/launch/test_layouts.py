@@ -65,7 +65,7 @@ def test_a_mixture_is_checked(recipe, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert check(recipe, "--config.data.max_broken=0.02", f"--html={page}") == 3
     out = capsys.readouterr().out
-    # Of the nine usable ones, one has no image.
+    # samples, an epoch, broken, dropped, cut, unsupervised, text only, images
     assert table(out)["messages"][:8] == ["12", "9", "2", "1", "0", "0", "1", "8"]
     assert "record 0 (line 1): sample 's0': <absent>.jpg: no such image" in out
     assert "messages[0]: 'hunam' is no role" in out and "tokens, a row has 256" in out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launcher import REPOSITORY, command, environment, losses, make_records, step_lines, train
-from ross_jax.checkpoints import RunCheckpoints
+from ross_jax.run_checkpoints import RunCheckpoints
 
 
 @pytest.mark.slow

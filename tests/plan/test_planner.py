@@ -68,7 +68,7 @@ def test_batch_is_what_the_step_takes():
 
 
 def test_low_rank_updates_leave_the_base_without_moments():
-    """Of the language model, moments and float32 values are those of the factors; the base is bfloat16."""
+    """The planned state holds the base in bfloat16, and moments and float32 values of factors alone."""
     program = train_program(recipe(lora={"rank": 4}), make_mesh(MeshConfig(), jax.devices()[:4]), 8, 10)
     found = {name: leaf for name, leaf in program.arguments.items() if "/language/" in name}
     base = {name for name in found if name.startswith("frozen/") and not name.endswith("/lora_scale")}

@@ -77,7 +77,7 @@ def test_equals_a_dense_run_whose_update_is_a_product(name):
 
 
 def test_the_base_has_no_float32_copy_and_no_moments():
-    """Of the language model, the state holds bfloat16 parameters, and float32 factors with two moments each."""
+    """The state holds the language model in bfloat16, and its factors in float32 with two moments each."""
     freeze = dataclasses.replace(STAGE2, dtype="bfloat16")
     run = Run(MeshConfig(1, 2, 4), 8, freeze=freeze, updates=BOTH)
     found = {

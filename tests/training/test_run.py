@@ -20,7 +20,7 @@ from tensorboardX.proto import event_pb2
 from configs import ross
 from convert.foreign import TINY, component, import_model
 from older import without_digests
-from ross_jax import checkpoints
+from ross_jax import checkpoints, run_checkpoints
 from ross_jax.config import ConfigError, UserError
 from ross_jax.convert.exporting import export, read_config
 from ross_jax.convert.importing import load, plan_import, write
@@ -288,7 +288,7 @@ def test_a_run_without_its_record(data, whole, tmp_path, damage):
 
 def test_a_directory_that_does_not_give_back(data, tmp_path, monkeypatch):
     """A run that could not be restored is refused before its first step."""
-    monkeypatch.setattr(checkpoints, "restore", lambda folder, tree: {"array": np.zeros(1000)})
+    monkeypatch.setattr(run_checkpoints, "restore", lambda folder, tree: {"array": np.zeros(1000)})
     with pytest.raises(UserError, match="what was written there cannot be read back"):
         Run(make_config(data), tmp_path / "run")
 
