@@ -132,3 +132,11 @@ def config(folder, **changes) -> dict:
 def test_config_errors(sources, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(DataConfig, {"sources": sources})
+
+
+def test_largest_remainders_are_rounded_up():
+    """Ten samples by the weights 26, 39 and 35: 2.6, 3.9 and 3.5 of them."""
+    mixture = Mixture(
+        tuple(Part(name, 10, weight=weight) for name, weight in zip("abc", (26.0, 39.0, 35.0), strict=True))
+    )
+    assert mixture.counts([4, 3, 3]) == [3, 4, 3]

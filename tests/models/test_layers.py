@@ -8,8 +8,19 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from ross_jax.models.language import LanguageModel
-from ross_jax.models.layers import ONES, Dense
+from ross_jax.models.layers import FEW, ONES, Dense
 from tiny import CONFIG
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 3, 7), (FEW, 7), (FEW + 1, 7)])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_transposed_kernels_give_the_same(shape, use_bias):
+    x = jax.random.normal(jax.random.key(0), shape)
+    params = nn.Dense(4, use_bias=use_bias, bias_init=nn.initializers.normal()).init(jax.random.key(1), x)["params"]
+    expected = nn.Dense(4, use_bias=use_bias).apply({"params": params}, x)
+    transposed = params | {"kernel": params["kernel"].T}
+    found = jax.jit(Dense(4, use_bias=use_bias, transposed=True).apply)({"params": transposed}, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
