@@ -131,7 +131,10 @@ def test_another_learning_rate_from_here_on(data, whole, tmp_path):  # noqa: F81
         run = Run(faster, folder, begin=find_origin(f"{old}@{steps - 2}", reset))
         assert run.step == (0 if "step" in reset else steps - 2) == int(run.state.step)
         assert np.any(moments(run)) == ("optimizer" not in reset)
+        start = parameters(run)
         run.train(stop_at=lambda step: True)
+        moved = any(np.any(leaf != start[path]) for path, leaf in parameters(run).items())
+        assert moved == ("step" not in reset)  # the first step of a schedule has the rate 0
         found = lines(folder)[0]
         expected = 0.0 if "step" in reset else 2 * before[steps - 1]["learning_rate/rest"]
         assert found["learning_rate/rest"] == pytest.approx(expected)
