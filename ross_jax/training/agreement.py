@@ -5,6 +5,7 @@ as those of `jax.experimental.multihost_utils`, need the devices first, wait wit
 comes, and abort all processes where one fails.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -27,7 +28,7 @@ from jax._src import distributed  # JAX has no public way to the coordinator's k
 from ross_jax.checkpoints import writing
 from ross_jax.config import ConfigError, UserError
 from ross_jax.console import PATIENCE, say
-from ross_jax.training.heartbeat import FAILURES, LEAVE, POLL, TRY_AGAIN, Heartbeat
+from ross_jax.training.heartbeat import FAILURES, POLL, TRY_AGAIN, Heartbeat, take_leave
 
 _SHARED = 60
 """Seconds within which a new file must be seen on all hosts: NFS caches directories for as long."""
@@ -137,9 +138,9 @@ def leave(error: UserError) -> None:
     if not alone():
         state = distributed.global_state
         if not isinstance(error, PeerError):
-            state.client.key_value_set(f"{FAILURES}{state.process_id}", f"on {socket.gethostname()}: {error}")
-        if state.process_id == 0:
-            time.sleep(LEAVE)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # no coordinator any more
+                state.client.key_value_set(f"{FAILURES}{state.process_id}", f"on {socket.gethostname()}: {error}")
+        take_leave(state)
     os._exit(TRY_AGAIN if isinstance(error, MissingError) else 1)
 
 

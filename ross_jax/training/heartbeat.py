@@ -7,12 +7,15 @@ JAX aborts a process if another one is lost, with a page of text. It is told to 
 takes a broken connection to process 0 for a loss at once, so the signal of an abort is caught.
 """
 
+import atexit
+import contextlib
 import ctypes
 import json
 import signal
 import socket
 import threading
 import time
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -23,13 +26,15 @@ TRY_AGAIN = 75
 """Exit status if the same command may succeed later, as where a process is missing: EX_TEMPFAIL of sysexits.h."""
 POLL = 2.0
 """Seconds between two looks at what the other processes say."""
-LEAVE = 10.0
-"""Seconds that the coordinator outlives a failure, so that the other processes can read it."""
 FAILURES = "ross_jax/failures/"
 """Keys of processes that have failed -> their errors."""
-_LOST, _SIGNS = "ross_jax/lost/", "ross_jax/signs/"
+_LOST, _SIGNS, _LEFT = "ross_jax/lost/", "ross_jax/signs/", "ross_jax/left/"
+_LEAVE = 30.0
+"""Most seconds that the coordinator outlives a failure, so that the other processes can read it."""
 _PATIENCE = 0.6
 """Part of the timeout after which a silent process is lost. The rest is for telling the others."""
+_PATIENCE_AT_END = 10.0
+"""Most seconds that a thread is waited for when this process ends."""
 _AGAIN = "Start the same command again on all hosts: it continues from the last checkpoint"
 
 
@@ -42,25 +47,37 @@ class Heartbeat:
     """
 
     def __init__(self, state: Any, timeout: float):
+        self._state = state
         self._client, self._me, self._address = state.client, state.process_id, state.coordinator_address
         self._patience = _PATIENCE * timeout
         self._answered = time.monotonic()
         self._signs = {each: ("", self._answered) for each in range(state.num_processes)}
+        self._stopped = threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._listen)]
 
     def start(self) -> None:
-        """Starts the threads, and catches aborts."""
+        """Starts the threads, which run until this process ends, and catches aborts."""
         global _handler
-        for work in (self._talk, self._listen):
-            threading.Thread(target=work, daemon=True).start()
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self._stop)
         if self._me:
             _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborting)
             libc = ctypes.CDLL(None)
             libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
             libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
 
+    def _stop(self) -> None:
+        """Ends the threads. One that is inside JAX's client when Python ends would crash this process."""
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(_PATIENCE_AT_END)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set(f"{_LEFT}{self._me}", "")
+
     def _talk(self) -> None:
         number = 0
-        while True:
+        while not self._stopped.wait(POLL if number else 0):
             number += 1
             try:
                 sign = json.dumps({"number": number, "host": socket.gethostname()})
@@ -71,11 +88,9 @@ class Heartbeat:
                     self._end_without_others()
             except jax.errors.JaxRuntimeError:
                 pass  # `_listen` knows since when
-            time.sleep(POLL)
 
     def _listen(self) -> None:
-        while True:
-            time.sleep(POLL / 2)
+        while not self._stopped.wait(POLL / 2):
             if time.monotonic() - self._answered > self._patience:
                 self._end_without_first()
 
@@ -83,8 +98,10 @@ class Heartbeat:
         for path, failure in sorted(self._client.key_value_dir_get(FAILURES)):
             number = _number(path)
             if number != self._me:
+                take_leave(self._state)
                 process.end(1, f"error: process {number} {failure}")
         for _, text in self._client.key_value_dir_get(_LOST):
+            take_leave(self._state)
             process.end(TRY_AGAIN, text)
 
     def _end_without_others(self) -> None:
@@ -93,14 +110,19 @@ class Heartbeat:
             number = _number(path)
             if sign != self._signs[number][0]:
                 self._signs[number] = sign, now
-        late = {each: sign for each, (sign, since) in self._signs.items() if now - since > self._patience}
+        left = _left(self._state)
+        late = {
+            each: sign
+            for each, (sign, since) in self._signs.items()
+            if now - since > self._patience and each not in left
+        }
         if late:
             names = ", ".join(
                 f"process {each} ({json.loads(sign)['host'] if sign else '?'})" for each, sign in late.items()
             )
             text = f"error: lost {names}: no sign of life for {self._patience:.0f} s. {_AGAIN}"
             self._client.key_value_set(_LOST, text, allow_overwrite=True)
-            time.sleep(LEAVE)
+            take_leave(self._state, without=late)
             process.end(TRY_AGAIN, text)
 
     def _end_without_first(self) -> None:
@@ -115,9 +137,32 @@ class Heartbeat:
             self._end_without_first()
 
 
+def take_leave(state: Any, without: Collection[int] = ()) -> None:
+    """Tells the coordinator that this process ends because of an error, which is the next thing that it must do.
+
+    Process 0, which runs the coordinator, first waits until the others have read the error and said so, too. A second
+    thread that comes here waits for the end.
+
+    Args:
+      without: processes that are not waited for.
+    """
+    _leaving.acquire()
+    others, until = set(range(1, state.num_processes)) - set(without), time.monotonic() + _LEAVE
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        state.client.key_value_set(f"{_LEFT}{state.process_id}", "", allow_overwrite=True)
+        while state.process_id == 0 and not others <= _left(state) and time.monotonic() < until:
+            time.sleep(POLL / 10)
+
+
+def _left(state: Any) -> set[int]:
+    return {_number(path) for path, _ in state.client.key_value_dir_get(_LEFT)}
+
+
 def _number(key: str) -> int:
     return int(key.rpartition("/")[2])
 
 
+_leaving = threading.Lock()
+"""Held by the thread that ends this process because of an error."""
 _handler: Any = None
 """The C function that the signal calls. It must stay."""

@@ -98,6 +98,27 @@ def test_a_failure_of_the_first_reaches_those_that_wait_at_a_barrier(tmp_path):
 
 
 @pytest.mark.slow
+def test_whoever_reads_a_failure_first_the_others_read_it(tmp_path):
+    """The main thread of process 0 is busy, and its heartbeat learns of the failure. Process 1 is late."""
+    body = (
+        "exec('from ross_jax.training import heartbeat; heartbeat.POLL = 6 * process + 0.5'); time.sleep(4); "
+        "exec('if process == 2: raise UserError(\"no such data\")'); time.sleep(30)"
+    )
+    codes, said = meet(tmp_path, body)
+    assert codes == [1, 1, 1], said
+    for text in said[:2]:
+        assert text.count(f"error: process 2 on {socket.gethostname()}: no such data") == 1
+
+
+@pytest.mark.slow
+def test_processes_end_while_they_give_signs_of_life(tmp_path):
+    """Their threads are inside JAX's client most of the time, where the end of Python would crash them."""
+    body = "exec('from ross_jax.training import heartbeat; heartbeat.POLL = 0.0'); time.sleep(4)"
+    codes, said = meet(tmp_path, body)
+    assert codes == [0, 0, 0] and all(text.strip() == "agreed" for text in said), said
+
+
+@pytest.mark.slow
 def test_a_directory_that_is_not_shared(tmp_path):
     codes, said = meet(tmp_path, "agreement.check_shared(folder / str(process // 2), 10)")
     host = socket.gethostname()
