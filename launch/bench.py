@@ -26,6 +26,7 @@ from ross_jax.arguments import SIZE, Parser
 from ross_jax.bench import data, generate, step
 from ross_jax.command_line import load_recipe
 from ross_jax.config import Range, UserError
+from ross_jax.console import talk
 from ross_jax.data.images import ImageConfig
 from ross_jax.data.packing import PackingConfig
 from ross_jax.models.quantization import DTYPES
@@ -108,7 +109,7 @@ def add_generate(parser: Parser) -> None:
     parser.add_argument("--batches", type=int, nargs="+", within=SIZE, default=[1, 8, 32], help="rows at once")
     parser.add_argument("--prompt", type=int, within=SIZE, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, within=Range(2, 2**20), default=64, help="tokens of an answer")
-    parser.add_argument("--repeats", type=int, within=SIZE, default=5, help="runs of each; their median counts")
+    parser.add_argument("--repeats", type=int, within=SIZE, default=3, help="runs of each; their median counts")
     parser.add_argument("--quantize", choices=tuple(DTYPES), help="keep the matrices of our side in 8 bits")
     parser.add_argument("--compare", choices=("torch",), help="run transformers' generate beside, on equal weights")
 
@@ -135,6 +136,7 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], Run]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    talk()
     parser = Parser(description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (add_flags, _) in COMMANDS.items():

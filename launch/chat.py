@@ -24,6 +24,7 @@ from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.inference.model import Model, load
 from ross_jax.inference.prompts import read_images
 from ross_jax.objectives.objective import Sampling
+from ross_jax.sharding import parse_mesh
 
 KEPT_SECONDS = 24 * 3600
 """How long uploaded files are kept."""
@@ -207,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--template", help="conversation template; default: the one that the model was trained with")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits")
+    parser.add_argument("--mesh", metavar="AXES", help="splits the model over all devices: tensor=4")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to; default: this machine alone")
     parser.add_argument("--port", type=int, within=Range(1, 65535), default=7860, help="default 7860")
     parser.add_argument(
@@ -222,7 +224,8 @@ def main(argv: list[str] | None = None) -> int:
                 "gradio is not installed here; `bash launch/setup.sh --env web` makes .venv-web, and "
                 "`.venv-web/bin/python launch/chat.py ...` starts the page"
             )
-        model = load(args.checkpoint, None, args.template, args.dtype, quantize=args.quantize)
+        mesh = args.mesh and parse_mesh(args.mesh)
+        model = load(args.checkpoint, None, args.template, args.dtype, mesh, args.quantize)
         model.tokenizer  # noqa: B018  (a model that cannot answer is refused before there is a page)
         serve(build(model, Sampling(args.sampler, args.steps)), args.host, args.port, args.upload_mb)
     except (UserError, OSError) as error:

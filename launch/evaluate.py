@@ -7,6 +7,8 @@ python launch/evaluate.py --rescore --output scores --scorer vlmeval
 import sys
 from pathlib import Path
 
+import jax
+
 from ross_jax import checkpoints
 from ross_jax.arguments import SIZE, Parser
 from ross_jax.config import Range, UserError
@@ -18,6 +20,7 @@ from ross_jax.evaluation.questions import Questions
 from ross_jax.evaluation.report import score_folder, write_reports
 from ross_jax.inference.model import TEXT_COMPONENTS, load
 from ross_jax.inference.prompts import MAX_NEW_TOKENS
+from ross_jax.sharding import parse_mesh
 
 _PROCESSES = Range(1, 2**16)
 
@@ -39,6 +42,8 @@ def make_parser() -> Parser:
     parser.add_argument("--template", help="conversation template; default: the one that the model was trained with")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits")
+    mesh = "devices of this process that share the work: data=4,tensor=2; default: all, each with the whole model"
+    parser.add_argument("--mesh", metavar="AXES", help=mesh)
     parser.add_argument("--processes", type=int, default=1, within=_PROCESSES, help="processes that share the work")
     parser.add_argument("--process", type=int, default=0, within=Range(0, 2**16), help="number of this one, from 0")
     return parser
@@ -64,7 +69,9 @@ def answer(args) -> list[str]:
     if args.process >= args.processes:
         raise UserError(f"--process {args.process}: must be less than --processes {args.processes}")
     benchmarks = read_all(args)
-    model = load(args.checkpoint, TEXT_COMPONENTS, args.template, args.dtype, quantize=args.quantize)
+    devices = jax.local_devices()
+    mesh = parse_mesh(args.mesh or "data=-1,fsdp=1,tensor=1") if args.mesh or len(devices) > 1 else None
+    model = load(args.checkpoint, TEXT_COMPONENTS, args.template, args.dtype, mesh, args.quantize, devices)
     share = Share(args.process, args.processes)
     asking = Asking(args.prompts, args.max_new_tokens, args.rows, args.limit, share)
     step = checkpoints.latest_step(args.checkpoint)

@@ -18,7 +18,7 @@ from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.inference.model import TEXT_COMPONENTS, Model, load
 from ross_jax.inference.prompts import MAX_NEW_TOKENS, Request, read_images
 from ross_jax.inference.queue import answer_file
-from ross_jax.sharding import MeshConfig
+from ross_jax.sharding import parse_mesh
 
 SAMPLING = {
     "max_new_tokens": (int, 256, f"length of the longest answer (default 256, at most {MAX_NEW_TOKENS})"),
@@ -90,18 +90,6 @@ def show(text: str) -> None:
 def has_vision(folder: Path) -> bool:
     config = checkpoints.read_manifest(folder)["config"]
     return all(config.get(name) for name in TEXT_COMPONENTS)
-
-
-def parse_mesh(text: str) -> MeshConfig:
-    """`data=2,tensor=4` as a config."""
-    try:
-        sizes = dict(part.split("=") for part in text.split(","))
-        if unknown := set(sizes) - {"data", "fsdp", "tensor"}:
-            raise ValueError(f"no axis {min(unknown)!r}; there are data, fsdp and tensor")
-        axes: dict[str, Any] = {name: int(size) for name, size in sizes.items()}
-        return MeshConfig(**axes)
-    except ValueError as error:
-        raise UserError(f"--mesh {text}: expected AXIS=SIZE,... such as data=2,tensor=4 ({error})") from error
 
 
 def converse(model: Model, images: list[str], settings: dict[str, Any]) -> None:

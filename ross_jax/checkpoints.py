@@ -53,7 +53,7 @@ UPDATES = "lora"
 DAMAGED = "DAMAGED"
 """File that marks a step that is skipped."""
 _FIELDS = dict.fromkeys(("config", "foreign", "reconstruction", "tokenizer"), dict)
-_FIELDS |= {"template": str, "image_mode": str}
+_FIELDS |= {"template": str, "image_mode": str, "context": int}
 """Field of a manifest -> its type. All but `config` may be absent."""
 _CHUNK_BYTES = 64 * 2**20
 """Largest piece of an array that is stored, and so must be read, as one."""
@@ -282,7 +282,7 @@ def read_manifest(folder: Path, unused: bool = False) -> dict[str, Any]:
     for name, kind in _FIELDS.items():
         value = manifest.get(name)
         if not isinstance(value, kind) and (value is not None or name == "config"):
-            expected = "an object" if kind is dict else "a string"
+            expected = {dict: "an object", str: "a string", int: "a number"}[kind]
             raise CheckpointError(f"{folder / MANIFEST}: {name} is {repr(value)[:80]}, expected {expected}")
     return upgrade(MANIFEST, manifest)
 

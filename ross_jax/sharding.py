@@ -16,7 +16,7 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -107,14 +107,30 @@ class MeshConfig:
             raise ValueError(f"mesh sizes {named} must be positive; -1 (what is left): one, or data and fsdp")
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def parse_mesh(text: str) -> MeshConfig:
+    """The config that `--mesh` of a launcher names, such as `data=2,tensor=4`.
+
+    Raises:
+      ConfigError: other words.
+    """
+    try:
+        sizes = dict(part.split("=") for part in text.split(","))
+        if unknown := set(sizes) - {"data", "fsdp", "tensor"}:
+            raise ValueError(f"no axis {min(unknown)!r}; there are data, fsdp and tensor")
+        axes: dict[str, Any] = {name: int(size) for name, size in sizes.items()}
+        return MeshConfig(**axes)
+    except ValueError as error:
+        raise ConfigError(f"--mesh {text}: expected AXIS=SIZE,... such as data=2,tensor=4 ({error})") from error
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices; of several slices the data axis crosses them.
 
     Raises:
       ConfigError: sizes that do not multiply to the number of devices, says which would; TPU slices that do not divide
         the data axis.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes = {axis: getattr(config, axis) for axis in AXES}
     if config.data == config.fsdp == -1:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ross_jax.bench.step import Figures, interleave
 from ross_jax.config import UserError
+from ross_jax.console import say
 from ross_jax.inference.engine import Engine, Prompt, make_engine
 from ross_jax.inference.generate import Decoding
 from ross_jax.models.language import LanguageConfig, LanguageModel
@@ -50,7 +51,7 @@ class Generating:
     batches: tuple[int, ...] = (1, 8, 32)
     prompt: int = 128
     new: int = 64
-    repeats: int = 5
+    repeats: int = 3
     compare: bool = False
 
 
@@ -84,16 +85,22 @@ def measure(asked: Generating) -> Figures:
     rng = np.random.default_rng(0)
     for rows in asked.batches:
         prompts = [_prompt(rng, language, asked.prompt, asked.new) for _ in range(rows)]
-        figures |= _at(asked, engine, peer, prompts, bound)
+        figures |= _told(_at(asked, engine, peer, prompts, bound))
     lengths, answers = rng.integers(*LENGTHS, QUEUE, endpoint=True), rng.integers(*ANSWERS, QUEUE, endpoint=True)
     queue = [_prompt(rng, language, *sizes) for sizes in zip(lengths.tolist(), answers.tolist(), strict=True)]
     runs: dict[str, Callable[[], list[list[int]]]] = {"jax": partial(answer, engine, queue, ROWS)}
     if peer:
         runs["torch"] = partial(peer.answer, queue, ROWS)
-    return figures | _compared("queue", asked, runs, sum(prompt.limit for prompt in queue))
+    return figures | _told(_compared("queue", asked, runs, sum(prompt.limit for prompt in queue)))
 
 
-def _at(asked: Generating, engine: Engine, peer: Any, prompts: Sequence[Prompt], bound: float) -> Figures:
+def _told(figures: dict[str, float]) -> dict[str, float]:
+    """Tells the user figures, because others take minutes more."""
+    say(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    return figures
+
+
+def _at(asked: Generating, engine: Engine, peer: Any, prompts: Sequence[Prompt], bound: float) -> dict[str, float]:
     """Figures of prompts of one length that are answered at once."""
     rows, name = len(prompts), f"batch_{len(prompts)}"
     short = [dataclasses.replace(prompt, limit=1) for prompt in prompts]
@@ -102,7 +109,7 @@ def _at(asked: Generating, engine: Engine, peer: Any, prompts: Sequence[Prompt],
         runs |= {"torch": partial(peer.answer, prompts, rows), "torch_prefill": partial(peer.answer, short, rows)}
     equal = _equal_share(runs, asked, name)
     seconds = {each: statistics.median(times) for each, times in interleave(runs, asked.repeats).items()}
-    figures: Figures = {}
+    figures: dict[str, float] = {}
     for side in ("jax", "torch") if peer else ("jax",):
         label = name if side == "jax" else f"{name}_torch"
         decode = rows * (asked.new - 1) / max(seconds[side] - seconds[f"{side}_prefill"], 1e-9)
@@ -116,10 +123,10 @@ def _at(asked: Generating, engine: Engine, peer: Any, prompts: Sequence[Prompt],
     return figures
 
 
-def _compared(name: str, asked: Generating, runs: dict[str, Callable[[], Any]], tokens: int) -> Figures:
+def _compared(name: str, asked: Generating, runs: dict[str, Callable[[], Any]], tokens: int) -> dict[str, float]:
     equal = _equal_share(runs, asked, name)
     seconds = {each: statistics.median(times) for each, times in interleave(runs, asked.repeats).items()}
-    figures: Figures = {f"{name}_s": seconds["jax"], f"{name}_tokens_per_s": tokens / seconds["jax"]}
+    figures: dict[str, float] = {f"{name}_s": seconds["jax"], f"{name}_tokens_per_s": tokens / seconds["jax"]}
     if "torch" in runs:
         figures |= {f"{name}_torch_s": seconds["torch"], f"{name}_over_torch": seconds["torch"] / seconds["jax"]}
         figures[f"{name}_equal_tokens"] = equal

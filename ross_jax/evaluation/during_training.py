@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
-from ross_jax.config import ConfigError, UserError
+from ross_jax.config import UserError
 from ross_jax.evaluation.answering import Asking, collect
 from ross_jax.evaluation.benchmarks import find_benchmark, load_questions, score
 from ross_jax.inference.model import Model
@@ -18,20 +18,20 @@ from ross_jax.tree import merge
 class BenchmarkEvaluator(Callback):
     """Answers and scores the questions of `config.evaluation.benchmarks`.
 
+    All processes must call it at the same steps. Each reads all questions; the mesh's replicas share the answers.
+
     Args:
+      mesh: of the parameters.
       folder: the run's directory, whose tokenizer is used.
 
     Raises:
       UserError: a benchmark that is not known, or a file that cannot be read.
-      ConfigError: several processes train together; each holds only a part of the parameters.
     """
 
-    def __init__(self, config: RunConfig, folder: Path):
-        if jax.process_count() > 1:
-            raise ConfigError("config.loop.benchmark: works on one process; score checkpoints with launch/evaluate.py")
+    def __init__(self, config: RunConfig, mesh: Mesh, folder: Path):
         settings = config.evaluation
         images = list(map(Path, settings.benchmark_images))
-        self._config, self._folder = config, folder
+        self._config, self._mesh, self._folder = config, mesh, folder
         self._asking = Asking(rows=settings.rows, limit=settings.benchmark_limit)
         self._questions = {}
         for name, path in settings.benchmarks:
@@ -47,6 +47,8 @@ class BenchmarkEvaluator(Callback):
             image_config=config.images,
             template=config.text.template,
             dtype=config.step.dtype,
+            mesh=self._mesh,
+            mesh_config=config.mesh,
         )
         values: dict[str, float] = {}
         for name, found in self._questions.items():

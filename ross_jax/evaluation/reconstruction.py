@@ -152,5 +152,5 @@ def make_callbacks(config: RunConfig, mesh: Mesh, folder: Path | None = None) ->
     if config.loop.evaluate:
         callbacks.append(ReconstructionEvaluator(config, mesh))
     if config.loop.benchmark and folder is not None:
-        callbacks.append(BenchmarkEvaluator(config, folder))
+        callbacks.append(BenchmarkEvaluator(config, mesh, folder))
     return callbacks

@@ -241,7 +241,10 @@ class Model:
 
     @cached_property
     def context(self) -> int | None:
-        """Longest prompt and answer, in tokens, for which the language model was trained; None if no file says it."""
+        """Longest prompt and answer, in tokens, for which the language model was trained; None if no file says it.
+
+        The files of an imported language model say it. One that was trained from the beginning has seen rows so long.
+        """
         for name in ("language", "ross"):
             path = self.folder / "files" / name / "config.json"
             if path.is_file():
@@ -297,6 +300,7 @@ def load(
     dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: MeshConfig | None = None,
     quantize: Kind | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Model:
     """Restores a model.
 
@@ -306,8 +310,9 @@ def load(
         reconstruct.
       template: conversation template. None: the one that the model was trained with.
       dtype: dtype of parameters and activations. None: parameters as they are stored, activations in float32.
-      mesh: splits the parameters over all devices, of all processes. None: the default device alone.
+      mesh: splits the parameters over devices. None: the first device of this process alone.
       quantize: `int8` or `fp8`: the language model's matrices are kept in 8 bits; needs qwix. None: they are not.
+      devices: those of the mesh. None: all, of all processes.
 
     Raises:
       ConfigError: a mesh that does not fit the devices.
@@ -327,11 +332,11 @@ def load(
     loaded = TEXT_COMPONENTS + RECONSTRUCTION_COMPONENTS if components is None else components
     stored = flatten(checkpoints.model_abstract(folder))
     shapes = {path: leaf for path, leaf in flatten(abstract_params(config)).items() if path.split("/")[0] in loaded}
-    devices = None if mesh is None else make_mesh(mesh)
-    if devices is None:
-        shardings = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    made = None if mesh is None else make_mesh(mesh, devices)
+    if made is None:
+        shardings = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     else:
-        shardings = parameter_shardings(shapes, devices, mesh)
+        shardings = parameter_shardings(shapes, made, mesh)
     leaves = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or stored[path].dtype), sharding=shardings[path])
         for path, leaf in shapes.items()
@@ -340,7 +345,7 @@ def load(
     how = (config.image_mean, config.image_std, manifest.get("image_mode", "pad"), config.image_resample)
     images = config.vision and encoder_image_config(config.vision.kind, config.vision.image_size, *how)
     dropout = manifest.get("reconstruction", {}).get("condition_dropout", 0.0)
-    settings = (template or manifest.get("template"), dtype or "float32", dropout, devices, mesh)
+    settings = (template or manifest.get("template"), dtype or "float32", dropout, made, mesh)
     return Model(folder, config, params, images, *settings)
 
 

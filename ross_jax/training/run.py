@@ -334,6 +334,7 @@ class Run:
             "tokenizer": fingerprint(load_tokenizer(language)),
             "template": self.config.text.template,
             "image_mode": self.config.image_mode,
+            "context": self.config.data.packing.length,
             "reconstruction": to_dict(self.config.reconstruction),
         }
         checkpoints.write_manifest(self.folder, {"config": to_dict(self.config.model), "foreign": foreign, **settings})

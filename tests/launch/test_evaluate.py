@@ -1,8 +1,6 @@
 """The evaluation launcher: predictions, their continuation, scores, and the public harness."""
 
 import json
-import os
-import re
 import subprocess
 import sys
 
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launcher import REPOSITORY, load_script, step_lines, train, write_recipe
+from launcher import REPOSITORY, environment, load_script, step_lines, train, write_recipe
 from ross_jax.evaluation import vlmevalkit
 from ross_jax.inference.model import load
 from ross_jax.inference.prompts import Request
@@ -117,11 +115,11 @@ def test_two_processes_share_the_work(common, finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_number_of_devices_changes_nothing(common, finished, tmp_path):
+@pytest.mark.parametrize(("devices", "mesh"), [(1, ()), (8, ()), (4, ("--mesh", "data=2,tensor=2"))])
+def test_the_number_of_devices_changes_nothing(devices, mesh, common, finished, tmp_path):
     script = str(REPOSITORY / "launch" / "evaluate.py")
-    flags = re.sub(r"(?<=device_count=)\d+", "8", os.environ["XLA_FLAGS"])
-    args = [sys.executable, script, *map(str, common), "--benchmark", "pope", "--output", str(tmp_path)]
-    subprocess.run(args, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
+    args = [sys.executable, script, *map(str, common), "--benchmark", "pope", "--output", str(tmp_path), *mesh]
+    subprocess.run(args, check=True, env=environment(devices))
     assert (tmp_path / "pope.jsonl").read_bytes() == (finished / "pope.jsonl").read_bytes()
 
 
@@ -133,6 +131,7 @@ def test_mistakes_end_in_one_line(common, finished, tmp_path, capsys):
         (("--output", tmp_path), "--checkpoint and --benchmark are needed"),
         (("--rescore", "--output", tmp_path), "no predictions"),
         ((*common, "--benchmark", "pope", "--output", tmp_path, "--process", 1), "must be less than"),
+        ((*common, "--benchmark", "pope", "--output", tmp_path, "--mesh", "data=3"), "divide 8 devices"),
         ((*common, "--benchmark", "pope", "--output", finished, "--limit", 5), "holds other predictions: questions 9"),
     ]:
         code, output, error = run(capsys, *args)

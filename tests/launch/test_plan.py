@@ -64,16 +64,6 @@ def test_full_size(tmp_path):
     assert sum(line["count"] for line in plan["collectives"] if line["kind"] == "collective-permute") < 1000
 
 
-@pytest.mark.slow
-@needs_libtpu
-def test_a_small_language_model(tmp_path):
-    """A recipe of newer parts compiles; `launch/tables.py --tables=recipes` compiles all of them."""
-    recipe = REPOSITORY / "configs" / "ross.py:encoder=siglip2,llm=qwen2_5_0_5b,stage=finetune"
-    done = run_plan(str(recipe), "--rows=8", f"--json={tmp_path / 'plan.json'}", topology="v5e:2x4")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    assert json.loads((tmp_path / "plan.json").read_text())["fits"]
-
-
 @pytest.mark.parametrize(
     ("topology", "arguments", "message"),
     [
