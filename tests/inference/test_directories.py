@@ -21,11 +21,15 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
 def test_runs_of_both_stages_and_kinds_answer(tmp_path):
     config = load_recipe(str(write_recipe(tmp_path)), ["--config.data.epochs=1"])
     first = FreezeConfig(("projector/.*", "denoiser/.*"))
-    llava = dataclasses.replace(config.model, denoiser=None, autoencoder=None)
+    llava = {
+        "model": dataclasses.replace(config.model, denoiser=None, autoencoder=None),
+        "reconstruction": dataclasses.replace(config.reconstruction, kind="none"),
+        "init_random": ("vision", "projector", "language"),
+    }
     kinds = {
         "stage 1": dataclasses.replace(config, freeze=first),
         "stage 2": dataclasses.replace(config, init=(str(tmp_path / "stage 1"),), init_random=()),
-        "llava": dataclasses.replace(config, model=llava, init_random=("vision", "projector", "language")),
+        "llava": dataclasses.replace(config, **llava),
     }
     for name, kind in kinds.items():
         ross_jax.train(kind, tmp_path / name)
