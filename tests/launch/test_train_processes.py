@@ -63,23 +63,17 @@ def agree(one, other):
         np.testing.assert_allclose(leaf, expected[path], atol=1e-5, err_msg=path)
 
 
-def test_benchmarks_of_two_processes(recipe, tmp_path):
-    """Both processes answer together, with the answers and so the scores of one process."""
+def test_two_processes_answer_benchmarks(recipe, tmp_path):
+    """The model learns to answer with the letter a alone, which it does only if both processes hold the same tokens."""
     answers = ["a" * length for length in range(1, 300)]
     rows = [{"id": i, "image": "0.png", "question": "What" + "?" * i, "answer": answers} for i in range(8)]
     (tmp_path / "exact.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = f"--config.evaluation.benchmarks=(('exact', '{tmp_path / 'exact.jsonl'}'),)"
     images = f"--config.evaluation.benchmark_images=('{recipe.parent}',)"
-    flags = (*SPREAD, "--config.loop.benchmark=6", "--config.optimizer.learning_rate=0.02", table, images)
-    done = train(recipe, tmp_path / "alone", *flags, devices=4)
-    assert done.returncode == 0, done.stderr
+    flags = (*SPREAD, "--config.loop.benchmark=12", "--config.optimizer.learning_rate=0.02", table, images)
     with two_processes(recipe, tmp_path / "run", *flags) as started:
         ends(*started)
-    scores = [
-        [line["benchmark/exact/accuracy"] for line in step_lines(tmp_path / name) if "benchmark/exact/accuracy" in line]
-        for name in ("alone", "run")
-    ]
-    assert scores[0] == scores[1] and len(scores[0]) == 2 and scores[0][1] > 0
+    assert step_lines(tmp_path / "run")[-1]["benchmark/exact/accuracy"] == 100
 
 
 @pytest.mark.parametrize("mesh", [SPREAD, ACROSS], ids=["spread", "across"])
