@@ -39,7 +39,7 @@ from ross_jax.data.fields import Survey
 from ross_jax.data.packing import Lengths, PackingConfig, PlanSettings, explain_dropped, make_plan
 from ross_jax.data.page import make_page, pieces
 from ross_jax.data.records import RecordFile
-from ross_jax.data.sources import Limits, found_in_fields, make_mixture, open_sources
+from ross_jax.data.sources import found_in_fields, make_mixture, open_sources
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.training.preprocessing import make_preprocessing
 
@@ -212,7 +212,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     config = load_recipe(arguments.config, arguments.overrides)
     data, tokenizer = config.data, load_tokenizer(config.text.tokenizer)
     preprocessing = make_preprocessing(config, tokenizer)
-    source, _ = open_sources(data.sources, limits=Limits(data.max_image_bytes, data.shuffle_memory))
+    source, _ = open_sources(data.sources, limits=data.limits)
     for finding in found_in_fields(source, data.max_broken):
         print(f"warning: {finding}", file=sys.stderr)
     mixture = make_mixture(data.sources, source, data.shuffle_memory)

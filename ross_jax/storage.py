@@ -46,10 +46,15 @@ class StorageError(UserError, OSError):
 
 
 class Status(NamedTuple):
-    """What `BucketPath.stat` returns; the names are those of `os.stat_result`."""
+    """What `BucketPath.stat` returns; the first names are those of `os.stat_result`.
+
+    Attributes:
+      generation: of an object, changes whenever it is written; None for a folder.
+    """
 
     st_size: int
     st_mtime: float
+    generation: int | None = None
 
 
 def scheme(text: str | os.PathLike[str]) -> str:
@@ -124,7 +129,15 @@ def _answer(path: "BucketPath", call: Callable[[], T]) -> T:
         raise
     except Exception as error:  # of aiohttp, requests, Google's authentication and fsspec
         reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
-        raise StorageError(f"{path}: the storage does not answer as it should ({reason}); try the same again") from error
+        raise StorageError(
+            f"{path}: the storage does not answer as it should ({reason}); try the same again"
+        ) from error
+
+
+def _status(info: dict[str, Any]) -> Status:
+    modified = info["mtime"].timestamp() if info.get("mtime") else 0.0
+    generation = None if info.get("generation") is None else int(info["generation"])
+    return Status(int(info.get("size") or 0), modified, generation)
 
 
 @functools.total_ordering
@@ -246,7 +259,15 @@ class BucketPath:
         info = self._info()
         if info is None:
             raise FileNotFoundError(2, "No such file or directory", str(self))
-        return Status(int(info.get("size") or 0), info["mtime"].timestamp() if info.get("mtime") else 0.0)
+        return _status(info)
+
+    def files(self) -> dict["BucketPath", Status]:
+        """All files below a folder. Empty, where there is none."""
+        try:
+            found = self._ask("find", detail=True).values()
+        except FileNotFoundError:
+            return {}
+        return {self._with(PurePosixPath(i["name"])): _status(i) for i in found if not i["name"].endswith("/")}
 
     def _children(self) -> Iterator[tuple["BucketPath", bool]]:
         """Everything directly in a folder, and whether it is a folder."""
@@ -294,9 +315,21 @@ class BucketPath:
     def read_bytes(self) -> bytes:
         return self._ask("cat_file")
 
-    def read_range(self, start: int, length: int) -> bytes:
-        """`length` bytes from `start` on, or those that there are."""
-        return self._ask("cat_file", start=start, end=start + length) if length else b""
+    def read_range(self, start: int, length: int, generation: int) -> bytes:
+        """`length` bytes from `start` on, or those that there are.
+
+        Raises:
+          FileNotFoundError: the object is not there, or has another generation.
+        """
+        if not length:
+            return b""
+        fs = self.file_system
+        bucket, key, _ = fs.split_path(str(self))
+        place = f"{fs._location}/download/storage/v1/b/{{}}/o/{{}}"
+        headers = {"Range": f"bytes={start}-{start + length - 1}"}
+        options = {"alt": "media", "generation": str(generation), "headers": headers}
+        _, content = _answer(self, lambda: fs.call("GET", place, bucket, key, **options))
+        return content
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self.read_bytes().decode(encoding, errors)

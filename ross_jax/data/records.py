@@ -20,9 +20,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ross_jax.config import UserError, required
-from ross_jax.data.archives import FileRange
 from ross_jax.data.formats import foreign_format
+from ross_jax.data.ranges import NO_CACHES, Caches, open_range
 from ross_jax.json_text import check_depth
+from ross_jax.storage import StorageError
 
 _BLANK = re.compile(r"[ \t\n\r\ufeff]*")  # white space of JSON, and a byte order mark
 _PIECE = 2**20  # bytes that are read at once
@@ -79,6 +80,7 @@ class RecordFile(Sequence[Record]):
       path: the file.
       known: the version that the run recorded. Its fingerprint is taken if size and time of the file are equal.
       visit: called with every record, once.
+      caches: what is kept of buckets.
 
     Attributes:
       version: the file as it was read.
@@ -89,15 +91,21 @@ class RecordFile(Sequence[Record]):
     """
 
     def __init__(
-        self, path: str | Path, known: Version | None = None, visit: Callable[[Record], None] = lambda record: None
+        self,
+        path: str | Path,
+        known: Version | None = None,
+        visit: Callable[[Record], None] = lambda record: None,
+        caches: Caches = NO_CACHES,
     ):
         self.path = str(path)
         try:
-            self._file = FileRange(path)
+            self._file = open_range(path, caches, whole=True)
             size, time = self._file.version
             digest = None if known and (known.size, known.time) == (size, time) else hashlib.sha256()
-            with Path(path).open("rb") as file:
+            with self._file.open() as file:
                 self._spans = self._find(file, digest.update if digest else lambda piece: None, visit)
+        except StorageError:
+            raise
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); give a LLaVA JSON or JSONL file") from error
         fingerprint = digest.hexdigest() if digest else required(known).fingerprint
@@ -130,6 +138,8 @@ class RecordFile(Sequence[Record]):
         start, end = self._spans[index].tolist()
         try:
             return json.loads(self._file.read(start, end - start))
+        except StorageError as error:
+            raise StorageError(f"{self.place(index)}: {error}") from error
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path}: was changed while it was read; start again") from error
 
