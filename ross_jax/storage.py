@@ -1,4 +1,4 @@
-"""Where files lie: paths of this machine, and folders in buckets of Google Cloud Storage. The one file that knows fsspec.
+"""Where files lie: on this machine, or in buckets of Google Cloud Storage. The one file that knows fsspec.
 
     location("runs/a")         pathlib.Path("runs/a"), as ever
     location("gs://bucket/a")  BucketPath: the methods of pathlib.Path that this package uses, over the network
@@ -129,9 +129,7 @@ def _answer(path: "BucketPath", call: Callable[[], T]) -> T:
         raise
     except Exception as error:  # of aiohttp, requests, Google's authentication and fsspec
         reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
-        raise StorageError(
-            f"{path}: the storage does not answer as it should ({reason}); try the same again"
-        ) from error
+        raise StorageError(f"{path}: the storage does not answer as it should ({reason}); try again") from error
 
 
 def _status(info: dict[str, Any]) -> Status:
@@ -144,8 +142,8 @@ def _status(info: dict[str, Any]) -> Status:
 class BucketPath:
     """An object or a folder in a bucket: what this package uses of `pathlib.Path`.
 
-    `isinstance(path, Path)` is true, so that annotations hold. It has no `__fspath__`, so that no library takes it for a
-    file of this machine.
+    `isinstance(path, Path)` is true, so that annotations hold. It has no `__fspath__`, so that no library takes it for
+    a file of this machine.
     """
 
     __class__ = property(lambda self: Path)  # pyright: ignore[reportAssignmentType]
@@ -528,12 +526,13 @@ class GrowingFile:
     """A file to which lines are appended. In a bucket, it is a local file that is uploaded now and then.
 
     Attributes:
+      target: the file's place.
       local: the file to append to. It begins with what was there before.
     """
 
     def __init__(self, target: Path):
         """Opens a file that may be there."""
-        self._target, self.local, self._temporary = target, target, None
+        self.target, self.local, self._temporary = target, target, None
         self._due, self._sent = 0.0, -1
         if is_remote(target):
             self._temporary = tempfile.TemporaryDirectory(prefix="ross_jax_")
@@ -553,7 +552,7 @@ class GrowingFile:
             return
         size = self.local.stat().st_size
         if size != self._sent:
-            copy_file(self.local, self._target)
+            copy_file(self.local, self.target)
             self._sent = size
             self._due = time.monotonic() + max(_LEAST, _SHARE * (time.monotonic() - began))
 
