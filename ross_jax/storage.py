@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from ross_jax.config import UserError
 
@@ -295,7 +295,7 @@ class BucketPath:
                 if fnmatch.fnmatchcase(PurePosixPath(name).name, pattern) and not name.endswith("/"):
                     yield self._with(PurePosixPath(name))
 
-    def open(self, mode: str = "r", buffering: int = -1, encoding: str | None = None, **options: Any) -> IO[Any]:
+    def open(self, mode: str = "r", buffering: int = -1, encoding: str | None = None, **options: Any) -> Any:
         """A file object. What is written appears when it is closed, and never if the `with` block fails.
 
         Args:

@@ -12,6 +12,7 @@ removed later, and its locks are free at once.
 import contextlib
 import fcntl
 import hashlib
+import io
 import logging
 import os
 import tempfile
@@ -19,7 +20,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from ross_jax.config import UserError
 from ross_jax.storage import is_remote
@@ -94,7 +94,7 @@ class LocalCache:
                 logger.warning("%s: cannot be written (%s); data is not kept there", self.folder, error.strerror)
             self._complained = True
 
-    def hold(self, key: str, size: int, fetch: Callable[[BinaryIO], None]) -> tuple[Path, int]:
+    def hold(self, key: str, size: int, fetch: Callable[[io.BufferedIOBase], None]) -> tuple[Path, int]:
         """A whole object as a file of this machine. Of several processes that ask for it, one fetches it.
 
         Args:
@@ -119,7 +119,7 @@ class LocalCache:
                 raise
             raise UserError(f"{self.folder}: cannot be written ({error.strerror}); free the disk") from error
 
-    def _fetch(self, path: Path, size: int, fetch: Callable[[BinaryIO], None]) -> None:
+    def _fetch(self, path: Path, size: int, fetch: Callable[[io.BufferedIOBase], None]) -> None:
         partial = path.with_name(f"{path.name}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
@@ -144,7 +144,7 @@ class LocalCache:
                 raise
 
     @contextlib.contextmanager
-    def _counting(self) -> Iterator[BinaryIO]:
+    def _counting(self) -> Iterator[io.BufferedIOBase]:
         """The file of the count, for one process at a time."""
         with os.fdopen(os.open(self.folder / "used", os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +101,7 @@ class FileRange:
         if self._stat() != self.version:
             raise UserError(f"{self.path}: was changed after it was opened; start again")
 
-    def open(self, ahead: bool = True) -> BinaryIO:
+    def open(self, ahead: bool = True) -> Any:
         """A file object."""
         return Path(self.path).open("rb")
 
@@ -194,7 +194,7 @@ class BucketRange:
         if self._caches.local is None:
             raise UserError(f"{self.path}: must lie on this machine to be read; set data.local_cache to a folder")
 
-        def fetch(file: BinaryIO) -> None:
+        def fetch(file: io.BufferedIOBase) -> None:
             for start in range(0, self.version[0], _PIECE):
                 file.write(self.fetch(start, min(_PIECE, self.version[0] - start)))
 
@@ -203,7 +203,7 @@ class BucketRange:
     def check(self) -> None:
         """Does nothing: each request names the generation."""
 
-    def open(self, ahead: bool = True) -> BinaryIO:
+    def open(self, ahead: bool = True) -> Any:
         """A file object.
 
         Args:
@@ -212,7 +212,7 @@ class BucketRange:
         if self._whole:
             return self._held()[0].open("rb")
         raw = _Stream(self, kept=not ahead)
-        return cast(BinaryIO, io.BufferedReader(raw, _AHEAD) if ahead else raw)
+        return io.BufferedReader(raw, _AHEAD) if ahead else raw
 
     def copy(self) -> "BucketRange":
         return self

@@ -9,13 +9,14 @@ piece of the file, or one record if that is larger.
 
 import codecs
 import hashlib
+import io
 import json
 import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +112,7 @@ class RecordFile(Sequence[Record]):
         fingerprint = digest.hexdigest() if digest else required(known).fingerprint
         self.version = Version(self.path, len(self._spans), fingerprint, size, time)
 
-    def _find(self, file: BinaryIO, hashed: Hashed, visit: Callable[[Record], None]) -> np.ndarray:
+    def _find(self, file: io.BufferedIOBase, hashed: Hashed, visit: Callable[[Record], None]) -> np.ndarray:
         """int64[records, 2]: the first byte of each record, and the byte after it."""
         if found := foreign_format(file.read(512)):
             raise UserError(f"{self.path}: {found}. Data is a JSON list, or JSON lines in a file named .jsonl")
@@ -148,7 +149,7 @@ class RecordFile(Sequence[Record]):
         return f"{self.path}, record {index}" + (f" (line {index + 1})" if self._one_per_line else "")
 
 
-def _lines(file: BinaryIO, path: str, hashed: Hashed) -> Iterator[tuple[int, Any, int, int]]:
+def _lines(file: io.BufferedIOBase, path: str, hashed: Hashed) -> Iterator[tuple[int, Any, int, int]]:
     """The values of a JSONL file: line, value, first byte, byte after the last. Blank lines are skipped."""
     if file.read(_PIECE).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one line may hold a list of gigabytes
         raise UserError(f"{path}: line 1 is a JSON list, or its beginning; name a file that is one list .json")
@@ -179,7 +180,7 @@ def _lines(file: BinaryIO, path: str, hashed: Hashed) -> Iterator[tuple[int, Any
         start += len(line)
 
 
-def _items(file: BinaryIO, path: str, hashed: Hashed) -> Iterator[tuple[int, Any, int, int]]:
+def _items(file: io.BufferedIOBase, path: str, hashed: Hashed) -> Iterator[tuple[int, Any, int, int]]:
     """The items of a JSON list: number from 0, value, first byte, byte after the last."""
     text = _Text(file, path, hashed)
     first = text.skip_blank()
@@ -216,7 +217,7 @@ class _Text:
       position: place of what is parsed next, in characters of the piece that is in memory.
     """
 
-    def __init__(self, file: BinaryIO, path: str, hashed: Hashed):
+    def __init__(self, file: io.BufferedIOBase, path: str, hashed: Hashed):
         self._file, self._path, self._hashed = file, path, hashed
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._text, self.position = "", 0
