@@ -180,17 +180,24 @@ class BucketRange:
             raise UserError(f"{self.path}: ends at byte {start + len(data)}, has {self.version[0]}; start again")
         return data
 
+    def on_this_machine(self) -> Path:
+        """The path of the object in the local cache, which keeps it while this object is referenced.
+
+        Raises:
+          UserError: there is no local cache, or no room in it.
+        """
+        return self._held()[0]
+
     def _held(self) -> tuple[Path, int]:
         if self._file is None:
-            file = self.hold()
+            file = self._hold()
             if self._file is None:
                 self._file = file
             else:  # another thread was faster
                 os.close(file[1])
         return self._file
 
-    def hold(self) -> tuple[Path, int]:
-        """The object as a file of this machine; see `LocalCache.hold`."""
+    def _hold(self) -> tuple[Path, int]:
         if self._caches.local is None:
             raise UserError(f"{self.path}: must lie on this machine to be read; set data.local_cache to a folder")
 
