@@ -129,6 +129,11 @@ def _answer(path: "BucketPath", call: Callable[[], T]) -> T:
         raise
     except Exception as error:  # of aiohttp, requests, Google's authentication and fsspec
         reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        if getattr(error, "code", None) == 401 or reason.startswith("Forbidden"):
+            raise StorageError(
+                f"{path}: access is refused ({reason}); sign in (`gcloud auth application-default login`), or have the "
+                "account admitted to the bucket"
+            ) from error
         raise StorageError(f"{path}: the storage does not answer as it should ({reason}); try again") from error
 
 
@@ -151,6 +156,9 @@ class BucketPath:
     def __init__(self, scheme: str, place: PurePosixPath):
         """Names `place`, which is `bucket/name`."""
         self._scheme, self._place = scheme, place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BucketPath, (self._scheme, self._place)
 
     def _with(self, place: PurePosixPath) -> "BucketPath":
         return BucketPath(self._scheme, place)
@@ -313,8 +321,11 @@ class BucketPath:
     def read_bytes(self) -> bytes:
         return self._ask("cat_file")
 
-    def read_range(self, start: int, length: int, generation: int) -> bytes:
+    def read_range(self, start: int, length: int, generation: int | None = None) -> bytes:
         """`length` bytes from `start` on, or those that there are.
+
+        Args:
+          generation: that the object must have. None: any.
 
         Raises:
           FileNotFoundError: the object is not there, or has another generation.
@@ -325,7 +336,8 @@ class BucketPath:
         bucket, key, _ = fs.split_path(str(self))
         place = f"{fs._location}/download/storage/v1/b/{{}}/o/{{}}"
         headers = {"Range": f"bytes={start}-{start + length - 1}"}
-        options = {"alt": "media", "generation": str(generation), "headers": headers}
+        options: dict[str, Any] = {"alt": "media", "headers": headers}
+        options |= {} if generation is None else {"generation": str(generation)}
         _, content = _answer(self, lambda: fs.call("GET", place, bucket, key, **options))
         return content
 

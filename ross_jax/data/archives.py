@@ -21,7 +21,7 @@ import numpy as np
 from ross_jax.config import UserError, required
 from ross_jax.data.formats import foreign_format
 from ross_jax.data.images import ImageError
-from ross_jax.data.ranges import NO_CACHES, BucketRange, Caches, FileRange, Ranges, file_mode, open_range
+from ross_jax.data.ranges import NO_CACHES, BucketRange, Caches, ChangedError, FileRange, Ranges, file_mode, open_range
 from ross_jax.data.spelling import briefly, spellings
 from ross_jax.storage import Status, StorageError, is_remote, location
 
@@ -190,7 +190,10 @@ class BucketFolder:
             if size > self._max_bytes:
                 raise _too_large(self._max_bytes)
             place = location(self.path) / member
-            return BucketRange(place, self._caches, Status(size, 0.0, generation)).read(0, size)
+            try:
+                return BucketRange(place, self._caches, Status(size, 0.0, generation)).read(0, size)
+            except ChangedError as error:  # an image that is removed from a disk is a broken one, too
+                raise ImageError("was changed or removed after the folder was listed") from error
 
         return reading(f"{self.path}/{name}", read)
 

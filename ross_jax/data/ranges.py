@@ -123,6 +123,10 @@ class FileRange:
             os.close(self._descriptor)
 
 
+class ChangedError(UserError):
+    """An object that is no longer as it was when it was opened."""
+
+
 class BucketRange:
     """Reads byte ranges of one object, in the generation that it had when it was opened.
 
@@ -175,7 +179,7 @@ class BucketRange:
         try:
             data = location(self.path).read_range(start, size, self.version[1])
         except FileNotFoundError as error:
-            raise UserError(f"{self.path}: was changed or removed after it was opened; start again") from error
+            raise ChangedError(f"{self.path}: was changed or removed after it was opened; start again") from error
         if len(data) < size:
             raise UserError(f"{self.path}: ends at byte {start + len(data)}, has {self.version[0]}; start again")
         return data
