@@ -56,6 +56,8 @@ def add_data(parser: Parser) -> None:
     parser.add_argument("--steps", type=int, within=SIZE, default=20, help="steps to read")
     parser.add_argument("--workers", type=int, within=Range(0, 1024), default=0, help="worker processes; 0: threads")
     parser.add_argument("--threads", type=int, within=Range(0, 1024), default=4, help="reader threads, without workers")
+    parser.add_argument("--local-cache", metavar="DIR", help="keeps what is read from a bucket, as data.local_cache")
+    parser.add_argument("--second-epoch", action="store_true", help="read all of an epoch, and measure the next, too")
 
 
 def run_data(arguments: argparse.Namespace, others: list[str]) -> Figures:
@@ -77,6 +79,8 @@ def run_data(arguments: argparse.Namespace, others: list[str]) -> Figures:
             steps=arguments.steps,
             workers=arguments.workers,
             threads=arguments.threads,
+            local_cache=arguments.local_cache,
+            second=arguments.second_epoch,
         )
     )
 

@@ -31,6 +31,7 @@ from ross_jax.data.samples import LazyImage, Sample, SampleError, Source
 from ross_jax.data.spelling import briefly
 from ross_jax.data.turns import no_conversations, sample_name
 from ross_jax.data.webdataset import WebDataset
+from ross_jax.storage import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -249,6 +250,10 @@ class TfdsSource:
     """
 
     def __init__(self, name: str, split: str, data_dir: str | None = None, caption: str | None = None):
+        if data_dir is not None and is_remote(data_dir):
+            raise UserError(
+                f"{data_dir}: TFDS data sets are read from disks alone; copy it to this machine (`gcloud storage cp -r`)"
+            )
         import tensorflow_datasets as tfds  # takes a second, which other sources need not wait for
 
         try:
