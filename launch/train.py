@@ -20,6 +20,7 @@ from ross_jax.config import UserError, from_dict
 from ross_jax.console import talk, without_native_output
 from ross_jax.evaluation.reconstruction import make_callbacks
 from ross_jax.process import say
+from ross_jax.storage import location
 from ross_jax.training import agreement
 from ross_jax.training.origin import begin_with
 from ross_jax.training.profile import Tracer, parse_steps
@@ -28,7 +29,9 @@ from ross_jax.training.run import Run, flatten_config, only_writer
 from ross_jax.training.watch import StallWatch
 
 _CONFIG = command_line.define_recipe()
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, shared by all hosts.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's directory, shared by all hosts, or gs://BUCKET/NAME.", required=True
+)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Train together with the other processes of a cluster.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX does not find it.")
 _PROCESSES = flags.DEFINE_integer(
@@ -99,7 +102,7 @@ def main() -> int:
 def train() -> int:
     """Opens the run and trains it. Returns the exit status."""
     traced = parse_steps(_PROFILE.value) if _PROFILE.value is not None else None
-    config, folder = from_dict(RunConfig, _CONFIG.value.to_dict()), Path(_WORKDIR.value)
+    config, folder = from_dict(RunConfig, _CONFIG.value.to_dict()), location(_WORKDIR.value)
     if _DISTRIBUTED.value:
         place = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
         agreement.join(*place, _START_TIMEOUT.value, _LOST_HOST_TIMEOUT.value)

@@ -13,6 +13,7 @@ from ross_jax.convert.importing import plan_import, write
 from ross_jax.convert.peft import EXPORTED, export_adapter, import_adapter, is_adapter
 from ross_jax.data.conversation import Template
 from ross_jax.evaluation.reconstruction import make_callbacks
+from ross_jax.storage import location
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run, only_writer
 
@@ -38,9 +39,10 @@ def train(config: RunConfig, workdir: str | Path, *, accept_changed_data: bool =
     Raises:
       UserError: a config, data or directory that cannot be used.
     """
-    with only_writer(Path(workdir)):
-        run = Run(config, Path(workdir), accept_changed_data=accept_changed_data)
-        run.train(make_callbacks(config, run.mesh, Path(workdir)))
+    folder = location(workdir)
+    with only_writer(folder):
+        run = Run(config, folder, accept_changed_data=accept_changed_data)
+        run.train(make_callbacks(config, run.mesh, folder))
     return run
 
 

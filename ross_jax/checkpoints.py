@@ -24,7 +24,6 @@ import functools
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,11 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from ross_jax.directories import SUMS, CheckpointError, DamagedError, check_sums, write_sums
+from ross_jax.directories import SUMS, CheckpointError, DamagedError, check_sums, refuse_incomplete, write_sums
 from ross_jax.json_text import load_json
 from ross_jax.lora import hide_factors, restore_merged
-from ross_jax.orbax_calls import orbax_call
+from ross_jax.orbax_calls import COMMIT, MarkedPath, is_complete, orbax_call, orbax_path
+from ross_jax.storage import StorageError, location, remove_tree
 from ross_jax.tree import flatten, unflatten
 from ross_jax.upgrade import upgrade
 
@@ -59,8 +59,8 @@ _CHUNK_BYTES = 64 * 2**20
 """Largest piece of an array that is stored, and so must be read, as one."""
 _UNREADABLE = set("[]\\")
 """Characters of a path that Orbax takes for a pattern."""
-_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
-"""Files that Orbax writes when a checkpoint has got its name. They say nothing about its content."""
+_LATER = ("_CHECKPOINT_METADATA", COMMIT)
+"""Files that Orbax writes when a checkpoint is complete. They say nothing about its content."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
 
     def finalize(directory: epath.Path) -> None:
         finish(directory)
-        folder = Path(directory)
+        folder = location(str(directory))
         chunks = set(folder.glob("ocdbt.process_*/d/*"))
         files = (path for path in folder.rglob("*") if path.is_file() and path not in chunks)
         write_sums(folder, (path for path in files if path.name not in _LATER))
@@ -154,15 +154,15 @@ def save_streamed(folder: Path, leaves: Mapping[str, Any]) -> None:
     check_path(folder)
     handler = _StreamedHandler()
     registry = ocp.type_handlers.create_type_handler_registry((StreamedLeaf, handler))
+    handler_of_leaves = tree_handler(type_handler_registry=registry)
     request = ocp.args.PyTreeSave(leaves, save_args=jax.tree.map(_path_options, leaves))
     with orbax_call(folder, "cannot be written"):
         try:
-            with ocp.Checkpointer(tree_handler(type_handler_registry=registry)) as checkpointer:
-                checkpointer.save(folder.resolve(), args=request)
+            with ocp.Checkpointer(handler_of_leaves, temporary_path_class=MarkedPath) as checkpointer:
+                checkpointer.save(orbax_path(folder), args=request)
         finally:
             if handler.failure:
-                for left in (folder, *folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*")):
-                    shutil.rmtree(left, ignore_errors=True)
+                remove_tree(folder)
                 raise handler.failure
 
 
@@ -178,7 +178,7 @@ def abstract(folder: Path) -> dict[str, Any]:
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
     ):
         has_digests = check_sums(folder, "_METADATA")
-        metadata = checkpointer.metadata(folder.resolve()).item_metadata
+        metadata = checkpointer.metadata(orbax_path(folder)).item_metadata
         if metadata is None:
             raise ValueError("its metadata is missing or damaged")
         if not has_digests:
@@ -235,7 +235,7 @@ def _read(folder: Path, request: ocp.args.PyTreeRestore) -> Any:
     with orbax_call(folder, "cannot be read", DamagedError):
         handler = ocp.PyTreeCheckpointHandler()
         try:
-            return handler.restore(epath.Path(folder.resolve()), args=request)
+            return handler.restore(orbax_path(folder), args=request)
         finally:
             handler.close()
 
@@ -259,6 +259,7 @@ def read_manifest(folder: Path, unused: bool = False) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory")
+    refuse_incomplete(folder)
     beginnings = (MANIFEST, "files/", *(["unused/"] if unused else []))
     has_digests = (folder / MANIFEST).exists() and check_sums(folder, MANIFEST, beginnings)
     try:
@@ -268,6 +269,8 @@ def read_manifest(folder: Path, unused: bool = False) -> dict[str, Any]:
             f"{folder}: no {MANIFEST} in it, so it is no ross_jax model; `launch/convert.py import` makes one from a "
             "Hugging Face checkpoint"
         ) from None
+    except StorageError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
@@ -294,10 +297,20 @@ def writing(path: Path, run: Path) -> Iterator[None]:
         yield
     except Exception as error:
         # The tokenizers library raises the system's errors as plain Exception.
+        if isinstance(error, StorageError):
+            raise CheckpointError(f"{error}; {kept_or_unknown(run)}") from error
         if not isinstance(error, OSError) and "(os error" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: cannot be written ({reason}); {kept_step(run)}") from error
+
+
+def kept_or_unknown(run: Path) -> str:
+    """`kept_step`, or that it is unknown where the storage does not answer."""
+    try:
+        return kept_step(run)
+    except StorageError:
+        return "the same command continues from the last complete step"
 
 
 def kept_step(run: Path) -> str:
@@ -314,7 +327,7 @@ def latest_step(run: Path) -> int | None:
 def sound_steps(run: Path) -> list[int]:
     """All steps of a run's directory that are complete on disk and not marked as damaged, in order."""
     folders = (path for path in (run / "steps").glob("*") if path.name.isdigit())
-    return sorted(int(path.name) for path in folders if not (path / DAMAGED).exists())
+    return sorted(int(path.name) for path in folders if is_complete(path) and not (path / DAMAGED).exists())
 
 
 def parameter_folders(model: Path, step: int | None = None) -> list[Path]:

@@ -8,19 +8,22 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from ross_jax.config import UserError
+from ross_jax.storage import BucketPath, StorageError, is_remote, remove_tree, write_whole
 
 SUMS = "SHA256SUMS"
 """File of digests, as `sha256sum -c` reads it."""
+INCOMPLETE = "INCOMPLETE"
+"""File of a directory that is being written in place. Whoever reads finds nothing in such a directory."""
 _BEAT = 10.0
 """Seconds between two heartbeats of a lock."""
 _STALE = 60.0
@@ -38,9 +41,7 @@ class DamagedError(CheckpointError):
 def write_sums(folder: Path, files: Iterable[Path]) -> None:
     """Writes the digests of files below `folder` into its `SHA256SUMS`."""
     names = sorted(path.relative_to(folder).as_posix() for path in files)
-    partial = folder / f".{SUMS}.partial"
-    partial.write_text("".join(f"{_digest(folder / name)}  {name}\n" for name in names), encoding="utf-8")
-    partial.replace(folder / SUMS)
+    write_whole(folder / SUMS, "".join(f"{_digest(folder / name)}  {name}\n" for name in names))
 
 
 def check_sums(folder: Path, required: str = "", beginnings: tuple[str, ...] = ("",)) -> bool:
@@ -61,6 +62,8 @@ def check_sums(folder: Path, required: str = "", beginnings: tuple[str, ...] = (
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path}: cannot be read ({error})") from error
     if not required and not all(re.fullmatch(r"[0-9a-f]{64}  .+", line) for line in lines):
@@ -72,6 +75,8 @@ def check_sums(folder: Path, required: str = "", beginnings: tuple[str, ...] = (
         if name.startswith(beginnings):
             try:
                 found = _digest(folder / name)
+            except StorageError:
+                raise
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise DamagedError(f"{folder / name}: cannot be read ({reason}), but {path} lists it") from error
@@ -90,7 +95,9 @@ def _digest(path: Path) -> str:
 def complete_directory(target: Path) -> Iterator[Path]:
     """Yields a directory to fill, which becomes `target` at the end, or disappears if anything fails.
 
-    It is `.NAME.incomplete` beside the target. What a killed process left there is removed.
+    On a disk it is `.NAME.incomplete` beside the target. A disk that renames no directories, such as a mounted bucket,
+    and a bucket itself get the target with a file INCOMPLETE in it, which is removed at the end. What a killed process
+    left in either place is removed.
 
     Raises:
       CheckpointError: the target exists and is not empty, or another process is writing it.
@@ -102,18 +109,72 @@ def complete_directory(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with lock(target):
             _check_free(target)  # another may just have finished
-            shutil.rmtree(partial, ignore_errors=True)
+            if is_remote(target) or (target / INCOMPLETE).exists():
+                _remove_marked(target)
+            if is_remote(target):
+                with _in_place(target):
+                    yield target
+                return
+            remove_tree(partial)
             try:
                 partial.mkdir()
                 yield partial
-                partial.replace(target)
+                _rename(partial, target)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove_tree(partial)
+    except StorageError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written ({error})") from error
 
 
+@contextlib.contextmanager
+def _in_place(target: Path) -> Iterator[None]:
+    """While an empty target is filled: it is marked, and emptied if anything fails."""
+    target.mkdir(exist_ok=True)
+    (target / INCOMPLETE).write_text("What wrote this directory has not ended.\n")
+    try:
+        yield
+    except BaseException:
+        _remove_marked(target)
+        raise
+    (target / INCOMPLETE).unlink()
+
+
+def _rename(partial: Path, target: Path) -> None:
+    """Gives a complete directory its name, file by file where directories cannot be renamed."""
+    with contextlib.suppress(OSError):
+        partial.replace(target)
+        return
+    with _in_place(target):
+        for path in sorted(partial.rglob("*")):
+            place = target / path.relative_to(partial)
+            place.mkdir() if path.is_dir() else path.replace(place)
+
+
+def _remove_marked(target: Path) -> None:
+    """Removes an incomplete directory, its mark last."""
+    if not target.exists():
+        return
+    mark = target / INCOMPLETE
+    mark.touch()
+    for path in target.iterdir():
+        if path.name != mark.name:
+            remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    remove_tree(target)
+
+
+def refuse_incomplete(folder: Path) -> None:
+    """Raises CheckpointError if a directory is being written, or was when its writer was killed."""
+    if (folder / INCOMPLETE).exists():
+        raise CheckpointError(
+            f"{folder}: is incomplete: what writes it has not ended, or was interrupted; wait, or write it again"
+        )
+
+
 def _check_free(target: Path) -> None:
+    if (target / INCOMPLETE).is_file():
+        return  # by now nobody writes it, or else the lock is held
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already; choose another output or remove it first")
 
@@ -130,6 +191,10 @@ def lock(target: Path) -> Iterator[None]:
       CheckpointError: another process holds it; names host and process.
     """
     path = target.with_name(f".{target.name}.lock")
+    if is_remote(path):
+        with _bucket_lock(path, target):
+            yield
+        return
     with path.open("a+", encoding="utf-8") as file:
         mine = _acquire(file, path, target)
         done = threading.Event()
@@ -161,12 +226,15 @@ def _acquire(file: TextIO, path: Path, target: Path) -> str:
     holder = _holder(path)
     if _lives(holder, path, flocked, target):
         raise _held(target, holder)
-    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    mine = json.dumps(_this_process() | {"since": since})
+    mine = json.dumps(_this_process() | {"since": _now()})
     file.truncate(0)
     file.write(mine)
     file.flush()
     return mine
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _held(target: Path, holder: dict[str, Any]) -> CheckpointError:
@@ -177,9 +245,16 @@ def _held(target: Path, holder: dict[str, Any]) -> CheckpointError:
 def _holder(path: Path) -> dict[str, Any]:
     """What a lock's file says of its holder; empty if it says nothing, as while it is being written."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return _parse_holder(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _parse_holder(text: str | bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
         return {name: found[name] for name in ("host", "boot", "pid", "started", "since")}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}
 
 
@@ -194,11 +269,16 @@ def _lives(holder: dict[str, Any], path: Path, flocked: bool, target: Path) -> b
     here = _this_process()
     if (holder["host"], holder["boot"]) == (here["host"], here["boot"]):
         return not flocked and holder["started"] == _started(holder["pid"])
-    beat, until = _modified(path), time.monotonic() + _STALE
+    return _beats(lambda: _modified(path), holder, target)
+
+
+def _beats(sign: Callable[[], int], holder: dict[str, Any], target: Path) -> bool:
+    """Whether a sign of life of a holder on another host changes within the time after which its lock is free."""
+    first, until = sign(), time.monotonic() + _STALE
     print(f"{target}: waits whether process {holder['pid']} on {holder['host']} is still writing", file=sys.stderr)
     while time.monotonic() < until:
         time.sleep(_BEAT / 10)
-        if _modified(path) != beat:
+        if sign() != first:
             return True
     return False
 
@@ -238,6 +318,53 @@ def _beat(path: Path, target: Path, mine: str, done: threading.Event) -> None:
     while not done.wait(_BEAT):
         with contextlib.suppress(OSError):  # a full or distant disk is no reason to end
             if path.read_text(encoding="utf-8") != mine:
-                print(f"error: {target}: another process has taken over", file=sys.stderr, flush=True)
-                os._exit(1)
+                _taken_over(target)
             os.utime(path)
+
+
+def _taken_over(target: Path) -> NoReturn:
+    print(f"error: {target}: another process has taken over", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _bucket_lock(path: BucketPath, target: Path) -> Iterator[None]:
+    """`lock` in a bucket. Writes are conditional on the generation, and each heartbeat makes a new one."""
+    if target == target.parent:
+        raise CheckpointError(f"{target}: is a whole bucket; name a folder in it")
+    mine = json.dumps(_this_process() | {"since": _now(), "token": secrets.token_hex(8)}).encode()
+    generation = _take(path, mine, target)
+    done = threading.Event()
+
+    def beat() -> None:
+        nonlocal generation
+        while not done.wait(_BEAT):
+            with contextlib.suppress(StorageError):  # the next beat may succeed
+                generation = path.write_version(mine, generation) or _taken_over(target)
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        done.set()
+        beating.join()
+        with contextlib.suppress(StorageError):  # is free after a minute
+            path.unlink_version(generation)
+
+
+def _take(path: BucketPath, mine: bytes, target: Path) -> int:
+    """Makes this process the holder of a bucket's lock, and returns the generation that it wrote."""
+    found = path.read_version()
+    if found is not None:
+        holder, here = _parse_holder(found[0]), _this_process()
+        if holder and (holder["host"], holder["boot"]) == (here["host"], here["boot"]):
+            lives = holder["started"] == _started(holder["pid"])
+        else:
+            lives = bool(holder) and _beats(lambda: (path.read_version() or (b"", 0))[1], holder, target)
+        if lives:
+            raise _held(target, holder)
+    generation = path.write_version(mine, found[1] if found else 0)
+    if generation is None:
+        raise _held(target, _parse_holder((path.read_version() or (b"", 0))[0]))
+    return generation

@@ -10,11 +10,59 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+from orbax.checkpoint._src.path import async_path
+from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath, ValidationError
+
 from ross_jax.config import UserError
 from ross_jax.directories import CheckpointError
+from ross_jax.json_text import load_json
+from ross_jax.storage import StorageError, is_remote, location
 
 _SETTLE = 0.25
 """Seconds of silence after which nothing of a failed call is taken to be in flight any more."""
+
+
+_METADATA = "_CHECKPOINT_METADATA"
+COMMIT = "commit_success.txt"
+"""File that Orbax writes last into a checkpoint."""
+_LOST = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|CURL|Cannot connect|[Cc]onnection|[Tt]imed out|Timeout|HTTP response code: (5|429)|"
+    r"Server disconnected"
+)
+"""What errors say if a bucket does not answer. Nothing is known to be damaged then."""
+
+
+def orbax_path(folder: Path) -> epath.Path:
+    """A path as Orbax takes it."""
+    return epath.Path(str(folder.resolve()))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    if (folder / COMMIT).exists():
+        return True
+    try:  # Orbax's metadata have this time since everything else was written
+        return bool(load_json(folder / _METADATA).get("commit_timestamp_nsecs"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return False
+
+
+class MarkedPath(CommitFileTemporaryPath):
+    """A checkpoint that is written under its name, and marked at the end: nothing is renamed, on disks as in buckets.
+
+    Checkpoints that got their names by being renamed count, too.
+    """
+
+    @classmethod
+    async def validate(cls, temporary_path: epath.Path) -> None:
+        if is_complete(location(str(temporary_path))) or not await async_path.is_dir(temporary_path):
+            raise ValidationError(f"{temporary_path} is no incomplete checkpoint")
+
+    @classmethod
+    async def validate_final(cls, final_path: epath.Path) -> None:
+        if not is_complete(location(str(final_path))):
+            raise ValidationError(f"{final_path} is no complete checkpoint")
 
 
 @contextlib.contextmanager
@@ -38,6 +86,9 @@ def checkpoint_error(folder: Path, fault: str, kind: type[CheckpointError] = Che
         root: BaseException = error
         while root.__cause__:
             root = root.__cause__
+        if is_remote(folder) and _LOST.search(f"{type(root).__name__}: {root}"):
+            reason = str(root).partition("\n")[0][:300]
+            raise StorageError(f"{folder}: the storage does not answer as it should ({reason}); try again") from error
         system_error = re.search(r": ([\w ]+) \[", str(root)) if "os_error_code" in str(root) else None
         reason = system_error[1] if system_error else getattr(root, "strerror", None) or root
         array = re.search(r'in "(\S+?)/c/', str(root))

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from ross_jax.checkpoints import (
     DAMAGED,
     abstract,
     check_path,
-    kept_step,
+    kept_or_unknown,
     latest_step,
     restore,
     restore_all,
@@ -27,7 +26,8 @@ from ross_jax.checkpoints import (
     writing,
 )
 from ross_jax.directories import CheckpointError, DamagedError
-from ross_jax.orbax_calls import checkpoint_error, orbax_call, silence
+from ross_jax.orbax_calls import MarkedPath, checkpoint_error, orbax_call, orbax_path, silence
+from ross_jax.storage import StorageError, remove_tree
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,17 @@ class RunCheckpoints:
         """Opens a run's directory, which is made if it is absent. The newest `keep` steps stay in it."""
         self._folder = folder.resolve()
         self._background = contextlib.ExitStack()  # holds `silence` while a step is being written
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, temporary_path_class=MarkedPath)
         check_path(folder)
         with orbax_call(folder, "cannot be written"):
             self._folder.mkdir(parents=True, exist_ok=True)
             handlers = {name: tree_handler() for name in ("params", "optimizer")}
-            self._manager = ocp.CheckpointManager(self._folder / "steps", options=options, item_handlers=handlers)
+            self._manager = ocp.CheckpointManager(
+                orbax_path(self._folder / "steps"), options=options, item_handlers=handlers
+            )
+
+    def _checkpointer(self) -> ocp.Checkpointer:
+        return ocp.Checkpointer(tree_handler(), temporary_path_class=MarkedPath)
 
     def latest(self) -> int | None:
         """The newest step that is complete and not marked as damaged."""
@@ -61,24 +66,25 @@ class RunCheckpoints:
         """
         folder, tree = self._folder / ".probe", {"array": np.arange(1000)}
         try:
-            with orbax_call(self._folder, "cannot be written"), ocp.Checkpointer(tree_handler()) as checkpointer:
-                checkpointer.save(folder, args=ocp.args.PyTreeSave(tree), force=True)
+            with orbax_call(self._folder, "cannot be written"), self._checkpointer() as checkpointer:
+                checkpointer.save(orbax_path(folder), args=ocp.args.PyTreeSave(tree), force=True)
                 if not np.array_equal(restore(folder, abstract(folder))["array"], tree["array"]):
                     raise CheckpointError(f"{folder}: what was written there cannot be read back")
                 ocp.multihost.sync_global_processes("ross_jax probe")
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {kept_step(self._folder)}") from error
+        except (CheckpointError, StorageError) as error:
+            raise CheckpointError(f"{error}; {kept_or_unknown(self._folder)}") from error
         finally:
             if jax.process_index() == 0:
-                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(StorageError):
+                    remove_tree(folder)
 
     def save_frozen(self, frozen: Any) -> None:
         """Writes the parameters that never change. Returns when they are on disk."""
         if not jax.tree.leaves(frozen):
             return
         folder = self._folder / "frozen"
-        with orbax_call(folder, "cannot be written"), ocp.Checkpointer(tree_handler()) as checkpointer:
-            checkpointer.save(folder, args=ocp.args.PyTreeSave(frozen), force=True)
+        with orbax_call(folder, "cannot be written"), self._checkpointer() as checkpointer:
+            checkpointer.save(orbax_path(folder), args=ocp.args.PyTreeSave(frozen), force=True)
 
     def save(self, step: int, state: Any) -> None:
         """Copies the state off the devices. Writing goes on in the background until `wait` returns.
@@ -108,8 +114,8 @@ class RunCheckpoints:
         try:
             with checkpoint_error(self._folder / "steps", "a checkpoint cannot be written"):
                 yield
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {kept_step(self._folder)}") from error
+        except (CheckpointError, StorageError) as error:
+            raise CheckpointError(f"{error}; {kept_or_unknown(self._folder)}") from error
 
     def restore(self, state: Any, agree: Callable[[str], str] = str) -> tuple[int, Any]:
         """The newest step that can be read, and the state after it.

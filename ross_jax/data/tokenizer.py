@@ -14,18 +14,21 @@ an image. The slow Llama 2 tokenizer puts its dummy prefix before that space, an
 `conversation_official` adds it.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ross_jax.config import UserError, nearest
 from ross_jax.data.tokenizer_check import PROBE, checking, default_template, probe
 from ross_jax.hub import hub_answers, is_hub_id, say_asked
+from ross_jax.storage import copy_file, is_remote, location
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "tekken.json", "*.tiktoken")
@@ -50,6 +53,9 @@ def load_tokenizer(name: str | Path, max_length: int | None = None) -> Any:
     Raises:
       UserError: the folder does not exist, holds no vocabulary, or holds files that transformers cannot read.
     """
+    if is_remote(name):
+        with _copied(name) as copy:
+            return load_tokenizer(copy, max_length)
     folder = Path(name).expanduser()
     if folder.is_dir():
         _check_vocabulary(folder)
@@ -169,6 +175,9 @@ def save_tokenizer(name: str | Path, folder: Path) -> None:
       name: as of `load_tokenizer`.
       folder: where the files go; made if it is absent.
     """
+    if is_remote(name):
+        with _copied(name) as copy:
+            return save_tokenizer(copy, folder)
     source = Path(name).expanduser()
     if source.is_dir() and folder.is_dir() and source.samefile(folder):
         return
@@ -182,6 +191,21 @@ def save_tokenizer(name: str | Path, folder: Path) -> None:
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+
+@contextlib.contextmanager
+def _copied(name: str | Path) -> Iterator[Path]:
+    """A temporary copy of a tokenizer's files that lie in a bucket."""
+    source = location(name)
+    if not source.is_dir():
+        raise UserError(f"tokenizer {name}: there is no such folder")
+    with tempfile.TemporaryDirectory(prefix="ross_jax_") as place:
+        folder = Path(place) / source.name
+        for file, path in tokenizer_files(source, _FILES + _PROCESSOR_FILES).items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(path, folder / file)
+        folder.mkdir(exist_ok=True)
+        yield folder
 
 
 def fingerprint(tokenizer: Any) -> dict[str, str]:

@@ -40,6 +40,7 @@ from ross_jax.models.ross import RossConfig, abstract_params
 from ross_jax.objectives.objective import DEFAULT_SAMPLING, Sampling
 from ross_jax.objectives.reconstruction import reconstructor
 from ross_jax.sharding import MeshConfig, make_mesh, parameter_shardings
+from ross_jax.storage import location
 from ross_jax.tree import flatten, unflatten
 
 TEXT_COMPONENTS = ("vision", "projector", "language")
@@ -318,7 +319,7 @@ def load(
       ConfigError: a mesh that does not fit the devices.
       UserError: no model there, or one without such a component; qwix is not installed.
     """
-    folder = Path(folder)
+    folder = location(folder)
     check_quantization(quantize)
     manifest = checkpoints.read_manifest(folder)
     config = from_dict(RossConfig, manifest["config"], f"{folder}: config")

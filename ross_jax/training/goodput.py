@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from ross_jax.checkpoints import writing
+from ross_jax.storage import GrowingFile
 
 GOODPUT = "goodput.jsonl"
 ACTIVITIES = {
@@ -160,8 +161,9 @@ class Log:
         with writing(self._path, self._folder):
             before, self.note = read_lines(self._path, ("start", "time", "step", *ACTIVITIES))
             self.last_compile = next((line["compile"] for line in reversed(before) if line["compile"]), 0.0)
-            if self._path.is_file():
-                with self._path.open("a") as file:
+            self._file = GrowingFile(self._path)
+            if self._file.local.is_file():
+                with self._file.local.open("a") as file:
                     file.write("\n")  # ends what a killed process may have left; empty lines are no lines
         self._before = make_account([*before, self._line() | dict.fromkeys(ACTIVITIES, 0.0)])
         self.write()
@@ -172,18 +174,24 @@ class Log:
         seconds = {name: round(value, 3) for name, value in clock.seconds.items()}
         return {"start": clock.start, "time": time.time(), "step": clock.step, **seconds}
 
-    def write(self) -> None:
-        """Writes a line."""
+    def write(self, now: bool = True) -> None:
+        """Writes a line.
+
+        Args:
+          now: whether it is on the disk, or in the bucket, when this returns.
+        """
         line = self._line()
-        with writing(self._path, self._folder), self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with writing(self._path, self._folder):
+            with self._file.local.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self._file.sync(now)
         self._written = line["time"]
 
     def report(self) -> dict[str, float]:
         """Metrics: `goodput`, and `time/NAME` in seconds for each activity and loss. Writes a line now and then."""
         now = time.time()
         if now - self._written > _RESOLUTION * (now - self._clock.start):
-            self.write()
+            self.write(now=False)
         line, before = self._line(), self._before.seconds
         seconds = {name: round(value + line.get(name, 0.0), 3) for name, value in before.items()}
         return {"goodput": goodput(seconds)} | {f"time/{name}": value for name, value in seconds.items()}

@@ -22,6 +22,7 @@ from ross_jax import lora, process
 from ross_jax.checkpoints import writing
 from ross_jax.console import duration, say
 from ross_jax.models.ross import RossConfig
+from ross_jax.storage import GrowingFile, write_whole
 from ross_jax.training.goodput import Clock, Log, read_lines
 from ross_jax.training.wandb import WandbRun
 from ross_jax.tree import flatten
@@ -230,8 +231,11 @@ class _Board:
         from tensorboardX.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        self._event, self._file = Event, RecordWriter(str(self.path))
+        self._growing = GrowingFile(
+            folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        )
+        self.path = self._growing.target
+        self._event, self._file = Event, RecordWriter(str(self._growing.local))
         self._add(file_version="brain.Event:2")
         # TensorBoard drops what an interrupted run wrote from this step on.
         self._add(step=start + 1, session_log=SessionLog(status=SessionLog.START))
@@ -243,9 +247,15 @@ class _Board:
         for summary in summaries:
             self._add(step=step, summary=summary)
         self._file.flush()
+        self._growing.sync()
+
+    def sync(self) -> None:
+        """Makes sure that all is where it belongs."""
+        self._growing.sync(now=True)
 
     def close(self) -> None:
         self._file.close()
+        self._growing.close()
 
 
 class Writer:
@@ -271,10 +281,9 @@ class Writer:
             # A run that starts anew writes the evaluation before its first step again.
             lines, note = read_lines(self._path)
             kept = [line for line in lines if start and line["step"] <= start]
-            partial = self._path.with_name("metrics.jsonl.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(self._path)
-            self._file = self._path.open("a", buffering=1)
+            write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._lines = GrowingFile(self._path)
+            self._file = self._lines.local.open("a", buffering=1)
         with writing(folder / "tensorboard", folder):
             self._board = _Board(folder / "tensorboard", start)
         if note:
@@ -286,6 +295,7 @@ class Writer:
 
         with writing(self._path, self._folder):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.sync()
         with writing(self._board.path, self._folder):
             self._board.add(step, *(scalar(name, value) for name, value in values.items()))
         if self._wandb is not None:
@@ -323,9 +333,15 @@ class Writer:
         )
         process.say(text, self._stream)
 
+    def saved(self) -> None:
+        """Makes sure that all that was written is where it belongs, as before a checkpoint."""
+        with writing(self._path, self._folder):
+            self._lines.sync(now=True)
+            self._board.sync()
+
     def close(self) -> None:
         """Flushes and closes. A full disk was reported when a line was written."""
-        for file in (self._file, self._board, *([self._wandb] if self._wandb is not None else [])):
+        for file in (self._file, self._lines, self._board, *([self._wandb] if self._wandb is not None else [])):
             with contextlib.suppress(OSError):
                 file.close()
 
@@ -402,6 +418,8 @@ class Reporter:
 
     def saved(self) -> None:
         """Notes the times at a checkpoint, from which a later start may continue."""
+        if self.writer is not None:
+            self.writer.saved()
         if self.log is not None:
             self.log.write()
 

@@ -14,6 +14,7 @@ from ross_jax.config import ConfigError, UserError, nearest, to_dict
 from ross_jax.data.precomputed import differences
 from ross_jax.directories import CheckpointError, DamagedError
 from ross_jax.models.ross import HEADS
+from ross_jax.storage import location
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.record import RECORD, parse_record, recorded_config
 from ross_jax.training.state import TrainState
@@ -106,7 +107,7 @@ def find_origin(text: str, reset: Sequence[str] = ()) -> Origin:
 def _split(text: str) -> tuple[Path, int | None]:
     """Directory and step of `RUN@STEP` or `RUN`."""
     path, _, number = text.rpartition("@")
-    return (Path(path), int(number)) if path and number.isdecimal() else (Path(text), None)
+    return (location(path), int(number)) if path and number.isdecimal() else (location(text), None)
 
 
 def begin_with(text: str, reset: Sequence[str], folder: Path) -> Origin | None:

@@ -1,5 +1,6 @@
 """A trace of some steps, for xprof."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jax
 
 from ross_jax.checkpoints import writing
 from ross_jax.config import ConfigError
+from ross_jax.storage import local_folder
 from ross_jax.training.callback import Callback
 from ross_jax.training.state import TrainState
 
@@ -40,7 +42,7 @@ class Tracer(Callback):
         if first > steps:
             raise ConfigError(f"--profile={first}:{count}: the run has {steps} steps")
         self._folder, self._first, self._end, self._done = folder, first, first + count, done
-        self._running = False
+        self._running, self._local = False, contextlib.ExitStack()
 
     def __enter__(self) -> "Tracer":
         self._switch(self._done)
@@ -48,7 +50,11 @@ class Tracer(Callback):
 
     def __exit__(self, *error: object) -> None:
         if self._running:
-            jax.profiler.stop_trace()
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._local.close()
 
     def on_step(self, step: int, state: TrainState, batch: Mapping[str, jax.Array]) -> None:
         if step + 1 in (self._first, self._end):
@@ -59,9 +65,9 @@ class Tracer(Callback):
         """Starts or ends the trace after `step` steps."""
         if step + 1 == self._first and not self._running and jax.process_index() == 0:
             with writing(self._folder, self._folder.parent):
-                self._folder.mkdir(parents=True, exist_ok=True)
-            jax.profiler.start_trace(self._folder)
+                place = self._local.enter_context(local_folder(self._folder))
+            jax.profiler.start_trace(place)
             self._running = True
         elif self._running and step + 1 >= self._end:
-            jax.profiler.stop_trace()
+            self._stop()
             self._running = False

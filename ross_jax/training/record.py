@@ -11,13 +11,14 @@ from ross_jax.config import ConfigError, from_dict, to_dict
 from ross_jax.data.precomputed import differences
 from ross_jax.directories import DamagedError
 from ross_jax.json_text import load_json
+from ross_jax.storage import StorageError, write_whole
 from ross_jax.training.recipe import RunConfig
 from ross_jax.upgrade import upgrade
 
 RECORD = "run.json"
 """File of a run's directory with its config and what identifies its data."""
 _FREE = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
-_FREE += ("data.precomputed", "data.max_dropped", "init_random")
+_FREE += ("data.precomputed", "data.max_dropped", "data.local_cache", "init_random")
 """Beginnings of the fields that a run may change when it continues."""
 _FORMAT = 2
 """Version of the record. Version 1 had no checksum."""
@@ -71,6 +72,8 @@ def parse_record(path: Path) -> dict[str, Any] | None:
             raise ValueError("it has no config")
     except FileNotFoundError:
         return None
+    except StorageError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DamagedError(f"{path}: cannot be read ({reason})") from error
@@ -90,10 +93,8 @@ def write_record(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     current["checksum"] = _checksum(current)
     if current == before:
         return
-    partial = folder / f"{RECORD}.partial"
-    with checkpoints.writing(folder, partial):
-        partial.write_text(json.dumps(current, indent=1) + "\n")
-        partial.replace(folder / RECORD)
+    with checkpoints.writing(folder, folder):
+        write_whole(folder / RECORD, json.dumps(current, indent=1) + "\n")
 
 
 def _checksum(record: Mapping[str, Any]) -> str:

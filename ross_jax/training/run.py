@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.run_checkpoints import RunCheckpoints
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
+from ross_jax.storage import copy_file, copy_tree, local_folder, location
 from ross_jax.training import agreement, banner
 from ross_jax.training.build import StepProgram, build_step
 from ross_jax.training.cached import check_parameters, check_settings, open_cached, spared_components
@@ -119,7 +119,7 @@ def _check_unchanged(known: Known, versions: Sequence[Version]) -> None:
 def find_origins(config: RunConfig, tree: Tree, begin: Origin | None = None) -> dict[str, Path]:
     """The model directory of each component that comes from one. Arguments and errors as `initial_parameters`."""
     origins: dict[str, Path] = {}
-    for folder in [*map(Path, config.init), *([begin.folder] if begin else [])]:
+    for folder in [*map(location, config.init), *([begin.folder] if begin else [])]:
         manifest = checkpoints.read_manifest(folder)
         model = from_dict(RossConfig, manifest["config"], f"{folder}: config")
         for name in tree:
@@ -324,14 +324,15 @@ class Run:
             unused = origin / "unused" / f"{name}.safetensors"
             if unused.is_file():
                 (self.folder / "unused").mkdir(exist_ok=True)
-                shutil.copyfile(unused, self.folder / "unused" / unused.name)
+                copy_file(unused, self.folder / "unused" / unused.name)
         for origin in dict.fromkeys(origins.values()):
             if (origin / "files").is_dir():
-                shutil.copytree(origin / "files", self.folder / "files", dirs_exist_ok=True)
-        language = self.folder / "files" / "language"
-        save_tokenizer(self.config.text.tokenizer, language)
+                copy_tree(origin / "files", self.folder / "files")
+        with local_folder(self.folder / "files" / "language") as language:
+            save_tokenizer(self.config.text.tokenizer, language)
+            tokenizer = fingerprint(load_tokenizer(language))
         settings = {
-            "tokenizer": fingerprint(load_tokenizer(language)),
+            "tokenizer": tokenizer,
             "template": self.config.text.template,
             "image_mode": self.config.image_mode,
             "context": self.config.data.packing.length,

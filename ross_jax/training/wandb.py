@@ -2,12 +2,14 @@
 
 import os
 import secrets
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ross_jax.checkpoints import writing
 from ross_jax.config import ConfigError
+from ross_jax.storage import is_remote
 
 _ID = "wandb_id"
 """File of a run's directory with the id under which later starts go on."""
@@ -32,7 +34,10 @@ class WandbRun:
         with writing(path, folder):
             path.write_text(identity + "\n")
         os.environ.setdefault("WANDB_SILENT", "true")
-        options = {"id": identity, "resume": "allow", "dir": str(folder), "name": folder.name, "config": dict(config)}
+        if is_remote(folder) and os.environ.get("WANDB_MODE") == "offline":
+            raise ConfigError(f"config.loop.wandb: with WANDB_MODE=offline, {folder} must be on this machine")
+        place = tempfile.gettempdir() if is_remote(folder) else str(folder)
+        options = {"id": identity, "resume": "allow", "dir": place, "name": folder.name, "config": dict(config)}
         try:
             self._run = wandb.init(entity=entity or None, project=name, **options)
         except Exception as error:  # wandb raises errors of many kinds, of its own and of its HTTP library
