@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from launcher import REPOSITORY, load_script
+from ross_jax.inference.model import load
 from tiny_model import SIZED, write_model
 
 PYTHON = REPOSITORY / ".venv-web" / "bin" / "python"
@@ -43,7 +44,7 @@ SETTINGS = [16, 0.5, 7, 0.9, 0.1, 1.1, 3, "END"]
 
 @pytest.fixture
 def drive(tmp_path):
-    """Function: model directory, steps of `CLIENT` -> what each step gave."""
+    """Function: model directory, steps of `CLIENT`, and the server's script -> what each step gave."""
     (tmp_path / "client.py").write_text(CLIENT)
     environ = os.environ | {
         "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
@@ -51,13 +52,13 @@ def drive(tmp_path):
     }
     started = []
 
-    def run(folder: Path, *steps) -> list[dict]:
+    def run(folder: Path, *steps, script: Path = SERVER) -> list[dict]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         flags = ["--checkpoint", str(folder), "--port", str(port), "--upload-mb", "1", "--steps", "2"]
         with (tmp_path / "log").open("w") as log:
-            server = subprocess.Popen([PYTHON, SERVER, *flags], stdout=log, stderr=log, env=environ)
+            server = subprocess.Popen([PYTHON, script, *flags], stdout=log, stderr=log, env=environ)
         started.append(server)
         address = f"http://127.0.0.1:{port}"
         for _ in range(600):
@@ -144,6 +145,24 @@ def test_models_without_reconstruction(drive, files, tmp_path, gone):
         assert "has no vision encoder" in shown["error"]
     else:
         assert json.loads(said(shown)[-1])["images"] == 1 and shown["pane"] is None
+
+
+@needs_web
+@pytest.mark.slow
+def test_the_page_answers_as_the_model_does(drive, tmp_path, model_folder):
+    """Nothing stands in for the engine; a second question has the first one as its history."""
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (28, 28, 3), dtype=np.uint8
+    )  # Pillow's versions resize otherwise
+    Image.fromarray(pixels).save(tmp_path / "small.png")
+    greedy = [8, 0, 0, 1, 0, 1, 0, ""]
+    steps = [ask("One?", tmp_path / "small.png") | {"settings": greedy}, ask("Two?") | {"settings": greedy}]
+    first, second = drive(model_folder, *steps, script=REPOSITORY / "launch" / "chat.py")
+    model = load(model_folder)
+    one = model.ask(pixels, "<image>\nOne?", max_new_tokens=8)
+    two = model.ask(pixels, "Two?", history=[("<image>\nOne?", one)], max_new_tokens=8)
+    assert said(first) == ["One?", one] and said(second) == ["One?", one, "Two?", two]
+    assert len(first["pane"]) == 2
 
 
 def test_without_gradio_one_line(model_folder, monkeypatch, capsys):
