@@ -10,13 +10,13 @@ starts it with --processes=N, another --process=I, and the same folder.
 """
 
 import sys
-from pathlib import Path
 
 import jax
 from absl import flags
 
 from ross_jax import command_line
 from ross_jax.config import UserError, from_dict
+from ross_jax.storage import location
 from ross_jax.training.precompute import CacheConfig, precompute, sizes
 from ross_jax.training.recipe import RunConfig
 
@@ -32,7 +32,7 @@ _PROCESS = flags.DEFINE_integer("process", 0, "Number of this process, from 0.")
 def main() -> int:
     # On virtual CPU devices, overlapping steps may wait for each other's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    folder = Path(_OUTPUT.value)
+    folder = location(_OUTPUT.value)
     try:
         config = from_dict(RunConfig, _CONFIG.value.to_dict())
         given = {"what": _WHAT, "rows": _ROWS, "dtype": _DTYPE, "processes": _PROCESSES, "process": _PROCESS}

@@ -25,6 +25,7 @@ from ross_jax.inference.model import Model, load
 from ross_jax.inference.prompts import read_images
 from ross_jax.inference.reconstruct import autoencode, encode_latents, reconstruct, target_images
 from ross_jax.objectives.objective import Reconstruction, Sampling
+from ross_jax.storage import location
 
 MAX_ROWS = 4096
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -104,9 +105,9 @@ def format_scores(originals: np.ndarray, columns: dict[str, Column]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a model or a run's directory")
-    parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets the PNGs")
+    parser.add_argument("--checkpoint", type=location, required=True, metavar="DIR", help="directory of a model or run")
+    parser.add_argument("--images", type=location, nargs="+", required=True, metavar="PATH", help="files and folders")
+    parser.add_argument("--output", type=location, required=True, metavar="DIR", help="gets the PNGs")
     parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), default="ddpm")
     parser.add_argument(
         "--steps",

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from ross_jax.config import UserError
 
@@ -84,8 +84,6 @@ def location(text: str | os.PathLike[str]) -> Path:
         known = ", ".join(f"{each}://" for each in _SCHEMES)
         raise UserError(f"{text}: {name}:// is not supported; use a path of this machine, or one of {known}")
     package, extra = _SCHEMES[name]
-    # Without this, gcsfs asks another service, over gRPC, what kind of bucket it is.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         __import__(package)
     except ImportError as error:
@@ -93,6 +91,7 @@ def location(text: str | os.PathLike[str]) -> Path:
     rest = text.partition("://")[2].strip("/")
     if not rest:
         raise UserError(f"{text}: names no bucket")
+    _configure()
     return cast(Path, BucketPath(name, PurePosixPath(rest)))
 
 
@@ -105,6 +104,8 @@ def _configure() -> None:
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         options["token"] = "anon"
     fsspec.config.conf.setdefault("gcs", {}).update(options)
+    for name in ("gs", "gcs"):  # what gcsfs registers asks another service, over gRPC, what kind of bucket it is
+        fsspec.register_implementation(name, "gcsfs.core.GCSFileSystem", clobber=True)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # logs, with tracebacks, errors that it raises
 
 
@@ -112,7 +113,7 @@ def file_system(name: str) -> Any:
     """The fsspec file system of a scheme; another one in each process."""
     import fsspec
 
-    _configure()
+    _configure()  # again in a process that got a path from another one
     return fsspec.filesystem(name)
 
 
@@ -276,7 +277,7 @@ class BucketPath:
                 if fnmatch.fnmatchcase(PurePosixPath(name).name, pattern) and not name.endswith("/"):
                     yield self._with(PurePosixPath(name))
 
-    def open(self, mode: str = "r", buffering: int = -1, encoding: str | None = None, **options: Any) -> IO[Any]:
+    def open(self, mode: str = "r", buffering: int = -1, encoding: str | None = None, **options: Any) -> Any:
         """A file object. What is written appears when it is closed, and never if the `with` block fails.
 
         Args:
@@ -417,6 +418,15 @@ class _TextWriter(io.TextIOWrapper):
         if kind is not None:
             cast(Any, self.buffer).discard()
         self.close()
+
+
+def read_range(path: Path, start: int, length: int) -> bytes:
+    """`length` bytes of a file from `start` on, or those that there are."""
+    if is_remote(path):
+        return cast(Any, path).read_range(start, length)
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(length)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
