@@ -29,6 +29,7 @@ from ross_jax.config import Range, UserError
 from ross_jax.data.images import ImageConfig
 from ross_jax.data.packing import PackingConfig
 from ross_jax.models.quantization import DTYPES
+from ross_jax.storage import location
 
 RECIPE = Path(__file__).parents[1] / "configs" / "bench.py"
 Figures = dict[str, float | int | str]
@@ -55,6 +56,8 @@ def add_data(parser: Parser) -> None:
     parser.add_argument("--steps", type=int, within=SIZE, default=20, help="steps to read")
     parser.add_argument("--workers", type=int, within=Range(0, 1024), default=0, help="worker processes; 0: threads")
     parser.add_argument("--threads", type=int, within=Range(0, 1024), default=4, help="reader threads, without workers")
+    parser.add_argument("--local-cache", metavar="DIR", help="keeps what is read from a bucket, as data.local_cache")
+    parser.add_argument("--second-epoch", action="store_true", help="read all of an epoch, and measure the next, too")
 
 
 def run_data(arguments: argparse.Namespace, others: list[str]) -> Figures:
@@ -76,6 +79,8 @@ def run_data(arguments: argparse.Namespace, others: list[str]) -> Figures:
             steps=arguments.steps,
             workers=arguments.workers,
             threads=arguments.threads,
+            local_cache=arguments.local_cache,
+            second=arguments.second_epoch,
         )
     )
 
@@ -139,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (add_flags, _) in COMMANDS.items():
         subparser = subparsers.add_parser(name, formatter_class=argparse.HelpFormatter)
-        subparser.add_argument("--json", metavar="FILE", help="write the figures there too")
+        subparser.add_argument("--json", type=location, metavar="FILE", help="write the figures there too")
         add_flags(subparser)
     try:
         parsed, others = parser.parse_known_args(arguments)
@@ -156,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in figures.items():
         print(f"{name:34} {value:.4g}" if isinstance(value, float) else f"{name:34} {value}")
     if parsed.json:
-        Path(parsed.json).write_text(json.dumps(figures, indent=2) + "\n")
+        parsed.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
 

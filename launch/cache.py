@@ -32,8 +32,8 @@ _PROCESS = flags.DEFINE_integer("process", 0, "Number of this process, from 0.")
 def main() -> int:
     # On virtual CPU devices, overlapping steps may wait for each other's threads for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    folder = location(_OUTPUT.value)
     try:
+        folder = location(_OUTPUT.value)
         config = from_dict(RunConfig, _CONFIG.value.to_dict())
         given = {"what": _WHAT, "rows": _ROWS, "dtype": _DTYPE, "processes": _PROCESSES, "process": _PROCESS}
         settings = from_dict(CacheConfig, {name: flag.value for name, flag in given.items()}, "flags")

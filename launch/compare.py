@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=location, metavar="DIR", help="folder to write to (default runs/comparison)")
     try:
         args = parser.parse_args(argv)
-        root = args.root or Path("runs/comparison-quick" if args.quick else "runs/comparison")
+        root = args.root or location("runs/comparison-quick" if args.quick else "runs/comparison")
         dataset, fit = recipe.DATASET, FitConfig()
         if args.quick:
             little = {"pretrain": 64, "heldout_per_type": 12, "labels_per_type": 1, "unlabelled": 64}

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=location, metavar="DIR", help="folder to write to (default runs/demo)")
     try:
         args = parser.parse_args(argv)
-        root = args.root or Path("runs/demo-quick" if args.quick else "runs/demo")
+        root = args.root or location("runs/demo-quick" if args.quick else "runs/demo")
         kinds: list[str] = list(dict.fromkeys([*args.kind, *(["none"] if args.baseline else [])]))
         if args.denoiser and "denoise" not in kinds:
             parser.error(f"--denoiser: --kind {' '.join(kinds)} has no denoiser; add the kind denoise")

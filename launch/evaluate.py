@@ -17,7 +17,7 @@ from ross_jax.evaluation.questions import Questions
 from ross_jax.evaluation.report import score_folder, write_reports
 from ross_jax.inference.model import TEXT_COMPONENTS, load
 from ross_jax.inference.prompts import MAX_NEW_TOKENS
-from ross_jax.storage import location
+from ross_jax.storage import location, working_copy
 
 _PROCESSES = Range(1, 2**16)
 
@@ -78,19 +78,25 @@ def answer(args) -> list[str]:
     return list(benchmarks)
 
 
+def evaluate(args) -> None:
+    """Answers and scores, in a folder of this machine."""
+    names = [] if args.rescore else answer(args)
+    if args.rescore:
+        names = [text.partition("=")[0].lower() for text in args.benchmark]
+    scored = score_folder(args.output, names if args.rescore else ())
+    if args.processes > 1 and any(each.predictions.missing for each in scored if each.name in names):
+        print(f"process {args.process} is done; the last one writes the scores", file=sys.stderr)
+        return
+    if args.scorer == "vlmeval":
+        scored = vlmevalkit.add_scores(scored, args.output / "vlmeval")
+    print(write_reports(args.output, scored), end="")
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
         args = make_parser().parse_args(argv)
-        names = [] if args.rescore else answer(args)
-        if args.rescore:
-            names = [text.partition("=")[0].lower() for text in args.benchmark]
-        scored = score_folder(args.output, names if args.rescore else ())
-        if args.processes > 1 and any(each.predictions.missing for each in scored if each.name in names):
-            print(f"process {args.process} is done; the last one writes the scores", file=sys.stderr)
-            return 0
-        if args.scorer == "vlmeval":
-            scored = vlmevalkit.add_scores(scored, args.output / "vlmeval")
-        print(write_reports(args.output, scored), end="")
+        with working_copy(args.output) as args.output:
+            evaluate(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,7 +19,7 @@ from ross_jax.inference.model import TEXT_COMPONENTS, Model, load
 from ross_jax.inference.prompts import MAX_NEW_TOKENS, Request, read_images
 from ross_jax.inference.queue import answer_file
 from ross_jax.sharding import MeshConfig
-from ross_jax.storage import location
+from ross_jax.storage import location, working_copy
 
 SAMPLING = {
     "max_new_tokens": (int, 256, f"length of the longest answer (default 256, at most {MAX_NEW_TOKENS})"),
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     if args.interactive:
         converse(model, args.image, settings)
     elif args.input:
-        outcome = answer_file(model, args.input, args.output, settings, args.rows)
+        with working_copy(args.output) as output:
+            outcome = answer_file(model, args.input, output, settings, args.rows)
         print(f"{outcome.answered} answered, {outcome.skipped} answered before, {outcome.broken} broken")
         return 1 if outcome.broken else 0
     else:

@@ -19,7 +19,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -39,8 +38,9 @@ from ross_jax.data.fields import Survey
 from ross_jax.data.packing import Lengths, PackingConfig, PlanSettings, explain_dropped, make_plan
 from ross_jax.data.page import make_page, pieces
 from ross_jax.data.records import RecordFile
-from ross_jax.data.sources import Limits, found_in_fields, make_mixture, open_sources
+from ross_jax.data.sources import found_in_fields, make_mixture, open_sources
 from ross_jax.data.tokenizer import load_tokenizer
+from ross_jax.storage import location
 from ross_jax.training.preprocessing import make_preprocessing
 
 SOME_LEFT_OUT = 3  # exit status
@@ -52,15 +52,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(description=__doc__)
     parser.add_argument("--template", choices=get_args(Template), help="conversation template")
     parser.add_argument("--tokenizer", help="folder of a tokenizer (or a hub id)")
-    parser.add_argument("--data", help="conversations, JSON or JSONL")
+    parser.add_argument("--data", type=location, help="conversations, JSON or JSONL")
     parser.add_argument("--check", action="store_true", help="check all data of the recipe --config")
     parser.add_argument("--config", metavar="RECIPE", help="with --check: PATH or PATH:ARGUMENTS of a recipe")
-    parser.add_argument("--html", metavar="FILE", help="with --check: write a page that shows samples of each source")
+    parser.add_argument(
+        "--html", type=location, metavar="FILE", help="with --check: write a page that shows samples of each source"
+    )
     parser.add_argument(
         "--compat", default="default", choices=get_args(Compat), help="official: ids and labels of the reference"
     )
     parser.add_argument(
-        "--json", metavar="OUT", help="write a list of {id, input_ids, labels}; -200 stands for an image"
+        "--json", type=location, metavar="OUT", help="write a list of {id, input_ids, labels}; -200 stands for an image"
     )
     parser.add_argument("--limit", type=int, within=Range(1, 2**31 - 1), help="only the first LIMIT conversations")
     parser.add_argument(
@@ -197,9 +199,9 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{text}\nids: {ids}\n")
     if arguments.json:
         try:
-            Path(arguments.json).write_text(json.dumps(output) + "\n")
+            arguments.json.write_text(json.dumps(output) + "\n")
         except OSError as error:
-            raise UserError(f"--json {arguments.json}: cannot be written: {error.strerror}") from error
+            raise UserError(f"--json {arguments.json}: cannot be written: {error.strerror or error}") from error
     if not encoded:
         raise UserError(f"{arguments.data}: none of the {broken} conversations can be used")
     print(summarise(encoded, config, arguments.image_tokens))
@@ -212,7 +214,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     config = load_recipe(arguments.config, arguments.overrides)
     data, tokenizer = config.data, load_tokenizer(config.text.tokenizer)
     preprocessing = make_preprocessing(config, tokenizer)
-    source, _ = open_sources(data.sources, limits=Limits(data.max_image_bytes, data.shuffle_memory))
+    source, _ = open_sources(data.sources, limits=data.limits)
     for finding in found_in_fields(source, data.max_broken):
         print(f"warning: {finding}", file=sys.stderr)
     mixture = make_mixture(data.sources, source, data.shuffle_memory)
@@ -230,9 +232,9 @@ def run_check(arguments: argparse.Namespace) -> int:
     if arguments.html:
         page = make_page(f"Data of {arguments.config}", findings, source, preprocessing, data.packing, tokenizer)
         try:
-            Path(arguments.html).write_text(page, encoding="utf-8")
+            arguments.html.write_text(page, encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--html {arguments.html}: cannot be written: {error.strerror}") from error
+            raise UserError(f"--html {arguments.html}: cannot be written: {error.strerror or error}") from error
     if reason:
         raise UserError(reason)
     return SOME_LEFT_OUT if any(found.counts[problem] for found in findings for problem in PROBLEMS) else 0

@@ -154,7 +154,8 @@ def write(folder: Path, paths: list[Path], columns: dict[str, np.ndarray]) -> No
     names = [name if names.count(name) == 1 else f"{name}.{i}" for i, name in enumerate(names)]
     for column in columns.keys() - {"nothing"}:
         for name, pixels in zip(names, columns[column], strict=True):
-            Image.fromarray(pixels).save(folder / f"{name}.{column}.png")
+            with (folder / f"{name}.{column}.png").open("wb") as file:
+                Image.fromarray(pixels).save(file, "PNG")
     draw_grid(folder / "grid.png", columns)
 
 

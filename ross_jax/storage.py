@@ -46,10 +46,15 @@ class StorageError(UserError, OSError):
 
 
 class Status(NamedTuple):
-    """What `BucketPath.stat` returns; the names are those of `os.stat_result`."""
+    """What `BucketPath.stat` returns; the first names are those of `os.stat_result`.
+
+    Attributes:
+      generation: of an object, changes whenever it is written; None for a folder.
+    """
 
     st_size: int
     st_mtime: float
+    generation: int | None = None
 
 
 def scheme(text: str | os.PathLike[str]) -> str:
@@ -125,7 +130,18 @@ def _answer(path: "BucketPath", call: Callable[[], T]) -> T:
         raise
     except Exception as error:  # of aiohttp, requests, Google's authentication and fsspec
         reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        if getattr(error, "code", None) == 401 or reason.startswith("Forbidden"):
+            raise StorageError(
+                f"{path}: access is refused ({reason}); sign in (`gcloud auth application-default login`), or have the "
+                "account admitted to the bucket"
+            ) from error
         raise StorageError(f"{path}: the storage does not answer as it should ({reason}); try again") from error
+
+
+def _status(info: dict[str, Any]) -> Status:
+    modified = info["mtime"].timestamp() if info.get("mtime") else 0.0
+    generation = None if info.get("generation") is None else int(info["generation"])
+    return Status(int(info.get("size") or 0), modified, generation)
 
 
 @functools.total_ordering
@@ -141,6 +157,9 @@ class BucketPath:
     def __init__(self, scheme: str, place: PurePosixPath):
         """Names `place`, which is `bucket/name`."""
         self._scheme, self._place = scheme, place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BucketPath, (self._scheme, self._place)
 
     def _with(self, place: PurePosixPath) -> "BucketPath":
         return BucketPath(self._scheme, place)
@@ -247,7 +266,15 @@ class BucketPath:
         info = self._info()
         if info is None:
             raise FileNotFoundError(2, "No such file or directory", str(self))
-        return Status(int(info.get("size") or 0), info["mtime"].timestamp() if info.get("mtime") else 0.0)
+        return _status(info)
+
+    def files(self) -> dict["BucketPath", Status]:
+        """All files below a folder. Empty, where there is none."""
+        try:
+            found = self._ask("find", detail=True).values()
+        except FileNotFoundError:
+            return {}
+        return {self._with(PurePosixPath(i["name"])): _status(i) for i in found if not i["name"].endswith("/")}
 
     def _children(self) -> Iterator[tuple["BucketPath", bool]]:
         """Everything directly in a folder, and whether it is a folder."""
@@ -295,9 +322,25 @@ class BucketPath:
     def read_bytes(self) -> bytes:
         return self._ask("cat_file")
 
-    def read_range(self, start: int, length: int) -> bytes:
-        """`length` bytes from `start` on, or those that there are."""
-        return self._ask("cat_file", start=start, end=start + length) if length else b""
+    def read_range(self, start: int, length: int, generation: int | None = None) -> bytes:
+        """`length` bytes from `start` on, or those that there are.
+
+        Args:
+          generation: that the object must have. None: any.
+
+        Raises:
+          FileNotFoundError: the object is not there, or has another generation.
+        """
+        if not length:
+            return b""
+        fs = self.file_system
+        bucket, key, _ = fs.split_path(str(self))
+        place = f"{fs._location}/download/storage/v1/b/{{}}/o/{{}}"
+        headers = {"Range": f"bytes={start}-{start + length - 1}"}
+        options: dict[str, Any] = {"alt": "media", "headers": headers}
+        options |= {} if generation is None else {"generation": str(generation)}
+        _, content = _answer(self, lambda: fs.call("GET", place, bucket, key, **options))
+        return content
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self.read_bytes().decode(encoding, errors)
@@ -499,6 +542,36 @@ def local_folder(target: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ross_jax_") as folder:
         yield Path(folder)
         copy_tree(Path(folder), target)
+
+
+@contextlib.contextmanager
+def working_copy(path: Path) -> Iterator[Path]:
+    """A file or folder to add to: itself, or a temporary copy, whose new and changed files go to the bucket at the end.
+
+    They go there also when the block ends by an error, so that the same command continues.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="ross_jax_") as folder:
+        copy = Path(folder) / path.name
+        if path.is_file():
+            copy_file(path, copy)
+        elif path.exists():
+            copy.mkdir()
+            copy_tree(path, copy)
+
+        def state() -> dict[Path, tuple[int, int]]:
+            files = [file for file in (copy, *copy.rglob("*")) if file.is_file()]
+            return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in files}
+
+        before = state()
+        try:
+            yield copy
+        finally:
+            for file, found in state().items():
+                if before.get(file) != found:
+                    copy_file(file, path if file == copy else path / file.relative_to(copy).as_posix())
 
 
 class GrowingFile:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ross_jax.config import UserError
+from ross_jax.data.batches import Batch
 from ross_jax.data.conversation import IGNORE, IMAGE_ID, EncodedConversation
 from ross_jax.data.images import ImageConfig, preprocess
 from ross_jax.data.packing import PackingConfig
@@ -50,6 +51,8 @@ class Reading:
       steps: number of steps to read.
       workers: processes that read. 0: threads read.
       threads: threads that read, without workers.
+      local_cache: folder that keeps what is read from buckets.
+      second: whether a second epoch is read, after all of the first.
     """
 
     data: str | None
@@ -65,6 +68,8 @@ class Reading:
     steps: int
     workers: int
     threads: int
+    local_cache: str | None = None
+    second: bool = False
 
 
 @contextlib.contextmanager
@@ -85,6 +90,7 @@ def opened(reading: Reading, epochs: int = 1) -> Iterator[Pipeline]:
             epochs=epochs,
             workers=reading.workers,
             threads=reading.threads,
+            local_cache=reading.local_cache,
         )
         encode = make_encoder(reading.tokenizer, reading.template)
         yield open_pipeline(config, Preprocessing(encode, reading.image_config, reading.image_tokens))
@@ -97,35 +103,45 @@ def measure(reading: Reading) -> Figures:
       UserError: data that cannot be used, or that is too little for two steps.
     """
     start = time.perf_counter()
-    with opened(reading) as pipeline:
+    with opened(reading, epochs=1 + reading.second) as pipeline:
         ready = time.perf_counter()
         plan = pipeline.plans[0]
-        steps = samples = image_count = tokens = 0
         batches = pipeline.batches()
         first = next(batches)  # starts threads or workers: not measured
         begin = time.perf_counter()
-        for batch in itertools.islice(batches, reading.steps):
-            steps += 1
-            samples += int(batch["segments"].max(axis=1).sum())
-            image_count += int(np.count_nonzero(batch["image_ids"]))
-            tokens += int(np.count_nonzero(batch["segments"]))
-        seconds = time.perf_counter() - begin
+        figures = _read(itertools.islice(batches, min(reading.steps, plan.steps - 1)))
+        if reading.second and figures:
+            for _ in itertools.islice(batches, plan.steps - 1 - int(figures["steps_read"])):
+                pass
+            rest = _read(itertools.islice(batches, reading.steps))
+            figures |= {f"second_{name}": value for name, value in rest.items()}
         batches.close()
         found = shares(pipeline)
-    if not steps:
+    if not figures:
         raise UserError(f"the data set has only one step of {reading.batch} conversations; lower --batch")
     return {
         "measure_and_plan_s": ready - start,
         "first_batch_s": begin - ready,
-        "samples_per_s": samples / seconds,
-        "images_per_s": image_count / seconds,
-        "tokens_per_s": tokens / seconds,
+        **figures,
         "batch_mb": sum(array.nbytes for array in first.values()) / 1e6,
-        "steps_read": steps,
         **plan.statistics(pipeline.lengths, reading.packing),
         **found,
         "memory_mb": peak_memory() / 1e6,
     }
+
+
+def _read(batches: Iterator[Batch]) -> Figures:
+    """Rates at which batches come; empty if there are none."""
+    steps = samples = images = tokens = 0
+    begin = time.perf_counter()
+    for batch in batches:
+        steps += 1
+        samples += int(batch["segments"].max(axis=1).sum())
+        images += int(np.count_nonzero(batch["image_ids"]))
+        tokens += int(np.count_nonzero(batch["segments"]))
+    seconds = time.perf_counter() - begin
+    counts = {"samples_per_s": samples, "images_per_s": images, "tokens_per_s": tokens}
+    return {name: count / seconds for name, count in counts.items()} | {"steps_read": steps} if steps else {}
 
 
 def shares(pipeline: Pipeline, images: int = 64) -> Figures:

@@ -5,21 +5,25 @@ Stores are safe in worker processes. No open file is pickled, and a forked proce
 """
 
 import bz2
-import hashlib
+import copy
 import io
 import os
 import posixpath
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from ross_jax.config import UserError
+import numpy as np
+
+from ross_jax.config import UserError, required
 from ross_jax.data.formats import foreign_format
 from ross_jax.data.images import ImageError
+from ross_jax.data.ranges import NO_CACHES, BucketRange, Caches, ChangedError, FileRange, Ranges, file_mode, open_range
 from ross_jax.data.spelling import briefly, spellings
+from ross_jax.storage import Status, StorageError, is_remote, location
 
 T = TypeVar("T")
 
@@ -28,6 +32,7 @@ _MAX_LINKS = 40  # links on the way to one file, as in Linux
 _MAX_TARGET = 4096  # bytes of a link's target, as in Linux
 MAX_IMAGE_BYTES = 64 * 2**20
 """Most bytes of an image file, by default."""
+_MAX_HEADER = 30 + 2 * 2**16 + 24  # bytes around the content of a zip's member: header, name, extra field, descriptor
 _PIECE = 4096  # compressed bytes of a zip's member that are decompressed at once, into up to 30 MB
 
 
@@ -52,25 +57,30 @@ class ImageStore(Protocol):
         ...
 
 
-def open_store(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> ImageStore:
-    """Opens a folder, a .zip or an uncompressed .tar.
+def open_store(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES, caches: Caches = NO_CACHES) -> ImageStore:
+    """Opens a folder, a .zip or an uncompressed .tar, of this machine or in a bucket.
 
     Args:
       max_bytes: most bytes of an image file; larger ones are not read, whatever an archive says of their size.
+      caches: what is kept of buckets.
 
     Raises:
       UserError: the path does not exist, or it is no folder and no archive that can be read at random.
     """
-    path = Path(path)
     mode = file_mode(path)
     if stat.S_ISDIR(mode):
-        return Folder(path, max_bytes)
+        return BucketFolder(path, max_bytes, caches) if is_remote(path) else Folder(Path(path), max_bytes)
     if not mode:
         raise UserError(f"image folder {str(path)!r} does not exist; give a folder, a .zip or a .tar that does")
+    found = None
     try:
-        with path.open("rb") as file:
-            found = foreign_format(file.read(512))
-        return Zip(path, max_bytes) if zipfile.is_zipfile(path) else Tar(path, max_bytes)
+        file = open_range(path, caches)
+        with file.open(ahead=False) as content:
+            found = foreign_format(content.read(512))
+            is_zip = zipfile.is_zipfile(content)
+        return Zip(file, max_bytes) if is_zip else Tar(file, max_bytes, caches)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     # Python's readers of archives raise several more for damaged ones, ValueError and EOFError among them.
@@ -83,67 +93,6 @@ def open_store(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> ImageStore
         raise UserError(
             f"{path}: {found}. Images come from a folder, a .zip or a .tar; decompress a .tar.gz to read it at random"
         ) from error
-
-
-def file_mode(path: Path) -> int:
-    """What a path leads to, as in `stat`. 0: nothing, or no file can have this name."""
-    try:
-        return path.stat().st_mode
-    except (OSError, ValueError):
-        return 0
-
-
-class FileRange:
-    """Reads byte ranges of one file, from any thread and any process.
-
-    `os.pread` uses no file position, so a forked process may read from the same descriptor. A pickled copy opens its
-    own.
-
-    Attributes:
-      path: the file.
-      version: size in bytes, and time of the last change in ns, when the file was opened.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = str(path)
-        self._descriptor: int | None = None
-        self.version = self._stat()
-
-    def read(self, start: int, size: int) -> bytes:
-        """`size` bytes from `start`.
-
-        Raises:
-          UserError: the file was changed, so known ranges no longer hold.
-        """
-        if self._descriptor is None:
-            self.check()
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        data = os.pread(self._descriptor, size, start)
-        if len(data) < size:
-            raise UserError(f"{self.path}: has become shorter since it was opened; start again")
-        return data
-
-    def check(self) -> None:
-        """Raises UserError if the file was changed since it was opened."""
-        if self._stat() != self.version:
-            raise UserError(f"{self.path}: was changed after it was opened; start again")
-
-    def _stat(self) -> tuple[int, int]:
-        status = Path(self.path).stat()
-        return status.st_size, status.st_mtime_ns
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
-
-    def __del__(self):
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-
-
-def combined_version(files: Sequence[FileRange]) -> tuple[int, int]:
-    """Size of all files, and a number that changes when the size or the time of any of them does."""
-    described = str([file.version for file in files]).encode()
-    return sum(file.version[0] for file in files), int.from_bytes(hashlib.sha256(described).digest()[:6], "big")
 
 
 class Folder:
@@ -218,24 +167,46 @@ def _walk(root: str) -> Iterator[str]:
             ) from error
 
 
+class BucketFolder:
+    """Objects below a folder in a bucket, as they were when the folder was listed, which is done once."""
+
+    def __init__(self, path: str | Path, max_bytes: int, caches: Caches):
+        place = location(path)
+        self.path, self._max_bytes, self._caches = str(place), max_bytes, caches
+        found = {file.relative_to(place).as_posix(): status for file, status in place.files().items()}
+        self._members = {name: (status.st_size, required(status.generation)) for name, status in found.items()}
+        self._index = _Index({_clean(name): name for name in self._members}, {})
+
+    def names(self) -> list[str]:
+        return _images(self._members)
+
+    def __contains__(self, name: str) -> bool:
+        return self._index.find(name) is not None
+
+    def read(self, name: str) -> bytes:
+        def read() -> bytes:
+            member = self._index.member(self._index.target(name))
+            size, generation = self._members[member]
+            if size > self._max_bytes:
+                raise _too_large(self._max_bytes)
+            place = location(self.path) / member
+            try:
+                return BucketRange(place, self._caches, Status(size, 0.0, generation)).read(0, size)
+            except ChangedError as error:  # an image that is removed from a disk is a broken one, too
+                raise ImageError("was changed or removed after the folder was listed") from error
+
+        return reading(f"{self.path}/{name}", read)
+
+
 class Tar:
     """Members of an uncompressed tar file. Its headers are read once; each image is then one read of a known range."""
 
-    def __init__(self, path: Path, max_bytes: int = MAX_IMAGE_BYTES):
-        self.path, self._max_bytes = str(path), max_bytes
-        links: dict[str, str] = {}
-        self._members: dict[str, tuple[int, int]] = {}
-        with tarfile.open(path, "r:", tarinfo=_TarMember) as archive:
-            for member in archive:
-                name = _clean(member.name)
-                if member.isreg():
-                    self._members[name] = member.offset_data, member.size
-                elif member.issym():
-                    links[name] = _link_target(name, member.linkname)
-                elif member.islnk():
-                    links[name] = _clean(member.linkname)
-        self._index = _Index(self._members, links)
-        self._file = FileRange(path)
+    def __init__(self, file: Ranges, max_bytes: int, caches: Caches):
+        self.path, self._max_bytes, self._file = file.path, max_bytes, file
+        index = caches.index(file, "members of a tar, 1", lambda: _tar_index(file))
+        names, links, targets = (_split(index[name]) for name in ("names", "links", "targets"))
+        self._members = dict(zip(names, map(tuple, index["ranges"].tolist()), strict=True))
+        self._index = _Index(self._members, dict(zip(links, targets, strict=True)))
 
     def names(self) -> list[str]:
         return _images(self._index)
@@ -253,6 +224,31 @@ class Tar:
         return reading(f"{self.path}/{name}", read)
 
 
+def _tar_index(file: Ranges) -> dict[str, np.ndarray]:
+    """Names of a tar's files, int64[files, 2], their first bytes and sizes, and where its links lead."""
+    links: dict[str, str] = {}
+    members: dict[str, tuple[int, int]] = {}
+    with file.open() as content, tarfile.open(fileobj=content, mode="r:", tarinfo=_TarMember) as archive:
+        for member in archive:
+            name = _clean(member.name).replace("\0", "")
+            if member.isreg():
+                members[name] = member.offset_data, member.size
+            elif member.issym():
+                links[name] = _link_target(name, member.linkname)
+            elif member.islnk():
+                links[name] = _clean(member.linkname)
+    ranges = np.array(list(members.values()), np.int64).reshape(-1, 2)
+    return {"names": _joined(members), "ranges": ranges, "links": _joined(links), "targets": _joined(links.values())}
+
+
+def _joined(names: Iterable[str]) -> np.ndarray:
+    return np.frombuffer("\0".join(names).encode(errors="surrogatepass"), np.uint8)
+
+
+def _split(joined: np.ndarray) -> list[str]:
+    return joined.tobytes().decode(errors="surrogatepass").split("\0") if len(joined) else []
+
+
 class _TarMember(tarfile.TarInfo):
     """A header whose size is not below 0: Python would read the same header for ever."""
 
@@ -263,15 +259,18 @@ class _TarMember(tarfile.TarInfo):
 
 
 class Zip:
-    """Members of a zip file, stored or compressed."""
+    """Members of a zip file, stored or compressed. In a bucket, a member is one read of a range."""
 
-    def __init__(self, path: Path, max_bytes: int = MAX_IMAGE_BYTES):
-        self.path, self._max_bytes = str(path), max_bytes
+    def __init__(self, file: Ranges, max_bytes: int):
+        self.path, self._max_bytes, self._file = file.path, max_bytes, file
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         self._members: dict[str, str] = {}
         links: dict[str, str] = {}
         archive = self._open()
-        for member in archive.infolist():
+        members = archive.infolist()
+        starts = np.array([member.header_offset for member in members], np.int64)
+        self._starts = np.append(np.sort(starts), archive.start_dir)
+        for member in members:
             name = _clean(member.filename)
             if stat.S_ISLNK(member.external_attr >> 16):
                 links[name] = _link_target(name, os.fsdecode(_read_member(archive, member, _MAX_TARGET)))
@@ -282,8 +281,20 @@ class Zip:
     def _open(self) -> zipfile.ZipFile:
         # A ZipFile locks its file position for threads, but not for processes, so each process opens its own.
         if self._archive is None or self._archive[0] != os.getpid():
-            self._archive = os.getpid(), zipfile.ZipFile(self.path)
+            self._archive = os.getpid(), zipfile.ZipFile(self._file.open(ahead=False))
         return self._archive[1]
+
+    def _fetched(self, name: str) -> zipfile.ZipFile:
+        """The archive with the bytes of one member alone, read without holding the archive's lock."""
+        archive = self._open()
+        start = archive.getinfo(name).header_offset
+        end = int(self._starts[np.searchsorted(self._starts, start, side="right")])
+        end = min(end, start + _MAX_HEADER + archive.getinfo(name).compress_size)
+        if end - start > self._max_bytes + _MAX_HEADER:
+            raise _too_large(self._max_bytes)
+        part = copy.copy(archive)
+        part.fp = _Part(start, self._file.read(start, end - start))
+        return part
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None}
@@ -296,9 +307,25 @@ class Zip:
 
     def read(self, name: str) -> bytes:
         def read() -> bytes:
-            return _read_member(self._open(), self._members[self._index.target(name)], self._max_bytes)
+            member = self._members[self._index.target(name)]
+            archive = self._open() if isinstance(self._file, FileRange) else self._fetched(member)
+            return _read_member(archive, member, self._max_bytes)
 
         return reading(f"{self.path}/{name}", read)
+
+
+class _Part(io.BytesIO):
+    """A part of a file, whose bytes have the positions that they have in the file."""
+
+    def __init__(self, start: int, data: bytes):
+        super().__init__(data)
+        self._start = start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return super().seek(offset - self._start if whence == io.SEEK_SET else offset, whence) + self._start
+
+    def tell(self) -> int:
+        return super().tell() + self._start
 
 
 def _read_member(archive: zipfile.ZipFile, member: str | zipfile.ZipInfo, max_bytes: int) -> bytes:
@@ -369,6 +396,10 @@ class _Index:
                 return clean
         return None
 
+    def member(self, name: str) -> Any:
+        """What the archive has under a member's name."""
+        return self._members[name]
+
     def target(self, name: str) -> str:
         """The member that holds the bytes of `name`.
 
@@ -426,6 +457,8 @@ def reading(name: str, read: Callable[[], T]) -> T:
         return read()
     except ImageError as error:
         raise ImageError(f"{briefly(name)}: {error}") from error
+    except StorageError as error:
+        raise StorageError(f"{briefly(name)}: {error}") from error
     except UserError:
         raise
     except Exception as error:  # the system and each compression raise their own: OSError, zlib.error, LZMAError ...

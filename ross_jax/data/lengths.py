@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -15,6 +14,7 @@ from ross_jax.data.reading import Broken, DataConfig, Preprocessing, expand_samp
 from ross_jax.data.samples import SampleError, Source
 from ross_jax.data.sources import BrokenSamples
 from ross_jax.process import cores
+from ross_jax.storage import location
 
 _MEASURED_AT_ONCE = 256  # samples per message from a worker process
 _MANY = 20_000  # samples; fewer are measured before worker processes for all cores have started
@@ -81,7 +81,7 @@ def cached_lengths(source: Source, preprocessing: Preprocessing, config: DataCon
     cut = config.packing if config.packing.too_long == "truncate" else None
     key = ["lengths", 2, source.fingerprint, preprocessing.encode_key, preprocessing.image_tokens, str(cut)]
     described = json.dumps(key)
-    path = Path(config.cache) / f"lengths-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz"
+    path = location(config.cache) / f"lengths-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz"
     arrays = load_arrays(path, described)
     if arrays is None:
         if not writer:

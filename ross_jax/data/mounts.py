@@ -10,18 +10,19 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ross_jax.config import UserError, brief
-from ross_jax.data.archives import ImageStore, file_mode, open_store
+from ross_jax.data.archives import ImageStore, open_store
 from ross_jax.data.images import ImageError
+from ross_jax.data.ranges import NO_CACHES, Caches, file_mode
 from ross_jax.data.samples import LazyImage
 from ross_jax.data.spelling import briefly
 
 _LONGEST_NAME = 255
 _URL_SAFE = str.maketrans("-_", "+/")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=_\s-]+")
+_BUCKET = re.compile(r"(?:([^=]*)=)?([A-Za-z][A-Za-z0-9+.-]*://.*)", re.DOTALL)
 _BEGINNINGS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A", "AAAA")
 """Base64 of the first bytes of JPEG, PNG, GIF, WebP, BMP, TIFF (two orders of bytes), and AVIF or JPEG 2000."""
 
@@ -52,6 +53,14 @@ def _is_inline(text: str) -> bool:
     return len(text) > _LONGEST_NAME and text.startswith(_BEGINNINGS) and _BASE64.fullmatch(text) is not None
 
 
+def split_mount(place: str) -> tuple[str, str]:
+    """The prefix and the path of an entry of `SourceConfig.images`: `coco=gs://bucket/coco.zip`. May have no prefix."""
+    if match := _BUCKET.fullmatch(place):
+        return match[1] or "", match[2]
+    prefix, _, path = ("", "", place) if file_mode(place) else place.rpartition("=")
+    return prefix, path
+
+
 class Mounts:
     """Several stores of images with one name space; see `SourceConfig.images`.
 
@@ -59,12 +68,12 @@ class Mounts:
       UserError: a folder or archive cannot be read.
     """
 
-    def __init__(self, places: Sequence[str], max_bytes: int):
+    def __init__(self, places: Sequence[str], max_bytes: int, caches: Caches = NO_CACHES):
         self._max_bytes = max_bytes
         self._stores: list[tuple[str, ImageStore]] = []
         for place in places:
-            prefix, _, path = ("", "", place) if file_mode(Path(place)) else place.rpartition("=")
-            self._stores.append((prefix.rstrip("/") + "/" if prefix else "", open_store(path, max_bytes)))
+            prefix, path = split_mount(place)
+            self._stores.append((prefix.rstrip("/") + "/" if prefix else "", open_store(path, max_bytes, caches)))
 
     def image(self, value: Any, number: int) -> LazyImage:
         """A record's image.

@@ -29,6 +29,7 @@ from ross_jax.config import Range, Size, UserError, to_dict
 from ross_jax.data.best_fit import OPEN_ROWS, best_fit
 from ross_jax.data.cache import hash_arrays, load_arrays, save_arrays
 from ross_jax.data.mixture import Mixture
+from ross_jax.storage import location
 
 logger = logging.getLogger(__name__)
 
@@ -386,4 +387,4 @@ def _cache_file(
     described = json.dumps(
         {"format": _FORMAT, "lengths": lengths.hash, "row": values.pop("packing"), **values}, sort_keys=True
     )
-    return Path(folder) / f"plan-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz", described
+    return location(folder) / f"plan-{hashlib.sha256(described.encode()).hexdigest()[:20]}.npz", described

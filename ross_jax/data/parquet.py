@@ -28,12 +28,14 @@ import pyarrow
 from pyarrow import parquet
 
 from ross_jax.config import UserError, brief, nearest
-from ross_jax.data.archives import FileRange, combined_version, reading
+from ross_jax.data.archives import reading
 from ross_jax.data.fields import IMAGE_FIELDS, KNOWN, READ, TURNS, record_images, turns_field
 from ross_jax.data.mounts import Mounts, image_value
+from ross_jax.data.ranges import NO_CACHES, Caches, FileRange, Ranges, combined_version, open_ranges
 from ross_jax.data.records import Version
 from ross_jax.data.samples import LazyImage, Sample, SampleError
 from ross_jax.data.turns import no_conversations, sample_name
+from ross_jax.storage import StorageError
 
 SHUFFLE_MEMORY = 2**29
 """Bytes of decoded row groups among which samples are shuffled, by default."""
@@ -75,6 +77,7 @@ class ParquetSource:
       caption: column that becomes the answer.
       known: the version that the run recorded. Its fingerprint is taken if sizes and times of the files are equal.
       memory: bytes of decoded row groups among which samples are shuffled; a process keeps twice as many.
+      caches: what is kept of buckets.
 
     Attributes:
       version: the files as they were opened.
@@ -93,12 +96,13 @@ class ParquetSource:
         known: Version | None = None,
         max_image_bytes: int = 2**26,
         memory: int = SHUFFLE_MEMORY,
+        caches: Caches = NO_CACHES,
     ):
         self._path, self._caption, self._where = str(path), caption, tuple(where)
-        self._mounts, self._memory = Mounts(images, max_image_bytes), 2 * memory
-        self._files = [FileRange(each) for each in _shards(Path(path))]
+        self._mounts, self._memory = Mounts(images, max_image_bytes, caches), 2 * memory
+        self._files = _shards(path, caches)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            shards = list(pool.map(lambda file: _Shard(file.path, self._where, caption), self._files))
+            shards = list(pool.map(lambda file: _Shard(file, self._where, caption), self._files))
         for shard in shards[1:]:
             if shard.texts != shards[0].texts or shard.images != shards[0].images:
                 raise UserError(f"{shard.path}: other columns than {shards[0].path}; give them a source each")
@@ -151,6 +155,8 @@ class ParquetSource:
         place = f"{self._files[file].path}, row {first + row}"
         try:
             record = self._values(group, row, images=False)
+        except StorageError as error:
+            raise StorageError(f"{place}: {error}") from error
         except (pyarrow.ArrowException, OSError) as error:
             raise SampleError(f"{place}: cannot be read: {brief(str(error))}") from error
         kept = _passing(record, self._where)
@@ -196,7 +202,7 @@ class ParquetSource:
                     return self._decoded[key][0]
             file, number, _ = self._places[group]
             self._files[file].check()
-            table = _decode(self._files[file].path, number, self._images if images else self._texts)
+            table = _decode(self._files[file], number, self._images if images else self._texts)
             with self._lock:
                 self._decoded[key] = table, table.nbytes
                 while len(self._decoded) > 2 and sum(size for _, size in self._decoded.values()) > self._memory:
@@ -205,13 +211,19 @@ class ParquetSource:
             return table
 
 
-def _shards(path: Path) -> list[Path]:
-    found = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+def _shards(path: str | Path, caches: Caches) -> list[Ranges]:
+    try:
+        found = open_ranges(path, ".parquet", caches)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: does not exist; give a Parquet file or a folder of them") from error
+    except StorageError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give a Parquet file or a folder of them"
+        ) from error
     if not found:
         raise UserError(f"{path}: no file in it ends in .parquet")
-    for each in found:
-        if not each.is_file():
-            raise UserError(f"{each}: does not exist; give a Parquet file or a folder of them")
     return found
 
 
@@ -220,12 +232,21 @@ def reading_parquet(path: str | Path) -> Iterator[None]:
     """Turns errors of pyarrow into a UserError that names the file."""
     try:
         yield
+    except StorageError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: no Parquet file that can be read: {brief(str(error))}") from error
 
 
-def _decode(path: str, group: int, columns: Sequence[str]) -> pyarrow.Table:
-    with parquet.ParquetFile(path) as file:
+def open_parquet(file: Ranges) -> parquet.ParquetFile:
+    """A Parquet file or object. Of an object, ranges that lie side by side are asked for at once."""
+    if isinstance(file, FileRange):
+        return parquet.ParquetFile(file.path)
+    return parquet.ParquetFile(file.open(ahead=False), pre_buffer=True)
+
+
+def _decode(ranges: Ranges, group: int, columns: Sequence[str]) -> pyarrow.Table:
+    with open_parquet(ranges) as file:
         return file.read_row_group(group, list(columns))
 
 
@@ -239,9 +260,9 @@ class _Shard:
       groups: of each row group: its first row, bytes when it is decoded, and int32[samples], the rows that are samples.
     """
 
-    def __init__(self, path: str, where: Sequence[str], caption: str | None):
-        self.path = path
-        with reading_parquet(path), parquet.ParquetFile(path) as file:
+    def __init__(self, ranges: Ranges, where: Sequence[str], caption: str | None):
+        self.path, self._ranges = (path := ranges.path), ranges
+        with reading_parquet(path), open_parquet(ranges) as file:
             schema, metadata = file.schema_arrow, file.metadata
             leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
             conditions = [_checked(path, text, schema) for text in where]
@@ -267,7 +288,7 @@ class _Shard:
     def hash(self) -> bytes:
         """Hash of the stored bytes of all columns that are no images."""
         digest = hashlib.sha256()
-        with reading_parquet(self.path), parquet.ParquetFile(self.path) as file, Path(self.path).open("rb") as content:
+        with reading_parquet(self.path), open_parquet(self._ranges) as file, self._ranges.open(ahead=False) as content:
             for number in range(file.metadata.num_row_groups):
                 group = file.metadata.row_group(number)
                 for column in map(group.column, range(group.num_columns)):

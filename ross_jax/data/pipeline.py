@@ -35,11 +35,11 @@ from ross_jax.data.records import Version
 from ross_jax.data.samples import Sample, SampleError, Source
 from ross_jax.data.sources import (
     BrokenSamples,
-    Limits,
     make_mixture,
     open_sources,
     report_fields,
 )
+from ross_jax.storage import StorageError
 
 
 class _Steps:
@@ -221,6 +221,8 @@ class Pipeline:
             return preprocess(preprocessing.decode(image.read(), image.name), preprocessing.images, image.name)
         except ImageError as error:
             raise ImageError(f"{sample}: {error}") from error
+        except StorageError as error:
+            raise StorageError(f"{sample}: {error}") from error
 
     def batches(self, start: int = 0, process: int = 0, processes: int = 1) -> Iterator[Batch]:
         """This process's `rows_per_step / processes` rows of every step from `start` to the end.
@@ -282,8 +284,7 @@ def open_pipeline(
             "step.accumulate) does not divide; continue it on another number of devices"
         )
     with working(f"reading {len(config.sources)} data source{'s' if len(config.sources) > 1 else ''}"):
-        limits = Limits(config.max_image_bytes, config.shuffle_memory)
-        source, versions = open_sources(config.sources, known, limits)
+        source, versions = open_sources(config.sources, known, config.limits)
     opened(source.fingerprint, versions)
     report_fields(source, config.max_broken)
     if config.cache and preprocessing.encode_key:

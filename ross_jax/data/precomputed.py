@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from grain.sources import ArrayRecordDataSource
 
 from ross_jax.config import UserError
 from ross_jax.data.images import ImageError
+from ross_jax.data.ranges import NO_CACHES, BucketRange, Caches
+from ross_jax.storage import Status, StorageError, copy_file, is_remote, location
 from ross_jax.tree import flatten
 from ross_jax.upgrade import upgrade
 
@@ -108,14 +111,19 @@ def write_shards(files: Mapping[str, Path], records: Iterable[Mapping[str, bytes
     """Writes one shard of every part. If it fails, no incomplete file is left.
 
     Args:
-      files: {part: path of its shard}.
+      files: {part: path of its shard}. One in a bucket is written on this machine first.
       records: {part: record} for each image, in order.
 
     Raises:
       UserError: a file cannot be written, as on a full disk.
     """
-    partial = {part: path.with_name(path.name + ".partial") for part, path in files.items()}
-    try:
+    with contextlib.ExitStack() as stack:
+        partial = {part: path.with_name(path.name + ".partial") for part, path in files.items()}
+        if any(map(is_remote, files.values())):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ross_jax_")))
+            partial = {part: folder / path.name for part, path in files.items()}
+        for path in partial.values():
+            stack.callback(path.unlink, missing_ok=True)
         writers = {}
         for part, path in partial.items():
             with _writing(path):
@@ -133,10 +141,7 @@ def write_shards(files: Mapping[str, Path], records: Iterable[Mapping[str, bytes
                     os.fsync(file.fileno())
         for part, path in files.items():
             with _writing(path):
-                partial[part].replace(path)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+                copy_file(partial[part], path) if is_remote(path) else partial[part].replace(path)
 
 
 @contextlib.contextmanager
@@ -144,6 +149,8 @@ def _writing(path: Path) -> Iterator[None]:
     """Turns errors of the system, and ArrayRecord's RuntimeErrors, into a UserError that names the file."""
     try:
         yield
+    except StorageError:
+        raise
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition(";")[0]
         raise UserError(
@@ -157,10 +164,14 @@ def write_json(path: Path, values: Any) -> None:
     Raises:
       UserError: the file cannot be written.
     """
+    text = json.dumps(values, indent=1) + "\n"
+    if is_remote(path):
+        path.write_text(text)
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with _writing(path):
         try:
-            partial.write_text(json.dumps(values, indent=1) + "\n")
+            partial.write_text(text)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -174,6 +185,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text())
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     found = values.get("format") if isinstance(values, dict) else None
@@ -200,6 +213,7 @@ class Precomputed:
     Args:
       folder: what `launch/cache.py` wrote.
       parts: names of the parts to read; None: all.
+      caches: what is kept of buckets.
 
     Attributes:
       folder: path of the cache.
@@ -207,11 +221,12 @@ class Precomputed:
       made_of: description of the images and, for each part, of the component that computed it.
 
     Raises:
-      UserError: the folder holds no cache or an incomplete one; or a shard is missing or has another size.
+      UserError: the folder holds no cache or an incomplete one; a shard is missing or has another size; or the folder
+        lies in a bucket, and the local cache has no room for it.
     """
 
-    def __init__(self, folder: Path | str, parts: Sequence[str] | None = None):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, parts: Sequence[str] | None = None, caches: Caches = NO_CACHES):
+        self.folder, self._caches = location(folder), caches
         if not (self.folder / MANIFEST).is_file():
             started = (self.folder / f"{MANIFEST}.partial").is_file()
             what = "is not complete: run the same launch/cache.py again" if started else "holds no cache"
@@ -220,32 +235,52 @@ class Precomputed:
         self.made_of = manifest["made_of"]
         self.layout = layout_of(manifest)
         self.parts = tuple(self.layout.parts if parts is None else parts)
-        self._check_files(manifest["bytes"])
-        self._sources = {part: ArrayRecordDataSource(self._instructions(part)) for part in self.parts}
+        sizes = {name: size for name, size in manifest["bytes"].items() if name.rsplit("-", 3)[0] in self.parts}
+        self._statuses = self._check_files(sizes)
+        self._sources = {part: self._open(part) for part in self.parts}
         self._empty = self.read(0)
 
     def select(self, parts: Sequence[str]) -> "Precomputed":
         """A reader of some of the parts."""
-        return Precomputed(self.folder, parts)
+        return Precomputed(self.folder, parts, self._caches)
 
-    def _check_files(self, sizes: Mapping[str, int]) -> None:
-        bad = []
-        for name, size in sizes.items():
-            path = self.folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if name.rsplit("-", 3)[0] in self.parts and found != size:
-                bad.append(f"{name}: " + ("missing" if found is None else f"{found} bytes instead of {size}"))
+    def _check_files(self, sizes: Mapping[str, int]) -> dict[str, Status]:
+        """Compares the sizes of files. Returns {name: status} of those in a bucket."""
+        statuses: dict[str, Status] = {}
+        if is_remote(self.folder):
+            statuses = {path.name: status for path, status in self.folder.files().items()}
+            found = {name: status.st_size for name, status in statuses.items()}
+            local = self._caches.local
+            if local is None or sum(sizes.values()) > local.limit:
+                raise UserError(
+                    f"{self.folder}: {sum(sizes.values()):,} bytes of precomputed arrays must lie on this machine to "
+                    "be read; set data.local_cache to a folder, and data.local_cache_gb to more than that"
+                )
+        else:
+            paths = [self.folder / name for name in sizes]
+            found = {path.name: path.stat().st_size for path in paths if path.is_file()}
+        bad = [
+            f"{name}: " + (f"{found[name]} bytes instead of {size}" if name in found else "missing")
+            for name, size in sizes.items()
+            if found.get(name) != size
+        ]
         if bad:
             listed = "\n  ".join(bad)
             raise UserError(
                 f"{self.folder}: shards are not as they were written:\n  {listed}\n"
                 "Remove them and run the same launch/cache.py again, which writes them again"
             )
+        return statuses
 
-    def _instructions(self, part: str) -> list[str]:
+    def _open(self, part: str) -> Any:
+        """Records of a part, by number."""
         # Given the number of records, ArrayRecord opens no file before it is read.
         shards = range(self.layout.shards)
-        return [f"{self._path(part, shard)}[0:{len(self.layout.span(shard))}]" for shard in shards]
+        paths = [self._path(part, shard) for shard in shards]
+        if self._statuses:
+            files = [BucketRange(path, self._caches, self._statuses[path.name]) for path in paths]
+            return _Fetched(files, self.layout.shard_records)
+        return ArrayRecordDataSource([f"{paths[s]}[0:{len(self.layout.span(s))}]" for s in shards])
 
     def _path(self, part: str, shard: int) -> Path:
         return self.folder / self.layout.name(part, shard)
@@ -274,6 +309,8 @@ class Precomputed:
             record = self._sources[part][image_id]
             if record[:1] != b"\x00" and len(record) != self.layout.record_bytes(part):
                 raise ValueError(f"record of {len(record)} bytes, expected {self.layout.record_bytes(part)}")
+        except UserError:
+            raise
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             path = self._path(part, image_id // self.layout.shard_records)
             raise UserError(
@@ -285,6 +322,28 @@ class Precomputed:
     def empty(self, rows: int, slots: int) -> dict[str, np.ndarray]:
         """{batch field: array[rows, slots, ...]} of a batch whose slots are all empty."""
         return {name: np.tile(value, (rows, slots, *[1] * value.ndim)) for name, value in self._empty.items()}
+
+
+class _Fetched:
+    """Records of shards in a bucket. Each shard lies in the local cache as a whole from its first record on.
+
+    Args:
+      files: the shards.
+      records: number of records of each but the last.
+    """
+
+    def __init__(self, files: Sequence[BucketRange], records: int):
+        self._files, self._records = files, records
+        self._opened: dict[int, ArrayRecordDataSource] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}
+
+    def __getitem__(self, index: int) -> bytes:
+        shard, number = divmod(index, self._records)
+        if shard not in self._opened:
+            self._opened[shard] = ArrayRecordDataSource(str(self._files[shard].on_this_machine()))
+        return self._opened[shard][number]
 
 
 def layout_of(manifest: Mapping[str, Any]) -> Layout:

@@ -12,11 +12,13 @@ from ross_jax.data.archives import MAX_IMAGE_BYTES
 from ross_jax.data.batches import Expanded, expand
 from ross_jax.data.conversation import IMAGE_ID, Encoder
 from ross_jax.data.images import Decoder, ImageConfig, decode
+from ross_jax.data.local_cache import LocalCache
 from ross_jax.data.packing import PackingConfig
 from ross_jax.data.parquet import SHUFFLE_MEMORY
 from ross_jax.data.precomputed import Precomputed
+from ross_jax.data.ranges import Caches
 from ross_jax.data.samples import Sample, SampleError
-from ross_jax.data.sources import SourceConfig, check_mixture
+from ross_jax.data.sources import Limits, SourceConfig, check_mixture
 from ross_jax.data.workers import Workers
 
 Broken = tuple[int, str]
@@ -45,6 +47,9 @@ class DataConfig:
         pixels are only decoded if a component still looks at them.
       shuffle_memory: bytes of decoded row groups of Parquet files among which samples are shuffled. Each process that
         reads, workers included, keeps twice as many.
+      local_cache: folder on a disk of this machine, which keeps what is read from buckets for later epochs and runs.
+        All processes of a host share it. None: data in buckets is read anew in each epoch.
+      local_cache_gb: most gigabytes that it takes; what was used longest ago disappears.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -61,6 +66,8 @@ class DataConfig:
     cache: str | None = None
     precomputed: str | None = None
     shuffle_memory: Count = SHUFFLE_MEMORY
+    local_cache: str | None = None
+    local_cache_gb: Annotated[float, Range(0.001, 1e6)] = 100.0
 
     def __post_init__(self):
         if not self.sources:
@@ -75,6 +82,17 @@ class DataConfig:
         for name in ("max_broken", "max_dropped"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
+
+    @property
+    def caches(self) -> Caches:
+        """What is kept of data in buckets. Makes the folder of the local cache."""
+        local = LocalCache(self.local_cache, int(self.local_cache_gb * 1e9)) if self.local_cache else None
+        return Caches(local, self.cache)
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds of what sources read."""
+        return Limits(self.max_image_bytes, self.shuffle_memory, self.caches)
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,22 @@ piece of the file, or one record if that is larger.
 
 import codecs
 import hashlib
+import io
 import json
 import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from ross_jax.config import UserError, required
-from ross_jax.data.archives import FileRange
 from ross_jax.data.formats import foreign_format
+from ross_jax.data.ranges import NO_CACHES, Caches, open_range
 from ross_jax.json_text import check_depth
+from ross_jax.storage import StorageError
 
 _BLANK = re.compile(r"[ \t\n\r\ufeff]*")  # white space of JSON, and a byte order mark
 _PIECE = 2**20  # bytes that are read at once
@@ -79,6 +81,7 @@ class RecordFile(Sequence[Record]):
       path: the file.
       known: the version that the run recorded. Its fingerprint is taken if size and time of the file are equal.
       visit: called with every record, once.
+      caches: what is kept of buckets.
 
     Attributes:
       version: the file as it was read.
@@ -89,21 +92,27 @@ class RecordFile(Sequence[Record]):
     """
 
     def __init__(
-        self, path: str | Path, known: Version | None = None, visit: Callable[[Record], None] = lambda record: None
+        self,
+        path: str | Path,
+        known: Version | None = None,
+        visit: Callable[[Record], None] = lambda record: None,
+        caches: Caches = NO_CACHES,
     ):
         self.path = str(path)
         try:
-            self._file = FileRange(path)
+            self._file = open_range(path, caches, whole=True)
             size, time = self._file.version
             digest = None if known and (known.size, known.time) == (size, time) else hashlib.sha256()
-            with Path(path).open("rb") as file:
+            with self._file.open() as file:
                 self._spans = self._find(file, digest.update if digest else lambda piece: None, visit)
+        except StorageError:
+            raise
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); give a LLaVA JSON or JSONL file") from error
         fingerprint = digest.hexdigest() if digest else required(known).fingerprint
         self.version = Version(self.path, len(self._spans), fingerprint, size, time)
 
-    def _find(self, file: BinaryIO, hashed: Hashed, visit: Callable[[Record], None]) -> np.ndarray:
+    def _find(self, file: io.BufferedIOBase, hashed: Hashed, visit: Callable[[Record], None]) -> np.ndarray:
         """int64[records, 2]: the first byte of each record, and the byte after it."""
         if found := foreign_format(file.read(512)):
             raise UserError(f"{self.path}: {found}. Data is a JSON list, or JSON lines in a file named .jsonl")
@@ -130,6 +139,8 @@ class RecordFile(Sequence[Record]):
         start, end = self._spans[index].tolist()
         try:
             return json.loads(self._file.read(start, end - start))
+        except StorageError as error:
+            raise StorageError(f"{self.place(index)}: {error}") from error
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path}: was changed while it was read; start again") from error
 
@@ -138,7 +149,7 @@ class RecordFile(Sequence[Record]):
         return f"{self.path}, record {index}" + (f" (line {index + 1})" if self._one_per_line else "")
 
 
-def _lines(file: BinaryIO, path: str, hashed: Hashed) -> Iterator[tuple[int, Any, int, int]]:
+def _lines(file: io.BufferedIOBase, path: str, hashed: Hashed) -> Iterator[tuple[int, Any, int, int]]:
     """The values of a JSONL file: line, value, first byte, byte after the last. Blank lines are skipped."""
     if file.read(_PIECE).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one line may hold a list of gigabytes
         raise UserError(f"{path}: line 1 is a JSON list, or its beginning; name a file that is one list .json")
@@ -169,7 +180,7 @@ def _lines(file: BinaryIO, path: str, hashed: Hashed) -> Iterator[tuple[int, Any
         start += len(line)
 
 
-def _items(file: BinaryIO, path: str, hashed: Hashed) -> Iterator[tuple[int, Any, int, int]]:
+def _items(file: io.BufferedIOBase, path: str, hashed: Hashed) -> Iterator[tuple[int, Any, int, int]]:
     """The items of a JSON list: number from 0, value, first byte, byte after the last."""
     text = _Text(file, path, hashed)
     first = text.skip_blank()
@@ -206,7 +217,7 @@ class _Text:
       position: place of what is parsed next, in characters of the piece that is in memory.
     """
 
-    def __init__(self, file: BinaryIO, path: str, hashed: Hashed):
+    def __init__(self, file: io.BufferedIOBase, path: str, hashed: Hashed):
         self._file, self._path, self._hashed = file, path, hashed
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._text, self.position = "", 0

@@ -25,11 +25,13 @@ from ross_jax.data.images import ImageError
 from ross_jax.data.mixture import Mixture, Part
 from ross_jax.data.mounts import Mounts
 from ross_jax.data.parquet import SHUFFLE_MEMORY, ParquetSource
+from ross_jax.data.ranges import NO_CACHES, Caches
 from ross_jax.data.records import RecordFile, Version
 from ross_jax.data.samples import LazyImage, Sample, SampleError, Source
 from ross_jax.data.spelling import briefly
 from ross_jax.data.turns import no_conversations, sample_name
 from ross_jax.data.webdataset import WebDataset
+from ross_jax.storage import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +107,12 @@ class Limits:
     Attributes:
       image_bytes: most bytes of an image file.
       shuffle_memory: bytes of decoded row groups of Parquet files among which samples are shuffled.
+      caches: what is kept of buckets.
     """
 
     image_bytes: int = MAX_IMAGE_BYTES
     shuffle_memory: int = SHUFFLE_MEMORY
+    caches: Caches = NO_CACHES
 
 
 def open_source(config: SourceConfig, known: Version | None = None, limits: Limits = Limits()) -> Source:
@@ -123,15 +127,15 @@ def open_source(config: SourceConfig, known: Version | None = None, limits: Limi
     if (own := config.open(limits.image_bytes)) is not None:
         return own
     if config.kind == "images":
-        return ImageSource(config.path, limits.image_bytes)
+        return ImageSource(config.path, limits.image_bytes, limits.caches)
     if config.kind == "tfds":
         return TfdsSource(config.path, config.split, config.data_dir, config.caption)
     if config.kind == "webdataset":
-        return WebDataset(config.path, known, limits.image_bytes)
+        return WebDataset(config.path, known, limits.image_bytes, limits.caches)
     if config.kind == "parquet":
         columns = config.images, config.where, config.caption
-        return ParquetSource(config.path, *columns, known, limits.image_bytes, limits.shuffle_memory)
-    return LlavaSource(config.path, config.images, known, limits.image_bytes)
+        return ParquetSource(config.path, *columns, known, limits.image_bytes, limits.shuffle_memory, limits.caches)
+    return LlavaSource(config.path, config.images, known, limits.image_bytes, limits.caches)
 
 
 def open_sources(
@@ -198,10 +202,11 @@ class LlavaSource:
         images: Sequence[str] = (),
         known: Version | None = None,
         max_image_bytes: int = MAX_IMAGE_BYTES,
+        caches: Caches = NO_CACHES,
     ):
         self.survey = Survey()
-        self._records = RecordFile(path, known, self.survey.add)
-        self._images = Mounts(images, max_image_bytes)
+        self._records = RecordFile(path, known, self.survey.add, caches)
+        self._images = Mounts(images, max_image_bytes, caches)
         self.version = self._records.version
         self.fingerprint = self.version.fingerprint
 
@@ -223,8 +228,8 @@ class LlavaSource:
 class ImageSource:
     """Images without text: every image file below a folder or in an archive, ordered by name."""
 
-    def __init__(self, path: str | Path, max_image_bytes: int = MAX_IMAGE_BYTES):
-        self._store = open_store(path, max_image_bytes)
+    def __init__(self, path: str | Path, max_image_bytes: int = MAX_IMAGE_BYTES, caches: Caches = NO_CACHES):
+        self._store = open_store(path, max_image_bytes, caches)
         self._names = self._store.names()
         if not self._names:
             raise UserError(f"{path}: no image in it")
@@ -245,6 +250,10 @@ class TfdsSource:
     """
 
     def __init__(self, name: str, split: str, data_dir: str | None = None, caption: str | None = None):
+        if data_dir is not None and is_remote(data_dir):
+            raise UserError(
+                f"{data_dir}: TFDS data sets are read from disks alone; copy it to this machine: `gcloud storage cp -r`"
+            )
         import tensorflow_datasets as tfds  # takes a second, which other sources need not wait for
 
         try:

@@ -21,14 +21,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ross_jax.config import UserError
-from ross_jax.data.archives import IMAGE_SUFFIXES, FileRange, combined_version, reading
+from ross_jax.data.archives import IMAGE_SUFFIXES, reading
 from ross_jax.data.fields import TURNS
 from ross_jax.data.formats import foreign_format
 from ross_jax.data.images import ImageError
+from ross_jax.data.ranges import NO_CACHES, Caches, FileRange, Ranges, combined_version, open_ranges
 from ross_jax.data.records import MAX_RECORD, Version
 from ross_jax.data.samples import LazyImage, Sample, SampleError
 from ross_jax.data.spelling import briefly
 from ross_jax.json_text import parse_json
+from ross_jax.storage import StorageError
 
 _BLOCK = 512  # bytes of a header, and what members are padded to a multiple of
 _MAX_EXTENDED = 2**16  # bytes of an extended header
@@ -77,6 +79,7 @@ class WebDataset:
     Args:
       path: a .tar file, or a folder whose files that end in .tar, in subfolders too, are read.
       known: the version that the run recorded. Its fingerprint is taken if sizes and times of the files are equal.
+      caches: what is kept of buckets.
 
     Attributes:
       version: the files as they were opened.
@@ -85,19 +88,26 @@ class WebDataset:
       UserError: no such file, no tar file, a compressed or damaged one, or no sample.
     """
 
-    def __init__(self, path: str | Path, known: Version | None = None, max_image_bytes: int = 2**26):
+    def __init__(
+        self,
+        path: str | Path,
+        known: Version | None = None,
+        max_image_bytes: int = 2**26,
+        caches: Caches = NO_CACHES,
+    ):
         self._max_bytes = max_image_bytes
-        paths = sorted(Path(path).rglob("*.tar")) if Path(path).is_dir() else [Path(path)]
-        if not paths:
-            raise UserError(f"{path}: no file in it ends in .tar")
         try:
-            self._files = [FileRange(each) for each in paths]
+            self._files = open_ranges(path, ".tar", caches)
+        except StorageError:
+            raise
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror}); give a .tar or a folder") from error
+        if not self._files:
+            raise UserError(f"{path}: no file in it ends in .tar")
         size, time = combined_version(self._files)
         unchanged = known is not None and (known.size, known.time) == (size, time)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            shards = list(pool.map(lambda file: _index(_copy(file), hashed=not unchanged), self._files))
+            shards = list(pool.map(lambda file: _kept_index(file, caches, hashed=not unchanged), self._files))
         self._spans = np.concatenate([spans for spans, _ in shards])
         self._ends = np.cumsum([len(spans) for spans, _ in shards])
         if not len(self._spans):
@@ -105,7 +115,7 @@ class WebDataset:
         digests = b"".join(digest for _, digest in shards)
         self.fingerprint = known.fingerprint if known and unchanged else hashlib.sha256(digests).hexdigest()
         self.version = Version(str(path), len(self._spans), self.fingerprint, size, time)
-        self._open: OrderedDict[int, FileRange] = OrderedDict()
+        self._open: OrderedDict[int, Ranges] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -117,41 +127,47 @@ class WebDataset:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         file = self._file(shard)
         start, end = self._spans[index].tolist()
-        members = list(_members(file.read, start, end))
+        name = f"{file.path}, bytes {start} to {end}"
+        read = self._reader(file, start, end, name)
+        members = list(_members(read, start, end))
         place = f"{file.path}, {briefly(members[0].key)}"
         images = [member for member in members if member.suffix in IMAGE_SUFFIXES]
         try:
-            texts = {member.suffix: _text(file.read, member) for member in members if member.suffix in _TEXTS}
+            texts = {member.suffix: _text(read, member) for member in members if member.suffix in _TEXTS}
             record = _record(texts, len(images))
         except (ValueError, RecursionError) as error:
             raise SampleError(f"{place}: {error}") from error
         record.setdefault("id", members[0].key)
         record["image"] = [member.name for member in images]
-        return Sample(str(record["id"]), record, tuple(self._image(shard, member) for member in images), place)
+        return Sample(str(record["id"]), record, tuple(self._image(shard, member, read) for member in images), place)
 
-    def _image(self, shard: int, member: Member) -> LazyImage:
+    def _reader(self, file: Ranges, start: int, end: int, name: str) -> Read:
+        """Reads a sample. Of a bucket's, all members come at once, because a request takes longer than its bytes."""
+        if isinstance(file, FileRange) or end - start > self._max_bytes + MAX_RECORD:
+            return file.read
+        try:
+            data = file.read(start, end - start)
+        except StorageError as error:
+            raise StorageError(f"{name}: {error}") from error
+        return lambda at, size: data[at - start : at - start + size]
+
+    def _image(self, shard: int, member: Member, fetched: Read) -> LazyImage:
         def read() -> bytes:
             if member.size > self._max_bytes:
                 raise ImageError(f"has more than {self._max_bytes} bytes; scale it down, or raise data.max_image_bytes")
-            return self._file(shard).read(member.start, member.size)
+            file = self._file(shard)
+            return (file.read if isinstance(file, FileRange) else fetched)(member.start, member.size)
 
         name = briefly(member.name)
         return LazyImage(name, lambda: reading(f"{self._files[shard].path}/{name}", read))
 
-    def _file(self, shard: int) -> FileRange:
+    def _file(self, shard: int) -> Ranges:
         """The open file of a shard. Of many shards the latest stay open, and others as long as a thread reads them."""
-        file = self._open.pop(shard, None) or _copy(self._files[shard])
+        file = self._open.pop(shard, None) or self._files[shard].copy()
         self._open[shard] = file
         while len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)
         return file
-
-
-def _copy(file: FileRange) -> FileRange:
-    """The file as it was, with a descriptor of its own, which closes when nobody holds the copy."""
-    copy = FileRange.__new__(FileRange)
-    copy.__dict__ |= file.__getstate__()
-    return copy
 
 
 def _record(texts: dict[str, str], images: int) -> dict[str, Any]:
@@ -185,11 +201,31 @@ def _text(read: Read, member: Member) -> str:
         raise ValueError(f"{briefly(member.name)} is not UTF-8 at byte {error.start}") from error
 
 
-def _index(file: FileRange, hashed: bool) -> tuple[np.ndarray, bytes]:
+def _kept_index(file: Ranges, caches: Caches, hashed: bool) -> tuple[np.ndarray, bytes]:
+    """As `_index`, which is kept for a shard in a bucket."""
+    if isinstance(file, FileRange):
+        own = file.copy()
+        return _index(own, own.read, hashed)
+
+    def make() -> dict[str, np.ndarray]:
+        with file.open() as content:
+
+            def read(start: int, size: int) -> bytes:
+                content.seek(start)
+                return content.read(size)
+
+            spans, digest = _index(file, read, hashed=True)
+        return {"spans": spans, "digest": np.frombuffer(digest, np.uint8)}
+
+    index = caches.index(file, "samples of a tar, 1", make)
+    return index["spans"], index["digest"].tobytes()
+
+
+def _index(file: Ranges, read: Read, hashed: bool) -> tuple[np.ndarray, bytes]:
     """(int64[samples, 2]: begin and end of each sample, hash of names and texts) of a shard."""
     spans, digest, key = array("q"), hashlib.sha256(), None
     try:
-        for member in _members(file.read, 0, file.version[0]):
+        for member in _members(read, 0, file.version[0]):
             if member.suffix not in IMAGE_SUFFIXES and member.suffix not in _TEXTS:
                 key = None if member.key != key else key
                 continue
@@ -200,9 +236,9 @@ def _index(file: FileRange, hashed: bool) -> tuple[np.ndarray, bytes]:
             key = member.key
             if hashed:
                 digest.update(f"{member.name}\0{member.size}\0".encode(errors="surrogateescape"))
-                digest.update(file.read(member.start, min(member.size, MAX_RECORD)) if member.suffix in _TEXTS else b"")
+                digest.update(read(member.start, min(member.size, MAX_RECORD)) if member.suffix in _TEXTS else b"")
     except tarfile.TarError as error:
-        found = foreign_format(file.read(0, min(_BLOCK, file.version[0])))
+        found = foreign_format(read(0, min(_BLOCK, file.version[0])))
         found = found if found and "tar archive" not in found else f"is no tar file that can be read ({error})"
         raise UserError(f"{file.path}: {found}") from error
     return np.frombuffer(spans, np.int64).reshape(-1, 2), digest.digest()

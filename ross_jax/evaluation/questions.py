@@ -9,22 +9,23 @@ A record that makes no question becomes a `Broken` with its place and the reason
 import ast
 import csv
 import dataclasses
+import io
 import json
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from pyarrow import parquet
+from typing import Any, cast
 
 from ross_jax.config import UserError, brief
 from ross_jax.data.formats import foreign_format
 from ross_jax.data.images import ImageError
 from ross_jax.data.mounts import decode_base64
-from ross_jax.data.parquet import reading_parquet
+from ross_jax.data.parquet import open_parquet, reading_parquet
+from ross_jax.data.ranges import open_range
 from ross_jax.data.samples import LazyImage
 from ross_jax.json_text import parse_json
+from ross_jax.storage import StorageError
 
 SUFFIXES = (".tsv", ".jsonl", ".json", ".csv", ".parquet")
 _MISSING = "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null"
@@ -117,6 +118,8 @@ def read_questions(paths: Sequence[Path], images: tuple[Path, ...] = ()) -> Ques
                     broken.append(Broken(place, f"index {found.index} has come before", None))
                 else:
                     questions[found.index] = found
+        except StorageError:
+            raise
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
     if not questions:
@@ -158,7 +161,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Row | str]]:
 def _table_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Row | str]]:
     limit = csv.field_size_limit(2**31 - 1)  # a cell holds an image
     try:
-        with file.open(newline="", encoding="utf-8-sig") as opened:
+        with io.TextIOWrapper(cast(Any, file.open("rb")), encoding="utf-8-sig", newline="") as opened:
             names: list[str] = []
             for number, row in enumerate(csv.reader(opened, delimiter=delimiter)):
                 if not names:
@@ -241,10 +244,11 @@ def _renamed(row: Any, extra: Row, prefix: str) -> Row | str:
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
     with reading_parquet(file):
         number = 0
-        for batch in parquet.ParquetFile(file).iter_batches(256):
-            for row in batch.to_pylist():
-                yield f"{file}, record {number}", row
-                number += 1
+        with open_parquet(open_range(file)) as opened:
+            for batch in opened.iter_batches(256):
+                for row in batch.to_pylist():
+                    yield f"{file}, record {number}", row
+                    number += 1
 
 
 @dataclasses.dataclass(frozen=True)

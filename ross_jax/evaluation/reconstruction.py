@@ -17,7 +17,7 @@ from ross_jax.config import ConfigError
 from ross_jax.data.batches import Batch, expand
 from ross_jax.data.encoders import build_image_encoder
 from ross_jax.data.images import decode, decode_official, preprocess
-from ross_jax.data.sources import Limits, open_sources
+from ross_jax.data.sources import open_sources
 from ross_jax.data.tokenizer import load_tokenizer
 from ross_jax.evaluation.during_training import BenchmarkEvaluator
 from ross_jax.evaluation.images import psnr, ssim, to_uint8
@@ -41,7 +41,7 @@ def read_images(config: RunConfig) -> list[UInt8[np.ndarray, "side side 3"]]:
       ConfigError: no sample has an image.
       UserError: a source or an image cannot be read.
     """
-    source, _ = open_sources(config.evaluation.sources, limits=Limits(config.data.max_image_bytes))
+    source, _ = open_sources(config.evaluation.sources, limits=config.data.limits)
     read = decode_official if config.text.compat == "official" else decode
     count = min(config.evaluation.count, len(source))
     found = [image for i in range(count) for image in source[i * len(source) // count].images[:1]]

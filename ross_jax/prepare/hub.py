@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from ross_jax.config import UserError
 from ross_jax.console import Progress, say
 from ross_jax.prepare.public import Item
+from ross_jax.storage import copy_file, is_remote
 
 _PIECE = 16 * 2**20
 _SUFFIX = ".digest"
@@ -56,6 +58,8 @@ def _describe(entry: Any) -> HubFile:
 def fetch(item: Item, file: HubFile, root: Path) -> None:
     """Downloads a file that is not there, goes on with one that was cut off, and compares its digest.
 
+    Where the root lies in a bucket, the file comes to a temporary folder of this machine first, and from its beginning.
+
     Raises:
       UserError: the hub does not answer or refuses, the disk is full, or what came is damaged.
     """
@@ -67,9 +71,14 @@ def fetch(item: Item, file: HubFile, root: Path) -> None:
     if target.is_file():
         if digest_of(target, file.digest.partition(":")[0]) != file.digest:
             raise UserError(f"{target}: is not the file that {item.repo} has; remove it to have it downloaded again")
+    elif is_remote(root):
+        with tempfile.TemporaryDirectory(prefix="ross_jax_") as folder:
+            near = item.place(Path(folder), file.path)
+            fetch(item, file, Path(folder))
+            copy_file(kept(near), kept(target))
     else:
         shutil.move(_download(item, file, root), target)
-    if target.name.endswith(".tar.gz"):
+    if target.name.endswith(".tar.gz") and not is_remote(root):
         _unpack(target)
     mark.write_text(file.digest)
 

@@ -107,7 +107,7 @@ def open_cached(config: RunConfig) -> Precomputed | None:
     """
     if config.data.precomputed is None:
         return None
-    cache = Precomputed(config.data.precomputed)
+    cache = Precomputed(config.data.precomputed, caches=config.data.caches)
     useful, useless = [], []
     for name in cache.parts:
         try:

@@ -32,6 +32,7 @@ from ross_jax.data.precomputed import (
 from ross_jax.data.sources import BrokenSamples
 from ross_jax.directories import lock
 from ross_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from ross_jax.storage import is_remote
 from ross_jax.training.cached import PartName, compute, describe, find_part, parameters_hash, refuse_differences
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import initial_parameters, open_data
@@ -169,6 +170,8 @@ def _estimate(folder: Path, layout: Layout, report: Report, progress: Report) ->
         content = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in layout.parts[part].items())
         report(f"{part}: {size / 1e9:.3g} GB in {layout.shards} shards of {content}")
         total += size
+    if is_remote(folder):
+        return
     existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < total:
@@ -189,8 +192,8 @@ def _begin(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _unwritten(folder: Path, layout: Layout) -> list[int]:
     """Numbers of the shards of which a file is missing."""
-    shards = range(layout.shards)
-    return [s for s in shards if not all((folder / layout.name(part, s)).is_file() for part in layout.parts)]
+    there = {path.name for path in folder.iterdir()}
+    return [s for s in range(layout.shards) if not all(layout.name(part, s) in there for part in layout.parts)]
 
 
 def _complete(folder: Path, manifest: dict[str, Any], layout: Layout) -> None:

@@ -18,7 +18,7 @@ from ross_jax.upgrade import upgrade
 RECORD = "run.json"
 """File of a run's directory with its config and what identifies its data."""
 _FREE = ("loop.", "evaluation.", "mesh.", "data.workers", "data.threads", "data.prefetch", "data.cache")
-_FREE += ("data.precomputed", "data.max_dropped", "init_random")
+_FREE += ("data.precomputed", "data.max_dropped", "data.local_cache", "init_random")
 """Beginnings of the fields that a run may change when it continues."""
 _FORMAT = 2
 """Version of the record. Version 1 had no checksum."""

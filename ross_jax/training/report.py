@@ -6,6 +6,7 @@ from ross_jax.checkpoints import writing
 from ross_jax.config import UserError
 from ross_jax.console import duration
 from ross_jax.training.goodput import ACTIVITIES, GOODPUT, LOSSES, Account, goodput, make_account, read_lines
+from ross_jax.storage import location
 
 _LOSSES = ("text_loss", "reconstruction_loss")
 
@@ -78,4 +79,5 @@ class Report:
         if self.losses:
             losses.legend()
         with writing(path, self._folder):
-            figure.savefig(path, dpi=110, metadata={"Software": None})
+            with location(path).open("wb") as file:
+            figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
