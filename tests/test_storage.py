@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bucket import ADDRESS, server  # noqa: F401
-from ross_jax import directories, storage
+from ross_jax import buckets, directories, storage
 from ross_jax.config import UserError
 from ross_jax.directories import CheckpointError, complete_directory, lock, refuse_incomplete
 from ross_jax.storage import GrowingFile, location, remove_tree
@@ -82,7 +82,7 @@ def test_a_path_lists_and_reads_as_on_a_disk(folder, tmp_path):
 
 @pytest.mark.parametrize("mode", ["w", "wb"])
 def test_what_is_half_written_never_appears(folder, mode, monkeypatch):
-    monkeypatch.setattr(storage, "_BLOCK", 2**20)
+    monkeypatch.setattr(buckets, "BLOCK", 2**20)
     piece = "a" * 2**19 if mode == "w" else bytes(2**19)
     (folder / "file").write_text("before")
     for pieces in (1, 4):  # in one request, and in several
