@@ -5,7 +5,6 @@ python launch/evaluate.py --rescore --output scores --scorer vlmeval
 """
 
 import sys
-from pathlib import Path
 
 from ross_jax import checkpoints
 from ross_jax.arguments import SIZE, Parser
@@ -18,18 +17,19 @@ from ross_jax.evaluation.questions import Questions
 from ross_jax.evaluation.report import score_folder, write_reports
 from ross_jax.inference.model import TEXT_COMPONENTS, load
 from ross_jax.inference.prompts import MAX_NEW_TOKENS
+from ross_jax.storage import location, working_copy
 
 _PROCESSES = Range(1, 2**16)
 
 
 def make_parser() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a model or a run's directory")
+    parser.add_argument("--checkpoint", type=location, metavar="DIR", help="a model or a run's directory")
     known = f"{', '.join(BENCHMARKS)}; NAME=PATH names its file"
     parser.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help=known)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the benchmarks' files")
-    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="DIR", help="folders of their images")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of predictions and scores")
+    parser.add_argument("--data", type=location, metavar="DIR", help="folder of the benchmarks' files")
+    parser.add_argument("--images", type=location, nargs="+", default=[], metavar="DIR", help="folders of their images")
+    parser.add_argument("--output", type=location, required=True, metavar="DIR", help="gets predictions and scores")
     parser.add_argument("--rescore", action="store_true", help="score the predictions of --output; nothing is asked")
     parser.add_argument("--scorer", default="ross_jax", choices=("ross_jax", "vlmeval"), help="vlmeval: its code, too")
     parser.add_argument("--prompts", default="reference", choices=("reference", "question"), help="question: it alone")
@@ -52,7 +52,7 @@ def read_all(args) -> dict[str, Questions]:
         find_benchmark(name)
         if not path and args.data is None:
             raise UserError(f"--benchmark {name}: name its file, {name}=FILE, or the folder of the files: --data DIR")
-        paths = [Path(path)] if path else find_files(name, args.data)
+        paths = [location(path)] if path else find_files(name, args.data)
         found[name.lower()] = load_questions(name, paths, args.images)
     return found
 
@@ -78,19 +78,25 @@ def answer(args) -> list[str]:
     return list(benchmarks)
 
 
+def evaluate(args) -> None:
+    """Answers and scores, in a folder of this machine."""
+    names = [] if args.rescore else answer(args)
+    if args.rescore:
+        names = [text.partition("=")[0].lower() for text in args.benchmark]
+    scored = score_folder(args.output, names if args.rescore else ())
+    if args.processes > 1 and any(each.predictions.missing for each in scored if each.name in names):
+        print(f"process {args.process} is done; the last one writes the scores", file=sys.stderr)
+        return
+    if args.scorer == "vlmeval":
+        scored = vlmevalkit.add_scores(scored, args.output / "vlmeval")
+    print(write_reports(args.output, scored), end="")
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
         args = make_parser().parse_args(argv)
-        names = [] if args.rescore else answer(args)
-        if args.rescore:
-            names = [text.partition("=")[0].lower() for text in args.benchmark]
-        scored = score_folder(args.output, names if args.rescore else ())
-        if args.processes > 1 and any(each.predictions.missing for each in scored if each.name in names):
-            print(f"process {args.process} is done; the last one writes the scores", file=sys.stderr)
-            return 0
-        if args.scorer == "vlmeval":
-            scored = vlmevalkit.add_scores(scored, args.output / "vlmeval")
-        print(write_reports(args.output, scored), end="")
+        with working_copy(args.output) as args.output:
+            evaluate(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
