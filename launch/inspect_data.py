@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(description=__doc__)
     parser.add_argument("--template", choices=get_args(Template), help="conversation template")
     parser.add_argument("--tokenizer", help="folder of a tokenizer (or a hub id)")
-    parser.add_argument("--data", type=location, help="conversations, JSON or JSONL")
+    parser.add_argument("--data", help="conversations, JSON or JSONL")
     parser.add_argument("--check", action="store_true", help="check all data of the recipe --config")
     parser.add_argument("--config", metavar="RECIPE", help="with --check: PATH or PATH:ARGUMENTS of a recipe")
     parser.add_argument(
