@@ -20,6 +20,7 @@ import numpy as np
 
 from ross_jax.arguments import Parser
 from ross_jax.config import Range, UserError, required
+from ross_jax.console import talk
 from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.inference.model import Model, load
 from ross_jax.inference.prompts import read_images
@@ -204,6 +205,7 @@ def serve(page: Any, host: str, port: int, upload_mb: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    talk()
     parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", type=location, required=True, metavar="DIR", help="directory of a model or run")
     parser.add_argument("--template", help="conversation template; default: the one that the model was trained with")

@@ -15,6 +15,7 @@ from ross_jax import checkpoints
 from ross_jax.api import LAYOUTS, export_model, import_model
 from ross_jax.arguments import Parser
 from ross_jax.config import UserError
+from ross_jax.console import talk
 from ross_jax.convert.export_weights import DTYPE_NAMES
 from ross_jax.convert.exporting import COMPONENTS
 from ross_jax.convert.peft import EXPORTED
@@ -47,6 +48,7 @@ def export_command(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    talk()
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     importer = commands.add_parser("import", help="foreign checkpoint(s) to a model directory")

@@ -11,6 +11,7 @@ import jax
 from ross_jax import checkpoints
 from ross_jax.arguments import SIZE, Parser
 from ross_jax.config import Range, UserError
+from ross_jax.console import talk
 from ross_jax.evaluation import vlmevalkit
 from ross_jax.evaluation.answering import Asking, answer_benchmark
 from ross_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, find_files, load_questions
@@ -100,6 +101,7 @@ def evaluate(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    talk()
     try:
         args = make_parser().parse_args(argv)
         with working_copy(args.output) as args.output:

@@ -14,6 +14,7 @@ from typing import Any
 from ross_jax import checkpoints
 from ross_jax.arguments import Parser
 from ross_jax.config import Range, UserError
+from ross_jax.console import talk
 from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.inference.model import TEXT_COMPONENTS, Model, load
 from ross_jax.inference.prompts import MAX_NEW_TOKENS, Request, read_images
@@ -37,6 +38,7 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
+    talk()
     parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", type=location, required=True, metavar="DIR", help="directory of a model or run")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="repeat for several")

@@ -26,6 +26,7 @@ import numpy as np
 from ross_jax.arguments import SIZE, Parser
 from ross_jax.command_line import load_recipe
 from ross_jax.config import Range, UserError, from_dict
+from ross_jax.console import talk
 from ross_jax.data.check import PROBLEMS, check, stops_run, table
 from ross_jax.data.conversation import (
     Compat,
@@ -241,6 +242,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    talk()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show every character
     try:

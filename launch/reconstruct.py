@@ -19,6 +19,7 @@ from PIL import Image
 
 from ross_jax.arguments import SEED, Parser
 from ross_jax.config import Range, UserError, required
+from ross_jax.console import talk
 from ross_jax.data.images import ImageError
 from ross_jax.evaluation.images import draw_grid, psnr, ssim, to_uint8
 from ross_jax.inference.model import Model, load
@@ -104,6 +105,7 @@ def format_scores(originals: np.ndarray, columns: dict[str, Column]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    talk()
     parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", type=location, required=True, metavar="DIR", help="directory of a model or run")
     parser.add_argument("--images", type=location, nargs="+", required=True, metavar="PATH", help="files and folders")

@@ -11,12 +11,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a run may use the accelerators
 
 from ross_jax.arguments import Parser
 from ross_jax.config import UserError
+from ross_jax.console import talk
 from ross_jax.storage import location
 from ross_jax.training.page import Runs
 from ross_jax.training.report import Report
 
 
 def main(argv: list[str] | None = None) -> int:
+    talk()
     parser = Parser(description=__doc__)
     parser.add_argument("runs", type=location, nargs="+", metavar="RUN", help="directory of a run")
     parser.add_argument("--output", type=location, metavar="DIR", help="folder of a page that compares the runs")

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import logging
 import os
 import signal
 import tempfile
@@ -38,6 +39,17 @@ def no_programs_of_other_files():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def silent_loggers():
+    """Undoes what a launcher that a test has called as a function did to the loggers."""
+    ours, root = logging.getLogger("ross_jax"), logging.getLogger()
+    before = ours.level, root.level
+    yield
+    ours.propagate, ours.handlers[:] = True, []
+    ours.setLevel(before[0])
+    root.setLevel(before[1])
 
 
 @pytest.fixture(scope="session")
