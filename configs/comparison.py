@@ -12,8 +12,6 @@
 without reconstruction is better than chance, but worse than the demo with all its labels.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from configs import demo
@@ -21,6 +19,7 @@ from ross_jax.config import to_dict
 from ross_jax.demo.dataset import DatasetConfig
 from ross_jax.models.ross import HEADS
 from ross_jax.objectives.reconstruction import kinds
+from ross_jax.storage import location
 from ross_jax.training.recipe import complete
 
 KINDS = kinds()
@@ -41,7 +40,7 @@ CHOICES = {"stage": tuple(STAGES), "kind": KINDS}
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The recipe as a ConfigDict that command-line flags can override."""
     parts = demo.parse(arguments, DEFAULTS, CHOICES)
-    root, seed = Path(parts["root"]), int(parts["seed"])
+    root, seed = location(parts["root"]), int(parts["seed"])
     base = parts["stage"] == "base"
     kind, stage = "none" if base else parts["kind"], STAGES[parts["stage"]]
     init = [str(root / "model")] if demo.needs_autoencoder(kind) else []

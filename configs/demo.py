@@ -29,6 +29,7 @@ from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import HEADS, RossConfig
 from ross_jax.models.vision import VisionConfig
 from ross_jax.objectives.reconstruction import add_heads, find_objective, kinds
+from ross_jax.storage import location
 from ross_jax.training.recipe import complete, parse_parts
 
 DEFAULTS = {"stage": "finetune", "kind": "denoise", "seed": "0", "root": "runs/demo"}
@@ -121,7 +122,7 @@ def model_config(autoencoder: Path, kind: str = "denoise") -> RossConfig:
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The recipe as a ConfigDict that command-line flags can override."""
     parts = parse(arguments)
-    root, kind = Path(parts["root"]), parts["kind"]
+    root, kind = location(parts["root"]), parts["kind"]
     stage = EVERY_STAGE | STAGES[parts["stage"]]
     init = [str(root / "model")] if needs_autoencoder(kind) else []
     if stage["after"]:

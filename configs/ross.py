@@ -20,7 +20,6 @@ Hyper-parameters come from the paper and the reference. Point `config.data.sourc
 import dataclasses
 import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -34,6 +33,7 @@ from ross_jax.models.denoiser import default_width
 from ross_jax.models.projector import ProjectorConfig
 from ross_jax.models.ross import HEADS, RossConfig
 from ross_jax.objectives.reconstruction import add_heads, find_objective, kinds
+from ross_jax.storage import location
 from ross_jax.training.recipe import complete, parse_parts
 
 ENCODERS = {
@@ -142,7 +142,7 @@ def _settings(part: str, published: Mapping[str, Any], folders: Mapping[str, str
     """The config.json of a part: the one in its folder, or the published one."""
     if part not in folders:
         return published
-    path = Path(folders[part]) / "config.json"
+    path = location(folders[part]) / "config.json"
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

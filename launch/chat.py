@@ -24,6 +24,7 @@ from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.inference.model import Model, load
 from ross_jax.inference.prompts import read_images
 from ross_jax.objectives.objective import Sampling
+from ross_jax.storage import location
 
 KEPT_SECONDS = 24 * 3600
 """How long uploaded files are kept."""
@@ -203,7 +204,7 @@ def serve(page: Any, host: str, port: int, upload_mb: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a model or a run's directory")
+    parser.add_argument("--checkpoint", type=location, required=True, metavar="DIR", help="directory of a model or run")
     parser.add_argument("--template", help="conversation template; default: the one that the model was trained with")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits")

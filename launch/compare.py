@@ -19,6 +19,7 @@ from ross_jax.demo.comparison import draw, markdown, rows
 from ross_jax.demo.prepare import prepare
 from ross_jax.demo.report import run_folder, summarise
 from ross_jax.demo.running import Interrupted, say, train
+from ross_jax.storage import location
 
 RECIPE = Path(__file__).parents[1] / "configs" / "comparison.py"
 
@@ -35,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=recipe.KINDS, default=recipe.KINDS, metavar="KIND")
     parser.add_argument("--seeds", type=int, within=SEED, nargs="+", default=recipe.SEEDS, metavar="SEED")
     parser.add_argument("--quick", action="store_true", help="very little data, to check that everything runs")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="folder to write to (default runs/comparison)")
+    parser.add_argument("--root", type=location, metavar="DIR", help="folder to write to (default runs/comparison)")
     try:
         args = parser.parse_args(argv)
-        root = args.root or Path("runs/comparison-quick" if args.quick else "runs/comparison")
+        root = args.root or location("runs/comparison-quick" if args.quick else "runs/comparison")
         dataset, fit = recipe.DATASET, FitConfig()
         if args.quick:
             little = {"pretrain": 64, "heldout_per_type": 12, "labels_per_type": 1, "unlabelled": 64}

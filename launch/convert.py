@@ -7,7 +7,6 @@ python launch/convert.py export --from DIR --format LAYOUT [--without NAME ...] 
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import get_args
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion is host work; accelerators stay free
@@ -20,6 +19,7 @@ from ross_jax.convert.export_weights import DTYPE_NAMES
 from ross_jax.convert.exporting import COMPONENTS
 from ross_jax.convert.peft import EXPORTED
 from ross_jax.data.conversation import Template
+from ross_jax.storage import location
 
 
 def say(text: str) -> None:
@@ -65,14 +65,14 @@ def main(argv: list[str] | None = None) -> int:
         metavar="DIR_OR_ID",
         help="a SigLIP, CLIP or DINOv2 folder or hub id, whose last features visual outputs can be trained to regress",
     )
-    importer.add_argument("--output", type=Path, required=True, metavar="DIR", help="the model directory to make")
+    importer.add_argument("--output", type=location, required=True, metavar="DIR", help="the model directory to make")
     for flag in ("--vision-tower", "--autoencoder"):
-        importer.add_argument(flag, type=Path, metavar="DIR", help="folder with that component's config.json")
+        importer.add_argument(flag, type=location, metavar="DIR", help="folder with that component's config.json")
     importer.set_defaults(run=import_command)
     exporter = commands.add_parser("export", help="model directory to a foreign layout")
-    exporter.add_argument("--from", dest="model", type=Path, required=True, metavar="DIR", help="a model directory")
+    exporter.add_argument("--from", dest="model", type=location, required=True, metavar="DIR", help="a model directory")
     exporter.add_argument("--format", choices=LAYOUTS, required=True)
-    exporter.add_argument("--output", type=Path, required=True, metavar="DIR")
+    exporter.add_argument("--output", type=location, required=True, metavar="DIR")
     exporter.add_argument(
         "--without",
         nargs="+",
@@ -93,10 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     exporter.add_argument("--dtype", choices=sorted(DTYPE_NAMES), help="default: as imported")
     exporter.set_defaults(run=export_command)
-    args = parser.parse_args(argv)
-    if args.command == "import" and not (args.origins or args.teacher):
-        importer.error("the following arguments are required: --from or --teacher")
     try:
+        args = parser.parse_args(argv)
+        if args.command == "import" and not (args.origins or args.teacher):
+            importer.error("the following arguments are required: --from or --teacher")
         args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -29,6 +29,7 @@ from ross_jax.demo.report import (
 )
 from ross_jax.demo.running import Interrupted, say, train
 from ross_jax.process import peak_memory
+from ross_jax.storage import location
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.py"
 
@@ -49,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--denoiser", action="store_true", help="then train the denoiser alone, without text")
     parser.add_argument("--seeds", type=int, within=SEED, nargs="+", default=[0], metavar="SEED", help="default 0")
     parser.add_argument("--quick", action="store_true", help="very little data, to check that everything runs")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="folder to write to (default runs/demo)")
+    parser.add_argument("--root", type=location, metavar="DIR", help="folder to write to (default runs/demo)")
     try:
         args = parser.parse_args(argv)
-        root = args.root or Path("runs/demo-quick" if args.quick else "runs/demo")
+        root = args.root or location("runs/demo-quick" if args.quick else "runs/demo")
         kinds: list[str] = list(dict.fromkeys([*args.kind, *(["none"] if args.baseline else [])]))
         if args.denoiser and "denoise" not in kinds:
             parser.error(f"--denoiser: --kind {' '.join(kinds)} has no denoiser; add the kind denoise")

@@ -19,6 +19,7 @@ from ross_jax.inference.model import TEXT_COMPONENTS, Model, load
 from ross_jax.inference.prompts import MAX_NEW_TOKENS, Request, read_images
 from ross_jax.inference.queue import answer_file
 from ross_jax.sharding import MeshConfig
+from ross_jax.storage import location, working_copy
 
 SAMPLING = {
     "max_new_tokens": (int, 256, f"length of the longest answer (default 256, at most {MAX_NEW_TOKENS})"),
@@ -37,12 +38,12 @@ COMMANDS = (
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a model or a run's directory")
+    parser.add_argument("--checkpoint", type=location, required=True, metavar="DIR", help="directory of a model or run")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="repeat for several")
     parser.add_argument("--prompt", help=f"images stand before it unless it has {IMAGE_MARKER} marks")
     parser.add_argument("--interactive", action="store_true", help=f"a conversation: {COMMANDS}")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="JSONL file of questions")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSONL file of their answers")
+    parser.add_argument("--input", type=location, metavar="FILE", help="JSONL file of questions")
+    parser.add_argument("--output", type=location, metavar="FILE", help="JSONL file of their answers")
     parser.add_argument("--template", help="conversation template; default: the one that the model was trained with")
     for name, (kind, default, explanation) in SAMPLING.items():
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=explanation)
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     if args.interactive:
         converse(model, args.image, settings)
     elif args.input:
-        outcome = answer_file(model, args.input, args.output, settings, args.rows)
+        with working_copy(args.output) as output:
+            outcome = answer_file(model, args.input, output, settings, args.rows)
         print(f"{outcome.answered} answered, {outcome.skipped} answered before, {outcome.broken} broken")
         return 1 if outcome.broken else 0
     else:

@@ -10,7 +10,6 @@ mirror. Exit status 1: something is missing.
 
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
@@ -19,16 +18,17 @@ from ross_jax.arguments import Parser
 from ross_jax.config import UserError
 from ross_jax.console import say, talk
 from ross_jax.prepare import hub, layout, public
+from ross_jax.storage import location
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--stage", required=True, help="pretrain or finetune")
-    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of weights, data and runs")
+    parser.add_argument("--root", type=location, required=True, metavar="DIR", help="folder of weights, data and runs")
     parser.add_argument("--encoder", default="siglip", help="vision encoder, as in configs/ross.py (default siglip)")
     parser.add_argument("--llm", default="qwen2_7b", help="language model, as in configs/ross.py (default qwen2_7b)")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="your conversations, instead of the paper's")
-    parser.add_argument("--images", type=Path, nargs="*", default=[], metavar="PATH", help="where their pictures are")
+    parser.add_argument("--data", type=location, metavar="FILE", help="your conversations, instead of the paper's")
+    parser.add_argument("--images", type=location, nargs="*", default=[], metavar="PATH", help="their pictures")
     parser.add_argument("--download", action="store_true", help="download what is missing")
     talk()
     try:

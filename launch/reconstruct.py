@@ -25,6 +25,7 @@ from ross_jax.inference.model import Model, load
 from ross_jax.inference.prompts import read_images
 from ross_jax.inference.reconstruct import autoencode, encode_latents, reconstruct, target_images
 from ross_jax.objectives.objective import Reconstruction, Sampling
+from ross_jax.storage import location
 
 MAX_ROWS = 4096
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -104,9 +105,9 @@ def format_scores(originals: np.ndarray, columns: dict[str, Column]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a model or a run's directory")
-    parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets the PNGs")
+    parser.add_argument("--checkpoint", type=location, required=True, metavar="DIR", help="directory of a model or run")
+    parser.add_argument("--images", type=location, nargs="+", required=True, metavar="PATH", help="files and folders")
+    parser.add_argument("--output", type=location, required=True, metavar="DIR", help="gets the PNGs")
     parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), default="ddpm")
     parser.add_argument(
         "--steps",
@@ -153,7 +154,8 @@ def write(folder: Path, paths: list[Path], columns: dict[str, np.ndarray]) -> No
     names = [name if names.count(name) == 1 else f"{name}.{i}" for i, name in enumerate(names)]
     for column in columns.keys() - {"nothing"}:
         for name, pixels in zip(names, columns[column], strict=True):
-            Image.fromarray(pixels).save(folder / f"{name}.{column}.png")
+            with (folder / f"{name}.{column}.png").open("wb") as file:
+                Image.fromarray(pixels).save(file, "PNG")
     draw_grid(folder / "grid.png", columns)
 
 

@@ -6,20 +6,20 @@ python launch/report.py RUN RUN ... --output DIR         writes a page that comp
 
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a run may use the accelerators
 
 from ross_jax.arguments import Parser
 from ross_jax.config import UserError
+from ross_jax.storage import location
 from ross_jax.training.page import Runs
 from ross_jax.training.report import Report
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of a page that compares the runs")
+    parser.add_argument("runs", type=location, nargs="+", metavar="RUN", help="directory of a run")
+    parser.add_argument("--output", type=location, metavar="DIR", help="folder of a page that compares the runs")
     try:
         args = parser.parse_args(argv)
         if len(args.runs) > 1 and args.output is None:

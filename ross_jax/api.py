@@ -82,19 +82,19 @@ def import_model(
             f"{adapters[-1]}: is a LoRA adapter of peft; import it with its base, one adapter at a time: "
             "--from BASE --from ADAPTER. Or merge it into its base with peft"
         )
-    if adapters and len(origins) == 1 and (Path(origins[0]) / checkpoints.MANIFEST).is_file():
-        import_adapter(Path(adapters[0]), Path(origins[0]), Path(output), progress)
-        return Path(output)
-    tower, decoder = (Path(each) if each else None for each in (vision_tower, autoencoder))
+    if adapters and len(origins) == 1 and (location(origins[0]) / checkpoints.MANIFEST).is_file():
+        import_adapter(location(adapters[0]), location(origins[0]), location(output), progress)
+        return location(output)
+    tower, decoder = (location(each) if each else None for each in (vision_tower, autoencoder))
     plan = plan_import(origins, tower, decoder, teacher=str(teacher) if teacher else None)
     try:
         if adapters:
-            import_adapter(Path(adapters[0]), plan, Path(output), progress)
+            import_adapter(location(adapters[0]), plan, location(output), progress)
         else:
-            write(plan, Path(output), progress)
+            write(plan, location(output), progress)
     finally:
         plan.close()
-    return Path(output)
+    return location(output)
 
 
 def export_model(
@@ -139,7 +139,7 @@ def export_model(
                 raise UserError(
                     f"{name} {value!r}: is of whole models; an adapter is float32, and has what was updated"
                 )
-        export_adapter(Path(model), Path(output), base, progress)
+        export_adapter(location(model), location(output), base, progress)
     else:
-        export(Path(model), Path(output), layout, dtype, progress, without, template)
-    return Path(output)
+        export(location(model), location(output), layout, dtype, progress, without, template)
+    return location(output)

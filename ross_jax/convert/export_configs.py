@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ross_jax.convert.sources import ROSS_FAMILIES, read_json
 from ross_jax.data.tokenizer import find_tokenizer, save_tokenizer
 from ross_jax.models.denoiser import NUM_HEADS
 from ross_jax.models.ross import RossConfig
+from ross_jax.storage import copy_file
 
 _ROSS_FIELDS = {
     *("_name_or_path", "ross_enable", "use_mm_proj", "use_mm_inv_proj", "freeze_mm_mlp_adapter", "tune_mm_mlp_adapter"),
@@ -234,7 +234,7 @@ def copy_files(folders: list[Path], target: Path, names: Collection[str] | None 
     for folder in reversed(folders):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.is_file() and (names is None or path.name in names):
-                shutil.copyfile(path, target / path.name)
+                copy_file(path, target / path.name)
 
 
 def copy_tokenizer(files: Path, target: Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ross_jax.convert.tensors import TensorFiles
 from ross_jax.directories import complete_directory
 from ross_jax.models.denoiser import NUM_HEADS
 from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.storage import copy_file, location
 from ross_jax.tree import flatten, unflatten
 
 Progress = Callable[[str], None]
@@ -327,13 +327,13 @@ def _write_files(plan: Plan, folder: Path) -> None:
         target = folder / source.kind
         target.mkdir(parents=True, exist_ok=True)
         for path in source.extra_files():
-            copy = target / path.relative_to(source.folder)
+            copy = target / path.relative_to(source.folder).as_posix()
             copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+            copy_file(path, copy)
         for name, value in source.contents.items():
             (target / name).write_text(json.dumps(value, indent=2) + "\n")
         if source.settings and not source.contents:
-            shutil.copyfile(source.folder / "config.json", target / "config.json")
+            copy_file(source.folder / "config.json", target / "config.json")
     for component, part in plan.parts.items():
         if part.source.kind != "ross" or part.settings is None:
             continue
@@ -343,14 +343,14 @@ def _write_files(plan: Plan, folder: Path) -> None:
             (target / "config.json").write_text(json.dumps(part.settings, indent=2) + "\n")
         for name in ("config.json", "preprocessor_config.json") if part.folder else ():
             if (part.folder / name).is_file():
-                shutil.copyfile(part.folder / name, target / name)
+                copy_file(part.folder / name, target / name)
 
 
 def _foreign(plan: Plan) -> dict[str, Any]:
     """Record of the origin, layout, keys and dtypes of all components, with which export writes the same tensors."""
     foreign = {}
     for component, part in plan.parts.items():
-        unused, origin = set(plan.unused[component]), Path(part.source.origin)
+        unused, origin = set(plan.unused[component]), location(part.source.origin)
         foreign[component] = {
             "origin": str(origin.resolve()) if origin.exists() else part.source.origin,
             "layout": part.source.kind,

@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from ross_jax.convert.tensors import TensorFiles
 from ross_jax.directories import complete_directory, write_sums
 from ross_jax.lora import factors_of, is_factor, updated_kernels
 from ross_jax.models.ross import RossConfig
+from ross_jax.storage import copy_file, copy_tree, location
 from ross_jax.tree import flatten, unflatten
 
 Progress = Callable[[str], None]
@@ -92,7 +92,7 @@ _PATTERN = re.compile(r"[\w.\\^$-]*(?:(?:\.\*|\\d\+)[\w.\\^$-]*){0,3}")
 
 def is_adapter(origin: str | Path) -> bool:
     """Whether a folder holds an adapter of peft and no whole model."""
-    folder = Path(origin)
+    folder = location(origin)
     with contextlib.suppress(OSError):
         whole = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
         return (folder / SETTINGS).is_file() and any((folder / name).is_file() for name in _WEIGHTS) and not whole
@@ -249,13 +249,13 @@ def _copy_model(model: Path, folder: Path) -> None:
     """Copies a model directory; of a run, the parameters of its latest step."""
     checkpoints.read_manifest(model, unused=True)
     for path in checkpoints.parameter_folders(model):
-        shutil.copytree(path, folder / path.relative_to(model))
+        copy_tree(path, folder / path.relative_to(model).as_posix())
     for name in ("files", "unused"):
         if (model / name).is_dir():
-            shutil.copytree(model / name, folder / name)
+            copy_tree(model / name, folder / name)
     for name in (checkpoints.MANIFEST, "SHA256SUMS"):
         if (model / name).is_file():
-            shutil.copyfile(model / name, folder / name)
+            copy_file(model / name, folder / name)
 
 
 def _read_adapter(adapter: Path, base: Any, model: Path) -> dict[str, np.ndarray]:

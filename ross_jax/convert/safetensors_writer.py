@@ -7,9 +7,10 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from ross_jax.convert.dtypes import DTYPES
 from ross_jax.convert.tensors import TensorError
+from ross_jax.storage import copy_file, is_remote, location
 
 _ORDER = {tag: i for i, tag in enumerate(DTYPES)}
 _CHUNK_BYTES = 2**24
@@ -37,6 +39,8 @@ class _Shard:
       starts: position of each tensor, in bytes.
       size: size of the file, in bytes.
       handle: the open file, under the name `partial`.
+      missing: names of the tensors that have not come.
+      temporary: folder of this machine for a file that goes to a bucket.
     """
 
     file: Path
@@ -44,9 +48,13 @@ class _Shard:
     starts: dict[str, int]
     size: int
     handle: BinaryIO | None = None
+    missing: set[str] = field(default_factory=set)
+    temporary: Path | None = None
 
     @property
     def partial(self) -> Path:
+        if self.temporary is not None:
+            return self.temporary / self.file.name
         return self.file.with_name(self.file.name + ".partial")
 
 
@@ -77,7 +85,8 @@ class SafetensorsWriter:
         Raises:
           TensorError: names that a file cannot hold, a folder that holds such weights already, an error of the disk.
         """
-        self.folder = Path(folder)
+        self.folder = location(folder)
+        self._temporary = tempfile.TemporaryDirectory(prefix="ross_jax_") if is_remote(folder) else None
         self._stem = stem
         self._infos = {key: (tag, tuple(shape)) for key, (tag, shape) in infos.items()}
         # Surrogates have no place in UTF-8.
@@ -124,12 +133,15 @@ class SafetensorsWriter:
     def _create(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = re.compile(rf"{re.escape(self._stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-        present = sorted(entry.name for entry in self.folder.iterdir() if names.fullmatch(entry.name))
+        present = sorted(entry.name for entry in self.folder.glob("*") if names.fullmatch(entry.name))
         if present:
             raise TensorError(
                 f"{self.folder}: already holds {', '.join(present)}; remove them or choose another folder"
             )
         for shard in self._shards:
+            shard.missing = set(shard.starts)
+            if self._temporary is not None:
+                shard.temporary = Path(self._temporary.name)
             shard.handle = shard.partial.open("wb", buffering=0)
             os.truncate(shard.handle.fileno(), shard.size)
             self._put(shard, np.frombuffer(shard.header, np.uint8), 0)
@@ -151,7 +163,16 @@ class SafetensorsWriter:
         shard = self._shard_of[key]
         with self._discarding():
             self._put(shard, np.ascontiguousarray(array).reshape(-1).view(np.uint8), shard.starts[key])
+            shard.missing.discard(key)
+            if self._temporary is not None and not shard.missing:
+                self._upload(shard)
         del self._missing[key]
+
+    def _upload(self, shard: _Shard) -> None:
+        """Moves a complete file to its bucket, so that the disk holds few at once."""
+        shard.handle.close()
+        copy_file(shard.partial, shard.file)
+        shard.partial.unlink()
 
     def _expect(self, key: str) -> tuple[str, tuple[int, ...]]:
         if self._state != "open":
@@ -182,28 +203,45 @@ class SafetensorsWriter:
             if self._missing:
                 problems = [f"{self.folder}: tensor {key!r} was declared but not written" for key in self._missing]
                 raise TensorError(*problems)
-            for shard in self._shards:
-                os.fsync(shard.handle.fileno())
-                shard.handle.close()
-            for shard in self._shards:
-                shard.partial.rename(shard.file)
+            if self._temporary is None:
+                self._rename()
+            for shard in self._shards if self._temporary is not None else ():
+                if not shard.starts:
+                    self._upload(shard)
             if len(self._shards) > 1:
                 self._write_index()
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)  # makes the names durable
-            finally:
-                os.close(descriptor)
+            if self._temporary is None:
+                self._sync_folder()
+        if self._temporary is not None:
+            self._temporary.cleanup()
         self._state = "closed"
+
+    def _rename(self) -> None:
+        for shard in self._shards:
+            os.fsync(shard.handle.fileno())
+            shard.handle.close()
+        for shard in self._shards:
+            shard.partial.rename(shard.file)
+
+    def _sync_folder(self) -> None:
+        """Makes the names durable."""
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _write_index(self) -> None:
         total = sum(_tensor_bytes(*info) for info in self._infos.values())
         weight_map = {key: self._shard_of[key].file.name for key in sorted(self._infos)}
         file = self.folder / f"{self._stem}.safetensors.index.json"
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+        if is_remote(file):
+            file.write_text(text)
+            return
         partial = file.with_name(file.name + ".partial")
         with partial.open("w", encoding="utf-8") as handle:
-            json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, handle, indent=2)
-            handle.write("\n")
+            handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
         partial.rename(file)

@@ -13,6 +13,7 @@ from ross_jax.convert.tensors import TensorFiles, open_tensors
 from ross_jax.directories import check_sums
 from ross_jax.hub import SECONDS, is_hub_id, say_asked
 from ross_jax.json_text import load_json
+from ross_jax.storage import location
 
 Kind = Literal["ross", "adapters", "vision", "language", "autoencoder", "teacher", "llava"]
 
@@ -115,7 +116,7 @@ def open_source(origin: str) -> Source:
       TensorError: weights that cannot be read.
       DamagedError: a file is not the one that the folder's `SHA256SUMS` lists.
     """
-    folder = Path(origin)
+    folder = location(origin)
     try:
         if not folder.exists():
             if not is_hub_id("/".join(origin.split("/")[:2])) or origin.count("/") > 2:

@@ -6,6 +6,7 @@ gigabytes. `safetensors_writer` writes them.
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from ross_jax.config import UserError
 from ross_jax.convert import torch_pickle
 from ross_jax.convert.dtypes import DTYPES
 from ross_jax.convert.recognise import FETCH, LFS_POINTER
-from ross_jax.json_text import load_json
+from ross_jax.json_text import load_json, parse_json
+from ross_jax.storage import is_remote, local_copy, location, read_range
 
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
 """Names of weight files without their suffix, in order of preference."""
@@ -103,6 +105,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
                     raise TensorError(f"{file}: a git-lfs pointer, not the weights; {FETCH}")
                 start.seek(0)
                 header_bytes = int.from_bytes(start.read(8), "little")
+            if file.suffix == ".safetensors" and is_remote(file):
+                return _remote_tensors(file)
             if file.suffix == ".safetensors":
                 if header_bytes > MAX_HEADER_BYTES:
                     raise SafetensorError(f"a header of {header_bytes} bytes")
@@ -117,7 +121,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
                     for key, header in headers.items()
                 }
             if file.suffix in _TORCH_SUFFIXES:
-                handle = self._opened.enter_context(file.open("rb"))
+                handle = self._opened.enter_context(self._opened.enter_context(local_copy(file)).open("rb"))
                 layout = torch_pickle.read_layout(handle)
                 return {
                     key: (TensorInfo(tensor.tag, tensor.shape, file), functools.partial(tensor.read, handle))
@@ -177,6 +181,34 @@ class TensorFiles(Mapping[str, TensorInfo]):
         self.close()
 
 
+def _remote_tensors(file: Path) -> dict[str, tuple[TensorInfo, Callable[[], np.ndarray]]]:
+    """Name -> (header entry, function that reads the tensor) of a safetensors file in a bucket, by ranges of bytes."""
+    length = int.from_bytes(read_range(file, 0, 8), "little")
+    try:
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {length} bytes")
+        header = parse_json(read_range(file, 8, length), MAX_HEADER_BYTES)
+        header.pop("__metadata__", None)
+        size, end, entries = file.stat().st_size - 8 - length, 0, {}
+        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            tag, shape, (begin, end_of_entry) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if begin != end or (tag in DTYPES and math.prod(shape) * DTYPES[tag].itemsize != end_of_entry - begin):
+                raise ValueError(f"{key!r} has other bytes than its shape")
+            end, place = end_of_entry, (8 + length + begin, end_of_entry - begin)
+            entries[key] = TensorInfo(tag, shape, file), functools.partial(_read_remote, file, place, tag, shape)
+        if end != size:
+            raise ValueError(f"{size} bytes of tensors instead of {end}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TensorError(
+            f"{file}: truncated, or not a safetensors file ({error}); download or copy it again"
+        ) from error
+    return entries
+
+
+def _read_remote(file: Path, place: tuple[int, int], tag: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(bytearray(read_range(file, *place)), DTYPES[tag]).reshape(shape)
+
+
 def open_tensors(path: Path | str) -> TensorFiles:
     """Opens the weights of a folder (see `find_weights`), of an index or of a single file.
 
@@ -199,7 +231,7 @@ def find_weights(path: Path | str) -> Path:
     Raises:
       TensorError: no such path, no weights in the folder, or several that only the user can choose from.
     """
-    path = Path(path)
+    path = location(path)
     if path.is_file():
         return path
     try:

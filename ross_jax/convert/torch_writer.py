@@ -1,5 +1,6 @@
 """Writing `.bin` files that `torch.load` reads, tensor by tensor and without torch. Their layout: `torch_pickle`."""
 
+import contextlib
 import math
 import struct
 import zipfile
@@ -11,6 +12,7 @@ import numpy as np
 
 from ross_jax.convert.dtypes import DTYPES
 from ross_jax.convert.torch_pickle import STORAGES
+from ross_jax.storage import local_folder
 
 _CLASSES = {tag: name for name, tag in STORAGES.items()}
 
@@ -28,7 +30,9 @@ class TorchWriter:
         """
         self._infos, self._stem = dict(infos), stem
         self._numbers = {key: str(i) for i, key in enumerate(self._infos)}
-        self._archive = zipfile.ZipFile(Path(folder) / f"{stem}.bin", "x")
+        self._local = contextlib.ExitStack()
+        place = self._local.enter_context(local_folder(folder))
+        self._archive = zipfile.ZipFile(place / f"{stem}.bin", "x")
         self._archive.writestr(f"{stem}/data.pkl", _state(self._infos, self._numbers))
         self._archive.writestr(f"{stem}/byteorder", b"little")
 
@@ -45,6 +49,7 @@ class TorchWriter:
     def __exit__(self, *error: Any) -> None:
         self._archive.writestr(f"{self._stem}/version", b"3\n")
         self._archive.close()
+        self._local.__exit__(*error)
 
 
 # Opcodes are written by hand, because the pickle module can name torch's classes only if torch is installed.

@@ -28,7 +28,7 @@ from typing import Any
 from ross_jax.config import UserError, nearest
 from ross_jax.data.tokenizer_check import PROBE, checking, default_template, probe
 from ross_jax.hub import hub_answers, is_hub_id, say_asked
-from ross_jax.storage import copy_file, is_remote, location
+from ross_jax.storage import copy_file, is_remote, local_folder, location
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "tekken.json", "*.tiktoken")
@@ -178,6 +178,11 @@ def save_tokenizer(name: str | Path, folder: Path) -> None:
     if is_remote(name):
         with _copied(name) as copy:
             return save_tokenizer(copy, folder)
+    if is_remote(folder):
+        for path in tokenizer_files(folder).values():
+            path.unlink()
+        with local_folder(folder) as place:
+            return save_tokenizer(name, place)
     source = Path(name).expanduser()
     if source.is_dir() and folder.is_dir() and source.samefile(folder):
         return

@@ -4,6 +4,7 @@ The budget is a number of steps, not seconds, so that the same pictures give the
 """
 
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,7 @@ from ross_jax.convert.mapping import expand
 from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.demo.once import file_hash, make_once
 from ross_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from ross_jax.storage import location
 from ross_jax.tree import flatten, unflatten
 
 Progress = Callable[[str], None]
@@ -97,7 +99,7 @@ def write_autoencoder(
       UserError: `folder` holds something else or cannot be written.
     """
     config = config or FitConfig()
-    dataset = Path(dataset)
+    dataset = location(dataset)
     settings = {**to_dict(config), "content": file_hash(dataset / "pretrain.json", dataset / "stamp.json", __file__)}
 
     def make(target: Path) -> None:
@@ -106,12 +108,12 @@ def write_autoencoder(
         architecture, params = fit(images, config, progress)
         save_diffusers(architecture, params, target)
 
-    return make_once(Path(folder), settings, make)
+    return make_once(location(folder), settings, make)
 
 
 def load_images(paths: list[Path]) -> UInt8[np.ndarray, "items height width 3"]:
     """Reads pictures of equal size into one array."""
-    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    return np.stack([np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB")) for path in paths])
 
 
 def to_float(images: Array | np.ndarray) -> Float[Array, "items height width 3"]:

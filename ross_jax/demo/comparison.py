@@ -10,6 +10,7 @@ import numpy as np
 
 from ross_jax.demo.figures import new_figure
 from ross_jax.demo.report import kind_title
+from ross_jax.storage import location
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,4 +122,5 @@ def draw(path: Path, table: Sequence[Row], title: str) -> None:
         panel.set_yticks(range(len(shown)), [label for label, _ in shown])
         panel.invert_yaxis()
         panel.set_xlabel(label)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with location(path).open("wb") as file:
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})

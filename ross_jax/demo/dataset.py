@@ -23,6 +23,7 @@ from ross_jax.demo.once import file_hash, make_once
 from ross_jax.demo.photographs import PHOTOGRAPHS, Split, load_photographs
 from ross_jax.demo.questions import ANSWERS, Question, caption, possible_questions
 from ross_jax.demo.scenes import Scene, random_scene
+from ross_jax.storage import location
 
 Record = dict[str, Any]
 
@@ -72,7 +73,7 @@ def write_dataset(folder: str | Path, config: DatasetConfig | None = None) -> bo
     photographs = [photo.path for photo in PHOTOGRAPHS.values()]
     code = [module.__file__ for module in (scenes, questions)]
     settings = {**to_dict(config), "content": file_hash(*photographs, *code, __file__)}
-    return make_once(Path(folder), settings, lambda target: _write(target, config))
+    return make_once(location(folder), settings, lambda target: _write(target, config))
 
 
 def _write(folder: Path, config: DatasetConfig) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ross_jax.config import UserError
+from ross_jax.storage import location
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -42,4 +43,5 @@ def plot_losses(path: str | Path, curves: Mapping[str, Mapping[str, tuple[Sequen
         panel.set(title=title, xlabel="step", ylabel="loss")
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with location(path).open("wb") as file:
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})

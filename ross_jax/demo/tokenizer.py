@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from ross_jax.data.conversation import QWEN_2_SYSTEM
 from ross_jax.demo.once import file_hash, make_once
 from ross_jax.demo.questions import ANSWERS
+from ross_jax.storage import location
 
 MAX_SIZE = 512
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -38,14 +39,14 @@ def write_tokenizer(folder: str | Path, dataset: str | Path) -> bool:
     Raises:
       UserError: `folder` holds something else or cannot be written.
     """
-    files = [Path(dataset) / f"{name}.json" for name in ("pretrain", "finetune", "heldout")]
+    files = [location(dataset) / f"{name}.json" for name in ("pretrain", "finetune", "heldout")]
     settings = {"content": file_hash(*files, __file__)}
 
     def write(target: Path) -> None:
         texts = (turn["value"] for file in files for r in json.loads(file.read_text()) for turn in r["conversations"])
         save_tokenizer(build_tokenizer(texts), target)
 
-    return make_once(Path(folder), settings, write)
+    return make_once(location(folder), settings, write)
 
 
 def build_tokenizer(texts: Iterable[str]) -> Tokenizer:

@@ -10,6 +10,7 @@ from ross_jax.config import ConfigError, UserError
 from ross_jax.evaluation.answering import Asking, collect
 from ross_jax.evaluation.benchmarks import find_benchmark, load_questions, score
 from ross_jax.inference.model import Model
+from ross_jax.storage import location
 from ross_jax.training.callback import Callback
 from ross_jax.training.recipe import RunConfig
 from ross_jax.tree import merge
@@ -35,7 +36,7 @@ class BenchmarkEvaluator(Callback):
         self._asking = Asking(rows=settings.rows, limit=settings.benchmark_limit)
         self._questions = {}
         for name, path in settings.benchmarks:
-            self._questions[name.lower()] = load_questions(name, [Path(path)], images)
+            self._questions[name.lower()] = load_questions(name, [location(path)], images)
 
     def benchmark(self, state: Any) -> dict[str, float]:
         """Scores such as `pope/f1`, and the number of questions that could not be asked as `pope/broken`."""

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from ross_jax.config import UserError
+from ross_jax.storage import location
 
 _GAP = 4
 _LABEL_HEIGHT = 14
@@ -80,4 +81,5 @@ def draw_grid(path: str | Path, columns: Mapping[str, UInt8[np.ndarray, "items h
         for i, pixels in enumerate(images):
             image = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
             grid.paste(image, (left, _LABEL_HEIGHT + _GAP + row * i))
-    grid.save(path)
+    with location(path).open("wb") as file:
+        grid.save(file, "PNG")

@@ -21,6 +21,7 @@ from ross_jax.data.batches import Batch, Expanded, RowShape, empty_batch, place
 from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.data.images import ImageConfig, ImageError, decode, preprocess
 from ross_jax.data.packing import Location
+from ross_jax.storage import location
 
 MAX_NEW_TOKENS = 2**15
 """Longest answer that can be asked for. Room for all of it is made before the first token."""
@@ -131,7 +132,7 @@ def read_images(images: AnyImages, config: ImageConfig) -> list[Resized]:
 def _decode(image: AnyImage, name: str) -> Image.Image:
     if isinstance(image, str | Path):
         try:
-            return decode(Path(image).read_bytes(), name)
+            return decode(location(image).read_bytes(), name)
         except OSError as error:
             raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
     if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim not in (2, 3)):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ross_jax.config import UserError, nearest
 from ross_jax.inference.model import Model
 from ross_jax.inference.prompts import Request
+from ross_jax.storage import is_remote
 
 CHUNK = 256
 """Requests whose images are in memory at once."""
@@ -66,7 +67,7 @@ def answer_file(model: Model, source: Path, target: Path, settings: Mapping[str,
     outcome = Outcome()
     try:
         lines = source.read_bytes().split(b"\n")
-        if target.exists() and target.samefile(source):
+        if target.exists() and not is_remote(source) and target.samefile(source):
             raise UserError(f"{target}: holds the requests; name another file for the answers")
         done = _answered_ids(target)
         with target.open("a", encoding="utf-8") as output, _Progress() as progress:

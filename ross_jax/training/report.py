@@ -5,6 +5,7 @@ from pathlib import Path
 from ross_jax.checkpoints import writing
 from ross_jax.config import UserError
 from ross_jax.console import duration
+from ross_jax.storage import location
 from ross_jax.training.goodput import ACTIVITIES, GOODPUT, LOSSES, Account, goodput, make_account, read_lines
 
 _LOSSES = ("text_loss", "reconstruction_loss")
@@ -77,5 +78,5 @@ class Report:
         losses.set(xlabel="step")
         if self.losses:
             losses.legend()
-        with writing(path, self._folder):
-            figure.savefig(path, dpi=110, metadata={"Software": None})
+        with writing(path, self._folder), location(path).open("wb") as file:
+            figure.savefig(file, format="png", dpi=110, metadata={"Software": None})

@@ -26,7 +26,7 @@ from ross_jax.models.ross import RossConfig
 from ross_jax.objectives.reconstruction import make_objective
 from ross_jax.run_checkpoints import RunCheckpoints
 from ross_jax.sharding import batch_sharding, make_mesh, process_share, use_mesh
-from ross_jax.storage import copy_file, copy_tree, local_folder, location
+from ross_jax.storage import copy_file, copy_tree, location
 from ross_jax.training import agreement, banner
 from ross_jax.training.build import StepProgram, build_step
 from ross_jax.training.cached import check_parameters, check_settings, open_cached, spared_components
@@ -328,11 +328,10 @@ class Run:
         for origin in dict.fromkeys(origins.values()):
             if (origin / "files").is_dir():
                 copy_tree(origin / "files", self.folder / "files")
-        with local_folder(self.folder / "files" / "language") as language:
-            save_tokenizer(self.config.text.tokenizer, language)
-            tokenizer = fingerprint(load_tokenizer(language))
+        language = self.folder / "files" / "language"
+        save_tokenizer(self.config.text.tokenizer, language)
         settings = {
-            "tokenizer": tokenizer,
+            "tokenizer": fingerprint(load_tokenizer(language)),
             "template": self.config.text.template,
             "image_mode": self.config.image_mode,
             "reconstruction": to_dict(self.config.reconstruction),

@@ -11,6 +11,7 @@ import pytest
 
 from launcher import command, environment, losses, parameters, step_lines, train
 from ross_jax.checkpoints import latest_step
+from ross_jax.orbax_calls import is_complete
 
 pytestmark = pytest.mark.slow
 LONG = ("--config.loop.save=1", "--config.data.epochs=7")
@@ -33,9 +34,14 @@ def wait_for_a_step(process, workdir) -> float:
     return 0.0
 
 
+def is_saving(workdir) -> bool:
+    """Whether a step is not complete."""
+    return any(not is_complete(step) for step in (workdir / "steps").glob("*"))
+
+
 def wait_for_a_save(process, workdir) -> None:
     """Returns once a step is being saved."""
-    while process.poll() is None and not any((workdir / "steps").glob("*tmp*")):
+    while process.poll() is None and not is_saving(workdir):
         time.sleep(0.001)
 
 
@@ -69,7 +75,7 @@ def killed_and_restarted(recipe, whole, cut, startup, rng) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         kept.append(latest_step(cut) or 0)
-        unfinished += any((cut / "steps").glob("*tmp*"))
+        unfinished += is_saving(cut)
     assert kept == sorted(kept) and kept[-1] < STEPS, kept  # no checkpoint is lost, and the kills came before the end
     assert unfinished, "no kill came while a step was being saved"
     done = train(recipe, cut, *LONG)

@@ -21,14 +21,16 @@ ACROSS = (*SHORT, "--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # both proc
 
 
 @contextlib.contextmanager
-def two_processes(recipe, workdir, *flags, folders=(None, None)):
+def two_processes(recipe, workdir, *flags, folders=(None, None), logs=None):
     """Two processes of two devices each, and their output files. Kills both at the end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     cluster = ("--distributed", f"--coordinator=localhost:{port}", "--processes=2")
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context((workdir.parent / f"{workdir.name}.{i}.log").open("w+")) for i in range(2)]
+        files = [
+            stack.enter_context(((logs or workdir.parent) / f"{workdir.name}.{i}.log").open("w+")) for i in range(2)
+        ]
         processes = [
             subprocess.Popen(
                 command(recipe, workdir, *flags, *cluster, f"--process={i}"),
