@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 import pytest
-from test_train_processes import two_processes
 
 from bucket import ADDRESS, server  # noqa: F401
 from launcher import SPREAD, command, environment, load_script, losses, parameters, train
