@@ -155,11 +155,11 @@ def save_streamed(folder: Path, leaves: Mapping[str, Any]) -> None:
     check_path(folder)
     handler = _StreamedHandler()
     registry = ocp.type_handlers.create_type_handler_registry((StreamedLeaf, handler))
-    handler_of_leaves = tree_handler(type_handler_registry=registry)
     request = ocp.args.PyTreeSave(leaves, save_args=jax.tree.map(_path_options, leaves))
     with orbax_call(folder, "cannot be written"):
         try:
-            with ocp.Checkpointer(handler_of_leaves, temporary_path_class=MarkedPath) as checkpointer:
+            writer = tree_handler(type_handler_registry=registry)
+            with ocp.Checkpointer(writer, temporary_path_class=MarkedPath) as checkpointer:
                 checkpointer.save(orbax_path(folder), args=request)
         finally:
             if handler.failure:
