@@ -118,7 +118,7 @@ def converse(model: Model, images: list[str], settings: dict[str, Any]) -> None:
                 read_images(value, model.image_config)
                 waiting.append(value)
             elif command == "/save" and value:
-                save(Path(value), [str(image) for image in chat.images], chat.history)
+                save(location(value), [str(image) for image in chat.images], chat.history)
             elif command.startswith("/"):
                 raise UserError(f"{line}: no such command; {COMMANDS}")
             elif line:
@@ -133,7 +133,7 @@ def converse(model: Model, images: list[str], settings: dict[str, Any]) -> None:
 
 def save(path: Path, images: list[str], history: list[tuple[str, str]]) -> None:
     """Writes a conversation with the fields of a record of --input."""
-    record = {"image": [str(Path(image).resolve()) for image in images], "history": history}
+    record = {"image": [str(location(image).resolve()) for image in images], "history": history}
     try:
         path.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import logging
 import sys
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -31,6 +30,7 @@ from ross_jax.plan.planner import plan
 from ross_jax.plan.targets import open_target
 from ross_jax.plan.text import text
 from ross_jax.plan.workload import Options
+from ross_jax.storage import location
 from ross_jax.training.recipe import RunConfig
 
 _CONFIG = command_line.define_recipe()
@@ -67,7 +67,7 @@ def main() -> int:
             "cached": _CACHED.value,
             "prompt": _PROMPT.value,
             "new_tokens": _NEW_TOKENS.value,
-            "dump": Path(_DUMP.value) if _DUMP.value else None,
+            "dump": location(_DUMP.value) if _DUMP.value else None,
         }
         options = from_dict(Options, given, "flags")
         if _SEARCH.value:
@@ -80,7 +80,7 @@ def main() -> int:
             print(text(best))
             figures = dataclasses.asdict(best)
         if _JSON.value:
-            Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
+            location(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
         if _PNG.value:
             draw(best, _PNG.value)
     except UserError as error:

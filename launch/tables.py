@@ -32,6 +32,7 @@ from ross_jax.plan.results import Table, origin, update
 from ross_jax.plan.search import largest_batch
 from ross_jax.plan.targets import GIB, open_target
 from ross_jax.plan.text import summary
+from ross_jax.storage import location
 from ross_jax.training.recipe import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,7 @@ def planned(case: Case) -> Report:
     files = sorted([*(ROOT / "ross_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")])
     code = hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
     tell = functools.partial(print, file=sys.stderr, flush=True)
-    return Plans(Path(_PLANS.value), code + origin(ROOT).versions, read_recipe, tell)(case)
+    return Plans(location(_PLANS.value), code + origin(ROOT).versions, read_recipe, tell)(case)
 
 
 def read_recipe(recipe: str) -> RunConfig:
@@ -262,7 +263,7 @@ def main() -> int:
             if name not in TABLES:
                 raise UserError(f"--tables={name}: no such table{nearest(name, TABLES)}; there are {', '.join(TABLES)}")
         for name in _TABLES.value:
-            make(name, _ONLY.value, Path(_OUTPUT.value))
+            make(name, _ONLY.value, location(_OUTPUT.value))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

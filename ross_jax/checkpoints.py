@@ -1,6 +1,6 @@
 """Checkpoints on disk. This file, `run_checkpoints.py` and `orbax_calls.py` alone know Orbax.
 
-A model directory appears under its name complete or not at all:
+A model directory appears complete or not at all; in a bucket it has a file INCOMPLETE meanwhile:
 
     ross_jax.json   manifest: what the model is and where its tensors came from
     params/         Orbax checkpoint of the parameter tree
@@ -11,7 +11,8 @@ A model directory appears under its name complete or not at all:
 A run's directory is a model directory with two checkpoints in place of `params/`:
 
     frozen/         parameters that do not train, written once
-    steps/N/        params/ and optimizer/ after step N; DAMAGED, with the reason, if it could not be read
+    steps/N/        params/ and optimizer/ after step N; commit_success.txt, written last; DAMAGED, with the reason, if
+                    it could not be read
 
 Every chunk of an array carries a CRC-32C, and `SHA256SUMS` has digests of all other files. Both are compared with what
 is read. Directories that were written before have neither: they are read, with a warning.
@@ -154,11 +155,11 @@ def save_streamed(folder: Path, leaves: Mapping[str, Any]) -> None:
     check_path(folder)
     handler = _StreamedHandler()
     registry = ocp.type_handlers.create_type_handler_registry((StreamedLeaf, handler))
-    handler_of_leaves = tree_handler(type_handler_registry=registry)
     request = ocp.args.PyTreeSave(leaves, save_args=jax.tree.map(_path_options, leaves))
     with orbax_call(folder, "cannot be written"):
         try:
-            with ocp.Checkpointer(handler_of_leaves, temporary_path_class=MarkedPath) as checkpointer:
+            writer = tree_handler(type_handler_registry=registry)
+            with ocp.Checkpointer(writer, temporary_path_class=MarkedPath) as checkpointer:
                 checkpointer.save(orbax_path(folder), args=request)
         finally:
             if handler.failure:

@@ -146,6 +146,7 @@ def _rename(partial: Path, target: Path) -> None:
     with contextlib.suppress(OSError):
         partial.replace(target)
         return
+    _check_free(target)
     with _in_place(target):
         for path in sorted(partial.rglob("*")):
             place = target / path.relative_to(partial)

@@ -1,9 +1,11 @@
 """Helpers that load scripts of launch/ as modules and run launch/train.py on a tiny model and one image."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +101,35 @@ def train(*args: Any, devices: int = 1) -> subprocess.CompletedProcess:
     """Runs `command(*args)` until it exits."""
     environ = environment(devices)
     return subprocess.run(command(*args), capture_output=True, text=True, env=environ, check=False, timeout=600)
+
+
+@contextlib.contextmanager
+def two_processes(recipe, workdir, *flags, folders=(None, None), logs=None):
+    """Two processes of two devices each, and their output files. Kills both at the end."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cluster = ("--distributed", f"--coordinator=localhost:{port}", "--processes=2")
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(((logs or workdir.parent) / f"{workdir.name}.{i}.log").open("w+")) for i in range(2)
+        ]
+        processes = [
+            subprocess.Popen(
+                command(recipe, workdir, *flags, *cluster, f"--process={i}"),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment(devices=2),
+                cwd=folders[i],
+            )
+            for i, file in enumerate(files)
+        ]
+        try:
+            yield processes, files
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
 
 
 def step_lines(workdir: Path) -> list[dict[str, Any]]:

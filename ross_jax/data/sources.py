@@ -252,7 +252,7 @@ class TfdsSource:
     def __init__(self, name: str, split: str, data_dir: str | None = None, caption: str | None = None):
         if data_dir is not None and is_remote(data_dir):
             raise UserError(
-                f"{data_dir}: TFDS data sets are read from disks; copy it to this machine (`gcloud storage cp -r`)"
+                f"{data_dir}: TFDS data sets are read from disks alone; copy it to this machine: `gcloud storage cp -r`"
             )
         import tensorflow_datasets as tfds  # takes a second, which other sources need not wait for
 

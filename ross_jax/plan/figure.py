@@ -6,6 +6,7 @@ from ross_jax.config import UserError
 from ross_jax.plan.report import Report
 from ross_jax.plan.targets import GIB
 from ross_jax.plan.text import summary
+from ross_jax.storage import location
 
 _MEMORY = ("arguments", "outputs", "temporaries", "code")
 
@@ -49,4 +50,5 @@ def draw(report: Report, path: str | Path) -> None:
     right.margins(x=0.12)
     right.legend(loc="lower right", fontsize=8)
     right.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with location(path).open("wb") as file:
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})

@@ -7,12 +7,11 @@ import time
 
 import numpy as np
 import pytest
-from test_train_processes import two_processes
 
 from bucket import ADDRESS, server  # noqa: F401
 from launcher import SPREAD, command, environment, load_script, losses, parameters, train
 from ross_jax.checkpoints import sound_steps
-from ross_jax.storage import location
+from ross_jax.storage import copy_tree, location
 
 pytestmark = pytest.mark.slow
 
@@ -88,12 +87,14 @@ def test_a_run_goes_on_when_the_server_comes_back(recipe, whole, server):  # noq
     same(workdir, whole)
 
 
-def test_processes_without_a_common_disk_train_into_a_bucket(recipe, alone, server, tmp_path):  # noqa: F811
+def test_processes_without_a_common_disk_train_from_and_into_a_bucket(recipe, alone, server, tmp_path):  # noqa: F811
+    copy_tree(recipe.parent, location(f"{ADDRESS}/data"))
     folders = [tmp_path / "one", tmp_path / "other"]
     for folder in folders:
         folder.mkdir()
+        (folder / "recipe.py").write_text(recipe.read_text().replace(str(recipe.parent), f"{ADDRESS}/data"))
     workdir = location(f"{ADDRESS}/runs/both")
-    with two_processes(recipe, workdir, *SPREAD, folders=folders, logs=tmp_path) as (processes, files):
+    with two_processes("recipe.py", workdir, *SPREAD, folders=folders, logs=tmp_path) as (processes, files):
         codes = [process.wait(600) for process in processes]
         assert codes == [0, 0], "\n".join(file.seek(0) or file.read() for file in files)
     np.testing.assert_allclose(losses(workdir), losses(alone(SPREAD)), rtol=1e-5)

@@ -1,53 +1,21 @@
 """Two processes train as one process does, and a signal to one of them ends both."""
 
-import contextlib
 import json
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from launcher import SHORT, SPREAD, command, environment, losses, parameters, step_lines, train
+from launcher import SHORT, SPREAD, losses, parameters, step_lines, train, two_processes
 from ross_jax.checkpoints import latest_step
 
 pytestmark = pytest.mark.slow
 
 ACROSS = (*SHORT, "--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # both processes hold the same rows
-
-
-@contextlib.contextmanager
-def two_processes(recipe, workdir, *flags, folders=(None, None), logs=None):
-    """Two processes of two devices each, and their output files. Kills both at the end."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    cluster = ("--distributed", f"--coordinator=localhost:{port}", "--processes=2")
-    with contextlib.ExitStack() as stack:
-        files = [
-            stack.enter_context(((logs or workdir.parent) / f"{workdir.name}.{i}.log").open("w+")) for i in range(2)
-        ]
-        processes = [
-            subprocess.Popen(
-                command(recipe, workdir, *flags, *cluster, f"--process={i}"),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment(devices=2),
-                cwd=folders[i],
-            )
-            for i, file in enumerate(files)
-        ]
-        try:
-            yield processes, files
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
 
 
 def ends(processes, files) -> list[str]:
