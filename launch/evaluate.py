@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     talk()
     try:
         args = make_parser().parse_args(argv)
-        with working_copy(args.output) as args.output:
+        with working_copy(args.output) as output:
+            args.output = output
             evaluate(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ross_jax.config import ConfigError, UserError, from_dict, nearest, shortened
 from ross_jax.console import talk
+from ross_jax.storage import is_remote, location
 from ross_jax.training.recipe import RunConfig
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[1]
@@ -69,9 +70,9 @@ class _RecipeParser(flags.ArgumentParser):
         self._argv = argv
 
     def parse(self, argument: str) -> ConfigDict:
-        path, *arguments = argument.split(":", 1)
+        path, *arguments = re.split(r":(?!//)", argument, maxsplit=1)
         recipe = import_recipe(path)
-        with _running(Path(path)):
+        with _running(location(path)):
             config = recipe.get_config(*arguments)
         if not isinstance(config, ConfigDict):
             raise UserError(f"{path}: get_config() returns {type(config).__name__}, not ConfigDict")
@@ -103,7 +104,7 @@ def _check_fields(config: ConfigDict, argv: Sequence[str]) -> None:
 
 
 def import_recipe(path: str | Path) -> ModuleType:
-    """The module of a recipe's file.
+    """The module of a recipe's file, which may lie in a bucket.
 
     Recipes may build on one another: `from configs import ross` finds the folder `configs` beside the recipe's own
     folder, or in this repository.
@@ -111,7 +112,7 @@ def import_recipe(path: str | Path) -> ModuleType:
     Raises:
       UserError: no such file, a file that fails, or one without `get_config`.
     """
-    path = Path(path)
+    path = location(path)
     if not path.is_file():
         near = nearest(path.name, (file.name for file in path.parent.glob("*.py")))
         raise UserError(f"{path}: no such file{near}")
@@ -119,7 +120,10 @@ def import_recipe(path: str | Path) -> ModuleType:
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     with _running(path):
-        SourceFileLoader(module.__name__, str(path)).exec_module(module)
+        if is_remote(path):
+            exec(compile(path.read_text(), str(path), "exec", dont_inherit=True), module.__dict__)
+        else:
+            SourceFileLoader(module.__name__, str(path)).exec_module(module)
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"{path}: has no function get_config, which returns a recipe's config")
     return module

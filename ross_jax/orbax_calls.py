@@ -42,9 +42,11 @@ def is_complete(folder: Path) -> bool:
     """Whether a checkpoint was written to its end."""
     if (folder / COMMIT).exists():
         return True
-    try:  # Orbax's metadata have this time since everything else was written
+    try:  # this time is written when everything else has been
         return bool(load_json(folder / _METADATA).get("commit_timestamp_nsecs"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+    except StorageError:
+        raise
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -35,13 +35,13 @@ def same(one, other) -> None:
 
 
 def test_a_run_in_a_bucket_survives_what_one_on_a_disk_does(recipe, whole, server, capfd):  # noqa: F811
-    """It is killed, its newest step is damaged, a second run begins beside it, and the server is killed and restarted.
+    """It is killed, its newest step is damaged, a second one begins beside it, the server is killed and started again.
 
     It ends with the numbers of a run on a disk that nothing happened to. The model in it is exported and imported.
     """
     workdir = location(f"{ADDRESS}/runs/a")
-    slow = "--config.loop.keep=5"
-    first = start(recipe, workdir, slow)
+    keep = "--config.loop.keep=5"
+    first = start(recipe, workdir, keep)
     wait_for(first, lambda: len(sound_steps(workdir)) >= 3)
     first.kill()
     first.wait()
@@ -52,12 +52,18 @@ def test_a_run_in_a_bucket_survives_what_one_on_a_disk_does(recipe, whole, serve
         content = bytearray(chunk.read_bytes())
         content[len(content) // 2] ^= 1
         chunk.write_bytes(content)
-    again = start(recipe, workdir, slow)
+    again = start(recipe, workdir, keep)
     wait_for(again, lambda: len(sound_steps(workdir)) > len(before))
-    second = train(recipe, workdir, slow)
+    second = train(recipe, workdir, keep)
     assert second.returncode == 1 and "another process is writing it (process" in second.stderr, second.stderr
+    server.kill()
+    time.sleep(3)
+    server.start()
     output, _ = again.communicate(timeout=600)
-    assert again.returncode == 0, output
+    if again.returncode:  # it may end, clearly; the same command continues
+        assert again.returncode in (1, 75) and "Traceback" not in output, output
+        done = train(recipe, workdir, keep)
+        assert done.returncode == 0, done.stderr
     assert f"step {before[-1]} is damaged, the run continues from step {before[-2]}" in output
     same(workdir, whole)
     exported, imported = f"{ADDRESS}/exported", f"{ADDRESS}/imported"
@@ -70,21 +76,6 @@ def test_a_run_in_a_bucket_survives_what_one_on_a_disk_does(recipe, whole, serve
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
     assert convert(["import", "--from", exported, "--output", imported]) == 1
     assert "exists already" in capfd.readouterr().err
-
-
-def test_a_run_goes_on_when_the_server_comes_back(recipe, whole, server):  # noqa: F811
-    workdir = location(f"{ADDRESS}/runs/back")
-    process = start(recipe, workdir)
-    wait_for(process, lambda: sound_steps(workdir))
-    server.kill()
-    time.sleep(3)
-    server.start()
-    output, _ = process.communicate(timeout=600)
-    if process.returncode:  # clear, and the same command continues
-        assert process.returncode == 1 and "Traceback" not in output, output
-        done = train(recipe, workdir)
-        assert done.returncode == 0, done.stderr
-    same(workdir, whole)
 
 
 def test_processes_without_a_common_disk_train_from_and_into_a_bucket(recipe, alone, server, tmp_path):  # noqa: F811

@@ -18,10 +18,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
 
 @pytest.fixture(scope="module")
-def there(recipe, tmp_path_factory, server):  # noqa: F811
-    """The recipe whose data and tokenizer lie in the bucket."""
+def there(recipe, server):  # noqa: F811
+    """The recipe in the bucket, where its data and its tokenizer lie, too."""
     copy_tree(recipe.parent, location(f"{ADDRESS}/made"))
-    path = tmp_path_factory.mktemp("there") / "recipe.py"
+    path = location(f"{ADDRESS}/made/recipe.py")
     path.write_text(RECIPE.format(model=to_dict(SIZED), data=f"{ADDRESS}/made"))
     return path
 
