@@ -39,8 +39,8 @@ class DamagedError(CheckpointError):
 
 
 def write_sums(folder: Path, files: Iterable[Path]) -> None:
-    """Writes the digests of files below `folder` into its `SHA256SUMS`."""
-    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    """Writes the digests of files below `folder`, its mark INCOMPLETE aside, into its `SHA256SUMS`."""
+    names = sorted(path.relative_to(folder).as_posix() for path in files if path.name != INCOMPLETE)
     write_whole(folder / SUMS, "".join(f"{_digest(folder / name)}  {name}\n" for name in names))
 
 

@@ -175,7 +175,9 @@ def test_a_directory_is_whole_or_marked(folder):
         (place / "a").write_text("1")
         with pytest.raises(CheckpointError, match="is incomplete"):
             refuse_incomplete(target)
+        directories.write_sums(place, place.rglob("*"))
     refuse_incomplete(target)
+    assert directories.check_sums(target, "a")
     with pytest.raises(CheckpointError, match="exists already"), complete_directory(target):
         pass
     (target / directories.INCOMPLETE).touch()  # as a killed process leaves it
