@@ -101,7 +101,9 @@ def campaign(subject: Subject, work: Path, rng: random.Random, more: Callable[[i
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(subject.folder, work)
         files = sorted(path for path in work.rglob("*") if path.is_file() and "tensorboard" not in path.parts)
-        said = inject(rng.choice(files), rng, KINDS[outcomes.total() % len(KINDS)])
+        sizes = [path.stat().st_size for path in files]  # most small files are never read
+        chosen = rng.choices(files, sizes if rng.random() < 0.5 and any(sizes) else None)[0]
+        said = inject(chosen, rng, KINDS[outcomes.total() % len(KINDS)])
         outcome = subject.examine(work)
         known = outcome in ("detected", "recovered", "harmless")
         outcomes[outcome if known else f"{said}: {outcome}"] += 1
