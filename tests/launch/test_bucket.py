@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bucket import ADDRESS, server  # noqa: F401
-from launcher import SPREAD, command, environment, load_script, losses, parameters, train
+from launcher import SPREAD, command, environment, load_script, losses, parameters, train, two_processes
 from ross_jax.checkpoints import sound_steps
 from ross_jax.storage import copy_tree, location
 
