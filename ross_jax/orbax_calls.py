@@ -105,20 +105,22 @@ def silence() -> Iterator[None]:
     """Keeps Orbax from printing, with tracebacks, the errors that it raises.
 
     Each of its threads logs an error on its own, asyncio logs errors that nobody awaited, and reads and writes that are
-    still in flight call back into a closed event loop, which Python hands to `sys.unraisablehook`. All of that may come
-    after the error was raised, so a failed call ends when nothing has come for a while.
+    still in flight call back into a closed event loop, or fail when they are collected, which Python hands to
+    `sys.unraisablehook`. All of that may come after the error was raised, so a failed call ends when nothing has come
+    for a while.
     """
     heard: list[float] = []  # when something was kept from being printed
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) == "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine that is collected before its end
+        if str(unraisable.exc_value) == "Event loop is closed" or (code and _in_orbax(code.co_filename)):
             heard.append(time.monotonic())
         else:
             previous(unraisable)
 
     def keep(record: logging.LogRecord) -> bool:
-        if f"{os.sep}orbax{os.sep}" in record.pathname or "exception was never retrieved" in record.getMessage():
+        if _in_orbax(record.pathname) or "exception was never retrieved" in record.getMessage():
             heard.append(time.monotonic())
             return False
         return True
@@ -139,6 +141,10 @@ def silence() -> Iterator[None]:
         sys.unraisablehook = previous
         for logger in loggers:
             logger.removeFilter(keep)
+
+
+def _in_orbax(file: str) -> bool:
+    return f"{os.sep}orbax{os.sep}" in file
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:

@@ -126,6 +126,8 @@ class Heartbeat:
             process.end(TRY_AGAIN, text)
 
     def _end_without_first(self) -> None:
+        if _leaving.locked():  # another thread is about to end this process, for the error that ended process 0
+            time.sleep(_LEAVE)
         process.end(TRY_AGAIN, f"error: lost process 0 ({self._address}), which does not answer any more. {_AGAIN}")
 
     def _aborting(self, number: int) -> None:
@@ -152,6 +154,8 @@ def take_leave(state: Any, without: Collection[int] = ()) -> None:
         state.client.key_value_set(f"{_LEFT}{state.process_id}", "", allow_overwrite=True)
         while state.process_id == 0 and not others <= _left(state) and time.monotonic() < until:
             time.sleep(POLL / 10)
+    if state.process_id == 0:
+        time.sleep(POLL / 10)  # others have said that they end, and now do
 
 
 def _left(state: Any) -> set[int]:
