@@ -95,6 +95,17 @@ def remove_tree(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _copy_into(folder: str, path: Path) -> Path:
+    """The place of a copy in a temporary folder. It is there if there is something to copy."""
+    copy = Path(folder) / path.name
+    if path.is_file():
+        copy_file(path, copy)
+    elif path.exists():
+        copy.mkdir()
+        copy_tree(path, copy)
+    return copy
+
+
 @contextlib.contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
     """A file or folder as libraries can read it that know only this machine: itself, or a temporary copy."""
@@ -102,13 +113,7 @@ def local_copy(path: Path) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="ross_jax_") as folder:
-        copy = Path(folder) / path.name
-        if path.is_file():
-            copy_file(path, copy)
-        else:
-            copy.mkdir()
-            copy_tree(path, copy)
-        yield copy
+        yield _copy_into(folder, path)
 
 
 @contextlib.contextmanager
@@ -136,12 +141,7 @@ def working_copy(path: Path) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="ross_jax_") as folder:
-        copy = Path(folder) / path.name
-        if path.is_file():
-            copy_file(path, copy)
-        elif path.exists():
-            copy.mkdir()
-            copy_tree(path, copy)
+        copy = _copy_into(folder, path)
 
         def state() -> dict[Path, tuple[int, int]]:
             files = [file for file in (copy, *copy.rglob("*")) if file.is_file()]

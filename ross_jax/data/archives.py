@@ -12,7 +12,7 @@ import posixpath
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -21,6 +21,7 @@ import numpy as np
 from ross_jax.config import UserError, required
 from ross_jax.data.formats import foreign_format
 from ross_jax.data.images import ImageError
+from ross_jax.data.members import Index, clean, link_target
 from ross_jax.data.ranges import NO_CACHES, BucketRange, Caches, ChangedError, FileRange, Ranges, file_mode, open_range
 from ross_jax.data.spelling import briefly, spellings
 from ross_jax.storage import Status, StorageError, is_remote, location
@@ -28,7 +29,6 @@ from ross_jax.storage import Status, StorageError, is_remote, location
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
-_MAX_LINKS = 40  # links on the way to one file, as in Linux
 _MAX_TARGET = 4096  # bytes of a link's target, as in Linux
 MAX_IMAGE_BYTES = 64 * 2**20
 """Most bytes of an image file, by default."""
@@ -175,7 +175,7 @@ class BucketFolder:
         self.path, self._max_bytes, self._caches = str(place), max_bytes, caches
         found = {file.relative_to(place).as_posix(): status for file, status in place.files().items()}
         self._members = {name: (status.st_size, required(status.generation)) for name, status in found.items()}
-        self._index = _Index({_clean(name): name for name in self._members}, {})
+        self._index = Index({clean(name): name for name in self._members}, {})
 
     def names(self) -> list[str]:
         return _images(self._members)
@@ -206,7 +206,7 @@ class Tar:
         index = caches.index(file, "members of a tar, 1", lambda: _tar_index(file))
         names, links, targets = (_split(index[name]) for name in ("names", "links", "targets"))
         self._members = dict(zip(names, map(tuple, index["ranges"].tolist()), strict=True))
-        self._index = _Index(self._members, dict(zip(links, targets, strict=True)))
+        self._index = Index(self._members, dict(zip(links, targets, strict=True)))
 
     def names(self) -> list[str]:
         return _images(self._index)
@@ -230,13 +230,13 @@ def _tar_index(file: Ranges) -> dict[str, np.ndarray]:
     members: dict[str, tuple[int, int]] = {}
     with file.open() as content, tarfile.open(fileobj=content, mode="r:", tarinfo=_TarMember) as archive:
         for member in archive:
-            name = _clean(member.name).replace("\0", "")
+            name = clean(member.name).replace("\0", "")
             if member.isreg():
                 members[name] = member.offset_data, member.size
             elif member.issym():
-                links[name] = _link_target(name, member.linkname)
+                links[name] = link_target(name, member.linkname)
             elif member.islnk():
-                links[name] = _clean(member.linkname)
+                links[name] = clean(member.linkname)
     ranges = np.array(list(members.values()), np.int64).reshape(-1, 2)
     return {"names": _joined(members), "ranges": ranges, "links": _joined(links), "targets": _joined(links.values())}
 
@@ -271,12 +271,12 @@ class Zip:
         starts = np.array([member.header_offset for member in members], np.int64)
         self._starts = np.append(np.sort(starts), archive.start_dir)
         for member in members:
-            name = _clean(member.filename)
+            name = clean(member.filename)
             if stat.S_ISLNK(member.external_attr >> 16):
-                links[name] = _link_target(name, os.fsdecode(_read_member(archive, member, _MAX_TARGET)))
+                links[name] = link_target(name, os.fsdecode(_read_member(archive, member, _MAX_TARGET)))
             elif not member.is_dir():
                 self._members[name] = member.filename
-        self._index = _Index(self._members, links)
+        self._index = Index(self._members, links)
 
     def _open(self) -> zipfile.ZipFile:
         # A ZipFile locks its file position for threads, but not for processes, so each process opens its own.
@@ -369,71 +369,6 @@ def _read(file: io.BufferedIOBase, max_bytes: int, piece: int = 2**20) -> bytes:
 
 def _too_large(max_bytes: int) -> ImageError:
     return ImageError(f"has more than {max_bytes} bytes; scale it down, or raise data.max_image_bytes")
-
-
-class _Index:
-    """Names of an archive's members, and where its links lead.
-
-    Args:
-      members: the names of files.
-      links: name of a link -> name that it leads to, relative to the archive's root. A link that leads out of the
-        archive leads to no member.
-    """
-
-    def __init__(self, members: Mapping[str, Any], links: Mapping[str, str]):
-        self._members, self._links = members, links
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._members
-        folders = {parent for name in self._members for parent in _parents(name)}
-        yield from (name for name in self._links if self._follow(name) not in folders)
-
-    def find(self, name: str) -> str | None:
-        """The member or link that a record means by `name`; None if there is none."""
-        for spelling in spellings(name):
-            clean = _clean(spelling)
-            if clean in self._members or clean in self._links or self._follow(clean) in self._members:
-                return clean
-        return None
-
-    def member(self, name: str) -> Any:
-        """What the archive has under a member's name."""
-        return self._members[name]
-
-    def target(self, name: str) -> str:
-        """The member that holds the bytes of `name`.
-
-        Raises:
-          ImageError: it is a link that leads to no member.
-        """
-        target = self._follow(self.find(name) or name)
-        if target not in self._members:
-            raise ImageError(f"is a link to {briefly(target)!r}, which is not in the archive")
-        return target
-
-    def _follow(self, name: str) -> str:
-        """The name with every link in it replaced."""
-        for _ in range(_MAX_LINKS if self._links else 0):
-            link = next((each for each in (name, *_parents(name)) if each in self._links), None)
-            if link is None:
-                break
-            name = posixpath.normpath(self._links[link] + name[len(link) :])
-        return name
-
-
-def _parents(name: str) -> Iterator[str]:
-    """Folders of a name, the innermost first."""
-    while "/" in name:
-        name = name.rpartition("/")[0]
-        yield name
-
-
-def _link_target(name: str, target: str) -> str:
-    return posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-
-
-def _clean(name: str) -> str:
-    return posixpath.normpath(name.replace("\\", "/")).lstrip("/")
 
 
 def _is_hidden(name: str) -> bool:

@@ -86,7 +86,7 @@ class FileRange:
         """`size` bytes from `start`.
 
         Raises:
-          UserError: the file was changed, so known ranges no longer hold.
+          UserError: the file was changed after it was opened, so that its ranges are not known.
         """
         if self._descriptor is None:
             self.check()
@@ -124,7 +124,7 @@ class FileRange:
 
 
 class ChangedError(UserError):
-    """An object that is no longer as it was when it was opened."""
+    """An object that was written or removed after it was opened."""
 
 
 class BucketRange:
