@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -198,16 +199,25 @@ def lock(target: Path) -> Iterator[None]:
         return
     with path.open("a+", encoding="utf-8") as file:
         mine = _acquire(file, path, target)
-        done = threading.Event()
-        beating = threading.Thread(target=_beat, args=(path, target, mine, done), daemon=True)
-        beating.start()
         try:
-            yield
+            with _meanwhile(functools.partial(_beat, path, target, mine)):
+                yield
         finally:
-            done.set()
-            beating.join()
             if _is_current(file, path):
                 path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Runs `work` in a thread, and sets its event when the block ends."""
+    done = threading.Event()
+    thread = threading.Thread(target=work, args=(done,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _acquire(file: TextIO, path: Path, target: Path) -> str:
@@ -335,21 +345,17 @@ def _bucket_lock(path: BucketPath, target: Path) -> Iterator[None]:
         raise CheckpointError(f"{target}: is a whole bucket; name a folder in it")
     mine = json.dumps(_this_process() | {"since": _now(), "token": secrets.token_hex(8)}).encode()
     generation = _take(path, mine, target)
-    done = threading.Event()
 
-    def beat() -> None:
+    def beat(done: threading.Event) -> None:
         nonlocal generation
         while not done.wait(_BEAT):
             with contextlib.suppress(StorageError):  # the next beat may succeed
                 generation = path.write_version(mine, generation) or _taken_over(target)
 
-    beating = threading.Thread(target=beat, daemon=True)
-    beating.start()
     try:
-        yield
+        with _meanwhile(beat):
+            yield
     finally:
-        done.set()
-        beating.join()
         with contextlib.suppress(StorageError):  # is free after a minute
             path.unlink_version(generation)
 
