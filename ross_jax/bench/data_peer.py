@@ -3,11 +3,12 @@
 import io
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from ross_jax.data.images import ImageConfig, preprocess
+from ross_jax.data.images import ImageConfig
 from ross_jax.data.samples import LazyImage
 
 _FOREVER = 2**40
@@ -24,7 +25,22 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         with Image.open(io.BytesIO(self._images[index].read())) as image:
-            return torch.from_numpy(preprocess(image.convert("RGB"), self._config).copy())
+            return torch.from_numpy(np.array(transform(image.convert("RGB"), self._config)))
+
+
+def transform(image: Image.Image, config: ImageConfig) -> Image.Image:
+    """A square RGB image, as LLaVA's `expand2square` and the encoder's processor make it."""
+    if config.mode == "pad" and image.width != image.height:
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in config.mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    edge = config.shortest_edge or (config.size if config.mode == "crop" else None)
+    if edge is None:
+        return image.resize((config.size, config.size), config.resample)
+    image = image.resize([edge * length // min(image.size) for length in image.size], config.resample)
+    left, top = (image.width - config.size) // 2, (image.height - config.size) // 2
+    return image.crop((left, top, left + config.size, top + config.size))
 
 
 class Loader:

@@ -213,32 +213,38 @@ def preprocess(image: Image.Image, config: ImageConfig, name: str = "image") -> 
     Raises:
       ImageError: an intermediate image would exceed `MAX_PIXELS` or `MAX_MEMORY`, because the aspect ratio is extreme.
     """
-    shortest_edge = config.shortest_edge
-    if config.mode == "pad":
-        image = _expand_to_square(image, config.mean, name)
-    elif config.mode == "crop" and shortest_edge is None:
-        shortest_edge = config.size
     resample = Image.Resampling(config.resample)
-    if shortest_edge is None:
-        return np.asarray(image.resize((config.size, config.size), resample))
-    width, height = image.size
-    longest_edge = int(shortest_edge * max(width, height) / min(width, height))
-    _check_area(shortest_edge * longest_edge, image, name)
-    width, height = (shortest_edge, longest_edge) if width <= height else (longest_edge, shortest_edge)
-    left, top = (width - config.size) // 2, (height - config.size) // 2
-    resized = image.resize((width, height), resample)
+    shortest_edge = config.shortest_edge
+    if config.mode == "crop" and shortest_edge is None:
+        shortest_edge = config.size
+    if config.mode == "pad":
+        resized = _resize_padded(image, shortest_edge or config.size, config, name)
+    elif shortest_edge is None:
+        resized = image.resize((config.size, config.size), resample)
+    else:
+        width, height = image.size
+        longest_edge = int(shortest_edge * max(width, height) / min(width, height))
+        _check_area(shortest_edge * longest_edge, image, name)
+        size = (shortest_edge, longest_edge) if width <= height else (longest_edge, shortest_edge)
+        resized = image.resize(size, resample)
+    left, top = (resized.width - config.size) // 2, (resized.height - config.size) // 2
     return np.asarray(resized.crop((left, top, left + config.size, top + config.size)))
 
 
-def _expand_to_square(image: Image.Image, mean: Colour, name: str) -> Image.Image:
+def _resize_padded(image: Image.Image, size: int, config: ImageConfig, name: str) -> Image.Image:
+    """The image, centred on a square of the mean colour and resized to `size`.
+
+    Pillow resizes rows, then columns. Rows of one colour stay as they are, so a wide image is padded in between.
+    """
     width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
+    side, resample = max(width, height), Image.Resampling(config.resample)
     _check_area(side * side, image, name)
-    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    columns = side
+    if width > height:
+        columns, image = size, image.resize((size, height), resample)
+    padded = Image.new("RGB", (columns, side), tuple(int(value * 255) for value in config.mean))
+    padded.paste(image, ((columns - image.width) // 2, (side - height) // 2))
+    return padded.resize((size, size), resample)
 
 
 def _check_area(pixels: int, image: Image.Image, name: str) -> None:

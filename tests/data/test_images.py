@@ -160,6 +160,21 @@ def test_every_shape_becomes_the_square(mode, size, shortest_edge):
     assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_padded_is_resized_as_by_the_reference(data):
+    """The same pixels as `expand2square` and one resize, for every filter, mean colour and shape."""
+    width, height, size = (data.draw(st.integers(1, 90)) for _ in range(3))
+    mean = data.draw(st.tuples(*[st.floats(0, 1)] * 3))
+    resample = data.draw(st.sampled_from(Image.Resampling))
+    pixels = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 256, (height, width, 3), np.uint8)
+    side, image = max(width, height), Image.fromarray(pixels)
+    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    expected = np.asarray(square.resize((size, size), resample))
+    np.testing.assert_array_equal(preprocess(image, ImageConfig(size, mean, resample=resample)), expected)
+
+
 @pytest.mark.parametrize("mode", ["pad", "crop"])
 def test_extreme_aspect_ratio_is_refused(mode):
     image = Image.new("RGB", (200_000, 1))

@@ -4,11 +4,14 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from launcher import load_script
 from ross_jax.bench import generate
 from ross_jax.bench.data import write_synthetic
+from ross_jax.data.images import ImageConfig, preprocess
 from ross_jax.models.language import LanguageConfig
 
 bench = load_script("bench")
@@ -140,3 +143,14 @@ def test_data_beside_torch(tmp_path):
     found = json.loads(out.read_text())
     assert found["images_per_s"] > 0 and found["torch_images_per_s"] > 0 and found["workers"] == 1
     assert 0 < found["decode_share"] < 1 and found["read_share"] + found["decode_share"] + found["resize_share"] < 1
+
+
+@pytest.mark.parametrize(("mode", "shortest_edge"), [("pad", None), ("square", None), ("square", 12), ("crop", None)])
+def test_torch_reads_the_same_pixels(mode, shortest_edge):
+    pytest.importorskip("torch")
+    from ross_jax.bench.data_peer import transform
+
+    config = ImageConfig(10, mode=mode, shortest_edge=shortest_edge)
+    for size in ((31, 20), (20, 31), (7, 7)):
+        image = Image.effect_noise(size, 90).convert("RGB")
+        np.testing.assert_array_equal(np.asarray(transform(image, config)), preprocess(image, config))
