@@ -2,8 +2,8 @@
 
 from setuptools import find_packages, setup
 
-# The last version for Python 3.11. A newer one is allowed once the default tests pass with it on Python 3.12.
-JAX = ">=0.10.2,<0.11"
+# 0.10.2 is the last for Python 3.11. The default tests pass with 0.12.0.1 on Python 3.12.
+JAX = ">=0.10.2,<0.13"
 
 RUNTIME = [
     f"jax{JAX}",  # arrays, autodiff, compilation, sharding
