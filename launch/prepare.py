@@ -18,6 +18,7 @@ from ross_jax.arguments import Parser
 from ross_jax.config import UserError
 from ross_jax.console import say, talk
 from ross_jax.prepare import hub, layout, public
+from ross_jax.process import leave
 from ross_jax.storage import location
 
 
@@ -74,4 +75,4 @@ def prepare(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ross_jax.config import ConfigError, UserError, from_dict, nearest, shortened
 from ross_jax.console import talk
+from ross_jax.process import leave
 from ross_jax.storage import is_remote, location
 from ross_jax.training.recipe import RunConfig
 
@@ -151,7 +152,7 @@ def _running(path: Path) -> Iterator[None]:
 
 def run(main: Callable[[], int]) -> None:
     """Reads the flags, loads the recipe, and exits with the status that `main` returns."""
-    app.run(lambda _: _until_nobody_reads(main), flags_parser=_parse)
+    leave(lambda: app.run(lambda _: _until_nobody_reads(main), flags_parser=_parse))
 
 
 def _until_nobody_reads(main: Callable[[], int]) -> int:
