@@ -45,6 +45,8 @@ def list_files(item: Item) -> list[HubFile]:
     with _explained(item):
         listed = HfApi().list_repo_tree(item.repo, item.subfolder or None, recursive=True, repo_type=item.kind)
         files = [each for each in listed if hasattr(each, "blob_id") and item.wants(each.path)]
+    if any(each.path.endswith(".safetensors") for each in files):
+        files = [each for each in files if not each.path.endswith(".bin")]
     if not files:
         raise UserError(f"{item.repo}: the hub has none of {', '.join(item.patterns)} there")
     return [_describe(each) for each in files]

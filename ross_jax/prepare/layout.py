@@ -43,13 +43,16 @@ def missing_files(item: Item, root: Path) -> list[str]:
         return [name for name in item.patterns if not kept(folder / name).is_file()]
     if not (folder / "config.json").is_file():
         return ["config.json"]
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: is no index of weights ({type(error).__name__}: {error})") from error
-        return sorted(name for name in names if not (folder / name).is_file())
-    return [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
+    for suffix in (".safetensors", ".bin"):
+        for index in folder.glob(f"*{suffix}.index.json"):
+            try:
+                names = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"{index}: is no index of weights ({type(error).__name__}: {error})") from error
+            return sorted(name for name in names if not (folder / name).is_file())
+        if any(folder.glob(f"*{suffix}")):
+            return []
+    return ["*.safetensors"]
 
 
 def make_source(conversations: Path, archives: Sequence[Path]) -> SourceConfig:
