@@ -22,8 +22,13 @@ usage() {
 }
 
 call() {
+  local word
   if [ -n "${DRY_RUN:-}" ]; then
-    printf '%q ' "$@" && echo
+    for word in "$@"; do
+      [[ $word = *[!a-zA-Z0-9_./:=@-]* ]] && word=${word@Q}
+      printf '%s ' "$word"
+    done
+    echo
   else
     "$@"
   fi
@@ -78,7 +83,7 @@ case $kind in
     on_hosts "$kind" "$name" "$zone" "$remote"
     ;;
   log) on_hosts "$scope" "$name" "$zone" "tail -n 40 $dir/train.log" ;;
-  stop) on_hosts "$scope" "$name" "$zone" "pkill -TERM -f launch/train.py" ;;
+  stop) on_hosts "$scope" "$name" "$zone" "pkill -TERM -f '[l]aunch/train.py'" ;;
   *)
     echo "error: $kind: expected create, setup, slice, slices, log or stop" >&2
     exit 2
