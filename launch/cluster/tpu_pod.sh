@@ -63,7 +63,7 @@ case $kind in
     remote="set -e; export PATH=\$HOME/.local/bin:\$PATH;"
     remote+=" command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh;"
     [ -z "${REPO:-}" ] || remote+=" [ -d $dir ] || git clone $(printf %q "$REPO") $dir;"
-    remote+=" cd $dir; uv python install 3.12; PYTHON=\$(uv python find 3.12) bash launch/setup.sh tpu;"
+    remote+=" cd $dir; uv python install 3.12; PYTHON=\$(uv python find 3.12) bash launch/setup.sh tpu gcs;"
     if [ -n "${BUCKET:-}" ]; then
       remote+=" command -v gcsfuse >/dev/null || { echo 'error: gcsfuse is not installed on this image' >&2; exit 1; };"
       remote+=" mkdir -p ~/shared; mountpoint -q ~/shared || gcsfuse --implicit-dirs $(printf %q "$BUCKET") ~/shared;"

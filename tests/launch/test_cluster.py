@@ -124,7 +124,7 @@ def test_a_slice_is_made_and_installed(tmp_path):
     command = ["bash", "-c", remote.removeprefix("--command=")]
     found = os.environ | {"HOME": str(home), "PATH": f"{tools}:/usr/bin:/bin"}
     subprocess.run(command, cwd=home, env=found, check=True, timeout=60)
-    assert (home / "installed").read_text() == f"/opt/python3.12 {home}/my code tpu\n"
+    assert (home / "installed").read_text() == f"/opt/python3.12 {home}/my code tpu gcs\n"
     assert not Path(f"{git}.json").exists()  # the repository is there
     assert recorded(fuse) == [["--implicit-dirs", "my-bucket", f"{home}/shared"]]
 
