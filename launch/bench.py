@@ -30,6 +30,7 @@ from ross_jax.console import talk
 from ross_jax.data.images import ImageConfig
 from ross_jax.data.packing import PackingConfig
 from ross_jax.models.quantization import DTYPES
+from ross_jax.process import leave
 from ross_jax.storage import location
 
 RECIPE = Path(__file__).parents[1] / "configs" / "bench.py"
@@ -168,4 +169,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

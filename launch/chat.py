@@ -25,6 +25,7 @@ from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.inference.model import Model, load
 from ross_jax.inference.prompts import read_images
 from ross_jax.objectives.objective import Sampling
+from ross_jax.process import leave
 from ross_jax.sharding import parse_mesh
 from ross_jax.storage import location
 
@@ -201,7 +202,10 @@ def serve(page: Any, host: str, port: int, upload_mb: int) -> None:
     shown = {"theme": theme, "quiet": True, "footer_links": [], "prevent_thread_lock": True, "show_error": True}
     _, address, _ = page.launch(server_name=host, server_port=port, **bounds, **shown)
     print(address, flush=True)
-    page.block_thread()
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -238,4 +242,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -14,11 +14,13 @@ from pathlib import Path
 from ross_jax.arguments import SEED, Parser
 from ross_jax.command_line import import_recipe, load_recipe
 from ross_jax.config import UserError
+from ross_jax.console import say, talk
 from ross_jax.demo.autoencoder import FitConfig
 from ross_jax.demo.comparison import draw, markdown, rows
 from ross_jax.demo.prepare import prepare
 from ross_jax.demo.report import run_folder, summarise
-from ross_jax.demo.running import Interrupted, say, train
+from ross_jax.demo.running import Interrupted, train
+from ross_jax.process import leave
 from ross_jax.storage import location
 
 RECIPE = Path(__file__).parents[1] / "configs" / "comparison.py"
@@ -37,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, within=SEED, nargs="+", default=recipe.SEEDS, metavar="SEED")
     parser.add_argument("--quick", action="store_true", help="very little data, to check that everything runs")
     parser.add_argument("--root", type=location, metavar="DIR", help="folder to write to (default runs/comparison)")
+    talk()
     try:
         args = parser.parse_args(argv)
         root = args.root or location("runs/comparison-quick" if args.quick else "runs/comparison")
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         labels = f"{dataset.labels_per_type} labels per type of question, {dataset.unlabelled} pictures"
         draw(root / "table.png", table, f"{labels}, {len(args.seeds)} seeds")
     except UserError as error:
-        say(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted:
         say("interrupted; run the same command to continue")
@@ -68,4 +71,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -20,6 +20,7 @@ from ross_jax.convert.export_weights import DTYPE_NAMES
 from ross_jax.convert.exporting import COMPONENTS
 from ross_jax.convert.peft import EXPORTED
 from ross_jax.data.conversation import Template
+from ross_jax.process import end, leave
 from ross_jax.storage import location
 
 
@@ -104,10 +105,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # threads that still write are not waited for; the next run clears what they leave
-        print("error: interrupted; nothing was converted", file=sys.stderr, flush=True)
-        os._exit(130)
+        end(130, "error: interrupted; nothing was converted")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 from ross_jax.arguments import SEED, Parser
 from ross_jax.command_line import import_recipe, load_recipe
 from ross_jax.config import UserError
+from ross_jax.console import say, talk
 from ross_jax.demo.autoencoder import FitConfig
 from ross_jax.demo.dataset import DatasetConfig
 from ross_jax.demo.prepare import prepare
@@ -27,8 +28,8 @@ from ross_jax.demo.report import (
     score_denoiser,
     summarise,
 )
-from ross_jax.demo.running import Interrupted, say, train
-from ross_jax.process import peak_memory
+from ross_jax.demo.running import Interrupted, train
+from ross_jax.process import leave, peak_memory
 from ross_jax.storage import location
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.py"
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, within=SEED, nargs="+", default=[0], metavar="SEED", help="default 0")
     parser.add_argument("--quick", action="store_true", help="very little data, to check that everything runs")
     parser.add_argument("--root", type=location, metavar="DIR", help="folder to write to (default runs/demo)")
+    talk()
     try:
         args = parser.parse_args(argv)
         root = args.root or location("runs/demo-quick" if args.quick else "runs/demo")
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             train_stage(root, "denoise", seed, DENOISER)
             denoisers[str(seed)] = score_denoiser(root, seed)
     except UserError as error:
-        say(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted:
         say("interrupted; run the same command to continue")
@@ -97,4 +99,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -20,6 +20,7 @@ from ross_jax.evaluation.questions import Questions
 from ross_jax.evaluation.report import score_folder, write_reports
 from ross_jax.inference.model import TEXT_COMPONENTS, load
 from ross_jax.inference.prompts import MAX_NEW_TOKENS
+from ross_jax.process import leave
 from ross_jax.sharding import parse_mesh
 from ross_jax.storage import location, working_copy
 
@@ -114,4 +115,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -19,6 +19,7 @@ from ross_jax.data.conversation import IMAGE_MARKER
 from ross_jax.inference.model import TEXT_COMPONENTS, Model, load
 from ross_jax.inference.prompts import MAX_NEW_TOKENS, Request, read_images
 from ross_jax.inference.queue import answer_file
+from ross_jax.process import leave
 from ross_jax.sharding import parse_mesh
 from ross_jax.storage import location, working_copy
 
@@ -103,7 +104,7 @@ def converse(model: Model, images: list[str], settings: dict[str, Any]) -> None:
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         command, _, value = line.partition(" ")
         try:
@@ -141,4 +142,4 @@ def save(path: Path, images: list[str], history: list[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

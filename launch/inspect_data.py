@@ -41,6 +41,7 @@ from ross_jax.data.page import make_page, pieces
 from ross_jax.data.records import RecordFile
 from ross_jax.data.sources import found_in_fields, make_mixture, open_sources
 from ross_jax.data.tokenizer import load_tokenizer
+from ross_jax.process import leave
 from ross_jax.storage import location
 from ross_jax.training.preprocessing import make_preprocessing
 
@@ -260,4 +261,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

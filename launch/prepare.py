@@ -18,6 +18,7 @@ from ross_jax.arguments import Parser
 from ross_jax.config import UserError
 from ross_jax.console import say, talk
 from ross_jax.prepare import hub, layout, public
+from ross_jax.process import leave
 from ross_jax.storage import location
 
 
@@ -53,7 +54,8 @@ def prepare(args) -> int:
         size = "size unknown" if item.gigabytes is None else f"about {item.gigabytes:g} GB"
         state = f"missing {', '.join(missing)}" if missing else "there"
         terms = f"{item.licence}{'; accept its terms on its page' if item.gated else ''}"
-        print(f"{item.name:<18} {item.repo:<40} {size:<13} {root / item.folder}: {state}  ({terms})")
+        public_name = "/".join(filter(None, (item.repo, item.subfolder)))
+        print(f"{item.name:<18} {public_name:<40} {size:<13} {root / item.folder}: {state}  ({terms})")
     if any(absent.values()):
         total = sum(item.gigabytes or 0 for item in items if absent[item.repo + item.name])
         number = sum(map(bool, absent.values()))
@@ -69,9 +71,10 @@ def prepare(args) -> int:
     if problems:
         say(f"warning: {len(problems)} of {count} conversations that were tried have a problem, such as {problems[0]}")
     recipe = layout.write_recipe(root, args.stage, args.encoder, args.llm, source)
-    print("\n".join([f"wrote {recipe}. Next:", *layout.commands(root, args.stage, args.encoder, args.llm)]))
+    following = layout.commands(root, args.stage, args.encoder, args.llm, args.download)
+    print("\n".join([f"wrote {recipe}. Next:", *following]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

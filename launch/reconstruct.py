@@ -26,6 +26,7 @@ from ross_jax.inference.model import Model, load
 from ross_jax.inference.prompts import read_images
 from ross_jax.inference.reconstruct import autoencode, encode_latents, reconstruct, target_images
 from ross_jax.objectives.objective import Reconstruction, Sampling
+from ross_jax.process import leave
 from ross_jax.storage import location
 
 MAX_ROWS = 4096
@@ -162,4 +163,4 @@ def write(folder: Path, paths: list[Path], columns: dict[str, np.ndarray]) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

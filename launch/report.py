@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a run may use the accelerators
 from ross_jax.arguments import Parser
 from ross_jax.config import UserError
 from ross_jax.console import talk
+from ross_jax.process import leave
 from ross_jax.storage import location
 from ross_jax.training.page import Runs
 from ross_jax.training.report import Report
@@ -42,4 +43,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

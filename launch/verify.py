@@ -14,6 +14,7 @@ from ross_jax.arguments import Parser
 from ross_jax.config import Range, UserError
 from ross_jax.parity.golden import read_golden
 from ross_jax.parity.verify import Verifier, format_table, load_reference
+from ross_jax.process import leave
 from ross_jax.storage import location
 
 
@@ -41,4 +42,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -64,7 +64,7 @@ def import_model(
       teacher: folder or hub id of a vision encoder whose features are reconstruction targets.
       vision_tower: folder with the config.json of the vision tower, for a checkpoint that only names it.
       autoencoder: folder with the config.json of the autoencoder, for a checkpoint that only names it.
-      progress: receives a line of text after each parameter.
+      progress: receives each note as a line of text.
 
     Returns:
       The model directory.
@@ -120,7 +120,7 @@ def export_model(
       without: names of components to leave out.
       template: conversation template of the chat template. None: the one of the training.
       base: with `peft`: what the adapter extends: `llava`, `language` (the language model alone) or `original-llava`.
-      progress: receives a line of text after each parameter.
+      progress: receives each note as a line of text.
 
     Returns:
       The folder.

@@ -18,10 +18,12 @@ from types import ModuleType
 from typing import Any
 
 from absl import app, flags
+from jaxtyping import TypeCheckError
 from ml_collections import ConfigDict, config_flags
 
 from ross_jax.config import ConfigError, UserError, from_dict, nearest, shortened
 from ross_jax.console import talk
+from ross_jax.process import leave
 from ross_jax.storage import is_remote, location
 from ross_jax.training.recipe import RunConfig
 
@@ -151,7 +153,7 @@ def _running(path: Path) -> Iterator[None]:
 
 def run(main: Callable[[], int]) -> None:
     """Reads the flags, loads the recipe, and exits with the status that `main` returns."""
-    app.run(lambda _: _until_nobody_reads(main), flags_parser=_parse)
+    leave(lambda: app.run(lambda _: _until_nobody_reads(main), flags_parser=_parse))
 
 
 def _until_nobody_reads(main: Callable[[], int]) -> int:
@@ -164,6 +166,10 @@ def _until_nobody_reads(main: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered
         return 1
+    except TypeCheckError as error:  # ROSS_JAX_CHECK_SHAPES; each checked function adds four lines to a traceback
+        frames = traceback.extract_tb(error.__traceback__)
+        caller = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+        return _failure(f"{error}\nCalled in {caller.filename}, line {caller.lineno}: {caller.line}")
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -179,7 +185,9 @@ def _parse(argv: list[str]) -> list[str]:
 def _message(error: BaseException) -> str:
     if isinstance(error, RecursionError):  # absl looks for a similar flag
         return "a flag's name has hundreds of characters, which no flag has"
-    return shortened(" ".join(map(str, error.args)) or str(error))
+    text = " ".join(map(str, error.args)) or str(error)
+    absent = re.findall(r"^flag --(\w+)=None: Flag --\w+ must have a value", text, re.MULTILINE)
+    return f"{' and '.join(f'--{name}' for name in absent)}: required" if absent else shortened(text)
 
 
 def _failure(text: Any) -> int:

@@ -1,9 +1,11 @@
 """Facts about this process that the operating system knows, and its end."""
 
+import contextlib
 import multiprocessing
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +34,19 @@ def end(status: int, line: str) -> NoReturn:
         child.join(1)
     say(line, sys.stderr)
     os._exit(status)
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Exits with the status that `main` returns.
+
+    Ctrl-C ends with one line and status 130. No thread is waited for, because one that computes may crash the end.
+    """
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        end(130, "\ninterrupted" if sys.stderr.isatty() else "interrupted")
 
 
 def cores() -> int:

@@ -38,3 +38,12 @@ def test_the_peak_stays():
     """The peak includes memory that was released."""
     before, after = measure()
     assert after - before > 0.9e8
+
+
+def test_an_interrupt_is_one_line():
+    """Ctrl-C while another thread works: one line and status 130, and that thread is not waited for."""
+    main = "lambda: (print('begun'), os.kill(os.getpid(), signal.SIGINT), time.sleep(100))"
+    thread = "threading.Thread(target=time.sleep, args=(100,)).start()"
+    program = f"import os, signal, threading, time; from ross_jax.process import leave; {thread}; leave({main})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "begun\n", "interrupted\n")

@@ -10,8 +10,13 @@
 # restart after an error of config, code or data. To restart by hand: kubectl delete jobset NAME, then the same command.
 set -euo pipefail
 
-export NAME=${NAME:?} IMAGE=${IMAGE:?} CLAIM=${CLAIM:?} ACCELERATOR=${ACCELERATOR:?} TOPOLOGY=${TOPOLOGY:?}
-export HOSTS=${HOSTS:?} CHIPS=${CHIPS:?} SLICES=${SLICES:-1}
+for setting in NAME IMAGE CLAIM ACCELERATOR TOPOLOGY HOSTS CHIPS; do
+  [ -n "${!setting:-}" ] || {
+    echo "error: $setting is not set; the head of $0 says what it is" >&2
+    exit 2
+  }
+done
+export NAME IMAGE CLAIM ACCELERATOR TOPOLOGY HOSTS CHIPS SLICES=${SLICES:-1}
 FLAGS=$(printf '%q ' "$@")
 export FLAGS
 # shellcheck disable=SC2016  # envsubst takes the names of the variables to replace

@@ -13,6 +13,10 @@ if [ $# -lt 3 ] || [ "$2" != -- ]; then
   sed -n 's/^# Usage/usage/p' launch/cluster/ssh_hosts.sh >&2
   exit 2
 fi
+if [ ! -r "$1" ]; then
+  echo "error: $1: no such file; it has one host per line" >&2
+  exit 1
+fi
 mapfile -t hosts < <(sed 's/#.*//; s/[[:space:]]//g; /^$/d' "$1")
 if [ ${#hosts[@]} = 0 ]; then
   echo "error: $1: names no host" >&2

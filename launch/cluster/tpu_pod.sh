@@ -22,8 +22,13 @@ usage() {
 }
 
 call() {
+  local word
   if [ -n "${DRY_RUN:-}" ]; then
-    printf '%q ' "$@" && echo
+    for word in "$@"; do
+      [[ $word = *[!a-zA-Z0-9_./:=@-]* ]] && word=${word@Q}
+      printf '%s ' "$word"
+    done
+    echo
   else
     "$@"
   fi
@@ -58,7 +63,7 @@ case $kind in
     remote="set -e; export PATH=\$HOME/.local/bin:\$PATH;"
     remote+=" command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh;"
     [ -z "${REPO:-}" ] || remote+=" [ -d $dir ] || git clone $(printf %q "$REPO") $dir;"
-    remote+=" cd $dir; uv python install 3.12; PYTHON=\$(uv python find 3.12) bash launch/setup.sh tpu;"
+    remote+=" cd $dir; uv python install 3.12; PYTHON=\$(uv python find 3.12) bash launch/setup.sh tpu gcs;"
     if [ -n "${BUCKET:-}" ]; then
       remote+=" command -v gcsfuse >/dev/null || { echo 'error: gcsfuse is not installed on this image' >&2; exit 1; };"
       remote+=" mkdir -p ~/shared; mountpoint -q ~/shared || gcsfuse --implicit-dirs $(printf %q "$BUCKET") ~/shared;"
@@ -78,7 +83,7 @@ case $kind in
     on_hosts "$kind" "$name" "$zone" "$remote"
     ;;
   log) on_hosts "$scope" "$name" "$zone" "tail -n 40 $dir/train.log" ;;
-  stop) on_hosts "$scope" "$name" "$zone" "pkill -TERM -f launch/train.py" ;;
+  stop) on_hosts "$scope" "$name" "$zone" "pkill -TERM -f '[l]aunch/train.py'" ;;
   *)
     echo "error: $kind: expected create, setup, slice, slices, log or stop" >&2
     exit 2

@@ -10,9 +10,19 @@
 # restart after an error of config, code or data. To restart by hand: xpk workload delete, then the same command.
 set -euo pipefail
 
-name=${1:?usage: see the head of this script}
+for setting in CLUSTER ZONE TPU_TYPE IMAGE STORAGE; do
+  [ -n "${!setting:-}" ] || {
+    echo "error: $setting is not set; the head of $0 says what it is" >&2
+    exit 2
+  }
+done
+if [ $# = 0 ] || [[ $1 = -* ]]; then
+  echo "error: the first argument is the workload's name; the head of $0 has an example" >&2
+  exit 2
+fi
+name=$1
 shift
 command="exec .venv/bin/python launch/train.py --distributed --start_timeout=1800 --stopped_status=75 $(printf '%q ' "$@")"
-exec ${DRY_RUN:+echo} xpk workload create --cluster="${CLUSTER:?}" --zone="${ZONE:?}" --workload="$name" --tpu-type="${TPU_TYPE:?}" \
-  --num-slices="${SLICES:-1}" --docker-image="${IMAGE:?}" --storage="${STORAGE:?}" --max-restarts=20 \
+exec ${DRY_RUN:+echo} xpk workload create --cluster="$CLUSTER" --zone="$ZONE" --workload="$name" --tpu-type="$TPU_TYPE" \
+  --num-slices="${SLICES:-1}" --docker-image="$IMAGE" --storage="$STORAGE" --max-restarts=20 \
   --restart-on-exit-codes=75 --termination-grace-period-seconds=600 --command="$command"

@@ -97,7 +97,7 @@ def write_llava(
     """
     config, texts = described.config, read_texts(described)
     components = {scope: _component(name, opened[name], config, texts.rows) for name, scope in llava.SCOPES.items()}
-    write_weights(model, folder, "model", components, dtype, progress)
+    write_weights(model, folder, "model", components, dtype)
     text, tower = component_settings(described, "language"), component_settings(described, "vision")
     tower = {**(tower.get("vision_config") or tower), "model_type": f"{config.vision.kind}_vision_model"}
     if dtype:

@@ -10,7 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from ross_jax import checkpoints
+from ross_jax import checkpoints, console
 from ross_jax.config import UserError
 from ross_jax.convert import vision
 from ross_jax.convert.dtypes import DTYPES, TAGS
@@ -142,7 +142,6 @@ def write_weights(
     stem: str,
     components: Mapping[str, Component],
     dtype: str | None,
-    progress: Progress,
     writer: type[SafetensorsWriter | TorchWriter] = SafetensorsWriter,
 ) -> None:
     """Writes components as one checkpoint. `components`: scope -> component; `dtype`: a name of `DTYPE_NAMES`."""
@@ -152,10 +151,13 @@ def write_weights(
     }
     if not infos:
         return  # an identity projector
-    with writer(folder, stem, infos) as file:
+    total = sum(math.prod(shape) * DTYPES[tag].itemsize for tag, shape in infos.values())
+    with writer(folder, stem, infos) as file, console.Progress(f"writing {stem}", total, "bytes") as written:
 
         def put(key: str, values: np.ndarray) -> None:
-            file.write(key, _cast(values, infos[key][0], key))
+            values = _cast(values, infos[key][0], key)
+            file.write(key, values)
+            written.update(values.nbytes)
 
         for scope, component in components.items():
             for path, leaf in _leaves(model, component):
@@ -163,7 +165,6 @@ def write_weights(
                     part = leaf if piece.layer is None else leaf[piece.layer]
                     values = np.ascontiguousarray(piece.transform.to_hf(part))
                     put(scope + key, _grown(values, infos[scope + key][1]))
-                progress(f"{component.name}/{path}")
                 del leaf, part  # frees the memory before the next is restored
             for key, name in component.unused.items():
                 put(scope + key, component.files.read(name))

@@ -164,7 +164,7 @@ def export(
       output: folder to write. It must not exist.
       layout: one of `LAYOUTS`.
       dtype: `float32`, `bfloat16` or `float16` for all floating-point tensors. None keeps the dtypes of the import.
-      progress: called with a line of text after each parameter.
+      progress: called with a line of text for each note.
       without: components to leave out, together with what config.json says about them.
       template: conversation template, from which `llava` makes the chat template. None: the one of the training.
 
@@ -212,7 +212,7 @@ def export(
         else:
             configs["adapters"] = adapters_settings(described, pointers, without)
         folder = stack.enter_context(complete_directory(output))
-        writer = _Writer(model, described, opened, configs, dtype, progress)
+        writer = _Writer(model, described, opened, configs, dtype)
         if layout in _FULL:
             writer.write_full(folder)
             if texts is not None:
@@ -284,7 +284,6 @@ class _Writer:
     opened: Mapping[str, Component]
     configs: Mapping[str, dict[str, Any] | None]
     dtype: str | None
-    progress: Progress
 
     def write_full(self, folder: Path) -> None:
         files = self.described.files
@@ -321,4 +320,4 @@ class _Writer:
         components: Mapping[str, Component],
         writer: type[SafetensorsWriter | TorchWriter] = SafetensorsWriter,
     ) -> None:
-        write_weights(self.model, folder, stem, components, self.dtype, self.progress, writer)
+        write_weights(self.model, folder, stem, components, self.dtype, writer)

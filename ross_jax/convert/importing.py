@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ross_jax import checkpoints
+from ross_jax import checkpoints, console
 from ross_jax.checkpoints import StreamedLeaf
 from ross_jax.config import ConfigError, UserError, to_dict
 from ross_jax.convert import autoencoder, denoiser, language, llava_source, projector, vision
@@ -237,7 +237,7 @@ def write(plan: Plan, output: Path, progress: Progress = lambda _: None) -> None
     Args:
       plan: the import.
       output: the directory. It must not exist.
-      progress: called with a line of text for each note, and after each parameter.
+      progress: called with a line of text for each note.
 
     Raises:
       ConversionError: names everything that does not fit.
@@ -251,9 +251,10 @@ def write(plan: Plan, output: Path, progress: Progress = lambda _: None) -> None
             progress(f"warning: {note}")
         leaves = {c: {path: _streamed(plan, c, path) for path in paths} for c, paths in plan.leaves.items()}
         total = sum(leaf.nbytes for flat in leaves.values() for leaf in flat.values())
-        _Reporter(total, progress).watch(leaves)
-        tree = {component: unflatten(flat) for component, flat in leaves.items() if flat}
-        checkpoints.save_streamed(folder / "params", tree)
+        with console.Progress(f"writing {output}", total, "bytes") as written:
+            leaves = {c: {path: _counted(leaf, written) for path, leaf in flat.items()} for c, flat in leaves.items()}
+            tree = {component: unflatten(flat) for component, flat in leaves.items() if flat}
+            checkpoints.save_streamed(folder / "params", tree)
         _write_unused(plan, folder / "unused")
         if plan.problems:
             raise ConversionError(_origins(plan), plan.problems)
@@ -272,25 +273,14 @@ def _image_mode(plan: Plan) -> str | None:
     return found or ("square" if whole else None)
 
 
-class _Reporter:
-    """Reports how many of `total` bytes are saved, after each leaf."""
+def _counted(leaf: StreamedLeaf, written: console.Progress) -> StreamedLeaf:
+    """The leaf, which tells `written` when it is saved."""
 
-    def __init__(self, total: int, progress: Progress):
-        self.total, self.done, self.progress = total, 0, progress
+    def parts():
+        yield from leaf.parts()
+        written.update(leaf.nbytes)
 
-    def watch(self, leaves: dict[str, dict[str, StreamedLeaf]]) -> None:
-        """Replaces each leaf by one that reports when it is saved."""
-        for component, flat in leaves.items():
-            for path, leaf in flat.items():
-                flat[path] = dataclasses.replace(leaf, parts=self._reporting(leaf, f"{component}/{path}"))
-
-    def _reporting(self, leaf: StreamedLeaf, name: str):
-        def parts():
-            yield from leaf.parts()
-            self.done += leaf.nbytes
-            self.progress(f"{self.done / 1e9:8.2f} of {self.total / 1e9:.2f} GB  {name}")
-
-        return parts
+    return dataclasses.replace(leaf, parts=parts)
 
 
 def _unused(plan: Plan, component: str) -> Iterator[tuple[str, np.ndarray]]:

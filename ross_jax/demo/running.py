@@ -1,8 +1,8 @@
 """Training of one recipe after another, as the demo's launchers do it."""
 
-import sys
 from pathlib import Path
 
+from ross_jax.console import say
 from ross_jax.evaluation.reconstruction import make_callbacks
 from ross_jax.training.recipe import RunConfig
 from ross_jax.training.run import Run, only_writer
@@ -10,11 +10,6 @@ from ross_jax.training.run import Run, only_writer
 
 class Interrupted(Exception):
     """A signal ended a run early. The run has saved a checkpoint and can be continued."""
-
-
-def say(text: str) -> None:
-    """Prints progress to stderr; stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def train(config: RunConfig, folder: Path) -> None:

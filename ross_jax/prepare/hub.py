@@ -16,6 +16,8 @@ from ross_jax.prepare.public import Item
 from ross_jax.storage import copy_file, is_remote
 
 _PIECE = 16 * 2**20
+_TOLD = 10**7
+"""Bytes from which a download is told."""
 _SUFFIX = ".digest"
 """What a file's digest, as the hub states it, is kept under, once the file was found to have it."""
 
@@ -45,6 +47,8 @@ def list_files(item: Item) -> list[HubFile]:
     with _explained(item):
         listed = HfApi().list_repo_tree(item.repo, item.subfolder or None, recursive=True, repo_type=item.kind)
         files = [each for each in listed if hasattr(each, "blob_id") and item.wants(each.path)]
+    if any(each.path.endswith(".safetensors") for each in files):
+        files = [each for each in files if not each.path.endswith(".bin")]
     if not files:
         raise UserError(f"{item.repo}: the hub has none of {', '.join(item.patterns)} there")
     return [_describe(each) for each in files]
@@ -87,7 +91,8 @@ def _download(item: Item, file: HubFile, root: Path) -> Path:
     """A file as the hub has it. The hub's client keeps what came of a file that was cut off, and goes on with it."""
     from huggingface_hub import hf_hub_download
 
-    say(f"{item.repo}/{file.path}: {file.size / 1e9:.2f} GB")
+    if file.size >= _TOLD:
+        say(f"{item.repo}/{file.path}: {file.size / 1e9:.2f} GB")
     staging = root / ".downloads" / item.repo.replace("/", "--")
     with _explained(item):
         found = Path(hf_hub_download(item.repo, file.path, repo_type=item.kind, local_dir=staging))

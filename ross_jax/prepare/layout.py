@@ -42,14 +42,17 @@ def missing_files(item: Item, root: Path) -> list[str]:
     if item.kind == "dataset":
         return [name for name in item.patterns if not kept(folder / name).is_file()]
     if not (folder / "config.json").is_file():
-        return ["config.json"]
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: is no index of weights ({type(error).__name__}: {error})") from error
-        return sorted(name for name in names if not (folder / name).is_file())
-    return [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
+        return list(item.patterns)
+    for suffix in (".safetensors", ".bin"):
+        for index in folder.glob(f"*{suffix}.index.json"):
+            try:
+                names = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"{index}: is no index of weights ({type(error).__name__}: {error})") from error
+            return sorted(name for name in names if not (folder / name).is_file())
+        if any(folder.glob(f"*{suffix}")):
+            return []
+    return ["*.safetensors"]
 
 
 def make_source(conversations: Path, archives: Sequence[Path]) -> SourceConfig:
@@ -105,14 +108,15 @@ def write_recipe(root: Path, stage: str, encoder: str, llm: str, source: SourceC
     return path
 
 
-def commands(root: Path, stage: str, encoder: str, llm: str) -> list[str]:
-    """What to do next, as commands in order."""
+def commands(root: Path, stage: str, encoder: str, llm: str, download: bool) -> list[str]:
+    """What to do next, as commands in order. `download`: the next stage downloads what is missing, too."""
     parts = [f"--from {root / item.folder}" for item in (ENCODERS[encoder], LLMS[llm], AUTOENCODER)]
     start, run = root / "models" / "start", root / "runs" / stage
     first = [] if start.exists() else [f"python launch/convert.py import {' '.join(parts)} --output {start}"]
+    more = " --download" if download else ""
     train = f"python launch/train.py --config={root / stage}.py --workdir={run}"
     last = {
-        "pretrain": [f"python launch/prepare.py --stage finetune --root {root} --encoder {encoder} --llm {llm}"],
+        "pretrain": [f"python launch/prepare.py --stage finetune --root {root} --encoder {encoder} --llm {llm}{more}"],
         "finetune": [
             f"python launch/convert.py export --from {run} --format ross --output {root / 'exported'}",
             f"python launch/generate.py --checkpoint {run} --image PICTURE --prompt QUESTION",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ross_jax.config import UserError, nearest
 
-WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
-"""Files of a model that are needed; its other formats are not downloaded."""
+WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "pytorch_model*.bin")
+"""Files of a model that are needed. Its `.bin` files are, where it has no safetensors, as Vicuna and CLIP."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ ENCODERS = {
     "clip": _weights("vision encoder", "openai/clip-vit-large-patch14-336", 1.7, "MIT"),
 }
 _LLAMA3 = {"licence": "Llama 3 Community License", "gated": True}
+_LLAMA31 = {"licence": "Llama 3.1 Community License", "gated": True}
 _LLAMA32 = {"licence": "Llama 3.2 Community License", "gated": True}
 LLMS = {
     "qwen2_7b": _weights("language model", "Qwen/Qwen2-7B-Instruct", 15.2, "Apache 2.0"),
@@ -72,7 +73,7 @@ LLMS = {
     "qwen3_1_7b": _weights("language model", "Qwen/Qwen3-1.7B", 4.1, "Apache 2.0"),
     "qwen3_4b": _weights("language model", "Qwen/Qwen3-4B", 8.1, "Apache 2.0"),
     "qwen3_8b": _weights("language model", "Qwen/Qwen3-8B", 16.4, "Apache 2.0"),
-    "llama3_1_8b": _weights("language model", "meta-llama/Llama-3.1-8B-Instruct", 16.1, **_LLAMA3),
+    "llama3_1_8b": _weights("language model", "meta-llama/Llama-3.1-8B-Instruct", 16.1, **_LLAMA31),
     "llama3_2_1b": _weights("language model", "meta-llama/Llama-3.2-1B-Instruct", 2.5, **_LLAMA32),
     "llama3_2_3b": _weights("language model", "meta-llama/Llama-3.2-3B-Instruct", 6.4, **_LLAMA32),
 }
@@ -97,11 +98,11 @@ _CAMBRIAN = ("nyu-visionx/Cambrian-10M", "Apache 2.0")
 _ARCHIVES = {
     "coco": 19.0,
     "gqa": 20.0,
-    "ocr_vqa": None,
+    "ocr_vqa": 3.2,
     "textvqa": 7.0,
     "vg": 15.0,
     "ai2d": None,
-    "chartqa": None,
+    "chartqa": 0.7,
     "docvqa": None,
     "dvqa": None,
 }

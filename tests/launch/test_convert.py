@@ -67,14 +67,8 @@ def test_there_and_back(tmp_path):
     """The commands of the usage text import a golden and export the same bytes."""
     golden = GOLDEN / "siglip_qwen2" / "checkpoint"
     done = run("import", "--from", golden, "--output", tmp_path / "model")
-    assert (done.returncode, done.stdout) == (
-        0,
-        f"{tmp_path}/model: vision, projector, denoiser, autoencoder, language\n",
-    )
-    lines = done.stderr.splitlines()
-    assert all(" GB  " in line for line in lines) and any(
-        line.endswith("language/layers/query/kernel") for line in lines
-    )
+    said = f"{tmp_path}/model: vision, projector, denoiser, autoencoder, language\n"
+    assert (done.returncode, done.stdout) == (0, said) and done.stderr.count("\n") <= 5  # none, where it is quick
     done = run("export", "--from", tmp_path / "model", "--format", "ross", "--output", tmp_path / "out")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/out\n")
     assert names(tmp_path) == ["model", "out"] and names(tmp_path / "out") == names(golden)
@@ -131,8 +125,7 @@ def test_errors_have_no_traceback(tmp_path):
     edit_tensors(checkpoint / "model.safetensors", **{"model.norm.weight": np.full(8, np.nan, np.float32)})
     done = run("import", "--from", checkpoint, "--output", tmp_path / "out")
     assert (done.returncode, done.stdout) == (1, "")
-    *progress, error, problem = done.stderr.splitlines()
-    assert all(" GB  " in line for line in progress)
+    error, problem = done.stderr.splitlines()[-2:]
     assert error == f"error: {checkpoint}: 1 problem(s)"
     assert problem == f"  {checkpoint}/model.safetensors: model.norm.weight holds values that are not finite"
     assert names(tmp_path) == ["model", "towers"]
@@ -221,7 +214,7 @@ def test_a_full_disk(what, tmp_path):
     limit = {"parameters": 1000, "unused": 200_000, "manifest": 200_000, "export": 1000}[what]
     done = run(*command, "--output", tmp_path / "out", before=LIMIT.format(limit))
     assert (done.returncode, done.stdout) == (1, "")
-    errors = [line for line in done.stderr.splitlines() if " GB  " not in line and not line.startswith("vision/")]
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("writing ")]
     assert len(errors) == 1 and errors[0].startswith(f"error: {tmp_path}/") and "File too large" in errors[0]
     assert names(tmp_path) == before
 
@@ -362,7 +355,7 @@ def test_two_at_once(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{SCRIPT.parent}"}
     command = [sys.executable, "-c", TWO, tmp_path / "both", "import", "--from", original]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=120)
-    errors = [line for line in done.stderr.splitlines() if "DeprecationWarning" not in line]  # of this test's fork
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {tmp_path}/both/out: another process is writing it (process ")
     assert done.stdout.splitlines()[-1] == "1 0 ['out']"

@@ -51,6 +51,10 @@ def mirror(tmp_path_factory):
         shutil.copytree(GOLDEN / folder, root / "models" / repo)
     byte_level_tokenizer().save_pretrained(root / "models" / parts["llm"])
     (root / "models" / parts["llm"] / "README.md").write_text("not needed")
+    older = root / "models" / "lmsys" / "vicuna-7b-v1.5"  # has no safetensors
+    older.mkdir(parents=True)
+    for name in ("config.json", "pytorch_model.bin"):
+        (older / name).write_text("{}")
     pretrain = root / "datasets" / "liuhaotian" / "LLaVA-Pretrain"
     pretrain.mkdir(parents=True)
     captions = [record(i, f"00000/{i}.jpg") for i in range(8)]
@@ -148,6 +152,8 @@ def test_own_data_and_what_is_wrong(mirror, tmp_path):
     told = run(mirror, prepare)
     assert re.search(r"warning: 1 of 4 conversations .* have a problem, such as .*3\.png: no such image", told.stderr)
     assert str(tmp_path / "mine.json") in (root / "finetune.py").read_text()
+    older = run(mirror, f"{prepare} --llm vicuna_7b")
+    assert re.search(r"vicuna-7b-v1\.5: there", older.stdout) and "missing" not in older.stdout
     kept = root / "parts" / "Qwen2-7B-Instruct" / weights
     os.truncate(kept, 100)
     (kept.parent / f".{weights}.digest").unlink()
