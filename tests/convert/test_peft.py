@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from bucket import ADDRESS, server  # noqa: F401
 from convert.foreign import edit_json
 from ross_jax import checkpoints
 from ross_jax.api import export_model, import_model
@@ -93,6 +94,18 @@ def test_there_and_back(model_folder, tmp_path):
     np.testing.assert_allclose(
         load(model).params["language"]["layers"]["query"]["kernel"], merged[0]["language/layers/query/kernel"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("server")
+def test_into_a_bucket(model_folder, tmp_path):
+    """The base is a model directory, or a foreign checkpoint of the same parameters."""
+    adapter, _ = write_adapter(tmp_path / "adapter")
+    foreign = export_model(model_folder, tmp_path / "foreign", layout="llava")
+    made = [import_model([base, adapter], f"{ADDRESS}/{base.name}") for base in (model_folder, foreign)]
+    one, other = (flatten(checkpoints.restore_model(each, checkpoints.model_abstract(made[1]))) for each in made)
+    for path, leaf in other.items():
+        np.testing.assert_array_equal(leaf, one[path], err_msg=path)
 
 
 @pytest.mark.parametrize(
