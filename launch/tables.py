@@ -259,11 +259,14 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")  # a TPU or GPU of this machine has no part in it
     logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)
     try:
+        output = location(_OUTPUT.value)
+        if not output.is_file():
+            raise UserError(f"--output={output}: no such file; the tables are written into one, such as RESULTS.md")
         for name in _TABLES.value:
             if name not in TABLES:
                 raise UserError(f"--tables={name}: no such table{nearest(name, TABLES)}; there are {', '.join(TABLES)}")
         for name in _TABLES.value:
-            make(name, _ONLY.value, location(_OUTPUT.value))
+            make(name, _ONLY.value, output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
