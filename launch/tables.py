@@ -243,8 +243,10 @@ def make(name: str, only: str, output: Path) -> None:
     """Remakes the rows of a table whose names contain `only`, and writes each as soon as it is made.
 
     Raises:
-      UserError: no row has such a name.
+      UserError: no row has such a name; there is no such file.
     """
+    if not output.is_file():
+        raise UserError(f"{output}: no such file; tables replace those of a file of results")
     table = TABLES[name]
     chosen = [key for key in table.keys if only in " ".join(key)]
     if not chosen:
@@ -260,8 +262,6 @@ def main() -> int:
     logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)
     try:
         output = location(_OUTPUT.value)
-        if not output.is_file():
-            raise UserError(f"--output={output}: no such file; the tables are written into one, such as RESULTS.md")
         for name in _TABLES.value:
             if name not in TABLES:
                 raise UserError(f"--tables={name}: no such table{nearest(name, TABLES)}; there are {', '.join(TABLES)}")
