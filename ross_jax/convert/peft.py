@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ross_jax import checkpoints
 from ross_jax.checkpoints import StreamedLeaf
@@ -177,7 +177,7 @@ def export_adapter(model: Path, output: Path, base: str = "llava", progress: Pro
         manifest = checkpoints.read_manifest(model)
         settings["base_model_name_or_path"] = manifest.get("foreign", {}).get("language", {}).get("origin")
     with complete_directory(output) as folder:
-        save_file(tensors, folder / _WEIGHTS[0], {"format": "pt"})
+        (folder / _WEIGHTS[0]).write_bytes(save(tensors, {"format": "pt"}))
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
         write_sums(folder, folder.iterdir())
 

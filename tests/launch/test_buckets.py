@@ -12,6 +12,7 @@ from PIL import Image
 
 from bucket import ADDRESS, server  # noqa: F401
 from launcher import RECIPE, REPOSITORY, environment, load_script, losses, train
+from ross_jax.api import export_model
 from ross_jax.config import to_dict
 from ross_jax.inference.model import load
 from ross_jax.storage import copy_tree, location
@@ -93,6 +94,15 @@ def test_a_model_is_used(model_folder, tmp_path, capsys):
     assert run("reconstruct", "--images", root, "--steps", 2, "--output", root / "drawn") == (0, "")
     drawn = {path.name for path in (root / "drawn").iterdir()}
     assert drawn == {"a.picture.png", "a.reconstruction.png", "a.autoencoder.png", "grid.png"}
+
+
+def test_an_export_for_transformers_is_that_of_a_disk(model_folder, tmp_path):
+    found = []
+    for place in (tmp_path / "made", f"{ADDRESS}/exports/made"):
+        folder = export_model(model_folder, place, layout="llava")
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        found.append({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+    assert found[0] == found[1]
 
 
 def test_benchmarks_are_read(tmp_path):
