@@ -64,8 +64,8 @@ def read_all(args) -> dict[str, Questions]:
     return found
 
 
-def answer(args) -> list[str]:
-    """Asks the questions of all benchmarks. Returns their names."""
+def answer(args) -> None:
+    """Asks the questions of all benchmarks."""
     if args.checkpoint is None or not args.benchmark:
         raise UserError("--checkpoint and --benchmark are needed, unless --rescore scores what --output holds")
     if args.process >= args.processes:
@@ -84,14 +84,11 @@ def answer(args) -> list[str]:
             count, first = len(questions.broken), questions.broken[0]
             print(f"warning: {name}: {count} broken records, first {first.place}: {first.reason}", file=sys.stderr)
         answer_benchmark(model, name, questions, args.output, asking, facts)
-    return list(benchmarks)
 
 
 def evaluate(args) -> None:
-    """Answers and scores, in a folder of this machine."""
-    names = [] if args.rescore else answer(args)
-    if args.rescore:
-        names = [text.partition("=")[0].lower() for text in args.benchmark]
+    """Scores what the folder of predictions holds."""
+    names = [text.partition("=")[0].lower() for text in args.benchmark]
     scored = score_folder(args.output, names if args.rescore else ())
     if args.processes > 1 and any(each.predictions.missing for each in scored if each.name in names):
         print(f"process {args.process} is done; the last one writes the scores", file=sys.stderr)
@@ -105,9 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     talk()
     try:
         args = make_parser().parse_args(argv)
-        with working_copy(args.output) as output:
-            args.output = output
-            evaluate(args)
+        place = args.output
+        for work in (evaluate,) if args.rescore else (answer, evaluate):
+            with working_copy(place) as args.output:  # in a bucket, the second one has what others wrote meanwhile
+                work(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("pass one of --prompt, --interactive and --input")
     if (args.input is None) != (args.output is None):
         raise UserError("--input and --output go together")
+    if args.input and args.input == args.output:
+        raise UserError(f"{args.output}: holds the requests; name another file for the answers")
     if args.input and args.image:
         raise UserError("--image: images of --input are named in its records")
     settings = {name: getattr(args, name) for name in SAMPLING} | {"stop": args.stop}

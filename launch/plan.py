@@ -56,6 +56,7 @@ def main() -> int:
     logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)  # the report lists what stays on every device
     try:
         config = from_dict(RunConfig, _CONFIG.value.to_dict())
+        written, drawn, dump = (flag.value and location(flag.value) for flag in (_JSON, _PNG, _DUMP))
         target = open_target(_TOPOLOGY.value)
         given = {
             "recipe": config_flags.get_config_filename(flags.FLAGS["config"]),
@@ -67,7 +68,7 @@ def main() -> int:
             "cached": _CACHED.value,
             "prompt": _PROMPT.value,
             "new_tokens": _NEW_TOKENS.value,
-            "dump": location(_DUMP.value) if _DUMP.value else None,
+            "dump": dump,
         }
         options = from_dict(Options, given, "flags")
         if _SEARCH.value:
@@ -79,10 +80,10 @@ def main() -> int:
             best = plan(config, target, options)
             print(text(best))
             figures = dataclasses.asdict(best)
-        if _JSON.value:
-            location(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
-        if _PNG.value:
-            draw(best, _PNG.value)
+        if written:
+            written.write_text(json.dumps(figures, indent=1) + "\n")
+        if drawn:
+            draw(best, drawn)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -243,8 +243,10 @@ def make(name: str, only: str, output: Path) -> None:
     """Remakes the rows of a table whose names contain `only`, and writes each as soon as it is made.
 
     Raises:
-      UserError: no row has such a name.
+      UserError: no row has such a name; there is no such file.
     """
+    if not output.is_file():
+        raise UserError(f"{output}: no such file; tables replace those of a file of results")
     table = TABLES[name]
     chosen = [key for key in table.keys if only in " ".join(key)]
     if not chosen:
@@ -259,11 +261,12 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")  # a TPU or GPU of this machine has no part in it
     logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)
     try:
+        output = location(_OUTPUT.value)
         for name in _TABLES.value:
             if name not in TABLES:
                 raise UserError(f"--tables={name}: no such table{nearest(name, TABLES)}; there are {', '.join(TABLES)}")
         for name in _TABLES.value:
-            make(name, _ONLY.value, location(_OUTPUT.value))
+            make(name, _ONLY.value, output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -77,7 +77,7 @@ _CACHE = flags.DEFINE_string(
 def use_cache(folder: Path) -> None:
     """Keeps compiled programs, so that the same command need not compile them again, on other hosts either."""
     if _CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", None if _CACHE.value == "none" else _CACHE.value)
+        jax.config.update("jax_compilation_cache_dir", None if _CACHE.value == "none" else str(location(_CACHE.value)))
     elif not jax.config.values["jax_compilation_cache_dir"] and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
 

@@ -1,6 +1,7 @@
 """Paths in buckets of Google Cloud Storage, and addresses in general. The one file that knows fsspec; see `storage`."""
 
 import contextlib
+import errno
 import fnmatch
 import functools
 import io
@@ -108,7 +109,9 @@ def _answer(path: "BucketPath", call: Callable[[], T]) -> T:
     """What a request returns. Anything but a missing or existing object becomes a StorageError."""
     try:
         return call()
-    except (FileNotFoundError, FileExistsError, StorageError):
+    except FileNotFoundError as error:  # whose text is the request
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    except (FileExistsError, StorageError):
         raise
     except Exception as error:  # of aiohttp, requests, Google's authentication and fsspec
         reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
@@ -247,7 +250,7 @@ class BucketPath:
     def stat(self) -> Status:
         info = self._info()
         if info is None:
-            raise FileNotFoundError(2, "No such file or directory", str(self))
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         return _status(info)
 
     def files(self) -> dict["BucketPath", Status]:

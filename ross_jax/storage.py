@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ross_jax.buckets import BLOCK, BucketPath, Status, StorageError, is_remote, location, scheme
+from ross_jax.config import UserError
 
 __all__ = [
     "BucketPath",
@@ -32,6 +33,7 @@ __all__ = [
     "local_copy",
     "local_folder",
     "location",
+    "naming",
     "read_range",
     "remove_tree",
     "scheme",
@@ -107,13 +109,25 @@ def _copy_into(folder: str, path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def naming(path: Path, copy: Path) -> Iterator[None]:
+    """Mistakes that name a temporary copy name the path that it is a copy of in its place."""
+    try:
+        yield
+    except UserError as error:
+        error.args = tuple(str(each).replace(str(copy), str(path)) for each in error.args)
+        raise
+
+
+@contextlib.contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
     """A file or folder as libraries can read it that know only this machine: itself, or a temporary copy."""
     if not is_remote(path):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="ross_jax_") as folder:
-        yield _copy_into(folder, path)
+        copy = _copy_into(folder, path)
+        with naming(path, copy):
+            yield copy
 
 
 @contextlib.contextmanager
@@ -127,7 +141,8 @@ def local_folder(target: Path) -> Iterator[Path]:
         yield target
         return
     with tempfile.TemporaryDirectory(prefix="ross_jax_") as folder:
-        yield Path(folder)
+        with naming(target, Path(folder)):
+            yield Path(folder)
         copy_tree(Path(folder), target)
 
 
@@ -149,7 +164,8 @@ def working_copy(path: Path) -> Iterator[Path]:
 
         before = state()
         try:
-            yield copy
+            with naming(path, copy):
+                yield copy
         finally:
             for file, found in state().items():
                 if before.get(file) != found:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU VMs: on all hosts of one slice, or on all slices of a queued resource.
 # Usage: bash launch/cluster/tpu_pod.sh create NAME ZONE TYPE          asks for a slice, such as v5litepod-64 or v6e-16
-#        bash launch/cluster/tpu_pod.sh setup NAME ZONE                installs on all hosts, and mounts BUCKET
+#        bash launch/cluster/tpu_pod.sh setup NAME ZONE                installs on all hosts, and mounts BUCKET if it is set
 #        bash launch/cluster/tpu_pod.sh slice NAME ZONE -- TRAIN_FLAG ...
 #        bash launch/cluster/tpu_pod.sh slices QUEUED_RESOURCE ZONE -- TRAIN_FLAG ...
 #        bash launch/cluster/tpu_pod.sh log|stop NAME ZONE             of a run that was started with DETACH=1
@@ -9,7 +9,7 @@
 #   DETACH=1: the run goes on when ssh ends; what it says goes to DIR/train.log on each host.
 #   REPO: what `setup` clones where DIR is not there. BUCKET: mounted at ~/shared with gcsfuse by `setup`.
 #   DRY_RUN=1 prints the commands instead of running them. ALL_SLICES=1: setup, log and stop act on all slices.
-#   --workdir is a directory that all hosts share: Filestore, or a bucket mounted with gcsfuse.
+#   --workdir is gs://BUCKET/NAME, or a directory that all hosts share: Filestore, or a bucket mounted with gcsfuse.
 #   Several slices, made by `gcloud compute tpus queued-resources create ... --node-count=2`, need
 #   --config.mesh.data=2 or a multiple: only that axis crosses them.
 #

@@ -16,6 +16,7 @@ from ross_jax.convert.sources import read_json
 from ross_jax.data.encoders import stop_ids
 from ross_jax.data.tokenizer import find_tokenizer, load_tokenizer, tokenizer_files
 from ross_jax.models.ross import RossConfig
+from ross_jax.storage import local_folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +68,10 @@ def write_texts(folder: Path, described: Described, texts: Texts, progress: Prog
     if template is not None:
         tokenizer.chat_template = chat_templates.chat_template(template, original)
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second has it saved
-    tokenizer.save_pretrained(folder)
+    with local_folder(folder) as place:
+        tokenizer.save_pretrained(place)
+        for line in chat_templates.differences(template, original, place, texts.image_id) if template else ():
+            progress(f"warning: the chat template does not repeat training: {line}")
     copy_files([files / "language", files / "ross"], folder, ["generation_config.json"])
     path = folder / "generation_config.json"
     kept = read_json(path) if path.is_file() else {}
@@ -78,8 +82,6 @@ def write_texts(folder: Path, described: Described, texts: Texts, progress: Prog
             "warning: the model does not say its conversation template, so the tokenizer's chat template stays as it "
             "is; name the template with --template"
         )
-    for line in chat_templates.differences(template, original, folder, texts.image_id) if template else ():
-        progress(f"warning: the chat template does not repeat training: {line}")
 
 
 def write_llava(

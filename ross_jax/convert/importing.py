@@ -244,25 +244,30 @@ def write(plan: Plan, output: Path, progress: Progress = lambda _: None) -> None
       CheckpointError: the output exists or cannot be written.
     """
     with complete_directory(output) as folder:
-        plan = _run(plan)
-        _check_copies(plan)
-        _raise_problems(plan)
-        for note in plan.notes:
-            progress(f"warning: {note}")
-        leaves = {c: {path: _streamed(plan, c, path) for path in paths} for c, paths in plan.leaves.items()}
-        total = sum(leaf.nbytes for flat in leaves.values() for leaf in flat.values())
-        with console.Progress(f"writing {output}", total, "bytes") as written:
-            leaves = {c: {path: _counted(leaf, written) for path, leaf in flat.items()} for c, flat in leaves.items()}
-            tree = {component: unflatten(flat) for component, flat in leaves.items() if flat}
-            checkpoints.save_streamed(folder / "params", tree)
-        _write_unused(plan, folder / "unused")
-        if plan.problems:
-            raise ConversionError(_origins(plan), plan.problems)
-        _write_files(plan, folder / "files")
-        manifest = {"config": to_dict(plan.config), "foreign": _foreign(plan)}
-        template = next((source.template for source in plan.sources if source.template), None)
-        known = {"image_mode": _image_mode(plan), "template": template}
-        checkpoints.write_manifest(folder, manifest | {name: value for name, value in known.items() if value})
+        fill(plan, folder, progress)
+
+
+def fill(plan: Plan, folder: Path, progress: Progress = lambda _: None) -> None:
+    """Writes the content of a model directory into an empty one; errors as `write`."""
+    plan = _run(plan)
+    _check_copies(plan)
+    _raise_problems(plan)
+    for note in plan.notes:
+        progress(f"warning: {note}")
+    leaves = {c: {path: _streamed(plan, c, path) for path in paths} for c, paths in plan.leaves.items()}
+    total = sum(leaf.nbytes for flat in leaves.values() for leaf in flat.values())
+    with console.Progress(f"writing {folder}", total, "bytes") as written:
+        leaves = {c: {path: _counted(leaf, written) for path, leaf in flat.items()} for c, flat in leaves.items()}
+        tree = {component: unflatten(flat) for component, flat in leaves.items() if flat}
+        checkpoints.save_streamed(folder / "params", tree)
+    _write_unused(plan, folder / "unused")
+    if plan.problems:
+        raise ConversionError(_origins(plan), plan.problems)
+    _write_files(plan, folder / "files")
+    manifest = {"config": to_dict(plan.config), "foreign": _foreign(plan)}
+    template = next((source.template for source in plan.sources if source.template), None)
+    known = {"image_mode": _image_mode(plan), "template": template}
+    checkpoints.write_manifest(folder, manifest | {name: value for name, value in known.items() if value})
 
 
 def _image_mode(plan: Plan) -> str | None:

@@ -19,14 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ross_jax import checkpoints
 from ross_jax.checkpoints import StreamedLeaf
 from ross_jax.config import UserError
 from ross_jax.convert import language, projector
 from ross_jax.convert.exporting import read_config
-from ross_jax.convert.importing import Plan, is_finite, write
+from ross_jax.convert.importing import Plan, fill, is_finite
 from ross_jax.convert.mapping import ConversionError
 from ross_jax.convert.settings import Settings
 from ross_jax.convert.sources import read_json
@@ -177,7 +177,7 @@ def export_adapter(model: Path, output: Path, base: str = "llava", progress: Pro
         manifest = checkpoints.read_manifest(model)
         settings["base_model_name_or_path"] = manifest.get("foreign", {}).get("language", {}).get("origin")
     with complete_directory(output) as folder:
-        save_file(tensors, folder / _WEIGHTS[0], {"format": "pt"})
+        (folder / _WEIGHTS[0]).write_bytes(save(tensors, {"format": "pt"}))
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
         write_sums(folder, folder.iterdir())
 
@@ -232,10 +232,7 @@ def import_adapter(adapter: Path, base: Path | Plan, output: Path, progress: Pro
         if isinstance(base, Path):
             _copy_model(base, folder)
         else:
-            write(base, folder / "base", progress)
-            for path in (folder / "base").iterdir():
-                path.replace(folder / path.name)
-            (folder / "base").rmdir()
+            fill(base, folder, progress)
         leaves = _read_adapter(adapter, base, folder)
         streamed = {path: StreamedLeaf(x.shape, x.dtype, functools.partial(_whole, x)) for path, x in leaves.items()}
         checkpoints.save_streamed(folder / checkpoints.UPDATES, unflatten(streamed))
@@ -260,7 +257,8 @@ def _copy_model(model: Path, folder: Path) -> None:
 
 def _read_adapter(adapter: Path, base: Any, model: Path) -> dict[str, np.ndarray]:
     """Factors, and a projector that trained in full: path -> values."""
-    config, stored = read_config(model), flatten(checkpoints.model_abstract(model, factors=True))
+    config = read_config(base) if isinstance(base, Path) else base.config
+    stored = flatten(checkpoints.model_abstract(model, factors=True))
     if updated_kernels(stored):
         raise UserError(
             f"{base}: has low-rank updates already; merge them first: launch/convert.py export, then import"

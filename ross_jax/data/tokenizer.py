@@ -28,7 +28,7 @@ from typing import Any
 from ross_jax.config import UserError, nearest
 from ross_jax.data.tokenizer_check import PROBE, checking, default_template, probe
 from ross_jax.hub import hub_answers, is_hub_id, say_asked
-from ross_jax.storage import copy_file, is_remote, local_folder, location
+from ross_jax.storage import copy_file, is_remote, local_folder, location, naming
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "tekken.json", "*.tiktoken")
@@ -210,7 +210,8 @@ def _copied(name: str | Path) -> Iterator[Path]:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             copy_file(path, folder / file)
         folder.mkdir(exist_ok=True)
-        yield folder
+        with naming(source, folder):
+            yield folder
 
 
 def fingerprint(tokenizer: Any) -> dict[str, str]:

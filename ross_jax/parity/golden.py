@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from ross_jax.config import UserError
 from ross_jax.convert.sources import read_json
 from ross_jax.data.conversation import IGNORE, IMAGE_ID
+from ross_jax.storage import StorageError, local_copy
 
 
 @dataclasses.dataclass
@@ -55,9 +56,12 @@ def read_golden(path: Path) -> Golden:
       UserError: the file does not exist or cannot be read.
     """
     try:
-        tensors = load_file(path)
+        with local_copy(path) as copy:
+            tensors = load_file(copy)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except StorageError:
+        raise
     except Exception as error:  # safetensors raises an exception type that it does not export
         raise UserError(f"{path}: not a safetensors file that can be read ({error})") from error
     beside = {name: path.parent / name for name in ("fixture.json", "grad_norms.json")}

@@ -13,7 +13,7 @@ from typing import Any
 from ross_jax.config import UserError
 from ross_jax.console import Progress, say
 from ross_jax.prepare.public import Item
-from ross_jax.storage import copy_file, is_remote
+from ross_jax.storage import copy_file, is_remote, naming
 
 _PIECE = 16 * 2**20
 _TOLD = 10**7
@@ -78,7 +78,8 @@ def fetch(item: Item, file: HubFile, root: Path) -> None:
     elif is_remote(root):
         with tempfile.TemporaryDirectory(prefix="ross_jax_") as folder:
             near = item.place(Path(folder), file.path)
-            fetch(item, file, Path(folder))
+            with naming(root, Path(folder)):
+                fetch(item, file, Path(folder))
             copy_file(kept(near), kept(target))
     else:
         shutil.move(_download(item, file, root), target)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from bucket import ADDRESS, server  # noqa: F401
 from convert.foreign import edit_json
 from ross_jax import checkpoints
 from ross_jax.api import export_model, import_model
@@ -93,6 +94,22 @@ def test_there_and_back(model_folder, tmp_path):
     np.testing.assert_allclose(
         load(model).params["language"]["layers"]["query"]["kernel"], merged[0]["language/layers/query/kernel"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("server")
+def test_into_a_bucket(model_folder, tmp_path):
+    """The base is a model directory, or a foreign checkpoint. Exported, the adapter is itself."""
+    adapter, tensors = write_adapter(tmp_path / "adapter")
+    foreign = export_model(model_folder, tmp_path / "foreign", layout="llava")
+    made = [import_model([base, adapter], f"{ADDRESS}/{base.name}") for base in (model_folder, foreign)]
+    one, other = (flatten(checkpoints.restore_model(each, checkpoints.model_abstract(made[1]))) for each in made)
+    for path, leaf in other.items():
+        np.testing.assert_array_equal(leaf, one[path], err_msg=path)
+    back = export_model(made[0], f"{ADDRESS}/back", layout="peft") / "adapter_model.safetensors"
+    for key, values in safetensors.numpy.load(back.read_bytes()).items():
+        np.testing.assert_array_equal(values, tensors.pop(key), err_msg=key)
+    assert not tensors
 
 
 @pytest.mark.parametrize(

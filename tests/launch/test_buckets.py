@@ -2,15 +2,19 @@
 
 import contextlib
 import io
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bucket import ADDRESS, server  # noqa: F401
 from launcher import RECIPE, REPOSITORY, environment, load_script, losses, train
+from ross_jax.api import export_model
 from ross_jax.config import to_dict
+from ross_jax.inference.model import load
 from ross_jax.storage import copy_tree, location
 from tiny_model import SIZED
 
@@ -54,6 +58,51 @@ def test_data_is_looked_at(there, recipe, tmp_path):
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert main([*asked, "--data", "hdfs://a/b.json"]) == 1
     assert said.getvalue().startswith("error: hdfs://a/b.json: hdfs:// is not supported")
+
+
+def test_a_model_is_used(model_folder, tmp_path, capsys):
+    """Its questions and images lie in the bucket, and answers, predictions and reconstructions come to lie there."""
+    root = location(f"{ADDRESS}/used")
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    rows = [{"question_id": i, "image": "a.png", "question": f"Is it {i}?", "answer": "yes"} for i in range(3)]
+    (tmp_path / "pope.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "image": "a.png", "prompt": "What?"}\n')
+    copy_tree(tmp_path, root)
+    copy_tree(model_folder, root / "model")
+
+    def run(name: str, *args) -> tuple[int, str]:
+        given = [str(arg) for arg in ("--checkpoint", root / "model", *args)]
+        return load_script(name).main(given), capsys.readouterr().err
+
+    asked = ("--max-new-tokens", 4, "--input", root / "in.jsonl", "--output")
+    assert run("generate", *asked, root / "out.jsonl")[0] == 0
+    answer = load(model_folder).ask(tmp_path / "a.png", "What?", max_new_tokens=4)
+    assert json.loads((root / "out.jsonl").read_text()) == {"id": 1, "answer": answer}
+    assert run("generate", *asked, root / "in.jsonl") == (
+        1,
+        f"error: {root}/in.jsonl: holds the requests; name another file for the answers\n",
+    )
+    pope = ("--benchmark", "pope", "--data", root, "--max-new-tokens", 4, "--processes", 2, "--output", root / "scores")
+    assert run("evaluate", *pope, "--process", 0)[0] == 0 and not (root / "scores" / "results.json").exists()
+    assert run("evaluate", *pope, "--process", 1)[0] == 0
+    assert json.loads((root / "scores" / "results.json").read_text())["pope"]["answered"] == 3
+    assert run("evaluate", "--rescore", "--output", root / "none") == (
+        1,
+        f"error: {root}/none: no predictions in it\n",
+    )
+    assert run("reconstruct", "--images", root, "--steps", 2, "--output", root / "drawn") == (0, "")
+    drawn = {path.name for path in (root / "drawn").iterdir()}
+    assert drawn == {"a.picture.png", "a.reconstruction.png", "a.autoencoder.png", "grid.png"}
+
+
+def test_an_export_for_transformers_is_that_of_a_disk(model_folder, tmp_path):
+    found = []
+    for place in (tmp_path / "made", f"{ADDRESS}/exports/made"):
+        folder = export_model(model_folder, place, layout="llava")
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        found.append({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+    assert found[0] == found[1]
 
 
 def test_benchmarks_are_read(tmp_path):

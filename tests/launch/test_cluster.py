@@ -154,8 +154,10 @@ def test_dry_runs_start_nothing(tmp_path):
         ("slurm.sbatch", [], {}, r"^srun .*train\.py --distributed --workdir=w$"),
         ("ssh_hosts.sh", [str(hosts), "--"], {}, r"(?s)^one: .*--process=0 .*\nuser@two: .*=one:8476 .*--process=1"),
         ("tpu_pod.sh", ["slice", "mine", "z", "--"], {}, r"^gcloud compute tpus tpu-vm ssh mine .*--workdir=w"),
-        ("gke.sh", [], GKE, r"kind: JobSet"),
-        ("xpk.sh", ["mine"], settings, r"^xpk workload create .*--workload=mine"),
+        ("gke.sh", [], GKE, r"(?s)kind: JobSet.* persistentVolumeClaim: {claimName: shared}"),
+        ("gke.sh", [], GKE | {"CLAIM": ""}, r"(?s)kind: JobSet.* - name: shared\n +emptyDir: {}"),
+        ("xpk.sh", ["mine"], settings, r"^xpk workload create .*--workload=mine .*--storage=s --max"),
+        ("xpk.sh", ["mine"], settings | {"STORAGE": ""}, r"^xpk workload create .*--docker-image=i --max"),
     ):
         done = run(script, *arguments, "--workdir=w", DRY_RUN="1", **environ)
         assert done.returncode == 0 and re.search(expected, done.stdout), (script, done.stdout, done.stderr)
@@ -224,7 +226,7 @@ def test_the_manifest_has_a_pod_for_every_host_and_hands_the_flags_on(manifest, 
     assert arguments[:2] == ["launch/train.py", "--distributed"] and arguments[-len(FLAGS) :] == FLAGS
 
 
-@pytest.mark.parametrize("name", sorted(GKE.keys() - {"SLICES"}))
+@pytest.mark.parametrize("name", sorted(GKE.keys() - {"SLICES", "CLAIM"}))
 def test_a_manifest_without_a_setting_is_refused(name):
     done = run("gke.sh", KUBECTL="cat", **{key: value for key, value in GKE.items() if key != name})
     assert done.returncode != 0 and done.stderr.startswith(f"error: {name} is not set") and not done.stdout

@@ -69,6 +69,7 @@ def test_full_size(tmp_path):
     [
         ("v9:2x2", [], r"error: --topology=v9:2x2: no chip 'v9'.*; known are v4, v5e"),
         ("v5e:2x2", ["--config.step.rematt=full"], "error: .*rematt"),
+        ("v9:2x2", ["--json=s3://b/plan.json"], "error: s3://b/plan.json: s3:// is not supported"),
         pytest.param("v5e:2x2", ["--config.mesh.data=3"], "error: mesh data=3.*divide 4 devices", marks=needs_libtpu),
     ],
 )

@@ -102,3 +102,5 @@ def test_what_is_not_there(cases, tmp_path):
         tables.make("costs", "v9", path)
     with pytest.raises(UserError, match="no section <!-- costs -->"):
         tables.make("costs", "v6e:8x8 LLaVA", path)
+    with pytest.raises(UserError, match=r"none\.md: no such file"):
+        tables.make("costs", "v6e:8x8 LLaVA", tmp_path / "none.md")
