@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert.foreign import edit_json
+from convert.foreign import assert_same, edit_json, import_tree
 from ross_jax import checkpoints
 from ross_jax.api import export_model, import_model
 from ross_jax.config import UserError
@@ -93,6 +93,19 @@ def test_there_and_back(model_folder, tmp_path):
     np.testing.assert_allclose(
         load(model).params["language"]["layers"]["query"]["kernel"], merged[0]["language/layers/query/kernel"]
     )
+
+
+@pytest.mark.slow
+def test_every_layout_holds_merged_parameters(model_folder, tmp_path):
+    adapter, _ = write_adapter(tmp_path / "adapter")
+    model = import_model([model_folder, adapter], tmp_path / "model")
+    merged = flatten(checkpoints.restore_model(model, abstract_params(SIZED)))
+    for layout in ("ross", "components", "llava", "original-llava", "adapters", "adapters-bin"):
+        out = export_model(model, tmp_path / layout, layout=layout)
+        parts = [out / name for name in ("llm", "vision_tower", "vae", "adapters")]
+        found = import_tree(*(parts if layout == "components" else [out]))
+        assert any(path == "projector/linear_0/kernel" for path in found)
+        assert_same({path: merged[path] for path in found}, found)
 
 
 @pytest.mark.parametrize(
