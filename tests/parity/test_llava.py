@@ -1,6 +1,6 @@
 """Exports in the layout of transformers' LLaVA, loaded and run by transformers alone.
 
-`ROSS_DEMO=runs/demo pytest -m slow tests/parity/test_llava.py` asks the model of `launch/demo.sh`, too.
+`ROSS_DEMO=runs/demo pytest -m slow -s tests/parity/test_llava.py` asks the models of `launch/demo.py --lora`, too.
 """
 
 import json
@@ -118,7 +118,7 @@ def test_the_demo_answers_as_we_do(kind, tmp_path):
     seed = root / "denoise" / "seed0"
     run = seed / ("finetune" if kind == "finetune" else "lora")
     if not run.is_dir():
-        pytest.skip("set ROSS_DEMO to the folder of a finished demo, such as runs/demo")
+        pytest.skip("set ROSS_DEMO to the folder of a finished `launch/demo.py --lora`, such as runs/demo")
     exports, adapter = {"llava": run}, []
     if kind == "peft":
         pytest.importorskip("peft")
