@@ -109,13 +109,15 @@ def run_step(arguments: argparse.Namespace, others: list[str]) -> Figures:
 def add_generate(parser: Parser) -> None:
     parser.description = (
         "Answers made-up prompts with the engine of launch/generate.py: tokens/s of prompts and answers, and a queue "
-        "of 64 prompts with answers of 4 to 128 tokens."
+        "of prompts with answers of 4 to 128 tokens."
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--batches", type=int, nargs="+", within=SIZE, default=[1, 8, 32], help="rows at once")
     parser.add_argument("--prompt", type=int, within=SIZE, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, within=Range(2, 2**20), default=64, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, within=SIZE, default=3, help="runs of each; their median counts")
+    parser.add_argument("--queue", type=int, within=Range(0, 2**16), default=64, help="prompts of the queue; 0: none")
+    parser.add_argument("--core-seconds", action="store_true", help="count seconds of cores, beside other programs")
     parser.add_argument("--quantize", choices=tuple(DTYPES), help="keep the matrices of our side in 8 bits")
     parser.add_argument("--compare", choices=("torch",), help="run transformers' generate beside, on equal weights")
 
@@ -123,7 +125,7 @@ def add_generate(parser: Parser) -> None:
 def run_generate(arguments: argparse.Namespace, others: list[str]) -> Figures:
     if others:
         raise UserError(f"unexpected arguments {others}")
-    names = ("dtype", "quantize", "prompt", "new", "repeats")
+    names = ("dtype", "quantize", "prompt", "new", "repeats", "queue", "core_seconds")
     asked = generate.Generating(
         **{name: getattr(arguments, name) for name in names},
         batches=tuple(arguments.batches),

@@ -25,8 +25,8 @@ from ross_jax.tree import flatten, unflatten
 
 LANGUAGE = LanguageConfig(32000, 768, 2048, 12, 12, 12, 64, 1e6, 1e-6, qkv_bias=True, tied_head=True)
 """A Qwen2 of 110 million parameters."""
-QUEUE, ROWS = 64, 8
-"""Prompts of the ragged queue, and rows that answer them."""
+ROWS = 8
+"""Rows that answer the ragged queue."""
 LENGTHS, ANSWERS = (16, 128), (4, 128)
 """Shortest and longest prompt of the queue, and answer, in tokens."""
 PROBE_BYTES = 2**29
@@ -43,6 +43,8 @@ class Generating:
       prompt: tokens of each prompt.
       new: tokens of each answer.
       repeats: runs of each; their median counts.
+      queue: prompts of the ragged queue. 0: it is not measured.
+      core_seconds: whether seconds are those of all cores of this process, not those of a clock.
       compare: whether to run transformers beside it.
     """
 
@@ -52,7 +54,13 @@ class Generating:
     prompt: int = 128
     new: int = 64
     repeats: int = 3
+    queue: int = 64
+    core_seconds: bool = False
     compare: bool = False
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        return time.process_time if self.core_seconds else time.perf_counter
 
 
 def measure(asked: Generating) -> Figures:
@@ -86,7 +94,9 @@ def measure(asked: Generating) -> Figures:
     for rows in asked.batches:
         prompts = [_prompt(rng, language, asked.prompt, asked.new) for _ in range(rows)]
         figures |= _told(_at(asked, engine, peer, prompts, bound))
-    lengths, answers = rng.integers(*LENGTHS, QUEUE, endpoint=True), rng.integers(*ANSWERS, QUEUE, endpoint=True)
+    if not asked.queue:
+        return figures
+    lengths, answers = (rng.integers(*bounds, asked.queue, endpoint=True) for bounds in (LENGTHS, ANSWERS))
     queue = [_prompt(rng, language, *sizes) for sizes in zip(lengths.tolist(), answers.tolist(), strict=True)]
     runs: dict[str, Callable[[], list[list[int]]]] = {"jax": partial(answer, engine, queue, ROWS)}
     if peer:
@@ -108,7 +118,7 @@ def _at(asked: Generating, engine: Engine, peer: Any, prompts: Sequence[Prompt],
     if peer:
         runs |= {"torch": partial(peer.answer, prompts, rows), "torch_prefill": partial(peer.answer, short, rows)}
     equal = _equal_share(runs, asked, name)
-    seconds = {each: statistics.median(times) for each, times in interleave(runs, asked.repeats).items()}
+    seconds = {each: statistics.median(times) for each, times in interleave(runs, asked.repeats, asked.clock).items()}
     figures: dict[str, float] = {}
     for side in ("jax", "torch") if peer else ("jax",):
         label = name if side == "jax" else f"{name}_torch"
@@ -125,7 +135,7 @@ def _at(asked: Generating, engine: Engine, peer: Any, prompts: Sequence[Prompt],
 
 def _compared(name: str, asked: Generating, runs: dict[str, Callable[[], Any]], tokens: int) -> dict[str, float]:
     equal = _equal_share(runs, asked, name)
-    seconds = {each: statistics.median(times) for each, times in interleave(runs, asked.repeats).items()}
+    seconds = {each: statistics.median(times) for each, times in interleave(runs, asked.repeats, asked.clock).items()}
     figures: dict[str, float] = {f"{name}_s": seconds["jax"], f"{name}_tokens_per_s": tokens / seconds["jax"]}
     if "torch" in runs:
         figures |= {f"{name}_torch_s": seconds["torch"], f"{name}_over_torch": seconds["torch"] / seconds["jax"]}

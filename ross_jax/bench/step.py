@@ -115,14 +115,16 @@ def random_parameters(config: RunConfig, tree: Tree) -> Tree:
     return made | {name: move(made[name]) for name in made if name == "denoiser"}
 
 
-def interleave(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def interleave(
+    steps: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each repetition. Steps take turns, so that other work on the machine slows all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

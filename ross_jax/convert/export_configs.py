@@ -77,7 +77,11 @@ def component_settings(model: Described, name: str) -> dict[str, Any]:
         described = {"model_type": family, "architectures": [language.ARCHITECTURES[family]]}
         return language.for_both({**kept, **described})
     if model.foreign[name]:
-        return language.for_both(read_json(model.files / name / "config.json"))
+        path = model.files / name / "config.json"
+        settings = language.for_both(read_json(path))
+        if name == "vision" and vision.vision_config(settings, str(path)).num_layers != model.config.vision.num_layers:
+            settings.get("vision_config", settings)["num_hidden_layers"] = model.config.vision.num_layers
+        return settings
     dtype = {"torch_dtype": model.dtypes[name], "dtype": model.dtypes[name]}
     config = getattr(model.config, name)
     if name == "language":
@@ -176,7 +180,10 @@ def _component_fields(model: Described, name: str) -> dict[str, Any]:
     """Fields of a full checkpoint's config.json that describe a component."""
     config, origin = model.config, model.foreign[name].get("origin")
     if name == "vision":
+        # The reference ignores mm_vision_select_layer for SigLIP, import reads this one.
+        other = config.vision.kind == "siglip" and config.vision.layers_used != config.vision.num_layers - 1
         return {
+            **({"vision_feature_layer": config.vision.select_layer} if other else {}),
             "mm_vision_tower": origin,
             "mm_vision_select_layer": config.vision.select_layer,
             "mm_vision_select_feature": "patch",
@@ -200,7 +207,10 @@ def _component_fields(model: Described, name: str) -> dict[str, Any]:
 
 
 _FIELDS = {
-    "vision": ("mm_vision_", "mm_hidden_size", "image_embed_len", "image_mean", "image_std", "decode_image_size"),
+    "vision": (
+        *("mm_vision_", "vision_feature_layer", "mm_hidden_size", "image_embed_len"),
+        *("image_mean", "image_std", "decode_image_size"),
+    ),
     "projector": ("use_mm_proj", "mm_projector_"),
     "denoiser": ("use_mm_inv_proj", "mm_inv_"),
     "autoencoder": ("mm_pixel_decoder",),

@@ -20,6 +20,7 @@ from ross_jax.convert.safetensors_writer import SafetensorsWriter
 from ross_jax.convert.tensors import TensorFiles, open_tensors
 from ross_jax.convert.torch_writer import TorchWriter
 from ross_jax.models.ross import RossConfig, abstract_params
+from ross_jax.models.vision import VisionConfig
 from ross_jax.tree import flatten, unflatten
 
 Progress = Callable[[str], None]
@@ -110,6 +111,12 @@ def open_component(
         if imported + key in keys:
             pieces[by_key[of].path].append((by_key[of], prefix + key, keys[imported + key]))
     return Component(name, leaves, pieces, kept, files, absent)
+
+
+def with_absent(component: Component, config: VisionConfig) -> Component:
+    """The tower of a full checkpoint with all tensors that transformers expects."""
+    absent = {vision.PREFIXES[0] + key: values for key, values in vision.absent_tensors(config).items()}
+    return dataclasses.replace(component, absent={k: x for k, x in absent.items() if k not in component.unused})
 
 
 def _leaves(model: Path, component: Component) -> Iterator[tuple[str, np.ndarray]]:

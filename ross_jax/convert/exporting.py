@@ -9,7 +9,7 @@ from typing import Any
 
 from ross_jax import checkpoints
 from ross_jax.config import UserError, from_dict, nearest
-from ross_jax.convert import llava
+from ross_jax.convert import llava, vision
 from ross_jax.convert.dtypes import DTYPES
 from ross_jax.convert.export_configs import (
     Described,
@@ -28,6 +28,7 @@ from ross_jax.convert.export_weights import (
     Progress,
     open_component,
     saved_leaves,
+    with_absent,
     write_weights,
 )
 from ross_jax.convert.importing import SCOPES
@@ -174,6 +175,9 @@ def export(
     if template is not None and layout not in ("llava", "original-llava"):
         raise UserError(f"--template {template}: only --format llava and original-llava have a chat template")
     foreign, config = _read_foreign(model), _leave_out(model, read_config(model), without)
+    tower = config.vision
+    if layout in _FULL and tower is not None:
+        config = dataclasses.replace(config, vision=vision.with_last_layer_unused(tower))
     names = [name for name in COMPONENTS if getattr(config, name) is not None and name in LAYOUTS[layout]]
     if not names:
         raise UserError(f"{model}: has none of {', '.join(LAYOUTS[layout])}, which --format {layout} would hold")
@@ -184,6 +188,8 @@ def export(
     opened = {
         name: open_component(model, name, getattr(config, name), saved[name], foreign[name], standard) for name in names
     }
+    if config.vision is not None and config.vision != tower:
+        opened["vision"] = with_absent(opened["vision"], config.vision)
     with contextlib.ExitStack() as stack:
         for component in opened.values():
             if component.files:

@@ -180,6 +180,16 @@ def absent_tensors(config: VisionConfig) -> dict[str, np.ndarray]:
     return {key: np.full(shape, float(bool(scale.fullmatch(key))), np.float32) for key, shape in pieces.items()}
 
 
+def with_last_layer_unused(config: VisionConfig) -> VisionConfig:
+    """SigLIP as readers of full checkpoints need it, which always take its hidden state -2.
+
+    Where the last layer's output is selected, a layer that never runs follows. `absent_tensors` has its values.
+    """
+    if config.kind != "siglip" or config.final_norm or config.layers_used != config.num_layers:
+        return config
+    return dataclasses.replace(config, num_layers=config.num_layers + 1, select_layer=-2)
+
+
 def teacher_config(settings: Mapping[str, Any], where: str) -> VisionConfig:
     """Reads the config.json of a teacher, whose features are transformers' `last_hidden_state`.
 

@@ -26,6 +26,8 @@ QWEN = LanguageConfig(11, 8, 12, 3, 4, 2, 2, 1e6, 1e-6, qkv_bias=True)
 CLIP = VisionConfig("clip", 30, 15, 24, 40, 4, 2, "quick_gelu", 1e-5, -3)
 DINOV2 = VisionConfig("dinov2", 30, 15, 24, 72, 2, 2, "gelu", 1e-6, registers=2)
 
+LAST = dataclasses.replace(SIZED.vision, select_layer=-1)
+
 
 def settings_of(folder) -> dict:
     return json.loads((folder / "config.json").read_text())
@@ -133,14 +135,27 @@ def test_folders_of_components(made, tmp_path):
 
 
 def test_what_the_reference_cannot_have(tmp_path):
-    deep = dataclasses.replace(SIZED.vision, select_layer=-1)
+    deep = dataclasses.replace(SIZED.vision, select_layer=-3)
     scaled = dataclasses.replace(SIZED.language, rope_scaling=RopeScaling("linear", 2.0), head_dim=16)
     model = write_model(tmp_path / "model", RossConfig(vision=deep, projector=SIZED.projector, language=scaled))
     with pytest.raises(UserError) as caught:
         export(model, tmp_path / "out", "ross")
-    for text in ("SigLIP's hidden state -2, this model -1", "does not scale rotary", "8 heads of 16 in width 64"):
+    for text in ("SigLIP's hidden state -2, this model -3", "does not scale rotary", "8 heads of 16 in width 64"):
         assert f"{text}" in str(caught.value)
     assert str(caught.value).count("use --format components") == 3
+
+
+@pytest.mark.slow
+def test_a_tower_whose_last_layer_is_selected(tmp_path):
+    """A full checkpoint, whose readers take SigLIP's hidden state -2, gets one more layer; components do not."""
+    model = write_model(tmp_path / "model", dataclasses.replace(SIZED, vision=LAST))
+    export(model, tmp_path / "out", "components")
+    parts = [tmp_path / "out" / name for name in ("llm", "vision_tower", "vae", "adapters")]
+    check_again(model, import_model(tmp_path / "again", *parts))
+    export(model, tmp_path / "ross", "ross")
+    config = plan_import([str(tmp_path / "ross")]).config.vision
+    assert (config.num_layers, config.select_layer) == (LAST.num_layers + 1, -2)
+    assert_same(import_tree(tmp_path / "ross"), import_tree(*parts))
 
 
 def with_denoiser(model, folder) -> None:

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 from bucket import ADDRESS, server  # noqa: F401
-from convert.foreign import edit_json
+from convert.foreign import assert_same, edit_json, import_tree
 from ross_jax import checkpoints
 from ross_jax.api import export_model, import_model
 from ross_jax.config import UserError
@@ -110,6 +110,19 @@ def test_into_a_bucket(model_folder, tmp_path):
     for key, values in safetensors.numpy.load(back.read_bytes()).items():
         np.testing.assert_array_equal(values, tensors.pop(key), err_msg=key)
     assert not tensors
+
+
+@pytest.mark.slow
+def test_every_layout_holds_merged_parameters(model_folder, tmp_path):
+    adapter, _ = write_adapter(tmp_path / "adapter")
+    model = import_model([model_folder, adapter], tmp_path / "model")
+    merged = flatten(checkpoints.restore_model(model, abstract_params(SIZED)))
+    for layout in ("ross", "components", "llava", "original-llava", "adapters", "adapters-bin"):
+        out = export_model(model, tmp_path / layout, layout=layout)
+        parts = [out / name for name in ("llm", "vision_tower", "vae", "adapters")]
+        found = import_tree(*(parts if layout == "components" else [out]))
+        assert any(path == "projector/linear_0/kernel" for path in found)
+        assert_same({path: merged[path] for path in found}, found)
 
 
 @pytest.mark.parametrize(

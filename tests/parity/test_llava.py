@@ -1,6 +1,6 @@
 """Exports in the layout of transformers' LLaVA, loaded and run by transformers alone.
 
-`ROSS_DEMO=runs/demo pytest -m slow tests/parity/test_llava.py` asks the model of `launch/demo.sh`, too.
+`ROSS_DEMO=runs/demo pytest -m slow -s tests/parity/test_llava.py` asks the models of `launch/demo.py --lora`, too.
 """
 
 import json
@@ -9,15 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+import ross_jax
 from convert.foreign import golden, import_model
 from launcher import load_script
 from ross_jax import load
 from ross_jax.convert.exporting import export
+from ross_jax.inference.model import TEXT_COMPONENTS
 from ross_jax.inference.prompts import Request
+from ross_jax.models.ross import Ross, normalise
+from ross_jax.tree import flatten
 from tokenizer_fixtures import byte_level_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -82,25 +87,64 @@ def test_transformers_answers_as_we_do(name, template, tmp_path):
     assert their_ids(theirs, processor, images[1:2], QUESTIONS[1:2]) == answers[1:2]
 
 
+def first_logits(model, images, questions) -> np.ndarray:
+    """Our logits of the first token of each answer."""
+    config = model.config
+    prompts = [model.prepare(Request(image, text))[0] for image, text in zip(images, questions, strict=True)]
+    lengths = np.array([len(prompt.tokens) for prompt in prompts])
+    places = np.arange(lengths.max())[None].repeat(len(prompts), 0)
+    tokens = np.zeros(places.shape, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt.tokens)] = prompt.tokens
+    pixels = normalise(config, jnp.stack([prompt.images[0] for prompt in prompts]))
+    starts = jnp.asarray([prompt.image_start for prompt in prompts])
+    inputs = (jnp.asarray(each, jnp.int32) for each in (tokens, places, places < lengths[:, None]))
+    hidden = (
+        Ross(config)
+        .apply({"params": model.params}, *inputs, pixels[:, None], starts)
+        .hidden[np.arange(len(prompts)), lengths - 1]
+    )
+    return np.asarray(Ross(config).apply({"params": model.params}, hidden[:, None], method="logits"))[:, 0]
+
+
 @pytest.mark.slow
-def test_the_demo_answers_as_we_do(tmp_path):
-    """Held-out questions of the demo, asked by a process without our code: equal ids, one at a time and in batches."""
+@pytest.mark.parametrize("kind", ["finetune", "lora", "peft"])
+def test_the_demo_answers_as_we_do(kind, tmp_path):
+    """Held-out questions of the demo, asked by a process without our code: equal ids, one at a time and in batches.
+
+    `lora` has its updates merged; `peft` is the adapter, on the export of the model that its training began with.
+    """
     root = Path(os.environ.get("ROSS_DEMO", "absent"))
-    run = root / "denoise" / "seed0" / "finetune"
+    seed = root / "denoise" / "seed0"
+    run = seed / ("finetune" if kind == "finetune" else "lora")
     if not run.is_dir():
-        pytest.skip("set ROSS_DEMO to the folder of a finished demo, such as runs/demo")
-    convert = load_script("convert").main
-    assert convert(["export", "--from", str(run), "--format", "llava", "--output", str(tmp_path / "llava")]) == 0
+        pytest.skip("set ROSS_DEMO to the folder of a finished `launch/demo.py --lora`, such as runs/demo")
+    exports, adapter = {"llava": run}, []
+    if kind == "peft":
+        pytest.importorskip("peft")
+        exports, adapter = {"llava": seed / "pretrain", "peft": run}, [str(tmp_path / "peft")]
+    for layout, source in exports.items():
+        command = ["export", "--from", str(source), "--format", layout, "--output", str(tmp_path / layout)]
+        command += ["--template", "qwen_2"] if layout == "llava" else []
+        assert load_script("convert").main(command) == 0
     records = json.loads((root / "data" / "heldout.json").read_text())[::41][:60]
     questions = [each["conversations"][0]["value"].removeprefix("<image>\n") for each in records]
     images = [root / "data" / "images" / each["image"] for each in records]
-    answers = our_ids(load(run), images, questions)
+    model = load(run)
+    answers, logits = our_ids(model, images, questions), first_logits(model, images, questions)
     assert len({tuple(ids) for ids in answers}) > 10
     asked = [{"image": str(i), "question": q} for i, q in zip(images, questions, strict=True)]
     (tmp_path / "questions.json").write_text(json.dumps(asked))
     for rows in (1, 7):
         script = Path(__file__).with_name("ask_transformers.py")
-        arguments = [str(tmp_path / "llava"), str(tmp_path / "questions.json"), str(rows)]
+        arguments = [str(tmp_path / "llava"), str(tmp_path / "questions.json"), str(rows), *adapter]
         done = subprocess.run([sys.executable, "-I", str(script), *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         assert json.loads(done.stdout.splitlines()[-1]) == answers
+        differs = np.abs(np.load(tmp_path / "questions.json.npy")[:, : logits.shape[1]] - logits).max()
+        print(f"\n{kind}: {len(answers)} equal answers; logits to {np.abs(logits).max():.4g} differ by {differs:.2g}")
+        assert differs < 1e-3
+    if adapter:
+        again = load(ross_jax.import_model([seed / "pretrain", tmp_path / "peft"], tmp_path / "again"), TEXT_COMPONENTS)
+        for path, leaf in flatten(again.params).items():
+            np.testing.assert_array_equal(leaf, flatten(model.params)[path], err_msg=path)

@@ -126,6 +126,7 @@ def test_every_naming(kind, tmp_path):
     assert (again.template, again.image_config) == ("v1", own.image_config)  # told by chat template and processor
     if kind == "clip_llama":
         return  # its answers are those of the golden of this kind
+    check_full_checkpoints(model, theirs, first, tmp_path)
     images = [Image.fromarray(x) for x in np.random.default_rng(0).integers(0, 256, (3, 40, 70, 3), np.uint8)]
     answers = our_ids(own, images, QUESTIONS)
     assert len({tuple(ids) for ids in answers}) == len(answers)
@@ -137,6 +138,18 @@ def test_every_naming(kind, tmp_path):
     )
     ids = ids[:, inputs["input_ids"].shape[1] :].tolist()
     assert [row[: row.index(ends[0]) + 1] if ends[0] in row else row for row in ids] == answers
+
+
+def check_full_checkpoints(model, theirs, parameters, folder: Path) -> None:
+    """Readers that take SigLIP's hidden state -2 get the features of its last layer, which transformers selects."""
+    pixels = torch.randn(2, 3, 30, 30)
+    expected = theirs.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+    for layout, template in (("ross", None), ("original-llava", "v1")):
+        export(model, folder / layout, layout, template=template)
+        tower = transformers.SiglipVisionModel.from_pretrained(folder / layout / "siglip_vision_tower")
+        assert torch.equal(tower(pixels, output_hidden_states=True).hidden_states[-2], expected)
+        again = import_tree(folder / layout)
+        assert all(identical(again[path], values) for path, values in parameters.items())
 
 
 REFUSED = {
