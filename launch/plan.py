@@ -56,7 +56,7 @@ def main() -> int:
     logging.getLogger("ross_jax.sharding").setLevel(logging.WARNING)  # the report lists what stays on every device
     try:
         config = from_dict(RunConfig, _CONFIG.value.to_dict())
-        written, drawn, dump = (flag.value and location(flag.value) for flag in (_JSON, _PNG, _DUMP))
+        written, drawn, dump = (location(flag.value) if flag.value else None for flag in (_JSON, _PNG, _DUMP))
         target = open_target(_TOPOLOGY.value)
         given = {
             "recipe": config_flags.get_config_filename(flags.FLAGS["config"]),
