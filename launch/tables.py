@@ -228,12 +228,12 @@ def recipes() -> Table:
     names += [f"ross:{PARTS},kind=latent,teacher={teacher}" for teacher in ("siglip", "clip", "dinov2")]
     names += [f"ross:{PARTS},vision=trained", f"llava:{PARTS}", f"language_only:{PARTS}"]
     names += ["imagenet_denoiser:encoder=siglip,llm=qwen2_7b"]
-    topologies = ("v5p:4x4x4", "h100:1x1x8")
 
-    def row(name: str) -> tuple[str, ...]:
-        return tuple(summary(planned(Case(name.strip("`"), topology))) for topology in topologies)
+    def row(topology: str, name: str) -> tuple[str, ...]:
+        return (summary(planned(Case(name.strip("`"), topology))),)
 
-    return Table("recipes", ("recipe", *topologies), [(f"`{name}`",) for name in names], row)
+    keys = [(topology, f"`{name}`") for topology in ("v5p:4x4x4", "h100:1x1x8") for name in names]
+    return Table("recipes", ("topology", "recipe", "memory"), keys, row)
 
 
 TABLES = {table.name: table for table in (costs(), kinds(), batches(), scaling(), paper(), small(), recipes())}
