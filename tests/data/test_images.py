@@ -163,7 +163,7 @@ def test_every_shape_becomes_the_square(mode, size, shortest_edge):
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_padded_is_resized_as_by_the_reference(data):
-    """The same pixels as `expand2square` and one resize, for every filter, mean colour and shape."""
+    """Padded images have the pixels of `expand2square` and one resize, for every filter, mean colour and shape."""
     width, height, size = (data.draw(st.integers(1, 90)) for _ in range(3))
     mean = data.draw(st.tuples(*[st.floats(0, 1)] * 3))
     resample = data.draw(st.sampled_from(Image.Resampling))
